@@ -59,9 +59,17 @@ class Trained:
         share = BATCH // self.ranks
         for _ in range(steps):
             first = self.done * BATCH + self.rank * share
-            metrics = train_step(self.task, range(first, first + share), self.micro_batch, LR)
+            metrics = train_step(self.task, range(first, first + share), self.micro_batch, LR, lambda: False)
             self.norms.append(float(metrics["gradient_norm"]))
             self.done += 1
+        return self
+
+    def give_up(self):
+        """Begin one more step, and stop before its second micro-batch."""
+        asked = iter((False, True))
+        first = self.done * BATCH + self.rank * BATCH // self.ranks
+        positions = range(first, first + BATCH // self.ranks)
+        assert train_step(self.task, positions, self.micro_batch, LR, lambda: next(asked)) is None
         return self
 
     def engines(self):
@@ -120,14 +128,15 @@ def main(digits, tokenizer, out):
         }
         local.save(out / f"{model}-local")
         for zero in (0, 1, 2):
-            for micro_batch in (BATCH // 4, BATCH // 2):
+            for micro_batch in (BATCH // 2, BATCH // 4):
                 ranks = Trained(model, zero, digits, tokenizer, micro_batch).train(STEPS)
                 results[f"{model} zero{zero} micro{micro_batch}"] = {
                     "weights": distance(ranks.weights(), local.weights()),
                     "norms": norms_apart(ranks, local),
                     "rows": off_projection(ranks),
                 }
-            ranks.save(out / f"{model}-{zero}")
+            # as after a signal: a checkpoint in the middle of a step holds what was before the step
+            ranks.give_up().save(out / f"{model}-{zero}")
         half = Trained(model, "local", digits, tokenizer, BATCH, "bf16").train(STEPS)
         for zero in (0, 1, 2):
             ranks = Trained(model, zero, digits, tokenizer, BATCH // 2, "bf16").train(STEPS)

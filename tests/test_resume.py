@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import train.checkpoint
 import train.loop
+import train.step
 from train.cli import main
 
 MODELS = ("edm2-digits", "var-digits")
@@ -64,22 +65,23 @@ def assert_same(run, other, steps=STEPS):
         assert all(torch.equal(here[k], there[k]) for k in here)
 
 
-def before_step(step, monkeypatch, action):
-    real, count = train.loop.train_step, 0
+def in_step(step, monkeypatch, action):
+    """Do this in the first of the two micro-batches of the given step, counted from 1."""
+    real, count = train.step.score, 0
 
-    def train_step(*args):
+    def score(*args):
         nonlocal count
         count += 1
-        if count == step:
+        if count == 2 * step - 1:
             action()
         return real(*args)
 
-    monkeypatch.setattr(train.loop, "train_step", train_step)
+    monkeypatch.setattr(train.step, "score", score)
 
 
-def interrupt_at(step, monkeypatch, number=signal.SIGINT):
-    """Send this process a signal in the middle of the given step, counted from 1."""
-    before_step(step, monkeypatch, lambda: os.kill(os.getpid(), number))
+def interrupt_in(step, monkeypatch, number=signal.SIGINT):
+    """A signal in the middle of a step, which is then given up."""
+    in_step(step, monkeypatch, lambda: os.kill(os.getpid(), number))
 
 
 @pytest.fixture
@@ -113,10 +115,10 @@ def test_more_images_continue_a_finished_run(model, start, whole, capsys):
 def test_a_signal_ends_a_run_after_a_checkpoint_and_it_goes_on(model, number, status, start, whole, monkeypatch, capsys):
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
-        interrupt_at(3, patch, number)
+        interrupt_in(3, patch, number)
         assert start(model, STEPS)[0] == status
     out = capsys.readouterr().out.splitlines()
-    assert out[-1] == f"stopped by a signal at {3 * BATCH} images; the same command goes on from there"
+    assert out[-1] == f"stopped by a signal at {2 * BATCH} images; the same command goes on from there"
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
     status, run = start(model, STEPS)
     assert status == 0
@@ -127,7 +129,7 @@ def test_an_impatient_user_does_no_harm(start, whole, monkeypatch):
     """Ctrl-C again and again while the checkpoint is written, and at once after the resume."""
     model = MODELS[0]
     with monkeypatch.context() as patch:
-        interrupt_at(3, patch)
+        interrupt_in(3, patch)
         real = train.checkpoint.write_json
 
         def write_json(*args):
@@ -146,7 +148,7 @@ def test_an_impatient_user_does_no_harm(start, whole, monkeypatch):
 
         patch.setattr(train.loop, "resume", resume)
         status, run = start(model, STEPS)
-        assert status == 130 and os.listdir(run / "checkpoints") == [f"{3 * BATCH:012d}"]
+        assert status == 130 and os.listdir(run / "checkpoints") == [f"{2 * BATCH:012d}"]
     assert start(model, STEPS)[0] == 0
     assert_same(run, whole(model))
 
@@ -163,7 +165,7 @@ def test_a_crash_costs_the_steps_since_the_checkpoint(start, whole, tmp_path, mo
     """Their metrics, and a line torn by the crash, are not there twice; nor does torn writing stay."""
     model, run = MODELS[1], tmp_path / "run"
     with monkeypatch.context() as patch:
-        before_step(6, patch, crash)
+        in_step(6, patch, crash)
         with pytest.raises(Crash):
             start(model, STEPS, f"train.checkpoint_every={3 * BATCH}")
     assert [line["images"] for line in metrics(run)] == [BATCH * (i + 1) for i in range(5)]

@@ -71,16 +71,18 @@ def train(
     begun = checkpointed = progress.images
     if rank == 0 and begun < settings.images and (path / "weights").exists():
         print(f"this run had finished at {begun} images; it goes on to train.images={settings.images}")
-    stop = 0
     with progress_bar(settings.images, begun, quiet=rank != 0 or begun >= settings.images) as bar:
-        while progress.images < settings.images and not (stop := interrupt.agreed(task.device)):
+        while progress.images < settings.images:
             started = time.perf_counter()
             # dropout draws from torch's global generator: keyed by the step, so that a resumed run repeats it
             torch.manual_seed(((settings.seed * 1_000_003 + progress.images) * 1_021 + rank) % 2**63)
             first = progress.images + rank * share
             task.source.prefetch(range(first + settings.batch, first + settings.batch + share))
             warmup = min(1.0, (progress.images + settings.batch) / max(settings.warmup_images, 1))
-            metrics = train_step(task, range(first, first + share), micro_batch, settings.lr * warmup)
+            positions = range(first, first + share)
+            metrics = train_step(task, positions, micro_batch, settings.lr * warmup, lambda: interrupt.agreed(task.device))
+            if metrics is None:
+                break
             progress.images += settings.batch
             if ema is not None:
                 ema.update(task.engine.weights(), progress.images, settings.batch)
@@ -109,7 +111,7 @@ def train(
     if progress.images < settings.images:
         if rank == 0:
             print(f"stopped by a signal at {progress.images} images; the same command goes on from there")
-        return 128 + stop
+        return 128 + interrupt.signal
     with together():
         if rank == 0:
             export(task, ema, progress, path, notes)

@@ -110,7 +110,7 @@ def launchers() -> list[int]:
 
 
 class Interrupt:
-    """What should end a run early: a signal, or the launcher's death. Noticed at any time, heeded between two steps."""
+    """What should end a run early: a signal, or the launcher's death. Noticed at any time, heeded between two micro-batches."""
 
     def __init__(self) -> None:
         self.signal = 0
@@ -131,4 +131,5 @@ class Interrupt:
             return self.signal
         flag = torch.tensor(self.signal, device=device)
         dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return int(flag)
+        self.signal = int(flag)
+        return self.signal

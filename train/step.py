@@ -1,5 +1,6 @@
 """One training step: it never learns which paradigm, objective or engine runs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -37,13 +38,19 @@ class Task:
     device: torch.device
 
 
-def train_step(task: Task, positions: range, micro_batch: int, lr: float) -> dict[str, Tensor]:
+def train_step(
+    task: Task, positions: range, micro_batch: int, lr: float, stopped: Callable[[], object]
+) -> dict[str, Tensor] | None:
     """Train on the samples at these global positions (this rank's share of the batch), micro_batch at a time.
 
-    Returns averages over the positions, 0-d tensors. Losses are divided by the number of samples, never by that of rows.
+    stopped: asked before every micro-batch; when it says yes, the step is given up with the weights as they were.
+    Returns averages over the positions, 0-d tensors, or None when given up. Losses are divided by the number of samples, never by
+    that of rows.
     """
     totals: dict[str, Tensor] = {}
     for first in range(positions.start, positions.stop, micro_batch):
+        if stopped():
+            return None
         batch = task.source.batch(first, micro_batch)
         draws = Draws(task.seed, list(range(first, first + micro_batch)), task.device)
         x_B = task.encoder.encode(to_image(batch.image_BCHW.to(task.device), draws, task.flip))
