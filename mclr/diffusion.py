@@ -1,4 +1,4 @@
-"""The EDM paradigm: noise law, denoising surrogate of the log-likelihood, deterministic sampling.
+"""The EDM paradigm: noise law, denoising surrogate of the log-likelihood, sampling.
 
 B samples; R scored rows; C, H, W image; T = 1 term per row. The network: net(noisy_RCHW, sigma_R, c_R) -> (denoised_RCHW, logvar_R).
 """
@@ -54,8 +54,10 @@ class Diffusion:
         noisy = x_B + sigma_B[:, None, None, None] * draws.normal(*self.shape)
         return Probe({"x": x_B, "noisy": noisy, "sigma": sigma_B}, progress_of(sigma_B)[:, None])
 
-    def predict(self, net: Net, probe: Probe, index_R: Tensor, c_R: Tensor) -> tuple[Tensor, Tensor]:
-        """(denoised_RCHW, logvar_R): the image that guidance mixes, and the learned log-variance u."""
+    def predict(
+        self, net: Net, probe: Probe, index_R: Tensor, c_R: Tensor, terms: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(denoised_RCHW, logvar_R): the image that guidance mixes, and the learned log-variance u. There is one term."""
         return net(probe.inputs["noisy"][index_R], probe.inputs["sigma"][index_R], c_R)
 
     def log_likelihood(
@@ -91,5 +93,8 @@ class Diffusion:
             guide = net(x, sigma_B, null_B)[0] if guidance.guide is None else guidance.guide(x, sigma_B, c_B)[0]
             return mix(pred, guide, weight)
 
+        def noise() -> Tensor:
+            return draws.normal(*self.shape)
+
         sigmas = sigma_grid(self.steps, self.sigma_min, self.sigma_max, self.rho)
-        return SOLVERS[self.solver](denoise, draws.normal(*self.shape) * sigmas[0], sigmas)
+        return SOLVERS[self.solver](denoise, noise() * sigmas[0], sigmas, noise)

@@ -1,10 +1,15 @@
-"""Solvers of the probability-flow ODE dx/dsigma = (x - D(x; sigma)) / sigma: pure functions of a denoiser."""
+"""Solvers of the probability-flow ODE dx/dsigma = (x - D(x; sigma)) / sigma and of the reverse SDE: pure functions of a denoiser.
+
+All are called alike: the denoiser, x (noise at sigmas[0]), the noise levels, and a source of standard normal numbers like x, which
+only the SDE draws from.
+"""
 
 from collections.abc import Callable
 
 from torch import Tensor
 
 Denoiser = Callable[[Tensor, float], Tensor]
+Noise = Callable[[], Tensor]
 
 
 def sigma_grid(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> list[float]:
@@ -15,15 +20,15 @@ def sigma_grid(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0)
     return [(high + i / (steps - 1) * (low - high)) ** rho for i in range(steps)] + [0.0]
 
 
-def euler(denoise: Denoiser, x: Tensor, sigmas: list[float]) -> Tensor:
-    """First order: one evaluation per step. x: noise at sigmas[0]."""
+def euler(denoise: Denoiser, x: Tensor, sigmas: list[float], noise: Noise) -> Tensor:
+    """First order: one evaluation per step."""
     for sigma, following in zip(sigmas, sigmas[1:], strict=False):
         x = x + (following - sigma) * (x - denoise(x, sigma)) / sigma
     return x
 
 
-def heun(denoise: Denoiser, x: Tensor, sigmas: list[float]) -> Tensor:
-    """Second order (EDM, algorithm 1): two evaluations per step, one in the last. x: noise at sigmas[0]."""
+def heun(denoise: Denoiser, x: Tensor, sigmas: list[float], noise: Noise) -> Tensor:
+    """Second order (EDM, algorithm 1): two evaluations per step, one in the last."""
     for sigma, following in zip(sigmas, sigmas[1:], strict=False):
         slope = (x - denoise(x, sigma)) / sigma
         guess = x + (following - sigma) * slope
@@ -33,4 +38,21 @@ def heun(denoise: Denoiser, x: Tensor, sigmas: list[float]) -> Tensor:
     return x
 
 
-SOLVERS = {"euler": euler, "heun": heun}
+def sde(denoise: Denoiser, x: Tensor, sigmas: list[float], noise: Noise) -> Tensor:
+    """The reverse SDE dx = 2 (x - D) dln(sigma) + sqrt(2) sigma dW by Heun's method: two evaluations per step, one in the last.
+
+    With D held, a step is exact and of any length: DDPM's posterior (arXiv 2006.11239, eq. 7, for noise that is added). The second
+    evaluation, at the end of that step with the same noise, makes it second order in distribution (derived).
+    """
+    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+        kept = (following / sigma) ** 2
+        fresh = following * (1 - kept) ** 0.5 * noise()
+        denoised = denoise(x, sigma)
+        if following > 0:
+            guess = denoised + kept * (x - denoised) + fresh
+            denoised = (denoised + denoise(guess, following)) / 2
+        x = denoised + kept * (x - denoised) + fresh
+    return x
+
+
+SOLVERS = {"euler": euler, "heun": heun, "sde": sde}

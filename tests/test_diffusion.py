@@ -7,7 +7,7 @@ import torch
 from toy import SHAPE, Counted, Draws64, Given, K, ToyDenoiser, float64, wave
 
 from mclr.diffusion import Diffusion, progress_of, sigma_of
-from mclr.guidance import Guidance
+from mclr.guidance import Guidance, mix
 from mclr.likelihood import Draws, Probe
 from mclr.schedule import Schedule
 
@@ -104,6 +104,40 @@ def test_autoguidance_asks_both_networks_equally_often():
     paradigm.sample(net, torch.tensor([1]), Guidance(Schedule("constant", 1.0), guide), Draws(0, [0]))
     assert len(net.calls) == len(guide.calls) == 7
     assert net.conditions == guide.conditions == [[1]] * 7
+
+
+@float64()
+@pytest.mark.parametrize(
+    ("schedule", "guided"),
+    [
+        (Schedule("interval", 1.5, low=0.3, high=0.6), lambda p: 0.3 <= p <= 0.6),
+        (Schedule("negative_window", 0.0, turn=0.6, below=0.5), lambda p: p >= 0.6),
+        (Schedule("negative_window", 1.5, turn=0.6, below=0.5), lambda p: True),
+    ],
+    ids=str,
+)
+def test_the_guide_is_asked_only_where_its_weight_is_not_zero(schedule, guided):
+    """At every evaluation of Heun's; the sample is that of a guide asked everywhere."""
+    c_B, paradigm = torch.tensor([1, 0]), Diffusion(SHAPE, K, steps=12)
+    net, other = ToyDenoiser(), ToyDenoiser(phase=1)
+    sigmas: dict[str, list[float]] = {"net": [], "guide": []}
+
+    def asked(name, called):
+        def denoise(x, sigma_B, c_B):
+            sigmas[name].append(sigma_B[0].item())
+            return called(x, sigma_B, c_B)
+
+        return denoise
+
+    x = paradigm.sample(asked("net", net), c_B, Guidance(schedule, asked("guide", other)), Draws64(0, [0, 1]))
+    assert len(sigmas["net"]) == 23
+    assert sigmas["guide"] == [sigma for sigma in sigmas["net"] if guided(progress_of(torch.tensor(sigma)).item())] != []
+
+    def everywhere(x, sigma_B, c_B):
+        pred, weight_B1 = net(x, sigma_B, c_B)[0], schedule(progress_of(sigma_B))[:, None]
+        return mix(pred, other(x, sigma_B, c_B)[0], weight_B1), None
+
+    assert torch.equal(x, paradigm.sample(everywhere, c_B, Guidance(), Draws64(0, [0, 1])))
 
 
 def test_dims():
