@@ -30,7 +30,17 @@ Dropout = Annotated[float, Field(ge=0, lt=1)]
 # A list in YAML, a tuple here: configs are constants.
 Counts = Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
 MaybeCounts = Annotated[tuple[Count, ...], Field(strict=False)]
-Contrast = Literal["auto", "uniform", "weighted", "posterior", "null", "none"]
+Contrast = Literal["auto", "uniform", "weighted", "posterior", "null", "none", "marginal", "generated"]
+# contrasts that an objective may have, the one that `auto` means first; of mclr it depends on the paradigm
+CONTRASTS = {
+    "mle": ("none",),
+    "mclr": ("posterior", "null", "weighted", "uniform"),
+    "unlearn": ("uniform",),
+    "cc_dpo": ("uniform",),
+    "cca": ("marginal",),
+    "ddo": ("generated",),
+}
+WITH_REFERENCE = ("cc_dpo", "cca", "ddo")
 
 
 class Section(BaseModel):
@@ -40,7 +50,11 @@ class Section(BaseModel):
 
 
 class Schedule(Section):
-    """The shape of a weight over progress (mclr/schedule.py); the weight itself is objective.lam or sample.gamma."""
+    """The shape of a weight over progress (mclr/schedule.py); the weight itself is objective.lam or sample.gamma.
+
+    Bounds are progresses: of a noise level (4.382 - ln sigma) / 10.597, mclr/diffusion.py; of scale k of K k / (K - 1). `mclr train
+    --dry-run` and `mclr sample` show the weight at each, with its sigma or scale.
+    """
 
     kind: Literal["constant", "ramp", "interval", "negative_window"] = "constant"
     low: Fraction = 0.0  # interval: first progress of the weight
@@ -102,8 +116,15 @@ class Posterior(Section):
     """The noise-conditional classifier p(c | x_t) behind the contrasts posterior and weighted."""
 
     weights: str | None = None  # bundled name or weights folder; None: from scratch, in the same job
-    channels: Count = 32
+    backbone: str | None = None  # timm's name of a ConvNeXt, for images of 16 pixels or more; None: our small network
+    channels: Count = 32  # of our small network
     lr: Positive = 0.001
+
+    @model_validator(mode="after")
+    def _check(self) -> "Posterior":
+        if self.backbone is not None and self.channels != type(self).model_fields["channels"].default:
+            raise ValueError(f"channels={self.channels} has no effect with backbone={self.backbone}, which has its own widths")
+        return self
 
 
 class DiffusionModel(Section):
@@ -135,18 +156,21 @@ class Data(Section):
 
 
 class Objective(Section):
-    name: Literal["mle", "mclr"]
+    name: Literal["mle", "mclr", "unlearn", "cc_dpo", "cca", "ddo"]
     # YAML reads the word null as nothing.
     contrast: Annotated[Contrast, BeforeValidator(lambda value: "null" if value is None else value)] = "auto"
     lam: float
     schedule: Schedule = Schedule()
     bound: Positive | None = None  # nats
+    beta: Positive | None = None  # of cc_dpo, cca, ddo: scale of the log-likelihood ratio to the reference
+    generated: str | None = None  # of ddo: dataset folder of samples of the reference, as `mclr sample --dataset` makes it
     truncate: Annotated[float, Field(ge=0, lt=0.5)] = 0.02  # share of the posterior (its least likely classes) never drawn
 
 
 class Train(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     images: Count  # seen in total
+    mle_images: Count | None = None  # end before that when the compute of so many images of plain maximum likelihood is spent
     batch: Count  # images per step, over all ranks
     micro_batch: Count | None = None  # most images per forward of one rank; None: batch / ranks
     lr: Positive
@@ -159,6 +183,7 @@ class Train(Section):
     checkpoint_every: Count = 1_000_000  # images
     keep: Count = 2  # checkpoints; the one before the newest serves when that is damaged
     log_every: Count = 10  # steps
+    icr_every: Annotated[int, Field(ge=0)] = 0  # images between readings of the memorisation monitor (train/icr.py); 0: off
 
     @model_validator(mode="after")
     def _check(self) -> "Train":
@@ -189,10 +214,11 @@ class Engine(Section):
 
 class Sample(Section):
     steps: Count = 32
-    solver: Literal["heun", "euler"] = "heun"
+    solver: Literal["heun", "euler", "sde"] = "heun"
     batch: Count = 64
     gamma: float = 0.0  # extra guidance weight; 0: none
     schedule: Schedule = Schedule()
+    guide: str | None = None  # bundled name or weights folder (autoguidance); None: the same network under the null condition
     top_k: Annotated[int, Field(ge=0)] = 0  # 0: all
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     sigma_min: Positive = 0.002
@@ -203,6 +229,8 @@ class Sample(Section):
     def _check(self) -> "Sample":
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min={self.sigma_min} must be below sigma_max={self.sigma_max}")
+        if self.guide is not None and self.gamma == 0 and self.schedule.kind != "negative_window":
+            raise ValueError(f"guide={self.guide} has no effect with gamma=0.0; set sample.gamma, or sample.guide=null")
         return self
 
 
@@ -234,7 +262,7 @@ def load(model: str, objective: str, data: str, engine: str, overrides: list[str
 
 
 def from_dict(sections: dict[str, Any]) -> RunConfig:
-    """A validated config, the contrast `auto` resolved: posterior for diffusion, null for next_scale, none for mle."""
+    """A validated config, the contrast `auto` resolved: for mclr posterior with diffusion and null with next_scale."""
     try:
         config = RunConfig.model_validate(sections)
     except ValidationError as invalid:
@@ -245,8 +273,9 @@ def from_dict(sections: dict[str, Any]) -> RunConfig:
         errors.sort(key=lambda error: error["type"] != "extra_forbidden")
         raise _user_error([_message(error, fields) for error in errors]) from None
     if config.objective.contrast == "auto":
-        tuned = {"diffusion": "posterior", "next_scale": "null"}[config.model.paradigm]
-        contrast = "none" if config.objective.name == "mle" else tuned
+        contrast = CONTRASTS[config.objective.name][0]
+        if config.objective.name == "mclr" and config.model.paradigm == "next_scale":
+            contrast = "null"
         config = config.model_copy(update={"objective": config.objective.model_copy(update={"contrast": contrast})})
     conflicts = list(_conflicts(config))
     if conflicts:
@@ -380,16 +409,27 @@ for _class in (_Loader, _Dumper):
 def _conflicts(config: RunConfig) -> Iterator[str]:
     """Settings that are fine alone and cannot go together, and settings that would have no effect."""
     model, data, objective, sample = config.model, config.data, config.objective, config.sample
-    if objective.name == "mle":
-        if objective.contrast != "none":
-            yield f"objective.contrast={objective.contrast} needs objective.name=mclr; mle has no contrast"
-        if objective.lam != 0:
-            yield f"objective.lam={objective.lam} needs objective.name=mclr; with mle it must be 0"
-    else:
-        if objective.contrast == "none":
-            yield "objective.contrast=none is not for objective.name=mclr; choose a contrast, or objective mle"
-        if data.num_classes < 2:
-            yield f"objective mclr needs two conditions or more; data.num_classes={data.num_classes}"
+    name, allowed = objective.name, CONTRASTS[objective.name]
+    if objective.contrast not in allowed:
+        yield f"objective.contrast={objective.contrast} is not for objective.name={name}: expected {' or '.join(allowed)}"
+    if name == "mle" and objective.lam != 0:
+        yield f"objective.lam={objective.lam} has no effect with objective.name=mle; there it must be 0"
+    if name != "mle" and data.num_classes < 2:
+        yield f"objective {name} needs two conditions or more; data.num_classes={data.num_classes}"
+    if name in WITH_REFERENCE:
+        if objective.beta is None:
+            yield f"missing key objective.beta; objective {name} needs it, like objective.beta=0.1"
+        if model.weights is None:
+            yield f"objective {name} compares with the network before fine-tuning; give its weights by --init"
+        if objective.lam <= 0 or objective.schedule.kind != "constant":
+            yield f"objective {name} needs objective.lam > 0 and objective.schedule.kind=constant: its ratio is of whole samples"
+    elif objective.beta is not None:
+        yield f"objective.beta={objective.beta} has no effect with objective.name={name}; only {', '.join(WITH_REFERENCE)} have it"
+    if name == "ddo" and objective.generated is None:
+        yield "missing key objective.generated; objective ddo needs a dataset folder made by `mclr sample --dataset`"
+    if name != "ddo" and objective.generated is not None:
+        yield f"objective.generated={objective.generated} has no effect with objective.name={name}; only ddo has it"
+    if name in ("mclr", "unlearn"):
         negative_window = objective.schedule.kind == "negative_window"
         if objective.contrast == "uniform":
             if objective.lam < 0:
@@ -402,14 +442,16 @@ def _conflicts(config: RunConfig) -> Iterator[str]:
         if negative_window and objective.schedule.below == 1:
             yield "objective.schedule.below=1.0 is out of range: must be > 0 and < 1 in training"
     # the bound compares two values of one token in nats: diffusion has a surrogate, and null has no contrast value
-    if objective.bound is not None and (model.paradigm == "diffusion" or objective.contrast in ("null", "none")):
-        yield f"objective.bound={objective.bound} needs a next_scale model and the contrast uniform, weighted or posterior"
+    if objective.bound is not None and (name != "mclr" or model.paradigm == "diffusion" or objective.contrast == "null"):
+        yield f"objective.bound={objective.bound} needs mclr, a next_scale model and the contrast uniform, weighted or posterior"
+    if config.train.icr_every and model.paradigm != "diffusion":
+        yield f"train.icr_every={config.train.icr_every} needs a diffusion model: ICR compares noised views, tokens have none"
     owners = {"diffusion": ("steps", "solver", "sigma_min", "sigma_max", "rho"), "next_scale": ("top_k", "top_p")}
     for paradigm, names in owners.items():
-        for name in names:
-            value = getattr(sample, name)
-            if paradigm != model.paradigm and value != Sample.model_fields[name].default:
-                yield f"sample.{name}={value} has no effect: {model.name} is a {model.paradigm} model, this is for {paradigm}"
+        for key in names:
+            value = getattr(sample, key)
+            if paradigm != model.paradigm and value != Sample.model_fields[key].default:
+                yield f"sample.{key}={value} has no effect: {model.name} is a {model.paradigm} model, this is for {paradigm}"
     if isinstance(model, DiffusionModel):
         yield from _net_conflicts(model.net, data)
 

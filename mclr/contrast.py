@@ -23,18 +23,29 @@ def draw_any(uniform_B: Tensor, num_classes: int) -> Tensor:
     return (uniform_B * num_classes).long().clamp(max=num_classes - 1)[:, None]
 
 
+def draw_marginal(uniform_B: Tensor, num_classes: int, null_share: float) -> Tensor:
+    """A condition as training meets them: null (num_classes) for a share, else uniform over the classes. Inverse CDF, [B, 1]."""
+    c_B1 = draw_any(uniform_B / (1 - null_share), num_classes)
+    return torch.where(uniform_B[:, None] < 1 - null_share, c_B1, num_classes)
+
+
+def kept(posterior_BTK: Tensor, truncate: float) -> Tensor:
+    """The classes that draw_posterior may draw, bool [B, T, K]: all but the least likely ones that together have at most `truncate`.
+
+    A share of the mass, not a smallest probability, so that it means the same for 10 and for 1,000 classes.
+    """
+    rising, order = posterior_BTK.double().sort(-1)
+    keep_BTK = rising.cumsum(-1) > truncate * rising.sum(-1, keepdim=True)
+    return torch.zeros_like(posterior_BTK, dtype=torch.bool).scatter(-1, order, keep_BTK)
+
+
 def draw_posterior(posterior_BTK: Tensor, uniform_B: Tensor, truncate: float) -> Tensor:
     """c~ ~ p(c~ | x_t) per term, by inverse CDF of one uniform per sample, [B, T].
 
-    The least likely classes, together at most `truncate`, are dropped and the rest renormalised: an under-confident posterior would
-    leave the objective unbounded below where p(c|x_t) is small (derived). A share of the mass, not a smallest probability, so that
-    it means the same for 10 and for 1,000 classes.
+    Drawn among the kept classes, renormalised: an under-confident posterior would leave the objective unbounded below where
+    p(c|x_t) is small (derived).
     """
-    rising, order = posterior_BTK.double().sort(-1)
-    keep = torch.zeros_like(posterior_BTK, dtype=torch.bool).scatter(
-        -1, order, rising.cumsum(-1) > truncate * rising.sum(-1, keepdim=True)
-    )
-    cdf = (posterior_BTK * keep).double().cumsum(-1)
+    cdf = (posterior_BTK * kept(posterior_BTK, truncate)).double().cumsum(-1)
     drawn = (cdf <= uniform_B.double()[:, None, None] * cdf[..., -1:]).sum(-1)
     return drawn.clamp(max=posterior_BTK.shape[-1] - 1)
 
@@ -43,6 +54,12 @@ def matched_rows(c_B: Tensor, lam_BT: Tensor, mix_BT: Tensor | None = None) -> R
     """One row per sample and no contrast value."""
     index = torch.arange(len(c_B), device=c_B.device)
     return Rows(index, c_B, index[:, None].expand_as(lam_BT), lam_BT, torch.zeros_like(lam_BT), mix_BT)
+
+
+def generated_rows(c_P: Tensor, lam_BT: Tensor, weight_BT: Tensor) -> Rows:
+    """Every row its own sample: B real ones, then the B generated ones that are their contrast. c_P: conditions of both, P = 2B."""
+    index_P = torch.arange(len(c_P), device=c_P.device)
+    return Rows(index_P, c_P, index_P[len(c_P) // 2 :, None].expand_as(lam_BT), lam_BT, weight_BT)
 
 
 def paired_rows(c_B: Tensor, contrast_c_BT: Tensor, lam_BT: Tensor, weight_BT: Tensor) -> Rows:

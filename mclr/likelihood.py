@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mclr.guidance import mix
 
@@ -56,10 +57,11 @@ class Probe:
 class Rows:
     """Which (sample, condition) pairs are scored in one forward.
 
-    index_R: row -> sample of the probe; rows 0..B-1 are the matched ones, in order. c_R: condition of each row.
-    contrast_BT: the row that holds the contrast value of each term; the matched row itself where the drawn condition coincides
-    (the terms then cancel exactly and nothing is computed). lam_BT: strength of the ratio; weight_BT: weight of the contrast value.
-    mix_BT: weight g of inverse guidance on the matched rows, pred + g (pred - sg pred_null); None where no contrast is `null`.
+    index_R: row -> sample of the probe (which may hold generated samples after the B real ones); rows 0..B-1 are the matched ones,
+    in order. c_R: condition of each row. contrast_BT: the row that holds the contrast value of each term; the matched row itself
+    where the drawn condition coincides (the terms then cancel exactly and nothing is computed). lam_BT: strength of the ratio.
+    weight_BT: weight of the contrast value; negative where that counts as matched (`marginal`). mix_BT: weight g of inverse
+    guidance on the matched rows, pred + g (pred - sg pred_null); None where no contrast is `null`.
     """
 
     index_R: Tensor
@@ -69,6 +71,15 @@ class Rows:
     weight_BT: Tensor
     mix_BT: Tensor | None = None
 
+    @property
+    def terms(self) -> int:
+        """How many leading terms the rows beside the matched ones are scored on: up to the last one with a ratio.
+
+        Coarser scales do not see finer ones, so a token row cut short there is exact; its cost is its share of the tokens.
+        """
+        ratio_T = self.lam_BT.ne(0).any(0)
+        return int(ratio_T.nonzero().max()) + 1 if ratio_T.any() else 0
+
 
 @dataclass(frozen=True)
 class LogLik:
@@ -76,6 +87,14 @@ class LogLik:
 
     value_RT: Tensor
     aux_R: Tensor
+
+
+@dataclass(frozen=True)
+class Scores(LogLik):
+    """What the objective sees of all rows. delta_R: log-likelihood ratio of the network to the frozen reference, summed over the
+    sample's dimensions; None where there is no reference."""
+
+    delta_R: Tensor | None = None
 
 
 class Paradigm(Protocol):
@@ -87,8 +106,11 @@ class Paradigm(Protocol):
 
     def probe(self, x_B: Tensor, draws: Draws) -> Probe: ...
 
-    def predict(self, net: Net, probe: Probe, index_R: Tensor, c_R: Tensor) -> tuple[Tensor, Any]:
-        """The network's answer for these rows: what guidance mixes (denoised image or logits), and the rest."""
+    def predict(self, net: Net, probe: Probe, index_R: Tensor, c_R: Tensor, terms: int | None = None) -> tuple[Tensor, Any]:
+        """The network's answer for these rows: what guidance mixes (denoised image or logits), and the rest.
+
+        terms: how many leading terms are wanted; None: all of them.
+        """
 
     def log_likelihood(
         self, prediction: tuple[Tensor, Any], probe: Probe, index_R: Tensor, mixed: Tensor | None = None
@@ -98,20 +120,39 @@ class Paradigm(Protocol):
     def sample(self, net: Net, c_B: Tensor, guidance: Any, draws: Draws) -> Tensor: ...
 
 
-def score(paradigm: Paradigm, net: Net, probe: Probe, rows: Rows, null: int) -> LogLik:
-    """Values of all rows in one forward with gradient; with `mix_BT`, a second forward of the null rows without.
+def score(paradigm: Paradigm, net: Net, probe: Probe, rows: Rows, null: int, reference: Net | None = None) -> Scores:
+    """Values of all rows in one forward with gradient; with `mix_BT` or a reference, a second forward without.
 
-    The null forward covers only samples whose mixing weight is not 0. aux comes from the unmixed prediction.
+    Where the ratio ends before the last term, the rows beside the matched ones are forwarded by themselves, cut short there; the
+    null forward covers only samples whose mixing weight is not 0. aux comes from the unmixed prediction.
     """
-    prediction = paradigm.predict(net, probe, rows.index_R, rows.c_R)
-    if rows.mix_BT is None:
-        return paradigm.log_likelihood(prediction, probe, rows.index_R)
-    pred = prediction[0]
-    guided_R = rows.mix_BT.ne(0).any(1).nonzero()[:, 0]
-    guide = pred.detach().clone()
-    # not every network takes zero rows
-    if len(guided_R):
-        with torch.no_grad():
-            null_R = torch.full_like(guided_R, null)
-            guide[guided_R] = paradigm.predict(net, probe, guided_R, null_R)[0]
-    return paradigm.log_likelihood(prediction, probe, rows.index_R, mixed=mix(pred, guide, rows.mix_BT))
+    index_R, c_R = rows.index_R, rows.c_R
+    if rows.mix_BT is not None:
+        prediction = paradigm.predict(net, probe, index_R, c_R)
+        pred = prediction[0]
+        guided_R = rows.mix_BT.ne(0).any(1).nonzero()[:, 0]
+        guide = pred.detach().clone()
+        # not every network takes zero rows
+        if len(guided_R):
+            with torch.no_grad():
+                null_pred = paradigm.predict(net, probe, guided_R, torch.full_like(guided_R, null), rows.terms)[0]
+                guide[guided_R, : null_pred.shape[1]] = null_pred
+        own = paradigm.log_likelihood(prediction, probe, index_R, mixed=mix(pred, guide, rows.mix_BT))
+        return Scores(own.value_RT, own.aux_R)
+    (batch, all_terms), terms = rows.lam_BT.shape, rows.terms
+    if reference is None and len(index_R) > batch and 0 < terms < all_terms:
+        matched, others = index_R[:batch], index_R[batch:]
+        own = paradigm.log_likelihood(paradigm.predict(net, probe, matched, c_R[:batch]), probe, matched)
+        short = paradigm.log_likelihood(paradigm.predict(net, probe, others, c_R[batch:], terms), probe, others)
+        value_RT = torch.cat([own.value_RT, pad(short.value_RT, (0, all_terms - terms))])
+        return Scores(value_RT, torch.cat([own.aux_R, short.aux_R]))
+    prediction = paradigm.predict(net, probe, index_R, c_R)
+    own = paradigm.log_likelihood(prediction, probe, index_R)
+    if reference is None:
+        return Scores(own.value_RT, own.aux_R)
+    with torch.no_grad():
+        frozen = paradigm.predict(reference, probe, index_R, c_R)
+        reference_RT = paradigm.log_likelihood(frozen, probe, index_R).value_RT
+    # both under the reference's uncertainty: with each network's own, an error halved alone would show as a ratio of 0 (derived)
+    policy_RT = paradigm.log_likelihood((prediction[0], frozen[1]), probe, index_R).value_RT
+    return Scores(own.value_RT, own.aux_R, paradigm.dims * (policy_RT - reference_RT).mean(1))

@@ -4,6 +4,7 @@ B samples; R scored rows; L tokens of all scales, the terms of a row (T = L); l 
 The network: net(teacher_RlE, c_R, cache) -> logits_RlV; the tokenizer turns tokens into the teacher inputs of the next scale.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,11 @@ from torch import Tensor
 
 from mclr.guidance import Guidance, mix
 from mclr.likelihood import Draws, LogLik, Net, Probe
+
+
+def scale_progress(scales: Sequence[int]) -> list[float]:
+    """The progress of every scale, evenly from 0 (coarsest) to 1 (finest); of a single one 0."""
+    return [k / max(len(scales) - 1, 1) for k in range(len(scales))]
 
 
 def pick(logits_BlV: Tensor, uniform_Bl: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -45,36 +51,40 @@ class NextScale:
     def dims(self) -> int:
         return sum(side * side for side in self.scales)
 
-    def scale_progress(self) -> list[float]:
-        return [k / max(len(self.scales) - 1, 1) for k in range(len(self.scales))]
-
     def probe(self, x_B: Tensor, draws: Draws) -> Probe:
         """Teacher inputs of the tokens; nothing is drawn. x_B: tokens [B, L] int64."""
         sizes = torch.tensor([side * side for side in self.scales])
-        progress_L = torch.tensor(self.scale_progress()).repeat_interleave(sizes).to(x_B.device)
+        progress_L = torch.tensor(scale_progress(self.scales)).repeat_interleave(sizes).to(x_B.device)
         with torch.no_grad():
             teacher = self.tokenizer.teacher(x_B)
         return Probe({"tokens": x_B, "teacher": teacher}, progress_L.expand(len(x_B), -1))
 
-    def predict(self, net: Net, probe: Probe, index_R: Tensor, c_R: Tensor) -> tuple[Tensor, None]:
-        """(logits_RLV, None): the logits that guidance mixes; tokens need no calibration."""
-        return net(probe.inputs["teacher"][index_R], c_R), None
+    def predict(
+        self, net: Net, probe: Probe, index_R: Tensor, c_R: Tensor, terms: int | None = None
+    ) -> tuple[Tensor, None]:
+        """(logits of the first `terms` tokens [R, terms, V], None): the logits that guidance mixes; tokens need no calibration.
+
+        terms: tokens of whole scales.
+        """
+        # the first token has no teacher input
+        last = None if terms is None else terms - 1
+        return net(probe.inputs["teacher"][index_R, :last], c_R), None
 
     def log_likelihood(
         self, prediction: tuple[Tensor, None], probe: Probe, index_R: Tensor, mixed: Tensor | None = None
     ) -> LogLik:
         """log p(token | coarser scales, c) of every token, exact, in nats."""
-        tokens = probe.inputs["tokens"][index_R]
         logits = prediction[0] if mixed is None else mixed
+        tokens = probe.inputs["tokens"][index_R, : logits.shape[1]]
         value_RL = logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
         return LogLik(value_RL, value_RL.new_zeros(len(value_RL)))
 
     @torch.no_grad()
     def sample(self, net: Any, c_B: Tensor, guidance: Guidance, draws: Draws) -> Tensor:
-        """Tokens [B, L]. The guide sees the scales it skipped in one block-causal pass when its weight is first not 0."""
+        """Tokens [B, L]. The guide reads the scales it skipped in one block-causal pass, at the next one where its weight is not 0."""
         guide_net: Any = net if guidance.guide is None else guidance.guide
         guide_c_B = torch.full_like(c_B, self.null) if guidance.guide is None else c_B
-        weights = [guidance.gamma.at(progress) for progress in self.scale_progress()]
+        weights = [guidance.gamma.at(progress) for progress in scale_progress(self.scales)]
         cache, guide_cache = net.new_cache(len(c_B)), None
         f_hat = self.tokenizer.start(len(c_B))
         teacher = f_hat.new_zeros(len(c_B), 0, f_hat.shape[1])

@@ -2,61 +2,120 @@
 
 B samples; T terms per sample (1 for diffusion, L tokens); R scored rows; K classes. Values are per dimension, up is good.
 
-    loss = mean over terms of [ -(1 + lam) l+  +  lam w l- ]  +  aux                                   (per sample)
+    loss = phi(v+, v-) + aux        per sample; v+ of the matched condition, v- of the contrast; averaged over terms
 
-l+ the value under the matched condition, l- under a contrast condition c~ of weight w, lam(progress) the strength. Where c~ = c the
-two terms cancel row by row, so the row of c~ is not computed. Instances (MCLR: arXiv 2603.22364; what is derived is said):
+v is the value of each term (mle, mclr, unlearn), or beta times the log-likelihood ratio to a frozen reference, one term per sample
+(cc_dpo, cca, ddo). lam(progress) is the strength; where lam = 0 the loss is plain maximum likelihood, -l+ + aux, in every objective,
+and so it is for samples whose condition was dropped (but in cca). s = log sigmoid. Instances:
 
-| contrast  | c~ and w                                  | optimum                                                                  |
-| none      | lam = 0: maximum likelihood (`mle`)       | p(x|c)                                                                   |
+| name    | phi                                     | contrast (c~ and its weight w)       | source                            |
+| mle     | -v+                                     | none                                 |                                   |
+| mclr    | -(1 + lam) v+ + lam w v-                | uniform, weighted, posterior, null   | MCLR, arXiv 2603.22364            |
+| unlearn | -v+ + lam / (1 + lam) w v-              | uniform, never bounded               | CCA's ablation, arXiv 2410.09347  |
+| cc_dpo  | -lam s(v+ - v-)                         | uniform                              | MCLR's baseline; lam = 1          |
+| cca     | (-s(v+) - lam s(-v-)) / max(lam, 1)     | marginal: as training meets them     | CCA, arXiv 2410.09347             |
+| ddo     | -s(v+) - lam s(-v-)                     | generated: (x of the reference, its c) | DDO, arXiv 2503.01103 (lam: alpha) |
+
+Where c~ = c the two terms of mclr cancel row by row, so the row of c~ is not computed. Contrasts (what is derived is said):
+
+| contrast  | c~ and w                                  | optimum of mclr                                                          |
 | uniform   | another class at random, w = 1: as printed| diffusion: additive extrapolation, unbounded below in places (derived)   |
 | weighted  | uniform over all, w = K p(c~|x_t)         | classifier-free guidance of total weight 1 + lam (derived)               |
 | posterior | c~ ~ p(c~|x_t) at the noisy x_t, w = 1    | the same, at fewer rows: only those with c~ != c                         |
-| null      | l+ is the value of the inversely guided   | exactly guidance of total weight 1 + lam: the Renyi form, bounded for    |
+| null      | v+ is the value of the inversely guided   | exactly guidance of total weight 1 + lam: the Renyi form, bounded for    |
 |           | pred + g (pred - sg pred_null), w = 0,    | lam > -1 (derived); GFT (arXiv 2501.15420) with a scheduled strength     |
 |           | g = -lam / (1 + lam)                      |                                                                          |
+| marginal  | null for the share of dropped conditions, | of cca: a row whose c~ is null or c counts as matched, -s(+v-) with      |
+|           | else uniform; instead of a rolled batch   | weight 1 (w = -1 marks it)                                               |
 
-`bound` m (tokens, label contrasts) acts on the contrast alone: l- becomes max(l-, sg(l+) - m), which leaves the matched gradient
-whole where the ratio already exceeds m nats (derived; mclr/EXPERIMENTS.md).
+`bound` m (tokens, label contrasts of mclr) acts on the contrast alone: v- becomes max(v-, sg(v+) - m), which leaves the matched
+gradient whole where the ratio already exceeds m nats (derived; mclr/EXPERIMENTS.md).
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from mclr.contrast import draw_any, draw_other, draw_posterior, matched_rows, paired_rows
-from mclr.likelihood import Draws, LogLik, Probe, Rows
+from mclr.contrast import draw_any, draw_marginal, draw_other, draw_posterior, generated_rows, matched_rows, paired_rows
+from mclr.likelihood import Draws, Probe, Rows, Scores
 from mclr.schedule import NONE, Schedule
 
-CONTRASTS = ("none", "uniform", "weighted", "posterior", "null")
+
+def mclr(plus: Tensor, minus: Tensor, lam: Tensor, weight: Tensor) -> Tensor:
+    return -(1 + lam) * plus + lam * weight * minus
+
+
+def unlearn(plus: Tensor, minus: Tensor, lam: Tensor, weight: Tensor) -> Tensor:
+    return -plus + lam / (1 + lam) * weight * minus
+
+
+def cc_dpo(plus: Tensor, minus: Tensor, lam: Tensor, weight: Tensor) -> Tensor:
+    return -lam * logsigmoid(plus - minus)
+
+
+def ddo(plus: Tensor, minus: Tensor, lam: Tensor, weight: Tensor) -> Tensor:
+    return -logsigmoid(plus) - lam * logsigmoid(-minus)
+
+
+def cca(plus: Tensor, minus: Tensor, lam: Tensor, weight: Tensor) -> Tensor:
+    strength = torch.where(weight < 0, 1.0, lam)
+    return (-logsigmoid(plus) - strength * logsigmoid(-weight * minus)) / lam.clamp(min=1)
+
+
+PHI = {"mle": mclr, "mclr": mclr, "unlearn": unlearn, "cc_dpo": cc_dpo, "cca": cca, "ddo": ddo}
 
 
 @dataclass(frozen=True)
 class Objective:
-    """lam: strength over progress. contrast: one of CONTRASTS. bound: nats, or None. truncate: share of the posterior never drawn."""
+    """contrast: none, or one of those above. lam: strength over progress. bound: nats, or None. truncate: share of the posterior that
+    is never drawn.
+
+    name: one of PHI. beta: scale of the ratio to the reference; None: there is none. null_share: of dropped conditions (`marginal`).
+    """
 
     contrast: str = "none"
     lam: Schedule = NONE
     bound: float | None = None
     truncate: float = 0.02
+    name: str = "mclr"
+    beta: float | None = None
+    null_share: float = 0.0
 
     @property
     def needs_posterior(self) -> bool:
         return self.contrast in ("weighted", "posterior")
 
+    @property
+    def needs_reference(self) -> bool:
+        return self.beta is not None
+
+    @property
+    def needs_generated(self) -> bool:
+        return self.contrast == "generated"
+
     def rows(self, probe: Probe, c_B: Tensor, null: int, draws: Draws, posterior_BTK: Tensor | None) -> Rows:
         """What has to be scored for these samples. c_B: int64, null where the condition was dropped: those samples get lam = 0.
 
-        posterior_BTK: p(c | what the network sees when it scores the term); needed by `weighted` and `posterior`.
+        With `generated`, probe and c_B hold as many generated samples after the real ones. posterior_BTK: p(c | what the network
+        sees when it scores the term); needed by `weighted` and `posterior`.
         """
         uniform_B = draws.uniform()
-        lam_BT = self.lam(probe.progress_BT) * (c_B != null)[:, None]
+        lam_BT = self.lam(probe.progress_BT)
+        if self.contrast == "marginal":
+            other_B1 = draw_marginal(uniform_B, null, self.null_share)
+            weight_BT = torch.where((other_B1 == null) | (other_B1 == c_B[:, None]), -1.0, torch.ones_like(lam_BT))
+            return paired_rows(c_B, other_B1, lam_BT, weight_BT)
+        lam_BT = lam_BT * (c_B != null)[:, None]
         one_BT = torch.ones_like(lam_BT)
         if self.contrast == "none":
             return matched_rows(c_B, torch.zeros_like(lam_BT))
         if self.contrast == "null":
             return matched_rows(c_B, lam_BT, mix_BT=-lam_BT / (1 + lam_BT))
+        if self.contrast == "generated":
+            half = len(c_B) // 2
+            return generated_rows(c_B, lam_BT[:half], one_BT[:half])
         if self.contrast == "uniform":
             return paired_rows(c_B, draw_other(c_B, uniform_B, null), lam_BT, one_BT)
         assert posterior_BTK is not None
@@ -66,20 +125,27 @@ class Objective:
         weight_BT = null * posterior_BTK.gather(-1, other_B1[..., None].expand(-1, posterior_BTK.shape[1], 1))[..., 0]
         return paired_rows(c_B, other_B1, lam_BT, weight_BT)
 
-    def __call__(self, scores: LogLik, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, scores: Scores, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
         """loss_B, unreduced, fp32, and what is worth watching (0-d tensors, averages over the batch)."""
         batch = len(rows.lam_BT)
         matched_BT = scores.value_RT[:batch]
-        contrast_BT = scores.value_RT.gather(0, rows.contrast_BT)
-        if self.bound is not None:
-            contrast_BT = torch.maximum(contrast_BT, matched_BT.detach() - self.bound)
-        loss_BT = -(1 + rows.lam_BT) * matched_BT + rows.lam_BT * rows.weight_BT * contrast_BT
+        own_BT = torch.arange(batch, device=matched_BT.device)[:, None]
+        if self.beta is None:
+            plus, minus = matched_BT, scores.value_RT.gather(0, rows.contrast_BT)
+            if self.bound is not None:
+                minus = torch.maximum(minus, plus.detach() - self.bound)
+            loss_B = PHI[self.name](plus, minus, rows.lam_BT, rows.weight_BT).mean(1)
+        else:
+            assert scores.delta_R is not None
+            # one term per sample: lam and contrast are the same for all terms
+            lam_B, weight_B = rows.lam_BT[:, 0], rows.weight_BT[:, 0]
+            plus, minus = self.beta * scores.delta_R[:batch], self.beta * scores.delta_R[rows.contrast_BT[:, 0]]
+            loss_B = torch.where(lam_B == 0, -matched_BT.mean(1), PHI[self.name](plus, minus, lam_B, weight_B))
         aux_B = scores.aux_R[:batch]
-        own_BT = torch.arange(batch, device=loss_BT.device)[:, None]
         metrics = {
             "value": matched_BT.detach().mean(),
-            "ratio": (matched_BT - contrast_BT).detach().mean(),
+            "ratio": (plus - minus).detach().mean(),
             "aux": aux_B.detach().mean(),
             "contrast_share": (rows.contrast_BT != own_BT).float().mean(),
         }
-        return loss_BT.mean(1) + aux_B, metrics
+        return loss_B + aux_B, metrics

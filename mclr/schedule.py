@@ -46,5 +46,15 @@ class Schedule:
         """The weight at one progress."""
         return float(self(torch.tensor(progress)))
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether the weight is 0 everywhere."""
+        return self.weight == 0 and self.kind != "negative_window"
+
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        """The progresses at which the weight jumps."""
+        return {"interval": (self.low, self.high), "negative_window": (self.turn,)}.get(self.kind, ())
+
 
 NONE = Schedule("constant", 0.0)

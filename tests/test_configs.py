@@ -30,7 +30,7 @@ PINNED = {
 
 
 def load_with(*overrides: str, model="edm2-digits", objective="mclr", data="digits", engine="local") -> RunConfig:
-    pinned = [pair for pair in PINNED.get(model, []) if objective != "mle" or not pair.startswith("objective.")]
+    pinned = [pair for pair in PINNED.get(model, []) if objective == "mclr" or not pair.startswith("objective.")]
     return load(model, objective, data, engine, [*pinned, *overrides])
 
 
@@ -42,12 +42,17 @@ def refusal(*overrides: str, **presets: str) -> str:
     return message
 
 
+# what an objective asks for and no preset can know: a network to compare with, samples of it
+REFERENCE = ["model.weights=mine"]
+NEEDED = {"cc_dpo": REFERENCE, "cca": REFERENCE, "ddo": [*REFERENCE, "objective.generated=samples"]}
+# a net of four levels, with attention at 16: nothing for 8 pixels
+SIZED = {"edm2-img64-s": ["data.resolution=64"]}
 COMBINATIONS = list(itertools.product(names("model"), names("objective"), names("data"), names("engine")))
 
 
 @pytest.mark.parametrize("presets", COMBINATIONS, ids=" ".join)
 def test_every_combination_of_presets_loads_and_survives_a_round_trip(presets, tmp_path):
-    config = load(*presets, [])
+    config = load(*presets, [*SIZED.get(presets[0], []), *NEEDED.get(presets[1], [])])
     (tmp_path / schema.FILE).write_text(dump(config))
     assert load_resolved(tmp_path) == load_resolved(tmp_path / schema.FILE) == config
     assert from_dict(config.model_dump()) == config
@@ -70,7 +75,7 @@ def test_changing_the_paradigm_is_changing_the_model_preset():
 
 @pytest.mark.parametrize("model", names("model"))
 def test_mle_takes_back_what_a_model_preset_says_about_the_contrast(model):
-    objective = load(model, "mle", "digits", "local", []).objective
+    objective = load(model, "mle", "digits", "local", SIZED.get(model, [])).objective
     assert (objective.contrast, objective.lam, objective.bound) == ("none", 0.0, None)
 
 
@@ -194,7 +199,7 @@ def test_a_folder_that_is_no_dataset_is_refused(text, problem, tmp_path):
         ("train.betas=[0.9]", "train.betas=[0.9]: expected more entries"),
         ("train.betas=[0.9, 0.9, 0.9]", "train.betas=[0.9, 0.9, 0.9]: expected fewer entries"),
         ("objective.contrast=posteriour",
-         'objective.contrast="posteriour": expected auto, uniform, weighted, posterior, null or none'),
+         'objective.contrast="posteriour": expected auto, uniform, weighted, posterior, null, none, marginal or generated'),
         ("model.paradigm=gan", 'model.paradigm="gan": expected diffusion or next_scale'),
         ("model=edm2-digits", 'model="edm2-digits": model is a section; set one of its keys, like model.name=...'),
         ("train=5", "train=5: train is a section; set one of its keys, like train.seed=..."),
@@ -216,13 +221,17 @@ def test_a_folder_that_is_no_dataset_is_refused(text, problem, tmp_path):
         ("engine.zero=1", "engine.zero=1 needs kind=deepspeed"),
         ("sample.sigma_min=90", "sample.sigma_min=90.0 must be below sigma_max=80.0"),
         ("sample.schedule.low=0.3", "sample.schedule.low=0.3 has no effect with kind=constant; it belongs to kind=interval"),
+        ("model.posterior.backbone=5", "model.posterior.backbone=5: expected text or null"),
         # two sections
         ("objective.contrast=none",
-         "objective.contrast=none is not for objective.name=mclr; choose a contrast, or objective mle"),
+         "objective.contrast=none is not for objective.name=mclr: expected posterior or null or weighted or uniform"),
         ("objective.lam=-1", "objective.lam=-1.0 is out of range: must be > -1 with objective.contrast=posterior"),
         ("data.num_classes=1", "objective mclr needs two conditions or more; data.num_classes=1"),
         ("objective.bound=3",
-         "objective.bound=3.0 needs a next_scale model and the contrast uniform, weighted or posterior"),
+         "objective.bound=3.0 needs mclr, a next_scale model and the contrast uniform, weighted or posterior"),
+        ("objective.beta=1", "objective.beta=1.0 has no effect with objective.name=mclr; only cc_dpo, cca, ddo have it"),
+        ("objective.generated=x", "objective.generated=x has no effect with objective.name=mclr; only ddo has it"),
+        ("train.mle_images=0", "train.mle_images=0 is out of range: must be > 0"),
         ("objective.schedule.kind=negative_window",
          "objective.schedule.below=1.0 is out of range: must be > 0 and < 1 in training"),
         ("sample.top_k=5", "sample.top_k=5 has no effect: edm2-digits is a diffusion model, this is for next_scale"),
@@ -246,17 +255,31 @@ def test_an_override_is_refused_in_one_line(override, message):
     ("overrides", "presets", "message"),
     [
         (["train.lr=0", "train.seed=-1", "train.betaz=1"], {}, "unknown key train.betaz; did you mean train.betas? (and 2 more)"),
-        (["objective.lam=0.1"], {"objective": "mle"}, "objective.lam=0.1 needs objective.name=mclr; with mle it must be 0"),
+        (["objective.lam=0.1"], {"objective": "mle"}, "objective.lam=0.1 has no effect with objective.name=mle; there it must be 0"),
         (["objective.contrast=null"], {"objective": "mle"},
-         "objective.contrast=null needs objective.name=mclr; mle has no contrast"),
+         "objective.contrast=null is not for objective.name=mle: expected none"),
+        (["objective.contrast=uniform"], {"objective": "cca"},
+         "objective.contrast=uniform is not for objective.name=cca: expected marginal"),
+        (["objective.beta=null"], {"objective": "cca"},
+         "missing key objective.beta; objective cca needs it, like objective.beta=0.1"),
+        (["objective.schedule.kind=ramp"], {"objective": "cc_dpo"},
+         "objective cc_dpo needs objective.lam > 0 and objective.schedule.kind=constant: its ratio is of whole samples"),
+        (["model.weights=null"], {"objective": "cca"},
+         "objective cca compares with the network before fine-tuning; give its weights by --init"),
+        ([], {"objective": "ddo"},
+         "missing key objective.generated; objective ddo needs a dataset folder made by `mclr sample --dataset`"),
+        (["objective.bound=1"], {"objective": "unlearn", "model": "var-digits"},
+         "objective.bound=1.0 needs mclr, a next_scale model and the contrast uniform, weighted or posterior"),
         (["objective.contrast=uniform", "objective.lam=-0.1"], {},
          "objective.lam=-0.1 is out of range: must be >= 0 with objective.contrast=uniform"),
         (["objective.contrast=uniform", "objective.schedule.kind=negative_window", "objective.schedule.below=0.5"], {},
          "objective.schedule.kind=negative_window needs another contrast; uniform allows no negative lam"),
         (["objective.schedule.kind=interval", "objective.schedule.low=0.5", "objective.schedule.high=0.2"], {},
          "objective.schedule.low=0.5 must be below high=0.2"),
-        (["objective.bound=3"], {"model": "var-digits"},
-         "objective.bound=3.0 needs a next_scale model and the contrast uniform, weighted or posterior"),
+        (["objective.bound=3", "objective.contrast=null"], {"model": "var-digits"},
+         "objective.bound=3.0 needs mclr, a next_scale model and the contrast uniform, weighted or posterior"),
+        (["model.posterior.backbone=convnext_tiny", "model.posterior.channels=64"], {},
+         "model.posterior.channels=64 has no effect with backbone=convnext_tiny, which has its own widths"),
         (["sample.steps=9"], {"model": "var-digits"},
          "sample.steps=9 has no effect: var-digits is a next_scale model, this is for diffusion"),
         (["model.net.depth=x"], {"model": "var-d16"}, 'model.net.depth="x": expected an integer'),
@@ -265,7 +288,7 @@ def test_an_override_is_refused_in_one_line(override, message):
         ([], {"model": "edm2-digit"},
          "unknown model edm2-digit; did you mean edm2-digits? "
          f"(known: {', '.join(names('model'))}; or the path of a YAML file)"),
-        ([], {"objective": "xyz"}, "unknown objective xyz (known: mclr, mle; or the path of a YAML file)"),
+        ([], {"objective": "xyz"}, f"unknown objective xyz (known: {', '.join(names('objective'))}; or the path of a YAML file)"),
         ([], {"data": "digit"},
          f"unknown data digit; did you mean digits? (known: {', '.join(names('data'))}; or a folder made by `mclr prepare`)"),
         ([], {"engine": "missing.yaml"}, "cannot read missing.yaml: No such file or directory"),

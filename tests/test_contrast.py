@@ -5,7 +5,7 @@ import torch
 from toy import wave
 
 from mclr.contrast import ROW_MULTIPLE, draw_any, draw_other, draw_posterior, matched_rows, paired_rows
-from mclr.likelihood import LogLik
+from mclr.likelihood import Scores
 from mclr.objective import Objective
 
 ALMOST_ONE = 1 - 2**-24  # the largest fp32 uniform
@@ -124,7 +124,7 @@ def test_padding_reaches_neither_loss_nor_gradient():
     value_RT[used:] = torch.nan
     aux_R = value_RT[:, 0].clone()
     value_RT.requires_grad_()
-    loss_B, metrics = Objective("uniform")(LogLik(value_RT, aux_R), rows)
+    loss_B, metrics = Objective("uniform")(Scores(value_RT, aux_R), rows)
     assert loss_B.isfinite().all() and all(value.isfinite() for value in metrics.values())
     (grad,) = torch.autograd.grad(loss_B.sum(), value_RT)
     assert grad[used:].eq(0).all() and grad[:5].ne(0).all()

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from toy import SCALES, Given, K, ToyTokenizer, V, float64, toy, wave
+from toy import SCALES, Given, K, V, float64, toy, wave
 
 from mclr.guidance import Guidance, mix
 from mclr.likelihood import Draws
-from mclr.next_scale import NextScale, pick
+from mclr.next_scale import NextScale, pick, scale_progress
 from mclr.objective import Objective
 from mclr.schedule import Schedule
 from models.var import VAR, VARConfig
@@ -108,8 +108,8 @@ def test_progress_is_that_of_the_scale():
     probe, _ = case.ask(Objective())
     assert probe.progress_BT[0].tolist() == [0.0] + [0.5] * 4 + [1.0] * 9 and probe.progress_BT.shape == (8, 14)
     assert torch.equal(probe.inputs["teacher"], case.paradigm.tokenizer.teacher(case.x_B))
-    assert case.paradigm.dims == 14 and case.paradigm.scale_progress() == [0.0, 0.5, 1.0]
-    assert NextScale((1,), K, ToyTokenizer((1,))).scale_progress() == [0.0]
+    assert case.paradigm.dims == 14 and scale_progress(SCALES) == [0.0, 0.5, 1.0]
+    assert scale_progress((1,)) == [0.0]
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +181,72 @@ def test_sampling_with_shortcuts_equals_plain_sampling(real, name, autoguidance)
     paradigm.sample(Watched(net, False), c_B, guidance, Draws(0, positions))
     assert asked[False] == [(c_B.tolist(), tokens) for tokens in (1, 4, 9)]
     assert asked[True] == [(guide_c_B.tolist(), tokens) for tokens in guide_tokens if tokens]
+
+
+class Weights(list):
+    """Weights of five scales, also such as no schedule has."""
+
+    def at(self, progress: float) -> float:
+        return self[round(4 * progress)]
+
+
+GREEDY = {
+    "ramp": (Schedule("ramp", 2.0), [0.0, 0.5, 1.0, 1.5, 2.0], [5, 9, 16, 25]),
+    "interval": (Schedule("interval", 3.0, low=0.5, high=0.75), [0.0, 0.0, 3.0, 3.0, 0.0], [14, 16]),
+    "interval at the end": (Schedule("interval", 3.0, low=0.8), [0.0, 0.0, 0.0, 0.0, 3.0], [55]),
+    "window": (Schedule("negative_window", 2.0, turn=0.6, below=1.0), [2.0, 2.0, 2.0, -1.0, -1.0], [1, 4, 9, 16, 25]),
+    "negative alone": (Schedule("negative_window", 0.0, turn=0.6, below=0.9), [0.0, 0.0, 0.0, -0.9, -0.9], [30, 25]),
+    "a gap": (Weights([2.0, 0.0, 0.0, -1.0, 3.0]), [2.0, 0.0, 0.0, -1.0, 3.0], [1, 29, 25]),
+    "two gaps": (Weights([0.0, 2.0, 0.0, 3.0, 0.0]), [0.0, 2.0, 0.0, 3.0, 0.0], [5, 25]),
+}
+
+
+@pytest.fixture(scope="module", params=[(False, True), (True, False)], ids=["own modulation", "shared modulation"])
+def deep(request):
+    """Five scales, greedy; the guide is of another size and of the other form."""
+    torch.manual_seed(0)
+    scales = (1, 2, 3, 4, 5)
+    tokenizer = VQVAE(VQVAEConfig(1, ch=8, ch_mult=(1,), num_res_blocks=1, z_channels=4, vocab_size=16, scales=scales)).eval()
+    tokenizer.codebook.weight.data.normal_()
+    nets = []
+    for shared, (depth, width) in zip(request.param, ((2, 16), (3, 24)), strict=True):
+        config = VARConfig(
+            K, depth, width, 2, patch_nums=scales, vocab_size=16, z_channels=4, shared_aln=shared, attn_l2_norm=shared
+        )
+        nets.append(VAR(config).eval())
+        for parameter in nets[-1].parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    return *nets, NextScale(scales, K, tokenizer, top_k=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("autoguidance", [False, True])
+@pytest.mark.parametrize("name", GREEDY)
+def test_greedy_codes_are_those_without_skipping(deep, name, autoguidance):
+    """The guide reads several skipped scales in one block-causal pass, in front of and behind others in its cache."""
+    net, other, paradigm = deep
+    gamma, weights, blocks = GREEDY[name]
+    c_B, draws = torch.arange(24) % K, Draws(0, list(range(24)))
+    guide, guide_c_B = (other, c_B) if autoguidance else (net, torch.full_like(c_B, K))
+    expected = plain_sample(paradigm, net, guide, guide_c_B, weights, c_B, draws)
+    unguided = plain_sample(paradigm, net, guide, guide_c_B, [0.0] * 5, c_B, draws)
+    assert (expected != unguided).any(0).sum() >= 3
+
+    asked = []
+
+    class Watched:
+        new_cache = staticmethod(guide.new_cache)
+
+        def __call__(self, teacher_RlE, c_R, cache):
+            before = cache.length
+            logits = guide(teacher_RlE, guide_c_B, cache)
+            asked.append(cache.length - before)
+            return logits
+
+    assert torch.equal(paradigm.sample(net, c_B, Guidance(gamma, Watched()), draws), expected)
+    assert asked == blocks
+    if not autoguidance:
+        assert torch.equal(paradigm.sample(net, c_B, Guidance(gamma), draws), expected)
 
 
 @torch.no_grad()

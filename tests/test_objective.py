@@ -11,17 +11,40 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd.functional import hessian
-from toy import CONDITIONS, KINDS, MISMATCHED, RAMP, Counted, Draws64, Given, K, ToyTokenizer, V, float64, toy, wave
+from toy import (
+    CONDITIONS,
+    CONTRASTS,
+    GENERATED,
+    KINDS,
+    MISMATCHED,
+    RAMP,
+    Counted,
+    Draws64,
+    Given,
+    K,
+    ToyTokenizer,
+    V,
+    float64,
+    toy,
+    wave,
+)
 
 from mclr.contrast import paired_rows
 from mclr.diffusion import Diffusion
-from mclr.likelihood import LogLik, Probe, score
+from mclr.likelihood import Probe, Rows, Scores, score
 from mclr.next_scale import NextScale
-from mclr.objective import CONTRASTS, Objective
+from mclr.objective import Objective
 from mclr.schedule import Schedule
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
 MLE = Objective()
+# the others of the family; their contrast is fixed by their name
+FAMILY = {
+    "unlearn": Objective("uniform", Schedule("ramp", 0.7), name="unlearn"),
+    "cc_dpo": Objective("uniform", Schedule("constant", 1.0), name="cc_dpo", beta=0.3),
+    "cca": Objective("marginal", Schedule("constant", 2.5), name="cca", beta=0.3, null_share=0.25),
+    "ddo": Objective("generated", Schedule("constant", 2.5), name="ddo", beta=0.3),
+}
 TINY = 1e-12
 
 
@@ -146,6 +169,37 @@ def test_loss_is_the_full_pair_formula(contrast, kind, bound, truncate):
         assert close(grad, wanted), name
 
 
+@pytest.mark.parametrize("contrast", [*MISMATCHED, "null"])
+@pytest.mark.parametrize(("high", "terms"), [(0.0, 1), (0.5, 5), (1.0, 14)])
+@float64()
+def test_rows_are_cut_short_after_the_last_scale_with_a_ratio(high, terms, contrast, monkeypatch):
+    """Coarser scales do not see finer ones: the loss and its gradient are those of whole rows, at the cost of the prefix."""
+    case, objective = toy("tokens"), Objective(contrast, Schedule("interval", 0.7, high=high), truncate=0.0)
+    lengths = []
+
+    def counted(teacher_RlE, c_R, net=case.net):
+        lengths.append((torch.is_grad_enabled(), teacher_RlE.shape[1] + 1, len(c_R)))
+        return net(teacher_RlE, c_R)
+
+    loss, gradients = case.loss(objective), case.gradients(objective)
+    with monkeypatch.context() as patch:
+        patch.setattr(Rows, "terms", 14)
+        whole, expected = case.loss(objective), case.gradients(objective)
+    assert close(loss, whole)
+    for name, grad in gradients.items():
+        assert close(grad, expected[name]), name
+    _, rows = case.ask(objective)
+    assert rows.terms == terms
+    score(case.paradigm, counted, case.ask(objective)[0], rows, K)
+    others = len(rows.c_R) - 8
+    if contrast == "null":
+        assert lengths == [(True, 14, 8), (False, terms, 7)]
+    elif terms == 14:
+        assert lengths == [(True, 14, 8 + others)]
+    else:
+        assert lengths == [(True, 14, 8), (True, terms, others)] and others > 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_coinciding_draws_cost_no_rows_and_cancel_exactly(kind):
     """A posterior that is certain of the true condition leaves plain mle, lam or not."""
@@ -208,7 +262,7 @@ def test_bound_acts_on_the_contrast_alone():
     rows = paired_rows(c_B, torch.tensor([[1], [0]]), torch.full((2, 3), lam), torch.ones(2, 3))
     values = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, -1.0], [-1.5, -3.5, -9.0], [-1.999, -2.001, 0.0]])
     value_RT = torch.cat([values, torch.zeros(len(rows.c_R) - 4, 3)]).requires_grad_()
-    loss_B, _ = objective(LogLik(value_RT, value_RT.new_zeros(len(value_RT))), rows)
+    loss_B, _ = objective(Scores(value_RT, value_RT.new_zeros(len(value_RT))), rows)
     (grad,) = torch.autograd.grad(loss_B.sum() * 3, value_RT)
     assert grad[:2].eq(-(1 + lam)).all()
     assert torch.equal(grad[2:4] / lam, torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 1.0]]))
@@ -411,24 +465,118 @@ def test_optimum_of_uniform_is_additive_and_unbounded_in_places(x_t, sigma):
     assert (curvature < 0).any() and (curvature > 0).any()
 
 
+def log_ratio(case, probe: Probe, c: int) -> Tensor:
+    """log p(x|c) of the network minus that of the reference, [B], by the definition of each paradigm."""
+    c_B = torch.full((len(probe.progress_BT),), c)
+    if isinstance(case.paradigm, NextScale):
+        logits, frozen = (net(probe.inputs["teacher"], c_B).log_softmax(-1) for net in (case.net, case.reference))
+        return (logits - frozen).gather(-1, probe.inputs["tokens"][..., None])[..., 0].sum(1)
+    x, noisy, sigma = (probe.inputs[name] for name in ("x", "noisy", "sigma"))
+    (denoised, _), (frozen, u) = (net(noisy, sigma, c_B) for net in (case.net, case.reference))
+    gain = (frozen - x).square().sum((1, 2, 3)) - (denoised - x).square().sum((1, 2, 3))
+    return (sigma**2 + 0.5**2) / (sigma * 0.5) ** 2 * gain * (-u).exp()
+
+
+def family_by_definition(case, objective: Objective) -> Tensor:
+    """loss_B of the published formulas, sample by sample."""
+    generated = objective.name == "ddo"
+    draws = Draws64(0, list(range(16 if generated else 8)))
+    probe = case.paradigm.probe(torch.cat([case.x_B, case.generated_B]) if generated else case.x_B, draws)
+    u, lam, losses = draws.uniform().tolist(), objective.lam.weight, []
+    value = [case.value(probe, c).value_RT for c in range(K + 1)]
+    delta = [objective.beta * log_ratio(case, probe, c) for c in range(K + 1)] if objective.beta else None
+    s = torch.nn.functional.logsigmoid
+    for b, c in enumerate(case.c_B.tolist()):
+        other = [k for k in range(K) if k != c][int(u[b] * (K - 1))] if c != K else c
+        if objective.name == "cca":
+            other = K if u[b] >= 0.75 else int(u[b] / 0.75 * K)
+            positive = other in (c, K)
+            second = s(delta[other][b]) if positive else lam * s(-delta[other][b])
+            losses.append(-(s(delta[c][b]) + second) / max(lam, 1))
+        elif c == K:
+            losses.append(-value[c][b].mean())
+        elif objective.name == "unlearn":
+            lam_T = RAMP(probe.progress_BT[b])
+            losses.append((-value[c][b] + lam_T / (1 + lam_T) * value[other][b]).mean())
+        elif objective.name == "cc_dpo":
+            losses.append(-s(delta[c][b] - delta[other][b]))
+        else:
+            losses.append(-s(delta[c][b]) - lam * s(-delta[GENERATED[b]][8 + b]))
+    return torch.stack(losses) + case.value(probe, torch.cat([case.c_B, GENERATED])[: len(probe.progress_BT)]).aux_R[:8]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", FAMILY)
+@float64()
+def test_the_family_is_the_published_formulas(name, kind):
+    """Loss and gradient; the reference is asked without gradient, for the same rows."""
+    case, objective = toy(kind), FAMILY[name]
+    loss_B, expected_B = case.loss(objective), family_by_definition(case, objective)
+    assert close(loss_B, expected_B)
+    expected = torch.autograd.grad(expected_B.mean(), list(case.net.parameters()))
+    for (parameter, grad), wanted in zip(case.gradients(objective).items(), expected, strict=True):
+        assert close(grad, wanted), parameter
+    case.net, case.reference = Counted(case.net), Counted(case.reference)
+    case.loss(objective)
+    (rows, _), *others = case.net.calls
+    assert rows > 8 and not others
+    assert case.reference.calls == ([(rows, False)] if objective.needs_reference else [])
+    assert case.reference.conditions == (case.net.conditions if objective.needs_reference else [])
+
+
+@float64()
+def test_the_ratio_to_the_reference_sees_an_error_that_shrank():
+    """Half the error, and an uncertainty that followed: with each network's own uncertainty the ratio would be 0."""
+
+    class Frozen:
+        def __call__(self, noisy, sigma_R, c_R):
+            denoised, logvar_R = case.net(noisy, sigma_R, c_R)
+            x = probe.inputs["x"]
+            return x + 2**0.5 * (denoised - x), logvar_R + torch.tensor(2.0).log()
+
+    case = toy("diffusion")
+    probe, rows = case.ask(MLE)
+    scores = score(case.paradigm, case.net, probe, rows, K, Frozen())
+    # err exp(-u) of the reference, halved by the network
+    expected = -0.5 * case.paradigm.dims * scores.value_RT[:, 0]
+    assert close(scores.delta_R, expected) and (scores.delta_R > 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["cc_dpo", "cca", "ddo"])
+@float64()
+def test_a_network_that_is_its_reference_is_undecided(name, kind):
+    """Where fine-tuning starts every ratio is 0: the loss is log 2 for each sigmoid, and there is a gradient."""
+    case, objective = toy(kind), FAMILY[name]
+    case.reference = case.net
+    scores, rows = case.score(objective)
+    assert scores.delta_R.abs().max() == 0
+    other, lam = rows.weight_BT[:, 0] > 0, objective.lam.weight
+    sigmoids = {"cc_dpo": 1, "cca": torch.where(other, 1 + lam, 2.0) / lam, "ddo": 1 + lam}[name]
+    kept = case.c_B != K if name != "cca" else torch.ones(8, dtype=torch.bool)
+    expected_B = torch.log(torch.tensor(2.0)) * sigmoids * torch.ones(8) + scores.aux_R[:8]
+    assert close(case.loss(objective)[kept], expected_B[kept])
+    assert all(grad.abs().max() > 0 for grad in case.gradients(objective).values())
+
+
 @cache
 def golden_losses() -> dict[str, dict]:
     """Rows, loss_B and norm of every gradient of one training step, by paradigm and objective."""
     golden = {}
     for kind in KINDS:
-        for contrast in CONTRASTS:
-            bound = 0.5 if kind == "tokens" and contrast in MISMATCHED else None
-            objective = Objective(contrast, RAMP, bound, truncate=0.1)
+        bound = 0.5 if kind == "tokens" else None
+        cases = {c: Objective(c, RAMP, bound if c in MISMATCHED else None, truncate=0.1) for c in CONTRASTS} | FAMILY
+        for name, objective in cases.items():
             with float64():
                 case = toy(kind)
                 _, rows = case.ask(objective)
-                norms = {name: grad.norm().item() for name, grad in case.gradients(objective).items()}
+                norms = {parameter: grad.norm().item() for parameter, grad in case.gradients(objective).items()}
                 loss_B = case.loss(objective).tolist()
-            golden[f"{kind} {contrast}"] = {"rows": len(rows.c_R), "loss": loss_B, "gradient": norms}
+            golden[f"{kind} {name}"] = {"rows": len(rows.c_R), "loss": loss_B, "gradient": norms}
     return golden
 
 
-@pytest.mark.parametrize("name", [f"{kind} {contrast}" for kind in KINDS for contrast in CONTRASTS])
+@pytest.mark.parametrize("name", [f"{kind} {name}" for kind in KINDS for name in (*CONTRASTS, *FAMILY)])
 def test_golden_losses(name):
     """Relative 1e-10 in fp64: rounding differs between machines, nothing else may."""
     golden, now = json.loads(GOLDEN.read_text())[name], golden_losses()[name]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -230,6 +231,8 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(model, here, tokenizer, cap
     assert yaml.safe_load(settings)["train"]["batch"] == 100
     assert "M parameters" in cost and " rows with gradient" in cost and " MiB per rank" in cost
     assert cost.rstrip().endswith("1000 images = 10 steps")
+    # lam rises with the scale in the token presets, and is constant in the others
+    assert ("\n  scale  " in cost and "\n  lam  " in cost) == model.startswith("var") and "\n  sigma  " not in cost
 
 
 def test_a_dry_run_of_a_large_model_needs_no_memory(here, tokenizer):
@@ -284,7 +287,19 @@ def environment():
     return os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def wait_for(condition, process, seconds=120):
+@contextmanager
+def started(command, **streams):
+    """A process that ends with the block, and with it all that it started, also where the block fails."""
+    process = subprocess.Popen(command, text=True, env=environment(), start_new_session=True, **streams)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for(condition, process, seconds=300):
     for _ in range(10 * seconds):
         if condition():
             return
@@ -295,9 +310,7 @@ def wait_for(condition, process, seconds=120):
 
 def test_ctrl_c_in_a_process_of_its_own(here, digits):
     argv = [*edm2_argv(digits), "train.images=100000000", "train.log_every=1"]
-    with subprocess.Popen(
-        [sys.executable, str(RUN), *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-    ) as run:
+    with started([sys.executable, str(RUN), *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
         wait_for((here / "run" / "metrics.jsonl").exists, run)
         run.send_signal(signal.SIGINT)
         out, err = run.communicate(timeout=20)
@@ -328,7 +341,7 @@ def test_ranks_whose_launcher_dies_leave_a_checkpoint_that_one_process_goes_on_f
     """deepspeed, ZeRO 1, started elsewhere than in the repository."""
     argv = [*edm2_argv(digits), "train.log_every=1"]
     command = [*launcher("deepspeed"), str(RUN), *argv, "--engine", "zero1", "train.images=100000000"]
-    with open("log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log, env=environment()) as runner:
+    with open("log", "w") as log, started(command, stdout=log, stderr=log) as runner:
         wait_for(Path("run/metrics.jsonl").exists, runner)
         (launch,) = (int(line) for line in Path(f"/proc/{runner.pid}/task/{runner.pid}/children").read_text().split())
         ranks = [int(pid) for pid in Path(f"/proc/{launch}/task/{launch}/children").read_text().split()]

@@ -1,12 +1,14 @@
 """train/sample.py: an image depends on its seed and condition alone; what is there is not drawn again; the work is counted."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import train.run
 import train.weights
 from configs.schema import dump, load
 from mclr.diffusion import Diffusion
@@ -15,7 +17,7 @@ from models.vqvae import VQVAE, VQVAEConfig
 from train import sample
 from train.build import build_encoder, build_net
 from train.cli import run
-from train.weights import save_weights
+from train.weights import load_net, read_tensors, save_weights
 
 EDM2 = ["model.net.model_channels=8", "model.net.channels_per_head=8", "sample.steps=3", "sample.batch=8"]
 VAR = ["model.net.depth=1", "model.net.embed_dim=16", "model.net.num_heads=2", "sample.batch=8"]
@@ -100,7 +102,7 @@ def test_an_image_depends_on_its_seed_and_condition_alone(kind, request, tmp_pat
 def test_order_and_neighbours_do_not_matter_to_generate(diffusion_run):
     config, weights = sample.find_generator(str(diffusion_run), None, None, [])
     cpu = torch.device("cpu")
-    net, paradigm, _ = sample.load_generator(config, weights, cpu)
+    net, paradigm, _, _ = sample.load_generator(config, weights, cpu)
     seeds, c_N = list(range(11)), torch.arange(11) % 10
     x_N = sample.generate(paradigm, net, Guidance(), c_N, seeds, 4, cpu)
     order = torch.randperm(11, generator=torch.Generator().manual_seed(0))
@@ -128,6 +130,9 @@ def test_a_complete_set_says_so_and_loads_nothing(diffusion_run, tmp_path, capsy
         ("diffusion_run", [], 5),  # Heun: two evaluations per step, one in the last
         ("diffusion_run", ["sample.steps=1"], 1),
         ("diffusion_run", ["sample.gamma=0.5"], 10),
+        # of the evaluations at 80, 2.5, 2.5, 0.002 and 0.002
+        ("diffusion_run", ["sample.gamma=0.5", "sample.schedule.kind=interval", "sample.schedule.low=0.1", "sample.schedule.high=0.5"], 7),
+        ("token_run", ["sample.gamma=0.5", "sample.schedule.kind=interval", "sample.schedule.high=0.4"], 1 + 5 / 30),
         ("token_run", [], 1),  # every token once
         ("token_run", ["sample.gamma=0.5"], 2),
         ("token_run", ["sample.gamma=0.5", "sample.schedule.kind=ramp"], 2),  # no guidance at scale 0, whose tokens the guide reads later
@@ -136,8 +141,126 @@ def test_a_complete_set_says_so_and_loads_nothing(diffusion_run, tmp_path, capsy
 def test_forwards_are_counted(kind, overrides, forwards, request, tmp_path, capsys):
     assert sample_(request.getfixturevalue(kind), "--out", tmp_path, "--count", 9, *overrides) == 0
     guidance = "guidance 0.5" if "sample.gamma=0.5" in overrides else "no guidance"
-    assert f"9 images drawn, {forwards} network forwards per image, {guidance}" in capsys.readouterr().out
+    assert f"9 images drawn, {forwards:g} network forwards per image, {guidance}" in capsys.readouterr().out
     assert record(tmp_path)["forwards_per_image"] == forwards
+
+
+GUIDE = {"diffusion_run": ["model.net.num_blocks=2"], "token_run": ["model.net.depth=2", "model.net.embed_dim=24"]}
+
+
+@pytest.fixture(scope="module")
+def guides(tmp_path_factory, diffusion_run, token_run):
+    """A larger network for each kind of run."""
+    folders = {}
+    for kind, source in (("diffusion_run", diffusion_run), ("token_run", token_run)):
+        config, _ = sample.find_generator(str(source), None, None, GUIDE[kind])
+        folders[kind] = tmp_path_factory.mktemp("guide") / "weights"
+        save_random(folders[kind], config)
+    return folders
+
+
+@pytest.mark.parametrize(("kind", "evaluations"), [("diffusion_run", 5), ("token_run", 1)])
+def test_another_network_may_guide(kind, evaluations, guides, request, tmp_path, capsys):
+    source = request.getfixturevalue(kind)
+    drawn = {}
+    for name, guide in (("none", None), ("null", "null"), ("other", guides[kind]), ("itself", source / "weights")):
+        overrides = [] if guide is None else ["sample.gamma=1.5", "sample.schedule.kind=constant", f"sample.guide={guide}"]
+        assert sample_(source, "--out", tmp_path / name, "--count", 9, *overrides) == 0
+        drawn[name] = images(tmp_path / name)
+    out, made = capsys.readouterr().out, record(tmp_path / "other")
+    assert len({tuple(drawn[name].values()) for name in ("none", "null", "other")}) == 3
+    # pred + gamma (pred - pred)
+    assert drawn["itself"] == drawn["none"]
+
+    # a forward of the guide counts as one, whatever its size
+    assert made["forwards_per_image"] == 2 * evaluations and made["guide"] == str(guides[kind])
+    own, other = (sum(t.numel() for t in read_tensors(folder).values()) for folder in (source / "weights", guides[kind]))
+    size = made["guide_size"]
+    assert size > 1.2 and size == pytest.approx(other / own, rel=1e-3)
+    assert f"guidance 1.5 by {guides[kind]} ({size:.3g} x the model's size)" in out
+    assert record(tmp_path / "null")["guide"] is record(tmp_path / "null")["guide_size"] is None
+
+    # what tells guides apart is their weights, not where they lie
+    moved = shutil.copytree(guides[kind], tmp_path / "moved")
+    argv = (source, "--out", tmp_path / "other", "--count", 9, "sample.gamma=1.5", "sample.schedule.kind=constant")
+    assert sample_(*argv, f"sample.guide={moved}") == 0 and "nothing to draw" in capsys.readouterr().out
+    assert sample_(*argv, f"sample.guide={source / 'weights'}") == 2
+    assert "holds images of sample.guide=" in capsys.readouterr().err
+
+
+def test_a_run_keeps_its_guide(diffusion_run, guides, tmp_path):
+    """As `mclr evaluate RUN` draws: the settings of the run say which network guides."""
+    overrides = ["sample.gamma=1.5", f"sample.guide={guides['diffusion_run']}"]
+    run_ = make_run(tmp_path / "run", load("edm2-digits", "mclr", "digits", "local", [*EDM2, *overrides]))
+    assert sample_(run_, "--out", tmp_path / "a", "--count", 3) == 0
+    assert sample_(diffusion_run, "--out", tmp_path / "b", "--count", 3, *overrides) == 0
+    assert images(tmp_path / "a") == images(tmp_path / "b") and record(tmp_path / "a")["guide_size"] > 1
+
+
+def test_a_guide_that_does_not_fit_is_one_line(diffusion_run, token_run, guides, tmp_path, capsys):
+    config, _ = sample.find_generator(str(diffusion_run), None, None, ["data.num_classes=3"])
+    save_random(tmp_path / "three", config)
+    config, _ = sample.find_generator(str(diffusion_run), None, None, ["data.resolution=16", "model.net.attn_resolutions=[]"])
+    save_random(tmp_path / "large", config)
+    tokenizer = VQVAEConfig(
+        img_channels=1, ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=8, vocab_size=32, scales=(1, 2, 4)
+    )
+    save_weights(tmp_path / "tokenizer", VQVAE(tokenizer))
+    config, _ = sample.find_generator(str(token_run), None, None, [f"model.tokenizer={tmp_path / 'tokenizer'}"])
+    save_random(tmp_path / "tokens", config)
+    on = ["sample.gamma=0.5"]
+    for source, guide, extra, line in [
+        (diffusion_run, tmp_path / "nothing", on, f"no weights at {tmp_path / 'nothing'}"),
+        (diffusion_run, "digits-tokenizer", on, "weights digits-tokenizer hold a network of kind vqvae, not edm2"),
+        (token_run, guides["diffusion_run"], on, "hold a network of kind edm2, not var"),
+        (diffusion_run, tmp_path / "three", on, "three has num_classes 3, edm2-digits has 10: give a guide for the same samples"),
+        (diffusion_run, tmp_path / "large", on, "large has img_resolution 16, edm2-digits has 8: give a guide"),
+        (token_run, tmp_path / "tokens", on, "tokens has patch_nums (1, 2, 4), var-digits has (1, 2, 3, 4): give a guide"),
+        (diffusion_run, 3, on, "sample.guide=3: expected text or null"),
+        (diffusion_run, "edm2-digits", [], "sample.guide=edm2-digits has no effect with gamma=0.0; set sample.gamma"),
+    ]:
+        assert sample_(source, "--out", tmp_path / "s", f"sample.guide={guide}", *extra) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1 and line in err, err
+        assert not (tmp_path / "s").exists()
+
+
+def test_a_trained_guide_knows_its_tokenizer(digits, tokenizer, tmp_path, capsys):
+    other = load_net(str(tokenizer), "vqvae")
+    with torch.no_grad():
+        next(other.parameters()).add_(0.1)
+    save_weights(tmp_path / "other", other)
+    argv = ["--model", "var-digits", "--data", str(digits), "--init", "none", "--out", str(tmp_path / "run"), *VAR]
+    assert run(train.run.main, [*argv, f"model.tokenizer={tokenizer}", "train.images=8", "train.batch=8"]) == 0
+    capsys.readouterr()
+    guided = ("--count", 1, "sample.gamma=1", f"sample.guide={tmp_path / 'run/weights'}")
+    assert sample_(tmp_path / "run", "--out", tmp_path / "same", *guided) == 0
+    capsys.readouterr()
+    assert sample_(tmp_path / "run", "--out", tmp_path / "s", *guided, f"model.tokenizer={tmp_path / 'other'}") == 2
+    line = f"run/weights is of another tokenizer than {tmp_path / 'other'}: give a guide for the same tokens"
+    assert line in capsys.readouterr().err
+
+
+def test_a_schedule_is_shown_with_its_sigmas_or_scales(diffusion_run, token_run, tmp_path, capsys):
+    interval = ["sample.schedule.kind=interval", "sample.schedule.low=0.31", "sample.schedule.high=0.6"]
+    assert sample_(diffusion_run, "--out", tmp_path / "a", "--count", 1, "sample.gamma=0.5", *interval) == 0
+    assert sample_(token_run, "--out", tmp_path / "b", "--count", 1, "sample.gamma=2", "sample.schedule.kind=ramp") == 0
+    assert [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")] == [
+        ["sigma", "80", "13.7", "3", "2.34", "0.4", "0.139", "0.0684", "0.0117", "0.002"],
+        ["progress", "0", "0.167", "0.31", "0.333", "0.5", "0.6", "0.667", "0.833", "1"],
+        ["gamma", "0", "0", "0.5", "0.5", "0.5", "0.5", "0", "0", "0"],
+        ["scale", "1", "2", "3", "4"],
+        ["progress", "0", "0.333", "0.667", "1"],
+        ["gamma", "0", "0.667", "1.33", "2"],
+    ]
+    # nothing to show where the weight is the same everywhere, or 0 whatever the schedule
+    for name, overrides in (("c", ["sample.gamma=1"]), ("d", interval)):
+        assert sample_(diffusion_run, "--out", tmp_path / name, "--count", 1, *overrides) == 0
+        assert capsys.readouterr().out.count("\n") == 1
+    # a negative part is guidance although gamma is 0
+    assert sample_(diffusion_run, "--out", tmp_path / "e", "--count", 1, "sample.schedule.kind=negative_window") == 0
+    out = capsys.readouterr().out
+    assert "7 network forwards per image, guidance 0 (negative_window)" in out and "gamma" in out
 
 
 def test_without_guidance_there_is_exactly_one_call_per_step():

@@ -28,6 +28,15 @@ def test_weights(schedule, weights):
     assert schedule(progress.double()).dtype == schedule(progress).dtype == torch.float32
 
 
+@pytest.mark.parametrize("schedule", [schedule for schedule, _ in WEIGHTS], ids=str)
+def test_it_jumps_at_its_bounds_alone_and_knows_when_it_is_zero(schedule):
+    progress = torch.linspace(1e-4, 1 - 1e-4, 2000, dtype=torch.float64)
+    weights = schedule(progress)
+    assert schedule.is_zero == weights.eq(0).all()
+    jumps = progress[1:][weights.diff().abs() > 0.1].tolist()
+    assert jumps == pytest.approx([p for p in schedule.bounds if 0 < p < 1], abs=1e-3)
+
+
 def test_every_kind_is_covered():
     assert {schedule.kind for schedule, _ in WEIGHTS} == set(KINDS)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mclr.diffusion import Diffusion
-from mclr.likelihood import Draws, LogLik, Paradigm, Probe, Rows, score
+from mclr.likelihood import Draws, LogLik, Paradigm, Probe, Rows, Scores, score
 from mclr.next_scale import NextScale
 from mclr.objective import Objective
 from mclr.posterior import NoisyPosterior, PrefixPosterior
@@ -22,8 +22,10 @@ from mclr.schedule import Schedule
 
 K, V, E, SHAPE, SCALES = 3, 5, 4, (1, 2, 2), (1, 2, 3)
 CONDITIONS = torch.tensor([0, 1, 2, K, 0, 1, 2, 0])  # one of the eight was dropped
+GENERATED = torch.tensor([1, 1, 2, 0, 0, 2, 1, 2])
 KINDS = ("diffusion", "tokens")
 MISMATCHED = ("uniform", "weighted", "posterior")
+CONTRASTS = ("none", *MISMATCHED, "null")  # of mle and mclr
 RAMP = Schedule("ramp", 0.7)
 
 
@@ -124,14 +126,14 @@ class ToyTokens(nn.Module):
         self.head = nn.Parameter(2 * wave(E, V, phase=phase + 7))
 
     def forward(self, teacher_RlE: Tensor, c_R: Tensor) -> Tensor:
-        first_R1E = torch.zeros_like(teacher_RlE[:, :1])
-        h_RLE = torch.cat([first_R1E, teacher_RlE], 1) + self.condition[c_R][:, None] + self.place
-        return h_RLE.tanh() @ self.head
+        first_R1E = teacher_RlE.new_zeros(len(teacher_RlE), 1, E)
+        h_RLE = torch.cat([first_R1E, teacher_RlE], 1) + self.condition[c_R][:, None]
+        return (h_RLE + self.place[: h_RLE.shape[1]]).tanh() @ self.head
 
 
 @dataclass
 class Toy:
-    """Eight samples, a network and a posterior of one paradigm."""
+    """Eight samples, a network, a posterior, a reference and eight generated samples (their conditions: GENERATED) of one paradigm."""
 
     paradigm: Paradigm
     net: Any
@@ -139,17 +141,22 @@ class Toy:
     posterior: Any
     c_B: Tensor
     draws: type[Draws]
+    reference: Any
+    generated_B: Tensor
 
     def ask(self, objective: Objective, seed: int = 0) -> tuple[Probe, Rows]:
         """The probe of a training step and the rows that the objective wants of it."""
-        draws = self.draws(seed, list(range(len(self.c_B))))
-        probe = self.paradigm.probe(self.x_B, draws)
-        posterior_BTK = self.posterior(probe, self.c_B % K)[0] if objective.needs_posterior else None
-        return probe, objective.rows(probe, self.c_B, K, draws, posterior_BTK)
+        x_B, c_B = self.x_B, self.c_B
+        if objective.needs_generated:
+            x_B, c_B = torch.cat([x_B, self.generated_B]), torch.cat([c_B, GENERATED])
+        draws = self.draws(seed, list(range(len(c_B))))
+        probe = self.paradigm.probe(x_B, draws)
+        posterior_BTK = self.posterior(probe, c_B % K)[0] if objective.needs_posterior else None
+        return probe, objective.rows(probe, c_B, K, draws, posterior_BTK)
 
-    def score(self, objective: Objective, seed: int = 0) -> tuple[LogLik, Rows]:
+    def score(self, objective: Objective, seed: int = 0) -> tuple[Scores, Rows]:
         probe, rows = self.ask(objective, seed)
-        return score(self.paradigm, self.net, probe, rows, K), rows
+        return score(self.paradigm, self.net, probe, rows, K, self.reference if objective.needs_reference else None), rows
 
     def loss(self, objective: Objective, seed: int = 0) -> Tensor:
         """loss_B of one training step."""
@@ -162,7 +169,7 @@ class Toy:
 
     def value(self, probe: Probe, c: Tensor | int) -> LogLik:
         """Every sample scored under one condition (or one each), without any of the machinery of rows."""
-        index_B = torch.arange(len(self.c_B))
+        index_B = torch.arange(len(probe.progress_BT))
         prediction = self.paradigm.predict(self.net, probe, index_B, torch.zeros_like(index_B) + c)
         return self.paradigm.log_likelihood(prediction, probe, index_B)
 
@@ -172,9 +179,11 @@ def toy(kind: str, dtype: torch.dtype = torch.float64, c_B: Tensor = CONDITIONS)
     draws = Draws64 if dtype == torch.float64 else Draws
     if kind == "diffusion":
         denoiser, classifier = ToyDenoiser().to(dtype), ToyClassifier().to(dtype)
-        x_B = wave(len(c_B), *SHAPE, phase=8).to(dtype)
-        return Toy(Diffusion(SHAPE, K), denoiser, x_B, NoisyPosterior(classifier), c_B, draws)
+        x_B, generated_B = (wave(len(c_B), *SHAPE, phase=phase).to(dtype) for phase in (8, 10))
+        reference = ToyDenoiser(phase=0.5).to(dtype)
+        return Toy(Diffusion(SHAPE, K), denoiser, x_B, NoisyPosterior(classifier), c_B, draws, reference, generated_B)
     paradigm = NextScale(SCALES, K, ToyTokenizer(SCALES, dtype))
     net = ToyTokens(SCALES).to(dtype)
-    tokens_BL = (wave(len(c_B), paradigm.dims, phase=9) * 1000).long() % V
-    return Toy(paradigm, net, tokens_BL, PrefixPosterior(paradigm, net, K), c_B, draws)
+    tokens_BL, generated_BL = ((wave(len(c_B), paradigm.dims, phase=phase) * 1000).long() % V for phase in (9, 11))
+    reference = ToyTokens(SCALES, phase=0.5).to(dtype)
+    return Toy(paradigm, net, tokens_BL, PrefixPosterior(paradigm, net, K), c_B, draws, reference, generated_BL)

@@ -1,31 +1,33 @@
 """From a config to the objects of a run. In this file: the parts that sampling shares; what a training run reads; its task."""
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from configs.schema import DiffusionModel, RunConfig
+from configs.schema import DiffusionModel, NextScaleModel, RunConfig
 from configs.schema import Schedule as ScheduleConfig
-from mclr.diffusion import Diffusion
+from mclr.diffusion import Diffusion, sigma_of
 from mclr.errors import UserError
 from mclr.guidance import Guidance
-from mclr.likelihood import Paradigm
-from mclr.next_scale import NextScale
+from mclr.likelihood import Net, Paradigm
+from mclr.next_scale import NextScale, scale_progress
 from mclr.objective import Objective
 from mclr.posterior import NoisyPosterior, PrefixPosterior
 from mclr.schedule import Schedule
 from models.blocks import normalize
 from models.edm2 import EDM2, EDM2Config
-from models.features import NoiseClassifier, NoiseClassifierConfig, channel_mult_for
+from models.features import CONVNEXT_SMALLEST, NoiseClassifier, NoiseClassifierConfig, channel_mult_for
 from models.var import VAR, VARConfig
 from train.data import Source
 from train.encoders import RGB, Encoder, Tokens
-from train.engine import DeepSpeedEngine, Engine, LocalEngine, make_optimizer
+from train.engine import DeepSpeedEngine, Engine, Frozen, LocalEngine, make_optimizer
 from train.ranks import world
 from train.step import Task
-from train.weights import find_weights, load_into, load_net
+from train.weights import find_weights, load_into, load_net, read_config, sha256
 
 # fp32 means fp32: convolutions on CUDA would default to TF32
 torch.backends.cudnn.allow_tf32 = False
@@ -77,59 +79,119 @@ def build_paradigm(config: RunConfig, encoder: Encoder) -> Paradigm:
 def build_classifier(config: RunConfig) -> NoiseClassifier:
     """The posterior classifier of a diffusion run: model.posterior.weights, or fresh from torch's global generator.
 
-    Weights decide the size of their network. Raises UserError when they are of other data or another sigma_data.
+    Weights decide the size of their network. Raises UserError when they are of other data or another sigma_data, or the images too
+    small for a ConvNeXt.
     """
     data, model = config.data, config.model
     assert isinstance(model, DiffusionModel)
-    name = model.posterior.weights
+    posterior, name = model.posterior, model.posterior.weights
+    needed: dict[str, Any] = {"img_channels": data.channels, "num_classes": data.num_classes, "sigma_data": model.sigma_data}
     if name is None:
         mult = channel_mult_for(data.resolution)
-        return NoiseClassifier(
-            NoiseClassifierConfig(data.channels, data.num_classes, model.posterior.channels, mult, sigma_data=model.sigma_data)
+        classifier = NoiseClassifier(
+            NoiseClassifierConfig(**needed, channels=posterior.channels, channel_mult=mult, backbone=posterior.backbone)
         )
-    classifier = load_net(name, "noise_classifier")
-    assert isinstance(classifier, NoiseClassifier)
-    needed = {"img_channels": data.channels, "num_classes": data.num_classes, "sigma_data": model.sigma_data}
-    for key, here in needed.items():
-        if (there := getattr(classifier.config, key)) != here:
-            raise UserError(
-                f"model.posterior.weights={name} has {key} {there}, this run has {here}: "
-                "fit another with `mclr prepare posterior`, or give null to start from scratch"
-            )
+    else:
+        loaded = load_net(name, "noise_classifier")
+        assert isinstance(loaded, NoiseClassifier)
+        classifier = loaded
+        for key, here in needed.items():
+            if (there := getattr(classifier.config, key)) != here:
+                raise UserError(
+                    f"model.posterior.weights={name} has {key} {there}, this run has {here}: "
+                    "fit another with `mclr prepare posterior`, or give null to start from scratch"
+                )
+    if classifier.config.backbone and data.resolution < CONVNEXT_SMALLEST:
+        raise UserError(
+            f"posterior backbone {classifier.config.backbone} needs images of {CONVNEXT_SMALLEST} pixels or more, "
+            f"data.resolution={data.resolution}: give model.posterior.backbone=null"
+        )
     return classifier
 
 
 def build_objective(config: RunConfig) -> Objective:
     objective = config.objective
-    lam = build_schedule(objective.schedule, objective.lam)
-    return Objective(objective.contrast, lam, objective.bound, objective.truncate)
+    return Objective(
+        objective.contrast,
+        build_schedule(objective.schedule, objective.lam),
+        bound=objective.bound,
+        truncate=objective.truncate,
+        name=objective.name,
+        beta=objective.beta,
+        null_share=config.train.drop_condition,
+    )
 
 
-def build_guidance(config: RunConfig) -> Guidance:
-    return Guidance(build_schedule(config.sample.schedule, config.sample.gamma))
+def build_guidance(config: RunConfig, guide: Net | None = None) -> Guidance:
+    return Guidance(build_schedule(config.sample.schedule, config.sample.gamma), guide)
+
+
+def build_guide(config: RunConfig, net: nn.Module) -> nn.Module | None:
+    """The network of sample.guide, whose weights decide its size; None where the guide is the null condition.
+
+    net: the network it guides. Raises UserError when the two are of other data, or of another tokenizer.
+    """
+    name, model = config.sample.guide, config.model
+    if name is None:
+        return None
+    diffusion = isinstance(model, DiffusionModel)
+    guide = load_net(name, "edm2" if diffusion else "var")
+    shared = ("img_resolution", "img_channels") if diffusion else ("patch_nums", "vocab_size", "z_channels")
+    for key in ("num_classes", *shared):
+        if (there := getattr(guide.config, key)) != (here := getattr(net.config, key)):
+            raise UserError(f"sample.guide={name} has {key} {there}, {model.name} has {here}: give a guide for the same samples")
+    if isinstance(model, NextScaleModel):
+        # published weights do not say which tokenizer theirs was
+        there = read_config(find_weights(name)).get("tokenizer")
+        if there not in (None, sha256(find_weights(model.tokenizer))):
+            raise UserError(
+                f"sample.guide={name} is of another tokenizer than {model.tokenizer}: give a guide for the same tokens"
+            )
+    return guide
 
 
 def build_schedule(schedule: ScheduleConfig, weight: float) -> Schedule:
     return Schedule(weight=weight, **schedule.model_dump())
 
 
-def open_source(config: RunConfig) -> Source:
-    """The training samples. Raises UserError when they are unusable, or not what the config says."""
-    source = Source(config.data.path, "train", config.train.seed)
+def schedule_table(name: str, schedule: Schedule, scales: Sequence[int] | None) -> list[str]:
+    """Three aligned lines, none where the weight is constant: scale or sigma, progress, and the weight under `name`.
+
+    scales: sides of the token maps; None: diffusion, shown at seven noise levels and at the schedule's own bounds.
+    """
+    if schedule.is_zero or schedule.kind == "constant":
+        return []
+    if scales is None:
+        progress = sorted({*(i / 6 for i in range(7)), *schedule.bounds})
+        places = ["sigma", *(f"{sigma_of(p):.3g}" for p in progress)]
+    else:
+        progress = scale_progress(scales)
+        places = ["scale", *(str(side) for side in scales)]
+    rows = [places, ["progress", *(f"{p:.3g}" for p in progress)], [name, *(f"{schedule.at(p):.3g}" for p in progress)]]
+    return [f"  {row[0]:9}" + "".join(f"{entry:>8}" for entry in row[1:]) for row in rows]
+
+
+def open_source(config: RunConfig, path: str | None = None) -> Source:
+    """The training samples at data.path, or at another. Raises UserError when they are unusable, or not what the config says."""
+    path = path or config.data.path
+    source = Source(path, "train", config.train.seed)
     for key in ("resolution", "channels", "num_classes"):
         here, there = getattr(config.data, key), getattr(source.info, key)
         if here != there:
-            raise UserError(f"data.{key}={here}, but {config.data.path} holds {key} {there}: correct one of them")
+            raise UserError(f"data.{key}={here}, but {path} holds {key} {there}: correct one of them")
     return source
 
 
 @dataclass(frozen=True)
 class Networks:
-    """What a run trains and trains with, before any engine. classifier: of the posterior, where the objective needs one."""
+    """What a run trains and trains with, before any engine. classifier: of the posterior; reference: the network before
+    fine-tuning; generated: samples of the reference; each None where the objective does not need it."""
 
     encoder: Encoder
     net: nn.Module
     classifier: NoiseClassifier | None
+    reference: nn.Module | None
+    generated: Source | None
 
 
 def build_networks(config: RunConfig, device: torch.device) -> Networks:
@@ -141,18 +203,31 @@ def build_networks(config: RunConfig, device: torch.device) -> Networks:
     if model.weights:
         load_into(net, find_weights(model.weights))
     classifier = None
-    if isinstance(model, DiffusionModel) and build_objective(config).needs_posterior:
+    objective = build_objective(config)
+    if isinstance(model, DiffusionModel) and objective.needs_posterior:
         classifier = build_classifier(config)
-    return Networks(encoder, net, classifier)
+    reference = copy.deepcopy(net) if objective.needs_reference else None
+    generated = open_source(config, config.objective.generated) if objective.needs_generated else None
+    return Networks(encoder, net, classifier, reference, generated)
+
+
+@torch.no_grad()
+def project(net: nn.Module) -> list[nn.Parameter]:
+    """The weights under forced normalisation, brought to unit magnitude; of an EDM2 alone."""
+    normalised = net.magnitude_preserving() if isinstance(net, EDM2) else []
+    for p in normalised:
+        p.copy_(normalize(p))
+    return normalised
 
 
 def build_task(config: RunConfig, source: Source, networks: Networks, device: torch.device, micro_batch: int) -> Task:
     """Everything that trains. micro_batch: images per forward of one rank. Collective with DeepSpeed."""
     settings, model = config.train, config.model
-    normalised = networks.net.magnitude_preserving() if isinstance(networks.net, EDM2) else []
-    with torch.no_grad():
-        for p in normalised:
-            p.copy_(normalize(p))
+    normalised = project(networks.net)
+    reference = None
+    if networks.reference is not None:
+        project(networks.reference)
+        reference = Frozen(networks.reference.to(device), config.engine.precision == "bf16")
 
     def engine_of(net: nn.Module, lr: float, weight_decay: float, zero: int) -> Engine:
         net.to(device).train()
@@ -186,6 +261,8 @@ def build_task(config: RunConfig, source: Source, networks: Networks, device: to
         posterior=posterior,
         posterior_engine=posterior_engine,
         posterior_lr=model.posterior.lr if isinstance(model, DiffusionModel) else 0.0,
+        reference=reference,
+        generated=networks.generated,
         null=config.data.num_classes,
         seed=settings.seed,
         drop_condition=settings.drop_condition,

@@ -56,6 +56,9 @@ class Batch:
     image_BCHW: Tensor
     c_B: Tensor
 
+    def cat(self, other: "Batch") -> "Batch":
+        return Batch(torch.cat([self.image_BCHW, other.image_BCHW]), torch.cat([self.c_B, other.c_B]))
+
 
 def open_dataset(path: str | Path) -> DatasetInfo:
     """Read dataset.json and check it against the shards on disk (existence, sizes, counts).

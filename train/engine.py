@@ -3,7 +3,6 @@
 Both keep fp32 weights (bf16 runs the forward under autocast), and save and load one state that knows nothing of ranks or stages.
 """
 
-import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -17,7 +16,7 @@ class Engine(Protocol):
     """net: the network itself. rows: how many it was run on, with and without gradient, since the last reset."""
 
     net: nn.Module
-    rows: dict[str, int]
+    rows: dict[str, float]
 
     def __call__(self, *inputs: Tensor) -> Any: ...
 
@@ -68,17 +67,39 @@ def buffers_of(net: nn.Module) -> dict[str, Tensor]:
     return {f"buffer:{name}": t for name, t in net.state_dict().items() if name not in trained}
 
 
+def autocast_of(net: nn.Module, bf16: bool) -> torch.autocast:
+    return torch.autocast(next(net.parameters()).device.type, torch.bfloat16, enabled=bf16)
+
+
 class _RowCounter:
     """Counts rows forwarded with and without gradient: the unit in which runs are made equal."""
 
     def __init__(self, net: nn.Module) -> None:
         self.net = net
-        self.rows = {"grad": 0, "no_grad": 0}
+        self.rows = {"grad": 0.0, "no_grad": 0.0}
+        self.tokens = 1  # of a whole row; a step begins with one
 
     def count(self, inputs: tuple[Tensor, ...]) -> None:
-        self.rows["grad" if torch.is_grad_enabled() else "no_grad"] += len(inputs[0])
+        # teacher inputs [R, L-1, E]: a row cut short after a scale counts by its share of the tokens
+        tokens = inputs[0].shape[1] + 1 if inputs[0].ndim == 3 else 1
+        self.tokens = max(self.tokens, tokens)
+        self.rows["grad" if torch.is_grad_enabled() else "no_grad"] += len(inputs[0]) * tokens / self.tokens
         # rows without gradient are answers to compare with: no dropout in them
         self.net.train(torch.is_grad_enabled())
+
+
+class Frozen(_RowCounter):
+    """A network that only answers: the reference. No gradient, no dropout."""
+
+    def __init__(self, net: nn.Module, bf16: bool) -> None:
+        super().__init__(net.requires_grad_(False))
+        self.autocast = autocast_of(net, bf16)
+
+    @torch.no_grad()
+    def __call__(self, *inputs: Tensor) -> Any:
+        self.count(inputs)
+        with self.autocast:
+            return self.net(*inputs)
 
 
 class LocalEngine(_RowCounter):
@@ -86,14 +107,13 @@ class LocalEngine(_RowCounter):
 
     def __init__(self, net: nn.Module, optimizer: torch.optim.Optimizer, clip: float, accumulation: int, bf16: bool):
         super().__init__(net)
-        self.optimizer, self.clip, self.accumulation, self.bf16 = optimizer, clip, accumulation, bf16
-        self.device_type = next(net.parameters()).device.type
+        self.optimizer, self.clip, self.accumulation = optimizer, clip, accumulation
+        self.autocast = autocast_of(net, bf16)
         start_moments(optimizer)
 
     def __call__(self, *inputs: Tensor) -> Any:
         self.count(inputs)
-        autocast = torch.autocast(self.device_type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
-        with autocast:
+        with self.autocast:
             return self.net(*inputs)
 
     def backward(self, loss: Tensor) -> None:

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 from webdataset import TarWriter
 
+from configs.schema import Data
 from mclr.errors import UserError
 from train.cli import Parser, run
 from train.data import DatasetInfo, SplitReader, open_dataset, permutation
@@ -125,6 +126,29 @@ def prepare_images(
             if len(unreadable) > 0.01 * len(files):
                 raise UserError(f"{count}, more than 1%: remove or replace them")
             print(f"{count} and are left out", file=sys.stderr)
+        _finish(folder, header, splits)
+    return open_dataset(out)
+
+
+def prepare_samples(images: list[tuple[Path, int]], out: Path, data: Data, source: str) -> DatasetInfo:
+    """Drawn images (PNG file, condition) as a dataset folder without a val split. data: of the network they were drawn from.
+
+    source: what made them. The same dataset at `out` is reused.
+    """
+    header = {
+        "name": f"samples-{data.name}",
+        "resolution": data.resolution,
+        "channels": data.channels,
+        "num_classes": data.num_classes,
+        "class_names": tuple(str(c) for c in range(data.num_classes)),
+        "source": f"{len(images)} images drawn by {source}",
+        "seed": 0,
+    }
+    if info := _existing(out, header):
+        return info
+    with new_folder(out) as folder:
+        samples = ((path.read_bytes(), c) for path, c in images)
+        splits = {"train": write_split(folder, "train", samples, 1000), "val": write_split(folder, "val", iter(()), 1000)}
         _finish(folder, header, splits)
     return open_dataset(out)
 

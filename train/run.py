@@ -30,7 +30,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model", required=True, help="what is trained: edm2-digits, var-digits, edm2-32px, var-d16, or a YAML path"
     )
-    parser.add_argument("--objective", default="mclr", help="mclr, mle, or a YAML path (default: mclr)")
+    parser.add_argument(
+        "--objective", default="mclr", help="mclr, mle, unlearn, cc_dpo, cca, ddo, or a YAML path (default: mclr)"
+    )
     parser.add_argument(
         "--data", default="digits", help="digits, a folder made by `mclr prepare`, or a YAML path (default: digits)"
     )
@@ -98,6 +100,7 @@ def start(config: RunConfig, out: Path, micro_batch: int, command: str) -> int:
     from train.log import RunFolder
     from train.loop import train
     from train.prepare import prepare_digits
+    from train.weights import find_weights, sha256
 
     rank, local_rank, ranks = world()
     device = torch.device("cpu")
@@ -124,6 +127,8 @@ def start(config: RunConfig, out: Path, micro_batch: int, command: str) -> int:
                 source, networks = open_source(config), build_networks(config, device)
         notes: dict[str, Any] = {"init": config.model.weights, "command": command, "out": str(out)}
         notes |= {"seed": config.train.seed, "data": config.data.name}
+        if config.model.paradigm == "next_scale":
+            notes["tokenizer"] = sha256(find_weights(config.model.tokenizer))
         try:
             task = build_task(config, source, networks, device, micro_batch)
             if rank == 0:
@@ -141,7 +146,7 @@ def describe(config: RunConfig, ranks: int, micro_batch: int, net: Any = None) -
     """The run in a few lines: what is trained, on what, how, at what cost. net: built on the meta device when not given."""
     import torch
 
-    from train.build import build_encoder, build_net, build_objective
+    from train.build import build_encoder, build_net, build_objective, schedule_table
 
     if net is None:
         encoder = build_encoder(config, torch.device("cpu"))
@@ -153,23 +158,26 @@ def describe(config: RunConfig, ranks: int, micro_batch: int, net: Any = None) -
     tokens = config.model.paradigm == "next_scale"
     # matched rows; one contrast row per sample, or per scale of it where each draws its own
     scales = len(net.config.patch_nums) if tokens and objective.contrast == "posterior" else 1
-    most = 1 + scales if objective.contrast in ("uniform", "weighted", "posterior") else 1
-    # null rows; every condition of the posterior by Bayes' rule
+    most = 1 if objective.contrast in ("none", "null") else 1 + scales
+    # null rows; every condition of the posterior by Bayes' rule; all rows again through the reference
     free = 1 if objective.contrast == "null" else config.data.num_classes if tokens and objective.needs_posterior else 0
-    # fp32: weights and gradients; the average; two moments, and with ZeRO a master copy and gradients of this rank's share
-    copies = 2 + bool(settings.ema_std) + (2 if zero == 0 else 4 * share)
+    free += most if objective.needs_reference else 0
+    # fp32: weights and gradients; average, reference; two moments, and with ZeRO a master copy and gradients of this rank's share
+    copies = 2 + bool(settings.ema_std) + objective.needs_reference + (2 if zero == 0 else 4 * share)
     lam, schedule = config.objective.lam, config.objective.schedule.kind
+    table = schedule_table("lam", objective.lam, net.config.patch_nums if tokens else None)
     source = f"weights {config.model.weights}" if config.model.weights else "no weights given (--init): from scratch"
     return "\n".join(
         [
             f"model      {config.model.name} ({config.model.paradigm}), {count / 1e6:.2f}M parameters, {source}",
             f"objective  {config.objective.name}, contrast {objective.contrast}, lam {lam} ({schedule})",
+            *table,
             f"data       {config.data.name}: {config.data.num_classes} classes, {config.data.channels} x {config.data.resolution}^2",
             f"engine     {config.engine.here()}, ZeRO {zero}, {config.engine.precision}, {ranks} rank(s), "
             f"{per_step // ranks} x {micro_batch} images per rank and step",
             f"rows       {settings.batch} samples per step, at most {most * settings.batch} rows with gradient, "
             f"{free * settings.batch} without",
-            f"memory     {count * 4 * copies / 2**20:.0f} MiB per rank for weights, gradients, moments and average; activations "
+            f"memory     {count * 4 * copies / 2**20:.0f} MiB per rank for weights, gradients, moments, average and reference; activations "
             f"of up to {most * micro_batch} rows come on top (train.micro_batch)",
             f"length     {settings.images} images = {-(-settings.images // settings.batch)} steps",
         ]

@@ -3,10 +3,10 @@
 So neither the number of images nor the order nor a resume changes one. N images of a call; C H W image; L tokens of an image.
 """
 
-import hashlib
 import io
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,52 +15,59 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from configs.schema import FILE, PRESETS, NextScaleModel, RunConfig, load
 from mclr.errors import UserError
 from mclr.guidance import Guidance
 from mclr.likelihood import Draws, Net, Paradigm
-from train.build import build_encoder, build_guidance, build_net, build_paradigm
+from mclr.next_scale import NextScale
+from train.build import build_encoder, build_guidance, build_guide, build_net, build_paradigm, schedule_table
 from train.cli import Parser, run
 from train.encoders import Encoder, to_uint8
 from train.files import write_file, write_json
+from train.prepare import prepare_samples
 from train.report import image_grid
-from train.weights import find_weights, load_into
+from train.weights import find_weights, load_into, sha256
 
 EXAMPLE = """examples:
   mclr sample runs/mine --out samples/mine --per-class 50
   mclr sample edm2-digits --out samples/guided --count 200 sample.gamma=0.5 sample.steps=18
+  mclr sample runs/mine --out samples/auto sample.gamma=0.5 sample.guide=edm2-digits
 
 The images are DIR/images/SEED-CONDITION.png; seeds count from --seed, conditions take turns. DIR/grid.png shows the first of
-them, DIR/sample.json says how they were made. Guidance is off unless sample.gamma is set. Running the same command again draws
-what is missing; a larger --count adds images."""
+them, DIR/sample.json says how they were made. Guidance is off unless sample.gamma is set; sample.guide lets another network be
+the guide. Running the same command again draws what is missing; a larger --count adds images."""
 
 SAMPLING = 2**63  # seed of all sampling: beyond those of training, whose random numbers no image must repeat
 ROUNDING = "round(127.5 x + 127.5), half to even, x in [-1, 1]"  # train/encoders.py, to_uint8
 
 
 class WorkCounter:
-    """A network that counts its work while it is used as the network itself."""
+    """A network that counts its work while it is used as the network itself. sums: the counter that gets it (default: this one)."""
 
-    def __init__(self, net: Any):
-        self.net = net
+    def __init__(self, net: Any, sums: "WorkCounter | None" = None):
+        self.net, self.sums = net, sums or self
         self.work = 0  # rows of all calls; of a token model rows times tokens
 
     def __call__(self, *inputs: Any) -> Any:
         answer = self.net(*inputs)
         # logits [R, l, V] of l new tokens, or (denoised [R, C, H, W], log-variance)
-        self.work += answer.shape[0] * answer.shape[1] if isinstance(answer, Tensor) else len(answer[0])
+        self.sums.work += answer.shape[0] * answer.shape[1] if isinstance(answer, Tensor) else len(answer[0])
         return answer
 
     def new_cache(self, rows: int) -> Any:
         return self.net.new_cache(rows)
 
+    def parameter_count(self) -> int:
+        return sum(p.numel() for p in self.net.parameters())
+
     def per_image(self, count: int, tokens_per_image: int | None) -> float:
         """Forwards that one of `count` images took; of a token model, tokens forwarded as a share of the image's L.
 
-        count includes images that only fill up a micro-batch. tokens_per_image: L of a token model, None of the others.
+        Those of a guide count as one each whatever its size, which stands beside them (`guide_size` in sample.json). count includes
+        images that only fill up a micro-batch. tokens_per_image: L of a token model, None of the others.
         """
         return self.work / (count * (tokens_per_image or 1))
 
@@ -96,6 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         "--data", help="preset or dataset folder the weights were trained on (default: digits); a run has its own"
     )
     parser.add_argument("--npz", action="store_true", help="also write DIR/samples.npz (arr_0: uint8 NHWC, arr_1: conditions)")
+    parser.add_argument("--dataset", action="store_true", help="also write DIR/dataset, a dataset folder for objective.generated")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args(argv)
 
@@ -105,6 +113,10 @@ def main(argv: list[str] | None = None) -> int:
     draw(config, weights, args.out, conditions, args.seed, count)
     if args.npz:
         write_npz(args.out)
+    if args.dataset:
+        images = [(path, condition_of(path)) for path in image_paths(args.out)]
+        info = prepare_samples(images, args.out / "dataset", config.data, f"weights {sha256(weights)}")
+        print(f"{info.path}: {info.splits['train'].count} images")
     return 0
 
 
@@ -127,12 +139,21 @@ def find_generator(source: str, model: str | None, data: str | None, overrides: 
     return load(model, "mle", data or "digits", "auto", list(overrides)), weights
 
 
-def load_generator(config: RunConfig, weights: Path, device: torch.device) -> tuple[nn.Module, Paradigm, Encoder]:
-    """(network in evaluation mode, paradigm, encoder). Raises UserError where the weights do not fit the config."""
+def load_generator(config: RunConfig, weights: Path, device: torch.device) -> tuple[WorkCounter, Paradigm, Encoder, Guidance]:
+    """(network, paradigm, encoder, guidance): all that sampling by config.sample takes, in evaluation mode.
+
+    The network also counts the work of the guide. Raises UserError where weights or guide do not fit the config.
+    """
     encoder = build_encoder(config, device)
     net = build_net(config, encoder)
     load_into(net, weights)
-    return net.to(device).eval().requires_grad_(False), build_paradigm(config, encoder), encoder
+    guide = build_guide(config, net)
+    for module in (net, guide):
+        if module is not None:
+            module.to(device).eval().requires_grad_(False)
+    counted = WorkCounter(net)
+    guidance = build_guidance(config, None if guide is None else WorkCounter(guide, sums=counted))
+    return counted, build_paradigm(config, encoder), encoder, guidance
 
 
 def parse_classes(text: str | None, num_classes: int) -> list[int]:
@@ -157,11 +178,13 @@ def draw(config: RunConfig, weights: Path, out: Path, conditions: list[int], see
     """
     if count < 1 or seed < 0:
         raise UserError(f"{count} images from seed {seed}: there must be at least one, and seeds start at 0")
+    guide = find_weights(config.sample.guide) if config.sample.guide else None
     record = {
         "settings": {
             "weights": sha256(weights),
             "tokenizer": sha256(find_weights(config.model.tokenizer)) if isinstance(config.model, NextScaleModel) else None,
             **{f"sample.{key}": value for key, value in config.sample.model_dump(mode="json").items()},
+            "sample.guide": guide and sha256(guide),
             "precision": config.engine.precision,
             "conditions": conditions,
             "seed": seed,
@@ -170,6 +193,8 @@ def draw(config: RunConfig, weights: Path, out: Path, conditions: list[int], see
         "count": count,
         "model": config.model.name,
         "from": str(weights),
+        "guide": guide and str(guide),
+        "guide_size": None,  # its parameters as a share of the model's
         "data": {"name": config.data.name, "path": config.data.path},
         "forwards_per_image": None,
     }
@@ -183,32 +208,39 @@ def draw(config: RunConfig, weights: Path, out: Path, conditions: list[int], see
         print(f"{out} is complete: {count} images of these settings; nothing to draw")
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net, paradigm, encoder = load_generator(config, weights, device)
+    net, paradigm, encoder, guidance = load_generator(config, weights, device)
     try:
         (out / "images").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {out} ({error.strerror}): choose another folder with --out") from error
     write_json(out / "sample.json", record)
-    (out / "samples.npz").unlink(missing_ok=True)  # of fewer images
+    (out / "samples.npz").unlink(missing_ok=True)  # of fewer images, as the dataset
+    shutil.rmtree(out / "dataset", ignore_errors=True)
 
-    counted, guidance, batch = WorkCounter(net), build_guidance(config), config.sample.batch
+    batch = config.sample.batch
     blocks = sorted({s // batch for s in missing})
     with tqdm(total=len(missing), unit="image", mininterval=1) as bar:
         for block in blocks:
             seeds = range(block * batch, (block + 1) * batch)
             c_N = torch.tensor([conditions[s % len(conditions)] for s in seeds])
             with torch.autocast(device.type, torch.bfloat16, enabled=config.engine.precision == "bf16"):
-                x_N = generate(paradigm, counted, guidance, c_N, list(seeds), batch, device)
+                x_N = generate(paradigm, net, guidance, c_N, list(seeds), batch, device)
             for s, image_CHW in zip(seeds, to_images(encoder, x_N, batch).numpy(), strict=True):
                 if s in missing:
                     write_file(missing[s], png(image_CHW))
                     bar.update()
     tokens = paradigm.dims if isinstance(config.model, NextScaleModel) else None
-    forwards = counted.per_image(len(blocks) * batch, tokens)
+    made: dict[str, Any] = {"forwards_per_image": net.per_image(len(blocks) * batch, tokens)}
+    gamma = guidance.gamma
+    how = "no guidance" if gamma.is_zero else f"guidance {gamma.weight:g}" + f" ({gamma.kind})" * (gamma.kind != "constant")
+    if isinstance(guidance.guide, WorkCounter):
+        made["guide_size"] = guidance.guide.parameter_count() / net.parameter_count()
+        how += f" by {config.sample.guide} ({made['guide_size']:.3g} x the model's size)"
     write_file(out / "grid.png", contact_sheet(list(paths.values()), columns=len(conditions)))
-    write_json(out / "sample.json", record | {"forwards_per_image": forwards})
-    guidance_text = f"guidance {config.sample.gamma:g}" if config.sample.gamma else "no guidance"
-    print(f"{out}: {len(missing)} images drawn, {forwards:g} network forwards per image, {guidance_text}")
+    write_json(out / "sample.json", record | made)
+    print(f"{out}: {len(missing)} images drawn, {made['forwards_per_image']:g} network forwards per image, {how}")
+    scales = paradigm.scales if isinstance(paradigm, NextScale) else None
+    print("".join(f"{line}\n" for line in schedule_table("gamma", gamma, scales)), end="")
 
 
 def refuse_other(out: Path, record: dict[str, Any], there: dict[str, Any] | None) -> None:
@@ -301,15 +333,6 @@ def png(image_CHW: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image_CHW[0] if len(image_CHW) == 1 else image_CHW.transpose(1, 2, 0)).save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def sha256(weights: Path) -> str:
-    """Checksum of a weights folder's tensors: what tells two weights apart wherever they lie."""
-    try:
-        with open(weights / "model.safetensors", "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read {weights / 'model.safetensors'} ({error.strerror}): copy the folder again") from error
 
 
 def _short(value: Any) -> str:

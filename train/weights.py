@@ -1,6 +1,7 @@
 """Weights folders: model.safetensors beside config.json, which rebuilds the network; bundled ones go by name."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,6 +74,15 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         return {name: t.float() for name, t in load_file(folder / "model.safetensors").items()}
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / 'model.safetensors'} cannot be read ({error}): copy the folder again") from error
+
+
+def sha256(weights: Path) -> str:
+    """Checksum of a weights folder's tensors: what tells two weights apart wherever they lie."""
+    try:
+        with open(weights / "model.safetensors", "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {weights / 'model.safetensors'} ({error.strerror}): copy the folder again") from error
 
 
 def load_net(name: str, kind: str) -> nn.Module:
