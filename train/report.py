@@ -68,13 +68,25 @@ figure img { width: 100%; image-rendering: pixelated } figcaption { font-size: .
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         "mclr report",
-        description="Make RUN/report.html from RUN/results.json.",
-        epilog="example: mclr report runs/tour --markdown",
+        description="Make RUN/report.html from RUN/results.json; or finish a study and make its tables and figures.",
+        epilog="examples: mclr report runs/tour --markdown\n          mclr report --study family --only edm2-digits/cca",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder with results.json")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for report.html and figures/ (default: RUN)")
-    parser.add_argument("--markdown", action="store_true", help="print the tables as markdown and write nothing")
+    parser.add_argument("run", type=Path, metavar="RUN", nargs="?", help="folder with results.json")
+    parser.add_argument("--study", choices=("family",), help="instead of RUN: do what is missing of all objectives compared")
+    parser.add_argument("--only", metavar="PREFIX", help="of the study, do the units whose names begin like this")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for page and figures/ (default: RUN, or runs/STUDY)")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as markdown; write and do nothing")
     args = parser.parse_args(argv)
+    if (args.run is None) == (args.study is None):
+        parser.error("give the folder of a run, or --study family")
+    if args.study:
+        # imports torch, and this file
+        from train.study import report
+
+        report(args.out or Path("runs") / args.study, args.only or "", args.markdown)
+        return 0
+    if args.only is not None:
+        parser.error("--only belongs to --study")
     results = load_results(args.run)
     print(markdown_table(results) if args.markdown else write_report(results, args.run, args.out or args.run))
     return 0
@@ -132,7 +144,7 @@ def table_rows(name: str, paradigm: dict[str, Any]) -> Iterator[list[str]]:
             scores = _dict(paradigm[row], where)
             if row in WEIGHTS and (key := WEIGHTS[row][0]) in scores:
                 label += f", {WEIGHTS[row][1]} = {_number(scores[key], f'{where}.{key}'):g}"
-            cells = [_score(scores.get(key), form, f"{where}.{key}") for key, _, form in METRICS]
+            cells = [score_cell(scores.get(key), form, f"{where}.{key}") for key, _, form in METRICS]
             yield [label, *cells, _speed(scores.get("images_per_second"), f"{where}.images_per_second")]
 
 
@@ -352,7 +364,7 @@ def _png(save: Callable[..., Any], **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _score(value: Any, form: str | None, where: str) -> str:
+def score_cell(value: Any, form: str | None, where: str) -> str:
     """A number, or {mean, std} as "mean ± std" with as many decimals; a dash for None."""
     if value is None:
         return "–"

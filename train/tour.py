@@ -21,15 +21,14 @@ import train.run
 from configs.schema import RunConfig, load
 from mclr.errors import UserError
 from models.features import ImageClassifier
-from train.build import build_guidance
 from train.cli import Parser, run
 from train.data import load_split
 from train.evaluate import judge
 from train.files import write_file, write_json
 from train.prepare import prepare_digits
 from train.report import image_grid, markdown_table, write_report
-from train.sample import WorkCounter, generate, load_generator, sha256, to_images
-from train.weights import find_weights, load_net
+from train.sample import generate, load_generator, to_images
+from train.weights import find_weights, load_net, sha256
 
 # the five guidance weights of the sweep, around the best one of each control
 GAMMAS = {"edm2-digits": (0.2, 0.35, 0.5, 0.65, 0.8), "var-digits": (0.25, 0.5, 0.75, 1.0, 1.5)}
@@ -51,9 +50,57 @@ JUDGE = {
 }
 
 
+@dataclass(frozen=True)
+class Judge:
+    """Real images [N, C, H, W] uint8, their conditions c_N, and the classifier in whose features samples are compared with them."""
+
+    images_N: torch.Tensor
+    c_N: torch.Tensor
+    classifier: ImageClassifier
+
+    def scores(self, images_N: torch.Tensor) -> dict[str, float]:
+        """Of samples [N, C, H, W] uint8 under the same conditions."""
+        return judge(self.classifier, self.images_N, self.c_N, images_N, self.c_N)
+
+
+def digits_judge() -> Judge:
+    """The judge of the digits: all scans, prepared where they are not there yet."""
+    prepare_digits("data/digits")
+    splits = [load_split("data/digits", name) for name in ("train", "val")]
+    classifier = load_net("digits-classifier", "image_classifier")
+    assert isinstance(classifier, ImageClassifier)
+    return Judge(torch.cat([s[0] for s in splits]), torch.cat([s[1] for s in splits]), classifier)
+
+
+class Arm:
+    """One way to sample: weights and the settings config.sample, as `mclr sample WEIGHTS sample.gamma=...` would."""
+
+    def __init__(self, config: RunConfig, weights: Path):
+        self.config, self.weights = config, weights
+        self.net, self.paradigm, self.encoder, self.guidance = load_generator(config, weights, torch.device("cpu"))
+
+    def draw(self, c_N: torch.Tensor, first_seed: int) -> torch.Tensor:
+        seeds = list(range(first_seed, first_seed + len(c_N)))
+        return generate(self.paradigm, self.net, self.guidance, c_N, seeds, self.config.sample.batch, torch.device("cpu"))
+
+    def judged(self, judge: Judge, seed: int) -> dict[str, float]:
+        """The judge's scores of as many samples as it has real images, of this sampling seed, and the forwards an image took."""
+        self.net.work = 0
+        x_N = self.draw(judge.c_N, seed * 1_000_000)
+        tokens = self.paradigm.dims if self.config.model.paradigm == "next_scale" else None
+        batch = self.config.sample.batch
+        padded = -(-len(x_N) // batch) * batch
+        scores = judge.scores(to_images(self.encoder, x_N, batch))
+        return scores | {"forwards_per_image": self.net.per_image(padded, tokens)}
+
+    def pictures(self, each: int) -> torch.Tensor:
+        """uint8 images [10 * each, C, H, W], ten conditions one after the other: the same seeds in every arm."""
+        return to_images(self.encoder, self.draw(torch.arange(10).repeat_interleave(each), 0), 10 * each)
+
+
 @dataclass
 class Tour:
-    """One tour: its folder, its real images and its judge. full: more seeds, finer sweeps. overrides: of every preset.
+    """One tour: its folder and its judge. full: more seeds, finer sweeps. overrides: of every preset.
 
     phases: name -> seconds, those of an interrupted tour included.
     """
@@ -61,9 +108,7 @@ class Tour:
     out: Path
     full: bool
     overrides: list[str]
-    images_N: torch.Tensor
-    c_N: torch.Tensor
-    classifier: ImageClassifier
+    judge: Judge
     phases: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -90,49 +135,24 @@ class Tour:
         self.phases[name] = round(phases[name][0], 1)
         print(f"== {name}: {self.phases[name]} s", flush=True)
 
-
-class Arm:
-    """One way to sample: weights and a guidance weight gamma, as `mclr sample WEIGHTS sample.gamma=...` would."""
-
-    def __init__(self, tour: Tour, config: RunConfig, name: str, weights: Path, gamma: float = 0.0):
-        config = config.model_copy(update={"sample": config.sample.model_copy(update={"gamma": gamma})})
-        self.tour, self.config, self.name, self.gamma = tour, config, name, gamma
-        net, self.paradigm, self.encoder = load_generator(config, weights, torch.device("cpu"))
-        self.net = WorkCounter(net)
-        self.guidance = build_guidance(config)
-        # scores are kept under what decides them, so that a changed tour never reads old ones
-        settings = json.dumps(config.sample.model_dump(), sort_keys=True) + sha256(weights)
-        self.key = f"{config.model.name}-{name}-{gamma:g}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
-
-    def draw(self, c_N: torch.Tensor, first_seed: int) -> torch.Tensor:
-        seeds = list(range(first_seed, first_seed + len(c_N)))
-        return generate(self.paradigm, self.net, self.guidance, c_N, seeds, self.config.sample.batch, torch.device("cpu"))
-
-    def scores(self, seed: int) -> dict[str, float]:
-        """The judge's scores of 1,797 samples of this sampling seed; read back where the tour has them already."""
-        kept = self.tour.out / "scores" / f"{self.key}-{seed}.json"
+    def scores(self, name: str, arm: Arm, seed: int) -> dict[str, float]:
+        """The scores of an arm; read back where the tour has them already."""
+        # kept under what decides them, so that a changed tour never reads old ones
+        gamma = arm.config.sample.gamma
+        settings = json.dumps(arm.config.sample.model_dump(), sort_keys=True) + sha256(arm.weights)
+        key = f"{arm.config.model.name}-{name}-{gamma:g}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}-{seed}"
+        kept = self.out / "scores" / f"{key}.json"
         if kept.exists():
             return json.loads(kept.read_text())
-        self.net.work = 0
-        x_N = self.draw(self.tour.c_N, seed * 1_000_000)
-        tokens = self.paradigm.dims if self.config.model.paradigm == "next_scale" else None
-        batch = self.config.sample.batch
-        padded = -(-len(x_N) // batch) * batch
-        scores = judge(
-            self.tour.classifier, self.tour.images_N, self.tour.c_N, to_images(self.encoder, x_N, batch), self.tour.c_N
-        )
-        scores["forwards_per_image"] = self.net.per_image(padded, tokens)
+        scores = arm.judged(self.judge, seed)
         kept.parent.mkdir(exist_ok=True)
         write_json(kept, scores)
-        print(
-            f"{self.name:8} gamma {self.gamma:<5g} seed {seed}: " + ", ".join(f"{k} {v:.3g}" for k, v in scores.items()),
-            flush=True,
-        )
+        print(f"{name:8} gamma {gamma:<5g} seed {seed}: " + ", ".join(f"{k} {v:.3g}" for k, v in scores.items()), flush=True)
         return scores
 
-    def row(self) -> dict[str, Any]:
+    def row(self, name: str, arm: Arm) -> dict[str, Any]:
         """Mean and standard deviation over the sampling seeds."""
-        runs = [self.scores(seed) for seed in self.tour.seeds]
+        runs = [self.scores(name, arm, seed) for seed in self.seeds]
         row: dict[str, Any] = {
             key: {"mean": statistics.mean(r[key] for r in runs), "std": statistics.stdev(r[key] for r in runs)}
             for key in runs[0]
@@ -140,12 +160,11 @@ class Arm:
         }
         return row | {"forwards_per_image": runs[0]["forwards_per_image"]}
 
-    def grid(self, row: str) -> str:
-        """The picture of a row: ten conditions down, eight seeds across: the same seeds in every arm."""
-        images = to_images(self.encoder, self.draw(torch.arange(10).repeat_interleave(8), 0), 80)
-        path = Path("grids") / f"{self.config.model.name}-{row}.png"
-        (self.tour.out / "grids").mkdir(exist_ok=True)
-        write_file(self.tour.out / path, image_grid(images.numpy(), 10, 8, 6))
+    def grid(self, row: str, arm: Arm) -> str:
+        """The picture of a row: ten conditions down, eight seeds across."""
+        path = Path("grids") / f"{arm.config.model.name}-{row}.png"
+        (self.out / "grids").mkdir(exist_ok=True)
+        write_file(self.out / path, image_grid(arm.pictures(8).numpy(), 10, 8, 6))
         return str(path)
 
 
@@ -162,13 +181,17 @@ def speeds(arms: dict[str, Arm], rounds: int = 5) -> dict[str, dict[str, Any]]:
     return {name: {"median": statistics.median(values), "runs": values} for name, values in runs.items()}
 
 
-def fine_tune(tour: Tour, model: str, name: str, arguments: list[str]) -> tuple[Path, dict[str, Any]]:
-    """Train (or go on, or find finished); returns the run folder and the last line of its metrics."""
-    folder = tour.out / f"{model}-{name}"
-    status = train.run.main(["--model", model, "--engine", "local", "--out", str(folder), *tour.overrides, *arguments])
+def fine_tune(folder: Path, model: str, arguments: list[str]) -> dict[str, Any]:
+    """Train (or go on, or find finished) in this run folder; returns the last line of its metrics."""
+    status = train.run.main(["--model", model, "--engine", "local", "--out", str(folder), *arguments])
     if status:
         raise SystemExit(status)
-    return folder, json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def guided(config: RunConfig, gamma: float) -> RunConfig:
+    """The same with guidance weight gamma."""
+    return config.model_copy(update={"sample": config.sample.model_copy(update={"gamma": gamma})})
 
 
 def compare(tour: Tour, model: str) -> dict[str, Any]:
@@ -178,37 +201,36 @@ def compare(tour: Tour, model: str) -> dict[str, Any]:
     runs = {}
     for multiple in LAM_MULTIPLES_FULL if tour.full else LAM_MULTIPLES:
         with tour.phase(f"{model}: fine-tune with MCLR, lam {lam * multiple:g}"):
-            runs[multiple], last = fine_tune(
-                tour, model, f"mclr-{lam * multiple:g}", ["--objective", "mclr", f"objective.lam={lam * multiple}"]
-            )
+            runs[multiple] = tour.out / f"{model}-mclr-{lam * multiple:g}"
+            arguments = ["--objective", "mclr", *tour.overrides, f"objective.lam={lam * multiple}"]
+            last = fine_tune(runs[multiple], model, arguments)
             if multiple == 1:
                 mclr_last = last
     images = -(-mclr_last["mle_images"] // batch) * batch
     with tour.phase(f"{model}: fine-tune the control, mle on {images} images"):
-        control, control_last = fine_tune(tour, model, "control", ["--objective", "mle", f"train.images={images}"])
+        control = tour.out / f"{model}-control"
+        control_last = fine_tune(control, model, ["--objective", "mle", *tour.overrides, f"train.images={images}"])
 
     arms = {
-        "base": Arm(tour, config, "base", find_weights(str(config.model.weights))),
-        "control": Arm(tour, config, "control", control / "weights"),
-        "mclr": Arm(tour, config, f"mclr-{lam:g}", runs[1.0] / "weights"),
+        "base": Arm(config, find_weights(str(config.model.weights))),
+        "control": Arm(config, control / "weights"),
+        "mclr": Arm(config, runs[1.0] / "weights"),
     }
     with tour.phase(f"{model}: guidance sweep of the control"):
         gammas = list(GAMMAS[model])
         if tour.full:
             gammas = sorted(gammas + [(a + b) / 2 for a, b in pairwise(gammas)])
-        guided = {gamma: Arm(tour, config, "control", control / "weights", gamma) for gamma in gammas}
-        sweep = {gamma: arm.scores(0) for gamma, arm in guided.items()}
+        candidates = {gamma: Arm(guided(config, gamma), control / "weights") for gamma in gammas}
+        sweep = {gamma: tour.scores("cfg", arm, 0) for gamma, arm in candidates.items()}
         best = min(sweep, key=lambda gamma: sweep[gamma]["cfd"])
-        arms["cfg"] = guided[best]
+        arms["cfg"] = candidates[best]
     with tour.phase(f"{model}: {len(tour.seeds)} sampling seeds of base, control, cfg, mclr"):
-        result: dict[str, Any] = {name: arms[name].row() for name in ("base", "control", "cfg", "mclr")}
+        result: dict[str, Any] = {name: tour.row(name, arms[name]) for name in ("base", "control", "cfg", "mclr")}
     with tour.phase(f"{model}: lam sweep, speeds, grids"):
-        lam_sweep = [
-            {"lam": lam * m, **Arm(tour, config, f"mclr-{lam * m:g}", folder / "weights").scores(0)} for m, folder in runs.items()
-        ]
+        lam_sweep = [{"lam": lam * m, **tour.scores("mclr", Arm(config, folder / "weights"), 0)} for m, folder in runs.items()]
         for name, speed in speeds({name: arms[name] for name in result}).items():
             result[name]["images_per_second"] = speed
-        result["grids"] = {name: arms[name].grid(name) for name in ("base", "control", "cfg", "mclr")}
+        result["grids"] = {name: tour.grid(name, arms[name]) for name in ("base", "control", "cfg", "mclr")}
     result["cfg"]["gamma"], result["mclr"]["lam"] = best, lam
     cfd = {name: result[name]["cfd"]["mean"] for name in ("control", "cfg", "mclr")}
     result["gap_closed"] = (cfd["control"] - cfd["mclr"]) / (cfd["control"] - cfd["cfg"])
@@ -231,17 +253,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", choices=list(GAMMAS), help="one paradigm alone (default: both)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of every run, for a quick look")
     args = parser.parse_intermixed_args(argv)
-    prepare_digits("data/digits")
-    splits = [load_split("data/digits", name) for name in ("train", "val")]
+    real = digits_judge()
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {args.out} ({error.strerror}): choose another --out") from None
-    classifier = load_net("digits-classifier", "image_classifier")
-    assert isinstance(classifier, ImageClassifier)
-    tour = Tour(
-        args.out, args.full, args.overrides, torch.cat([s[0] for s in splits]), torch.cat([s[1] for s in splits]), classifier
-    )
+    tour = Tour(args.out, args.full, args.overrides, real)
     print("the judge")
     for key, text in JUDGE.items():
         print(f"  {key}: {text}")

@@ -1,0 +1,393 @@
+"""`mclr report --study family`: every objective and every guidance at equal compute, both paradigms, one judge.
+
+A unit is at most one fine-tuning, and 1,797 samples for the judge: some two minutes. It is kept as one JSON file the moment it is
+finished and never repeated; a run stopped half-way goes on. Training seed 0 tries a grid; other training seeds report its best point.
+In this file: what is compared; the study, which finds out what is missing and does it. Its tables and figures: train/figures.py.
+"""
+
+import base64
+import fcntl
+import json
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import mclr
+import train.sample
+from configs.schema import load
+from mclr.errors import UserError
+from train.figures import Row, markdown_tables, write_family
+from train.files import write_json
+from train.report import image_grid
+from train.sample import read_record
+from train.tour import GAMMAS, Arm, Judge, digits_judge, fine_tune
+from train.weights import find_weights
+
+STORE = Path(mclr.__file__).parent / "family"
+# What a fine-tuning may cost, as images of plain maximum likelihood: `mle_images` at the end of the preset's own mclr run
+# (mclr train --model MODEL --objective mclr; last line of metrics.jsonl).
+BUDGET = {"edm2-digits": 66_446, "var-digits": 37_441}
+# of training, each with the sampling seed of the same number; seed 0 of both tries the grids
+SEEDS = (1, 2, 3)
+# samples of the reference for ddo, per condition: together about as many as there are training images
+GENERATED = 150
+# their first seed, beyond those of the judged samples
+FIRST_GENERATED = 100_000_000
+
+Point = tuple[str, ...]  # settings, as in ("objective.beta=0.1", "objective.lam=1")
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to samples. fixed: settings in common; grid: points of which training seed 0 chooses one.
+
+    start: `tune` fine-tunes the base; `control` samples the control that has the same training seed; `base` samples the base.
+    repeated: whether the best point is repeated with the other training seeds.
+    """
+
+    name: str
+    start: Literal["tune", "control", "base"]
+    objective: str = "mle"
+    fixed: Point = ()
+    grid: tuple[Point, ...] = ((),)
+    repeated: bool = True
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A method at one point of its grid with training seed 0, or, where point is None, at the best one with another seed."""
+
+    model: str
+    method: Method
+    seed: int
+    point: Point | None
+
+    @property
+    def name(self) -> str:
+        """Also of its file; -seed0 where there is nothing to choose."""
+        where = "" if self.point is None else brief(self.point)
+        return f"{self.model}/{self.method.name}{where or f'-seed{self.seed}'}"
+
+
+def brief(point: Point) -> str:
+    """Part of a file name: ("sample.gamma=0.5",) becomes -gamma0.5."""
+    return "".join(f"-{key.rpartition('.')[2]}{value}" for key, _, value in (setting.partition("=") for setting in point))
+
+
+def over(keys: str, *values: float | tuple[float, ...]) -> tuple[Point, ...]:
+    """A grid: one value, or one tuple of values, per point. keys: separated by blanks."""
+    points = [value if isinstance(value, tuple) else (value,) for value in values]
+    return tuple(tuple(f"{key}={v:g}" for key, v in zip(keys.split(), point, strict=True)) for point in points)
+
+
+def tune(name: str, objective: str, fixed: str, grid: tuple[Point, ...], repeated: bool = True) -> Method:
+    """A fine-tuning. fixed: settings of the section objective, separated by blanks."""
+    return Method(name, "tune", objective, tuple(f"objective.{text}" for text in fixed.split()), grid, repeated)
+
+
+def guide(name: str, fixed: str, grid: tuple[Point, ...]) -> Method:
+    """The control with guidance. fixed: settings of the section sample, separated by blanks."""
+    return Method(name, "control", fixed=tuple(f"sample.{text}" for text in fixed.split()), grid=grid)
+
+
+LAM, GAMMA, RATIO = "objective.lam", "sample.gamma", "objective.beta objective.lam"
+FAMILY: dict[str, tuple[Method, ...]] = {
+    "edm2-digits": (
+        Method("control", "tune"),
+        tune("mclr-posterior", "mclr", "contrast=posterior", over(LAM, 0.75, 1.5, 3)),
+        tune("mclr-weighted", "mclr", "contrast=weighted", over(LAM, 0.75, 1.5, 3)),
+        tune("mclr-null", "mclr", "contrast=null", over(LAM, 0.5, 0.8, 1.2)),
+        tune("mclr-uniform", "mclr", "contrast=uniform", over(LAM, 0.02, 0.05, 0.1)),
+        # sigma 2 to .7: above, a class says little; below, p(c|x_t) is sure of it and the posterior draws c itself
+        tune(
+            "mclr-interval",
+            "mclr",
+            "contrast=posterior schedule.kind=interval schedule.low=0.35 schedule.high=0.45",
+            over(LAM, 0.75, 1.5, 3),
+        ),
+        # negative below sigma .93
+        tune(
+            "mclr-window",
+            "mclr",
+            "contrast=posterior schedule.kind=negative_window schedule.turn=0.42 schedule.below=0.5",
+            over(LAM, 0.75, 1.5, 3),
+        ),
+        tune("unlearn", "unlearn", "", over(LAM, 0.02, 0.05, 0.1)),
+        tune("cc_dpo", "cc_dpo", "", over("objective.beta", 0.02, 0.1, 0.5)),
+        tune("cca", "cca", "", over(RATIO, (0.02, 1), (0.1, 1), (0.5, 1))),
+        tune("ddo", "ddo", "", over(RATIO, (0.02, 1), (0.1, 1), (0.1, 4))),
+        guide("cfg", "", over(GAMMA, *GAMMAS["edm2-digits"])),
+        # sigma 5.7 to .24, and 2 to .7
+        guide(
+            "cfg-interval",
+            "schedule.kind=interval",
+            over(
+                f"{GAMMA} sample.schedule.low sample.schedule.high",
+                (0.5, 0.25, 0.55),
+                (0.8, 0.25, 0.55),
+                (1.2, 0.25, 0.55),
+                (0.8, 0.35, 0.45),
+                (1.2, 0.35, 0.45),
+                (2, 0.35, 0.45),
+            ),
+        ),
+        # negative below sigma .4 or .93
+        guide(
+            "cfg-window",
+            "schedule.kind=negative_window",
+            over(
+                f"{GAMMA} sample.schedule.turn sample.schedule.below",
+                (0.5, 0.5, 0.25),
+                (0.8, 0.5, 0.5),
+                (0.8, 0.42, 0.25),
+                (1.2, 0.42, 0.5),
+            ),
+        ),
+        guide("autoguidance", "guide=edm2-digits", over(GAMMA, 0.5, 1, 2, 4)),
+        Method("base", "base", grid=over(GAMMA, 0, *GAMMAS["edm2-digits"]), repeated=False),
+        # the preset's own run, stopped early: random numbers go by image, so these are stages of one run
+        tune("emergence", "mclr", "", over("train.images", 2_400, 4_800, 9_600, 19_200, 38_400), repeated=False),
+    ),
+    "var-digits": (
+        Method("control", "tune"),
+        tune("mclr-posterior", "mclr", "contrast=posterior schedule.kind=constant", over(LAM, 0.15, 0.3, 0.6)),
+        tune("mclr-weighted", "mclr", "contrast=weighted schedule.kind=constant", over(LAM, 0.15, 0.3, 0.6)),
+        tune("mclr-null", "mclr", "contrast=null schedule.kind=ramp", over(LAM, 0.5, 1, 2)),
+        tune("mclr-uniform", "mclr", "contrast=uniform schedule.kind=constant bound=3", over(LAM, 0.3, 0.6, 1)),
+        # all scales but the first
+        tune("mclr-interval", "mclr", "contrast=null schedule.kind=interval schedule.low=0.3", over(LAM, 0.3, 0.6, 1.2)),
+        # negative at the last scale
+        tune(
+            "mclr-window",
+            "mclr",
+            "contrast=null schedule.kind=negative_window schedule.turn=0.9 schedule.below=0.25",
+            over(LAM, 0.3, 0.6, 1.2),
+        ),
+        tune("unlearn", "unlearn", "", over(LAM, 0.05, 0.1, 0.3)),
+        tune("cc_dpo", "cc_dpo", "", over("objective.beta", 0.02, 0.1, 0.5)),
+        tune("cca", "cca", "", over(RATIO, (0.02, 1), (0.02, 10), (0.02, 50))),
+        tune("ddo", "ddo", "", over(RATIO, (0.02, 1), (0.1, 1), (0.1, 4))),
+        guide("cfg", "", over(GAMMA, *GAMMAS["var-digits"])),
+        # from the second or the third of the four scales on
+        guide(
+            "cfg-interval",
+            "schedule.kind=interval",
+            over(f"{GAMMA} sample.schedule.low", (0.25, 0.3), (0.5, 0.3), (0.75, 0.3), (0.5, 0.6), (1, 0.6)),
+        ),
+        # negative at the last scale
+        guide(
+            "cfg-window",
+            "schedule.kind=negative_window schedule.turn=0.9 schedule.below=0.25",
+            over(GAMMA, 0.25, 0.5, 1),
+        ),
+        guide("autoguidance", "guide=var-digits", over(GAMMA, 0.5, 1, 2, 4)),
+        Method("base", "base", grid=over(GAMMA, 0, *GAMMAS["var-digits"]), repeated=False),
+        tune("emergence", "mclr", "", over("train.images", 1_800, 3_600, 7_200, 14_400, 28_800), repeated=False),
+    ),
+}
+
+
+class Diverged(Exception):
+    """A fine-tuning whose loss is no longer finite: a result like any other. images: seen until then."""
+
+    def __init__(self, images: int):
+        self.images = images
+
+
+@dataclass
+class Study:
+    """The units, where their records are kept (store) and where their runs live (out).
+
+    seeds: of training, for the chosen points. overrides: of every preset.
+    """
+
+    out: Path
+    store: Path = STORE
+    family: dict[str, tuple[Method, ...]] = field(default_factory=lambda: FAMILY)
+    seeds: tuple[int, ...] = SEEDS
+    overrides: Point = ()
+
+    @cached_property
+    def judge(self) -> Judge:
+        return digits_judge()
+
+    def units(self) -> list[Unit]:
+        """All of them; what a unit needs comes before it."""
+        units = []
+        for model, methods in self.family.items():
+            for method in methods:
+                units += [Unit(model, method, 0, point) for point in method.grid]
+                units += [Unit(model, method, seed, None) for seed in self.seeds if method.repeated]
+        return units
+
+    def settings(self, unit: Unit, point: Point) -> list[str]:
+        """All that decides a unit, as overrides of its presets."""
+        budget = BUDGET[unit.model]
+        length = (f"train.images={budget}", f"train.mle_images={budget}", f"train.seed={unit.seed}")
+        return [*length, *unit.method.fixed, *point, *self.overrides]
+
+    def record(self, unit: Unit) -> dict[str, Any] | None:
+        """What is kept of a unit; None where there is nothing, or what there is was made by other settings."""
+        point = self.point(unit)
+        path = self.store / f"{unit.name}.json"
+        if point is None or not path.exists():
+            return None
+        try:
+            record = json.loads(path.read_text())
+            made = record["objective"], record["settings"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is no record of a unit ({error}): remove it, and the unit is done again") from error
+        return record if made == (unit.method.objective, self.settings(unit, point)) else None
+
+    def point(self, unit: Unit) -> Point | None:
+        """The unit's point, the best by class-wise FD where it has none of its own.
+
+        None while the grid has gaps, and where all of it diverged.
+        """
+        if unit.point is not None:
+            return unit.point
+        tried = self.tried(unit.model, unit.method)
+        scores = {point: record["scores"] for point, record in tried.items() if record["scores"]}
+        if len(tried) < len(unit.method.grid) or not scores:
+            return None
+        return min(scores, key=lambda point: scores[point]["cfd"])
+
+    def tried(self, model: str, method: Method) -> dict[Point, dict[str, Any]]:
+        """The records of training seed 0 that are kept."""
+        records = {point: self.record(Unit(model, method, 0, point)) for point in method.grid}
+        return {point: record for point, record in records.items() if record is not None}
+
+    def run(self, only: str = "") -> None:
+        """Do what is missing of the units whose names begin with `only`, until no more can be done here."""
+        units = [unit for unit in self.units() if unit.name.startswith(only)]
+        if not units:
+            raise UserError(f"no unit begins with {only}: give a part of a name like {self.units()[0].name}")
+        # a pass may make possible what had to wait in the one before
+        while any([self.attempt(unit) for unit in units]):
+            pass
+        left = [unit.name for unit in units if self.record(unit) is None]
+        if left:
+            print(f"{len(left)} of {len(units)} units wait for others, for another process or for a grid that all diverged:")
+            print(" ".join(left))
+
+    def attempt(self, unit: Unit) -> bool:
+        """Do a unit and keep its record; False where it is kept already, has to wait, or another process has it."""
+        point = self.point(unit)
+        if point is None or self.record(unit) is not None:
+            return False
+        control = self.control(unit)
+        if control is not None and self.record(control) is None:
+            return False
+        with self.claim(unit) as mine:
+            # another process may have finished it just now
+            if not mine or self.record(unit) is not None:
+                return False
+            started = time.perf_counter()
+            record: dict[str, Any] = {"objective": unit.method.objective, "settings": self.settings(unit, point)}
+            record |= {"run": None, "scores": None, "diverged": None}
+            try:
+                if control is not None:
+                    with self.claim(control, wait=True):
+                        weights, record["run"] = self.tune(control, ())
+                elif unit.method.start == "tune":
+                    weights, record["run"] = self.tune(unit, point)
+                else:
+                    weights = find_weights(str(load(unit.model, "mle", "digits", "local", []).model.weights))
+                record |= self.sample(unit, record["settings"], weights)
+            except Diverged as end:
+                record["diverged"] = end.images
+            if unit.method.objective == "ddo":
+                record["generated"] = self.generated(unit.model)[1]
+            record["seconds"] = round(time.perf_counter() - started, 1)
+            path = self.store / f"{unit.name}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, record)
+        scores = record["scores"]
+        outcome = f"class-wise FD {scores['cfd']:.3g}" if scores else f"diverged at {record['diverged']} images"
+        print(f"== {unit.name}: {record['seconds']} s, {outcome}", flush=True)
+        return True
+
+    def control(self, unit: Unit) -> Unit | None:
+        """The control that a unit samples: of the same training seed."""
+        if unit.method.start != "control":
+            return None
+        method = next(method for method in self.family[unit.model] if method.name == "control")
+        return Unit(unit.model, method, unit.seed, () if unit.seed == 0 else None)
+
+    @contextmanager
+    def claim(self, unit: Unit, wait: bool = False) -> Iterator[bool]:
+        """Whether the unit is this process's until the block ends."""
+        path = self.out / f"{unit.name}.lock"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "a")  # noqa: SIM115 (closed below)
+        except OSError as error:
+            raise UserError(f"cannot write {path} ({error.strerror}): choose another --out") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                mine = True
+            except BlockingIOError:
+                mine = False
+            yield mine
+
+    def tune(self, unit: Unit, point: Point) -> tuple[Path, dict[str, Any]]:
+        """(weights, what they cost) of a unit's run, which begins, goes on or is found finished. Raises Diverged."""
+        folder = self.out / f"{unit.model}/{unit.method.name}{brief(point)}-run{unit.seed}"
+        arguments = ["--objective", unit.method.objective, *self.settings(unit, point)]
+        if unit.method.objective == "ddo":
+            arguments.append(f"objective.generated={self.generated(unit.model)[0]}")
+        try:
+            last = fine_tune(folder, unit.model, arguments)
+        except UserError as error:
+            # the loop's own words; its checkpoint stays as it was
+            infinite = re.match(r"\w+ is (?:nan|-?inf) at (\d+) images", str(error))
+            if infinite is None:
+                raise
+            raise Diverged(int(infinite[1])) from error
+        cost = {key: last[key] for key in ("images", "rows", "flops", "mle_images", "posterior_flops", "seconds")}
+        return folder / "weights", cost
+
+    def generated(self, model: str) -> tuple[Path, dict[str, float]]:
+        """(dataset folder, its cost) of samples of the base, drawn where they are not there yet."""
+        folder = self.out / model / "generated"
+        config = load(model, "mle", "digits", "local", list(self.overrides))
+        marker = Unit(model, Method("generated", "base"), 0, ())
+        with self.claim(marker, wait=True):
+            count = ["--per-class", str(GENERATED), "--seed", str(FIRST_GENERATED)]
+            source = [str(config.model.weights), "--model", model, "--out", str(folder), "--dataset"]
+            train.sample.main([*source, *count, *self.overrides])
+        record = read_record(folder)
+        assert record is not None
+        return folder / "dataset", {key: record[key] for key in ("count", "forwards_per_image")}
+
+    def sample(self, unit: Unit, settings: list[str], weights: Path) -> dict[str, Any]:
+        """Scores of 1,797 samples, and one picture per condition (PNG, ten across), the same seeds for all units of a model."""
+        chosen = [setting for setting in settings if setting.startswith("sample.")]
+        arm = Arm(load(unit.model, "mle", "digits", "local", chosen), weights)
+        pictures = image_grid(arm.pictures(1).numpy(), 1, 10, 1)
+        return {"scores": arm.judged(self.judge, unit.seed), "pictures": base64.b64encode(pictures).decode()}
+
+    def rows(self, model: str) -> list[Row]:
+        """What is known of each method of a paradigm."""
+        rows = []
+        for method in self.family[model]:
+            repeats = {seed: self.record(Unit(model, method, seed, None)) for seed in self.seeds if method.repeated}
+            kept = {seed: record for seed, record in repeats.items() if record is not None}
+            chosen = self.point(Unit(model, method, self.seeds[0], None))
+            rows.append(Row(method.name, method.fixed, self.tried(model, method), chosen, kept))
+        return rows
+
+
+def report(out: Path, only: str, markdown: bool) -> None:
+    """Do what is missing of the study, then write its tables and figures. markdown: print the tables alone, of what is there."""
+    study = Study(out)
+    if not markdown:
+        study.run(only)
+    rows = {model: study.rows(model) for model in study.family}
+    print(markdown_tables(rows) if markdown else write_family(rows, out))
