@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd.functional import hessian
 from toy import (
     CONDITIONS,
     CONTRASTS,
@@ -30,7 +29,6 @@ from toy import (
 )
 
 from mclr.contrast import paired_rows
-from mclr.diffusion import Diffusion
 from mclr.likelihood import Probe, Rows, Scores, score
 from mclr.next_scale import NextScale
 from mclr.objective import Objective
@@ -357,112 +355,6 @@ def test_null_loss_of_tokens_is_likelihood_and_renyi_divergence(lam):
         # as functions of the logits: the gradient of normalised log-probabilities is taken along the simplex
         assert close(grad[0], wanted[0] - z[0].detach().exp() * wanted[0].sum()) and grad[1].eq(0).all()
     assert divergence >= 0
-
-
-@pytest.mark.parametrize("lam", [0.3, 1.0, 4.0, -0.5])
-@float64()
-def test_null_optimum_of_tokens_is_guidance_in_the_logits(lam):
-    """Where codes come from p, the only minimum is q_c ~ p^(1+lam) q_null^(-lam): what guidance of weight 1 + lam would sample."""
-    p_V, null_V = (2 * wave(V, phase=1)).softmax(-1), 2 * wave(V, phase=2)
-
-    def expected_loss(logits_V: Tensor) -> Tensor:
-        return p_V @ null_losses(torch.stack([logits_V, null_V]), lam)
-
-    optimum_V = ((1 + lam) * p_V.log() - lam * null_V.log_softmax(-1)).requires_grad_()
-    (grad,) = torch.autograd.grad(expected_loss(optimum_V), optimum_V)
-    assert grad.abs().max() < 1e-14
-    for logits_V in (optimum_V.detach(), wave(V, phase=3), 3 * wave(V, phase=4)):
-        curvature = torch.linalg.eigvalsh(hessian(expected_loss, logits_V))
-        # convex everywhere; flat only where all logits move together
-        assert curvature[0].abs() < 1e-13 and curvature[1] > 1e-8
-
-
-class Mixture:
-    """K isotropic Gaussians in two dimensions seen through noise: the exact posterior and denoisers at x_t, fp64."""
-
-    prior_K = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
-    mean_KD = torch.tensor([[0.0, 0.0], [1.5, 0.5], [-0.5, 2.0]], dtype=torch.float64)
-    std_K = torch.tensor([0.5, 0.8, 0.6], dtype=torch.float64)
-
-    def __init__(self, x_t: list[float], sigma: float):
-        self.x_t, self.sigma = torch.tensor(x_t), sigma
-        variance_K1 = (self.std_K**2 + sigma**2)[:, None]
-        offset_KD = self.x_t - self.mean_KD
-        # in two dimensions the normalising constant is the variance
-        logit_K = self.prior_K.log() - (offset_KD**2 / (2 * variance_K1)).sum(1) - variance_K1[:, 0].log()
-        self.posterior_K = logit_K.softmax(0)
-        self.denoiser_KD = self.mean_KD + (self.std_K[:, None] ** 2 / variance_K1) * offset_KD
-        self.marginal_D = self.posterior_K @ self.denoiser_KD
-        self.spread_K = self.std_K * sigma / variance_K1[:, 0].sqrt()  # standard deviation of x given x_t and c
-
-
-def optimum(objective: Objective, mixture: Mixture, uniforms_N: Tensor, chance_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The stationary point D_KD of the expected loss at x_t over free predictions D, and its curvature over mle's, per condition.
-
-    The expectation is exact: over the condition, over x (two points that have its mean and variance), over c~ (uniforms_N with
-    their chances). The loss is quadratic in D, so one Newton step from anywhere finds it.
-    """
-    c_B = torch.arange(K).repeat_interleave(2 * len(uniforms_N))
-    sign_B = torch.tensor([1.0, -1.0]).repeat_interleave(len(uniforms_N)).repeat(K)
-    uniform_B, chance_B = uniforms_N.repeat(2 * K), chance_N.repeat(2 * K) * mixture.posterior_K[c_B] / 2
-    x_B = mixture.denoiser_KD[c_B] + (sign_B * mixture.spread_K[c_B])[:, None]
-    batch = len(c_B)
-    sigma_B = torch.full((batch,), mixture.sigma)
-    inputs = {"x": x_B[..., None, None], "noisy": mixture.x_t.expand(batch, 2)[..., None, None], "sigma": sigma_B}
-    paradigm, probe = Diffusion((2, 1, 1), K), Probe(inputs, torch.full((batch, 1), 0.4))
-    posterior_BTK = mixture.posterior_K.expand(batch, 1, K)
-
-    def expected_loss(D: Tensor) -> Tensor:
-        def net(noisy: Tensor, sigma: Tensor, c_R: Tensor) -> tuple[Tensor, Tensor]:
-            table = torch.cat([D.view(K, 2), mixture.marginal_D[None]])  # the null condition is exact
-            return table[c_R][..., None, None], torch.zeros_like(sigma)
-
-        rows = objective.rows(probe, c_B, K, Given(uniform_B), posterior_BTK)
-        return chance_B @ objective(score(paradigm, net, probe, rows, K), rows)[0]
-
-    start = wave(2 * K).requires_grad_()
-    (grad,) = torch.autograd.grad(expected_loss(start), start)
-    curvature = hessian(expected_loss, start.detach())
-    stationary = start.detach() - torch.linalg.solve(curvature, grad)
-    # lambda(sigma) times the mean over two dimensions
-    mle = (mixture.sigma**2 + 0.25) / (0.5 * mixture.sigma) ** 2 * mixture.posterior_K.repeat_interleave(2)
-    assert close(curvature, curvature.diagonal().diag())
-    return stationary.view(K, 2), (curvature.diagonal() / mle).view(K, 2)
-
-
-POINTS = [([0.2, 0.3], 0.8), ([-0.3, 1.5], 0.4), ([2.0, -1.0], 2.0)]
-
-
-@pytest.mark.parametrize("lam", [0.0, 0.3, 2.0, -0.5])
-@pytest.mark.parametrize("contrast", ["weighted", "posterior", "null"])
-@pytest.mark.parametrize(("x_t", "sigma"), POINTS)
-@float64()
-def test_optimum_is_guidance(contrast, lam, x_t, sigma):
-    """D* = (1 + lam) D_c - lam D_0, negative lam included: a bounded problem with mle's curvature (null: over 1 + lam)."""
-    mixture = Mixture(x_t, sigma)
-    if contrast == "posterior":
-        edges = torch.cat([torch.zeros(1), mixture.posterior_K.cumsum(0)[:-1], torch.ones(1)])
-        uniforms, chance = (edges[1:] + edges[:-1]) / 2, mixture.posterior_K
-    else:
-        uniforms, chance = (torch.arange(K) + 0.5) / K, torch.full((K,), 1 / K)
-    stationary, curvature = optimum(Objective(contrast, constant(lam), truncate=0.0), mixture, uniforms, chance)
-    assert close(stationary, (1 + lam) * mixture.denoiser_KD - lam * mixture.marginal_D, 1e-10)
-    assert close(curvature, torch.full_like(curvature, 1 / (1 + lam) if contrast == "null" else 1.0), 1e-10)
-
-
-@pytest.mark.parametrize(("x_t", "sigma"), POINTS)
-@float64()
-def test_optimum_of_uniform_is_additive_and_unbounded_in_places(x_t, sigma):
-    """(1 + lam) p_c D_c - lam / (K-1) sum of the others' p_k D_k, normalised: below 0 in density there is no minimum."""
-    mixture, lam = Mixture(x_t, sigma), 0.8
-    uniforms, chance = torch.tensor([0.25, 0.75]), torch.tensor([0.5, 0.5])
-    stationary, curvature = optimum(Objective("uniform", constant(lam)), mixture, uniforms, chance)
-    p_K1 = mixture.posterior_K[:, None]
-    share_KK = (1 + lam) * torch.eye(K) - lam / (K - 1) * (1 - torch.eye(K))
-    density_K1 = share_KK @ p_K1
-    assert close(curvature, (density_K1 / p_K1).expand(K, 2), 1e-10)
-    assert close(stationary, share_KK @ (p_K1 * mixture.denoiser_KD) / density_K1, 1e-10)
-    assert (curvature < 0).any() and (curvature > 0).any()
 
 
 def log_ratio(case, probe: Probe, c: int) -> Tensor:
