@@ -96,6 +96,28 @@ def inception_score(prob_NK: Tensor) -> float:
     return (torch.special.entr(prob_NK.mean(0)).sum() - torch.special.entr(prob_NK).sum(1).mean()).exp().item()
 
 
+def icr(h1_ND: Tensor, h2_ND: Tensor) -> float:
+    """Invariant contamination ratio D / (D + tr(S_xi^-1 S_s)): how much of the features is not a property of the image.
+
+    h1, h2: features of two independent views of each image, s + xi_1 and s + xi_2: S_s is the covariance of what the views of an
+    image share, S_xi that of what they do not. 1: they share nothing. N >= 2 D; unchanged by any invertible linear map.
+    The trace is debiased for Gaussian features, E[S^-1] = (N - 1) / (N - D - 2) Sigma^-1; so an estimate may exceed 1 a little.
+    Raises ValueError, beside the rest, where the views do not differ in some direction. Source: arXiv 2606.09718; debiasing derived.
+    """
+    if h1_ND.shape != h2_ND.shape or h1_ND.ndim != 2:
+        raise ValueError(f"views {tuple(h1_ND.shape)} and {tuple(h2_ND.shape)} are not two of each image")
+    N, D = h1_ND.shape
+    _, residual_DD = moments(_checked(h1_ND, "views", 2 * D) - _checked(h2_ND, "views", 2 * D))
+    _, mean_DD = moments((h1_ND.double() + h2_ND.double()) / 2)
+    try:
+        factor_DD = torch.linalg.cholesky(residual_DD / 2)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError("the two views of the images do not differ in some direction of feature space") from error
+    # the mean of two views holds half of S_xi
+    trace = (N - D - 2) / (N - 1) * torch.cholesky_solve(mean_DD, factor_DD).trace().item() - D / 2
+    return D / (D + trace)
+
+
 def _square_root(cov_DD: Tensor) -> Tensor:
     """Symmetric square root; directions below the rounding error of the largest eigenvalue count as empty."""
     value_D, vector_DD = torch.linalg.eigh(cov_DD)

@@ -12,6 +12,7 @@ from mclr.metrics import (
     density_coverage,
     frechet_distance,
     frechet_from_moments,
+    icr,
     inception_score,
     moments,
     precision_recall,
@@ -157,6 +158,36 @@ def test_inception_score_of_known_cases():
     assert inception_score(torch.eye(4)[[2] * 6]) == pytest.approx(1)
 
 
+def views(pairs: int, width: int, contamination: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two views of each of so many images, in features of this ICR: S_s = (1 / ICR - 1) S_xi, seen through an oblique map."""
+    shared = (1 / contamination - 1) ** 0.5 * draw(pairs, width)
+    oblique = draw(width, width, seed=3) + 2 * torch.eye(width)
+    return (shared + draw(pairs, width, seed=1)) @ oblique, (shared + draw(pairs, width, seed=2)) @ oblique
+
+
+@pytest.mark.parametrize("contamination", [0.05, 0.2, 0.5, 0.9])
+def test_icr_of_gaussian_views(contamination):
+    assert icr(*views(4000, 8, contamination)) == pytest.approx(contamination, rel=0.03)
+
+
+def test_icr_of_views_that_share_nothing_is_one():
+    assert icr(draw(4000, 8), draw(4000, 8, seed=1)) == pytest.approx(1, abs=0.03)
+
+
+@pytest.mark.parametrize("pairs", [512, 600, 1000])
+def test_icr_is_not_biased_by_few_rows(pairs):
+    assert icr(*views(pairs, 256, 0.2)) == pytest.approx(0.2, rel=0.03)
+
+
+def test_icr_without_debiasing_would_read_003_for_020():
+    h1, h2 = views(300, 256, 0.2)
+    plain = torch.linalg.solve(torch.cov((h1 - h2).T) / 2, torch.cov(((h1 + h2) / 2).T)).trace() - 256 / 2
+    assert 256 / (256 + plain.item()) == pytest.approx(0.03, abs=0.005)
+    # the debiased estimate would be right on average only
+    with pytest.raises(ValueError, match="300 rows of views; at least 512"):
+        icr(h1, h2)
+
+
 GOOD, C = draw(10, 3), torch.arange(10) % 2
 BROKEN = GOOD.clone()
 BROKEN[3, 1] = math.nan
@@ -182,6 +213,10 @@ BROKEN[3, 1] = math.nan
         (lambda: class_accuracy(GOOD, C[:3]), "one per row is needed"),
         (lambda: class_accuracy(BROKEN, C), "non-finite"),
         (lambda: inception_score(GOOD), "softmax"),
+        (lambda: icr(GOOD, GOOD[:5]), "not two of each image"),
+        (lambda: icr(GOOD[:5], GOOD[:5]), "5 rows of views; at least 6"),
+        (lambda: icr(GOOD, BROKEN), "1 of 10 rows of views are not finite"),
+        (lambda: icr(GOOD, GOOD), "do not differ in some direction"),
     ],
 )
 def test_bad_input_is_named(call, message):

@@ -12,10 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.schema import FILE, load_data
+from configs.schema import FILE, DiffusionModel, load_data
 from mclr.errors import UserError
 from mclr.metrics import class_accuracy, class_frechet_distance, density_coverage, frechet_distance, precision_recall
+from models.edm2 import EDM2
 from models.features import ImageClassifier
+from train import icr
+from train.build import build_encoder
 from train.cli import Parser, run
 from train.data import DatasetInfo, SplitReader, permutation
 from train.encoders import from_uint8
@@ -27,6 +30,7 @@ from train.weights import find_weights, load_net
 EXAMPLE = """examples:
   mclr evaluate samples/mine --data digits --judge digits-classifier
   mclr evaluate runs/mine
+  mclr evaluate runs/mine --icr
 
 Samples are a folder made by `mclr sample`, any folder with images/NAME-CONDITION.png, or an .npz file (arr_0: uint8 NHWC,
 arr_1: conditions). A run is sampled first into RUN/samples, by its own settings: as many images as there are real ones, at most
@@ -44,6 +48,10 @@ SCORES = {
     "recall": "↑ share of real images near a sample",
     "density": "↑ real neighbourhoods around a sample, 1 as for the real images themselves",
     "coverage": "↑ share of real images with a sample in their neighbourhood",
+}
+ICR = {
+    "icr": "invariant contamination ratio of the network on training images; one past its minimum may memorise",
+    "icr_val": "the same on held-out images",
 }
 
 
@@ -97,13 +105,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--real", choices=SPLITS, default="all", help="split of the real images (default: train and val together)"
     )
+    parser.add_argument(
+        "--icr", action="store_true", help="also the invariant contamination ratio of a diffusion run, the memorisation monitor"
+    )
     args = parser.parse_args(argv)
-    evaluate(args.source, args.data, args.judge, args.real)
+    evaluate(args.source, args.data, args.judge, args.real, args.icr)
     return 0
 
 
-def evaluate(source: Path, data: str | None, judge_name: str | None, real: str) -> None:
-    """Score the samples, print the scores and write them to evaluation.json beside the samples."""
+def evaluate(source: Path, data: str | None, judge_name: str | None, real: str, with_icr: bool = False) -> None:
+    """Score the samples, print the scores and write them to evaluation.json beside the samples.
+
+    with_icr: also ICR on training and held-out images (train/icr.py), of the run that drew them.
+    """
     # everything that can be wrong is looked at before any image is drawn or scored
     record = None
     is_run = (source / FILE).is_file()
@@ -115,6 +129,8 @@ def evaluate(source: Path, data: str | None, judge_name: str | None, real: str) 
         own_data = record["data"] if record else None
     else:
         raise UserError(f"{source} is no run and holds no images/NAME-CONDITION.png: give samples, an .npz file or a run")
+    if with_icr and not (is_run and isinstance(config.model, DiffusionModel)):
+        raise UserError(f"--icr looks into the network of a diffusion run, {source} is none: leave it out, or give such a run")
     if data is None and own_data is None:
         raise UserError(f"{source} does not say which data its model was for: say it by --data")
     if data is not None:
@@ -133,7 +149,8 @@ def evaluate(source: Path, data: str | None, judge_name: str | None, real: str) 
         source = source / "samples"
         record = read_record(source)
     fake_images, fake_c = _load_samples(source, record, info)
-    classifier.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    classifier.to(device)
     fake_MD, real_ND = features(classifier, fake_images), features(classifier, _batches(readers))
     try:
         scores = score(classifier, real_ND, real_c, fake_MD, fake_c)
@@ -152,6 +169,11 @@ def evaluate(source: Path, data: str | None, judge_name: str | None, real: str) 
         },
         "judge": {"name": judge_name, "sha256": sha256(find_weights(judge_name)), "features": "penultimate layer"},
     }
+    if with_icr:
+        net = load_net(str(weights), "edm2").to(device)
+        assert isinstance(net, EDM2)
+        contamination = icr.measure(net, build_encoder(config, device), icr.open_images(info), config.data.flip)
+        result["icr"] = contamination | {"sigma": icr.SIGMA, "pairs": icr.PAIRS}
     path = source.with_name(f"{source.stem}-evaluation.json") if source.is_file() else source / "evaluation.json"
     write_json(path, result)
     print(_table(result))
@@ -222,6 +244,11 @@ def _table(result: dict[str, Any]) -> str:
             f"reference  {real['count']} images of {real['data']}, {' and '.join(real['splits'])}",
             f"extractor  {judged_by['name']}, {judged_by['features']}, sha256 {judged_by['sha256']}",
             *(f"{name:10} {result['scores'][name]:9.4f}  {meaning}" for name, meaning in SCORES.items()),
+            *(
+                f"{name:10} {result['icr'][name]:9.4f}  {meaning}"
+                for name, meaning in ICR.items()
+                if name in result.get("icr", {})
+            ),
         ]
     )
 

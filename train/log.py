@@ -19,9 +19,11 @@ FREE = (
     "engine.zero",
     "sample.",
     "train.checkpoint_every",
+    "train.icr_every",
     "train.images",
     "train.keep",
     "train.log_every",
+    "train.mle_images",
     "train.micro_batch",
 )
 

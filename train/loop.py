@@ -22,6 +22,7 @@ from train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from train.ema import EMA
 from train.encoders import from_uint8
 from train.engine import Engine
+from train.icr import Monitor
 from train.log import RunFolder
 from train.ranks import Interrupt, together, world
 from train.step import Task, train_step
@@ -32,12 +33,13 @@ from train.weights import save_weights
 class Progress:
     """What a run has done so far, over all ranks; part of every checkpoint.
 
-    rows: run through the network with gradient. flops: of forwards (1x) and backwards (2x), the posterior classifier's included.
+    rows: run through the network with gradient; one cut short after a scale counts by its share of the tokens. flops: of forwards
+    (1x) and backwards (2x), the posterior classifier's included.
     """
 
     images: int = 0
-    rows: int = 0
-    rows_no_grad: int = 0
+    rows: float = 0.0
+    rows_no_grad: float = 0.0
     flops: float = 0.0
     posterior_flops: float = 0.0
     seconds: float = 0.0
@@ -65,14 +67,20 @@ def train(
         raise UserError(f"the ranks find different checkpoints in {path}: put the run folder on storage that all of them see")
     if run is not None:
         run.rewind(progress.images)
+    monitor = Monitor(task, settings.icr_every, path / "metrics.jsonl") if run is not None and settings.icr_every else None
 
     flops = forward_flops(task)
+
+    def done() -> bool:
+        spent = settings.mle_images is not None and progress.flops >= 3 * flops["net"] * settings.mle_images
+        return spent or progress.images >= settings.images
+
     share = settings.batch // ranks
     begun = checkpointed = progress.images
-    if rank == 0 and begun < settings.images and (path / "weights").exists():
+    if rank == 0 and not done() and (path / "weights").exists():
         print(f"this run had finished at {begun} images; it goes on to train.images={settings.images}")
-    with progress_bar(settings.images, begun, quiet=rank != 0 or begun >= settings.images) as bar:
-        while progress.images < settings.images:
+    with progress_bar(settings.images, begun, quiet=rank != 0 or done()) as bar:
+        while not done():
             started = time.perf_counter()
             # dropout draws from torch's global generator: keyed by the step, so that a resumed run repeats it
             torch.manual_seed(((settings.seed * 1_000_003 + progress.images) * 1_021 + rank) % 2**63)
@@ -93,12 +101,12 @@ def train(
 
             refuse_infinite(means, progress.images, path, checkpointed)
             bar.update(settings.batch)
-            done = progress.images >= settings.images
-            if run is not None and (progress.images // settings.batch % settings.log_every == 0 or done):
-                counts = {"images": progress.images, "rows": progress.rows, "flops": progress.flops}
+            if run is not None and (progress.images // settings.batch % settings.log_every == 0 or done()):
+                counts = {"images": progress.images, "rows": round(progress.rows, 3), "flops": progress.flops}
                 # how far plain maximum likelihood would have come at the same cost: the length of a fair control
                 counts |= {"mle_images": round(progress.flops / (3 * flops["net"])), "posterior_flops": progress.posterior_flops}
-                run.log(**counts, seconds=round(progress.seconds, 3), **means)
+                readings = monitor.read(progress.images) if monitor else {}
+                run.log(**counts, seconds=round(progress.seconds, 3), **means, **readings)
                 bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
             if rank == 0 and notes["init"] is None and progress.images == settings.batch:
                 left = bar.format_interval(progress.seconds * (settings.images / settings.batch - 1))
@@ -108,7 +116,7 @@ def train(
                 checkpointed = progress.images
     if progress.images > checkpointed:
         checkpoint(task, ema, progress, path, settings.keep, rank)
-    if progress.images < settings.images:
+    if not done():
         if rank == 0:
             print(f"stopped by a signal at {progress.images} images; the same command goes on from there")
         return 128 + interrupt.signal
@@ -197,13 +205,16 @@ def add_up(values: dict[str, Any], device: torch.device) -> dict[str, float]:
     return dict(zip(values, sums.tolist(), strict=True))
 
 
-def rows_of(task: Task) -> dict[str, int]:
+def rows_of(task: Task) -> dict[str, float]:
     """Rows that this rank ran through network and posterior classifier since the last call."""
     rows = {"rows": task.engine.rows["grad"], "rows_no_grad": task.engine.rows["no_grad"], "posterior_rows": 0}
     engines: list[Engine] = [task.engine]
     if task.posterior_engine is not None:
         rows["posterior_rows"] = task.posterior_engine.rows["grad"]
         engines.append(task.posterior_engine)
+    if task.reference is not None:
+        rows["rows_no_grad"] += task.reference.rows["no_grad"]
+        task.reference.rows.update(no_grad=0)
     for engine in engines:
         engine.rows.update(grad=0, no_grad=0)
     return rows
@@ -211,7 +222,7 @@ def rows_of(task: Task) -> dict[str, int]:
 
 def count_compute(progress: Progress, sums: dict[str, float], flops: dict[str, int]) -> None:
     """Add one step's rows of all ranks to progress."""
-    rows, no_grad, posterior_rows = (int(sums[name]) for name in ("rows", "rows_no_grad", "posterior_rows"))
+    rows, no_grad, posterior_rows = (sums[name] for name in ("rows", "rows_no_grad", "posterior_rows"))
     progress.rows += rows
     progress.rows_no_grad += no_grad
     progress.posterior_flops += flops["posterior"] * 3 * posterior_rows

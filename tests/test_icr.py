@@ -1,0 +1,262 @@
+"""train/icr.py: the views, what is read of the network, when ICR has turned; and a monitored run, which the monitor leaves as it was."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from ranks import tiny
+from safetensors.torch import load_file
+from test_run import RUN, environment, launcher
+
+from mclr.likelihood import Draws
+from models.edm2 import EDM2, EDM2Config
+from train import icr
+from train.cli import main
+from train.data import load_split, open_dataset, permutation
+from train.encoders import RGB, from_uint8
+from train.prepare import prepare_images
+from train.sample import image_paths, read_images
+from train.weights import load_net
+
+BATCH, STEPS = 8, 6
+TINY = [word for word in tiny("edm2-digits", None) if not word.startswith("objective")] + ["model.net.dropout=0.2"]
+
+
+@pytest.fixture(scope="module")
+def images(digits):
+    return icr.open_images(open_dataset(digits))
+
+
+@pytest.fixture
+def few_pairs(monkeypatch):
+    monkeypatch.setattr(icr, "PAIRS", 64)
+
+
+def test_a_view_is_one_of_nine_shifts_of_a_digit(images):
+    image_BCHW = images["icr"].images(list(range(64)))
+    shifted = torch.nn.functional.pad(from_uint8(image_BCHW), (1, 1, 1, 1), mode="replicate")
+    nine = torch.stack([shifted[..., y : y + 8, x : x + 8] for y in range(3) for x in range(3)])
+    views = icr.view(image_BCHW, Draws(0, list(range(64))), flip=False)
+    same = (nine == views).flatten(2).all(2)
+    assert same.any(0).all() and same.any(1).all()
+    assert torch.equal(views, icr.view(image_BCHW, Draws(0, list(range(64))), flip=False))
+
+
+def test_features_are_the_mean_of_the_middle_block_under_noise_and_no_condition(images):
+    net, x_BCHW = load_net("edm2-digits", "edm2"), from_uint8(images["icr"].images([0, 1, 2]))
+    h_BD = icr.features(net, x_BCHW, Draws(0, [0, 1, 2]))
+    noisy_BCHW = x_BCHW + 0.29 * Draws(0, [0, 1, 2]).normal(1, 8, 8)
+    seen = []
+    hook = net.decoder["4x4_block1"].register_forward_hook(lambda block, inputs, output: seen.append(output))
+    with torch.no_grad():
+        net(noisy_BCHW, torch.full((3,), 0.29), torch.full((3,), 10))
+    hook.remove()
+    assert h_BD.shape == (3, 32) and torch.equal(h_BD, seen[0].mean((2, 3)))
+    assert not any(block._forward_hooks for block in net.decoder.values())
+
+
+def test_wide_blocks_are_projected_the_same_way_every_time(monkeypatch):
+    torch.manual_seed(0)
+    net = EDM2(
+        EDM2Config(8, 1, 10, model_channels=16, channel_mult=(1, 4), num_blocks=1, attn_resolutions=(), channels_per_head=16)
+    )
+    x_BCHW = torch.rand(40, 1, 8, 8)
+    narrow_BD = icr.features(net, x_BCHW, Draws(0, list(range(40))))
+    monkeypatch.setattr(icr, "WIDTH", 64)
+    wide_BD = icr.features(net, x_BCHW, Draws(0, list(range(40))))
+    assert narrow_BD.shape == (40, 32) and wide_BD.shape == (40, 64)
+    # one matrix for all rows
+    matrix = torch.linalg.lstsq(wide_BD, narrow_BD).solution
+    assert torch.allclose(wide_BD @ matrix, narrow_BD, atol=1e-4)
+    assert torch.linalg.matrix_rank(narrow_BD) == 32
+
+
+def test_a_reading_repeats_itself_and_disturbs_nothing(images, few_pairs):
+    net = load_net("edm2-digits", "edm2")
+    weights, state = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
+    first = icr.measure(net, RGB(), images, flip=False)
+    assert first == icr.measure(net, RGB(), images, flip=False) and first.keys() == {"icr", "icr_val"}
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(v, weights[k]) for k, v in net.state_dict().items())
+
+
+def test_noise_contaminates(images, monkeypatch):
+    """Of the bundled network on held-out digits: the noisier the views, the less they share."""
+    net, held_out = load_net("edm2-digits", "edm2"), {"icr_val": images["icr_val"]}
+    monkeypatch.setattr(icr, "PAIRS", 192)
+    found = []
+    for sigma in (0.05, 0.29, 1.0, 20.0):
+        monkeypatch.setattr(icr, "SIGMA", sigma)
+        found.append(icr.measure(net, RGB(), held_out, flip=False)["icr_val"])
+    assert found == sorted(found) and found[0] < 0.6 < found[2] and 0.9 < found[3] < 1.1
+
+
+@pytest.mark.parametrize(
+    ("readings", "expected"),
+    [
+        ([], None),
+        ([5.0, 4.0, 3.0, 3.2, 3.2, 3.2, 3.2], None),  # less than a tenth above
+        ([5.0, 4.0, 3.0, 3.4, 3.4], None),  # two in a row
+        ([5.0, 4.0, 3.0, 3.4, 3.4, 3.2, 3.4], None),  # interrupted
+        ([5.0, 4.0, 3.0, 3.4, 3.4, 3.2, 3.4, 3.4, 3.4], 3),
+        ([5.0, 4.0, 3.0, 3.4, 3.4, 3.4, 1.0], 3),  # what comes later does not matter
+        ([3.0, 3.4, 3.4, 2.9, 3.3, 3.3, 3.3], 4),  # a new minimum begins anew
+    ],
+)
+def test_when_it_has_turned(readings, expected):
+    assert icr.turned(list(enumerate(readings, start=1))) == expected
+
+
+@pytest.fixture
+def start(digits, tmp_path, monkeypatch, few_pairs):
+    """start(name, steps, *overrides) -> run folder of a tiny run that logs every step."""
+    monkeypatch.chdir(tmp_path)
+
+    def start(name, steps, *overrides):
+        argv = [
+            "train",
+            "--model",
+            "edm2-digits",
+            "--objective",
+            "mle",
+            "--data",
+            str(digits),
+            "--engine",
+            "local",
+            "--out",
+            name,
+        ]
+        assert main([*argv, *TINY, f"train.batch={BATCH}", f"train.images={steps * BATCH}", "train.log_every=1", *overrides]) == 0
+        return tmp_path / name
+
+    return start
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_weights(run, other):
+    here, there = (load_file(each / "weights" / "model.safetensors") for each in (run, other))
+    return all(torch.equal(here[k], there[k]) for k in here)
+
+
+def test_a_monitored_run_learns_what_it_would_have_learned(start):
+    plain, monitored = start("plain", STEPS), start("monitored", STEPS, f"train.icr_every={2 * BATCH}")
+    assert same_weights(plain, monitored)
+    for i, (without, line) in enumerate(zip(lines(plain), lines(monitored), strict=True), start=1):
+        assert line.keys() - without.keys() == ({"icr", "icr_val"} if i % 2 == 0 else set())
+        assert {k: line[k] for k in without if k != "seconds"} == {k: v for k, v in without.items() if k != "seconds"}
+
+
+def test_a_turn_is_told_once_also_by_a_run_that_was_resumed(start, monkeypatch, capsys):
+    curve = dict(zip([8, 16, 24, 32, 40, 48, 56], [0.5, 0.4, 0.5, 0.5, 0.5, 0.5, 0.3], strict=True))
+    taken = []
+
+    def measure(net, encoder, images, flip):
+        taken.append(len(taken))
+        return {"icr": list(curve.values())[taken[-1] % len(curve)]}
+
+    monkeypatch.setattr(icr, "measure", measure)
+    whole = start("whole", len(curve), f"train.icr_every={BATCH}")
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ICR")]
+    assert told == [
+        "ICR on the training images was lowest at 16 images (0.400), it is 0.500 at 40: "
+        "the network may begin to memorise them; compare its samples with them"
+    ]
+    assert {line["images"]: line["icr"] for line in lines(whole)} == curve
+    assert {line["images"]: line["icr_turned"] for line in lines(whole) if "icr_turned" in line} == {40: 16}
+    for steps in (4, 6, len(curve)):
+        start("parts", steps, f"train.icr_every={BATCH}")
+    assert sum(line.startswith("ICR") for line in capsys.readouterr().out.splitlines()) == 1
+    assert [{k: v for k, v in line.items() if k != "seconds"} for line in lines(whole)] == [
+        {k: v for k, v in line.items() if k != "seconds"} for line in lines(whole.with_name("parts"))
+    ]
+
+
+def test_tokens_have_no_noised_views(tokenizer, digits, tmp_path, capsys):
+    argv = ["--model", "var-digits", "--data", str(digits), "--out", str(tmp_path / "run"), *tiny("var-digits", tokenizer)]
+    assert main(["train", *argv, "train.icr_every=64"]) == 2
+    assert capsys.readouterr().err == (
+        "error: train.icr_every=64 needs a diffusion model: ICR compares noised views, tokens have none\n"
+    )
+
+
+def test_evaluate_reads_the_icr_of_a_run(start, digits, capsys, tmp_path):
+    run = start("run", 1, "sample.steps=1")
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--icr", "--real", "val"]) == 0
+    written = json.loads((run / "samples" / "evaluation.json").read_text())["icr"]
+    expected = icr.measure(load_net(str(run / "weights"), "edm2"), RGB(), icr.open_images(open_dataset(digits)), flip=False)
+    assert written == {**expected, "sigma": 0.29, "pairs": 64}
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines() if line.startswith("icr")] == [
+        [name, f"{value:.4f}"] for name, value in expected.items()
+    ]
+    assert main(["evaluate", str(run / "samples"), "--icr"]) == 2
+    assert capsys.readouterr().err.startswith("error: --icr looks into the network of a diffusion run, ")
+
+
+@pytest.mark.slow
+def test_ranks_read_what_one_process_reads(start, digits, monkeypatch):
+    """Two ranks, ZeRO 2: rank 0 reads alone."""
+    argv = ["--model", "edm2-digits", "--objective", "mle", "--data", str(digits), "--engine", "zero2", "--out", "ranks", *TINY]
+    # ranks draw their own dropout
+    argv += [
+        f"train.batch={BATCH}",
+        f"train.images={2 * BATCH}",
+        "train.log_every=1",
+        f"train.icr_every={BATCH}",
+        "model.net.dropout=0.0",
+    ]
+    ran = subprocess.run(
+        [*launcher("deepspeed"), str(RUN), *argv], capture_output=True, text=True, env=environment(), timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    monkeypatch.setattr(icr, "PAIRS", 640)  # as it is in the ranks
+    start("alone", 2, f"train.icr_every={BATCH}", "model.net.dropout=0.0")
+    ranks, alone = (lines(Path(name)) for name in ("ranks", "alone"))
+    for name in ("icr", "icr_val", "loss"):
+        assert [line[name] for line in ranks] == pytest.approx([line[name] for line in alone], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def few(digits, tmp_path_factory):
+    """64 training digits and 297 held-out ones."""
+    home = tmp_path_factory.mktemp("few")
+    image_NCHW, c_N = load_split(digits, "train")
+    for i in permutation(0, 0, len(c_N))[:361]:
+        (home / f"few/{c_N[i]}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image_NCHW[i, 0].numpy()).save(home / f"few/{c_N[i]}/{i:05d}.png")
+    prepare_images(home / "few", home / "data", 8, channels=1, val_share=297 / 361)
+    return home / "data"
+
+
+def memorised(run, data):
+    """Share of 200 samples less than a third as far from the nearest training image as from the second nearest."""
+    assert main(["sample", str(run), "--out", str(run / "drawn"), "--count", "200", "sample.steps=18"]) == 0
+    drawn = from_uint8(torch.from_numpy(np.array(read_images(image_paths(run / "drawn"))))).flatten(1)
+    near_M2 = torch.cdist(drawn, from_uint8(load_split(data, "train")[0]).flatten(1)).topk(2, largest=False).values
+    return (near_M2[:, 0] < near_M2[:, 1] / 3).double().mean().item()
+
+
+@pytest.mark.slow
+def test_what_it_sees_of_a_run_that_memorises_and_of_one_that_does_not(few, digits, tmp_path, monkeypatch):
+    """edm2-digits from scratch on 64 and on 1,500 images, 1,000 steps: both readings turn up a little, and neither is flagged.
+
+    A limit of the method at this size, not a promise: mclr/EXPERIMENTS.md. Held-out loss does tell the two apart.
+    """
+    monkeypatch.chdir(tmp_path)
+    recipe = ["--objective", "mle", "--init", "none", "--engine", "local", "train.images=64000", "train.warmup_images=3200"]
+    for name, data in (("few", few), ("many", digits)):
+        argv = ["train", "--model", "edm2-digits", "--data", str(data), "--out", name, *recipe, "train.icr_every=6400"]
+        assert main(argv) == 0
+    share = {name: memorised(tmp_path / name, data) for name, data in (("few", few), ("many", digits))}
+    assert share["few"] > 0.05 and share["many"] < 0.01
+    for name in share:
+        curve = [line["icr"] for line in lines(tmp_path / name) if "icr" in line]
+        assert len(curve) == 10 and not any("icr_turned" in line for line in lines(tmp_path / name))
+        assert 1.03 < curve[-1] / min(curve) < 1.1 and curve.index(min(curve)) < 3
