@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 
+from mclr.contrast import kept
 from mclr.likelihood import Net, Paradigm, Probe
+
+BINS = 10
 
 
 @dataclass(frozen=True)
@@ -54,3 +57,24 @@ class PrefixPosterior:
         first_L = torch.searchsorted(progress.contiguous(), progress.contiguous())
         before = torch.cat([torch.zeros_like(total[:, :1]), total], 1)[:, first_L]
         return before.softmax(-1).float(), None
+
+
+def calibration(posterior_BTK: Tensor, c_B: Tensor, truncate: float) -> dict[str, Tensor]:
+    """How far this batch lets the posterior be trusted, given its true conditions c_B: two 0-d tensors.
+
+    posterior_ece: expected calibration error, |accuracy - confidence| averaged over samples x terms in ten equal-width bins of the
+    largest probability (Guo et al. 2017, arXiv 1706.04599, Eq. 3). Small batches bias it upward: a perfect posterior does not read
+    0 but up to 1.1 / sqrt(B), .14 at 64 samples (derived), so compare readings of one batch size.
+    posterior_tail: share of samples x terms whose own class is in the tail that `truncate` never draws; at most `truncate` where the
+    posterior is calibrated, more where it is over-confident.
+    """
+    c_BT1 = c_B[:, None, None].expand(*posterior_BTK.shape[:2], 1)
+    confidence_BT1, guess_BT1 = posterior_BTK.max(-1, keepdim=True)
+    excess_BT1 = (guess_BT1 == c_BT1).float() - confidence_BT1
+    bin_BT = (confidence_BT1[..., 0] * BINS).long().clamp(max=BINS - 1)
+    # sums over masks: a scatter-add would not repeat its rounding on a GPU
+    gap_N = (excess_BT1 * one_hot(bin_BT, BINS)).sum((0, 1)).abs()
+    return {
+        "posterior_ece": gap_N.sum() / excess_BT1.numel(),
+        "posterior_tail": 1 - kept(posterior_BTK, truncate).gather(-1, c_BT1).float().mean(),
+    }

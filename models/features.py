@@ -2,15 +2,21 @@
 
 R rows (B images for the judge); C channels, H, W pixels; D features; E noise features; K conditions.
 Both are stacks of the same residual block, one block per resolution, then a global mean over the pixels, so that the image
-size is free. There is no batch norm: an answer never depends on its neighbours or on a training flag.
+size is free; for many classes the posterior takes a ConvNeXt of timm instead. There is no batch norm: an answer never depends on its
+neighbours, on the rank or on a training flag.
 """
 
+import difflib
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mclr.errors import UserError
+
+CONVNEXT_SMALLEST = 16  # pixels of a side that its stem and three stages can halve
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,10 @@ class ImageClassifierConfig:
 
 @dataclass(frozen=True)
 class NoiseClassifierConfig:
-    """As ImageClassifierConfig; sigma_data is the standard deviation of the clean data, emb_channels is E (even)."""
+    """As ImageClassifierConfig; sigma_data is the standard deviation of the clean data, emb_channels is E (even).
+
+    backbone: a ConvNeXt by timm's name instead of our blocks; channels and channel_mult say nothing then.
+    """
 
     img_channels: int
     num_classes: int
@@ -36,6 +45,7 @@ class NoiseClassifierConfig:
     channel_mult: tuple[int, ...] = (1, 2)
     emb_channels: int = 32
     sigma_data: float = 0.5
+    backbone: str | None = None
 
 
 def channel_mult_for(resolution: int) -> tuple[int, ...]:
@@ -64,7 +74,7 @@ class NoiseClassifier(nn.Module):
     """log p(c | x_t) up to a constant: logits [R, K] in fp32 of noisy images x + sigma n, for sigma > 0 of the EDM noise law.
 
     Input scaling c_in = 1 / sqrt(sigma^2 + sigma_data^2) and c_noise = ln(sigma) / 4: Karras et al. 2022 (arXiv 2206.00364),
-    table 1. c_noise modulates every block.
+    table 1. c_noise modulates every block, or enters the ConvNeXt beside the image. Raises UserError for an unknown backbone.
     """
 
     def __init__(self, config: NoiseClassifierConfig):
@@ -72,7 +82,10 @@ class NoiseClassifier(nn.Module):
         self.config = config
         self.embed_1 = nn.Linear(config.emb_channels, config.emb_channels)
         self.embed_2 = nn.Linear(config.emb_channels, config.emb_channels)
-        self.trunk = Trunk(config.img_channels, [config.channels * mult for mult in config.channel_mult], config.emb_channels)
+        if config.backbone:
+            self.trunk: Trunk | ConvNeXt = ConvNeXt(config.backbone, config.img_channels, config.emb_channels)
+        else:
+            self.trunk = Trunk(config.img_channels, [config.channels * mult for mult in config.channel_mult], config.emb_channels)
         self.head = nn.Linear(self.trunk.width, config.num_classes)
 
     def forward(self, x_noisy_RCHW: Tensor, sigma_R: Tensor) -> Tensor:
@@ -100,6 +113,33 @@ class Trunk(nn.Module):
         for level, block in enumerate(self.blocks):
             h_RDHW = block(F.avg_pool2d(h_RDHW, 2) if level else h_RDHW, emb_RE)
         return F.silu(self.norm(h_RDHW)).mean((2, 3))
+
+
+class ConvNeXt(nn.Module):
+    """timm's ConvNeXt in the place of Trunk: image [R, C, H, W] and embedding [R, E] -> features [R, D].
+
+    The embedding enters as E more channels, constant over the pixels. The stem's patches are 2 x 2: of the published 4 x 4, made for
+    224 pixels, 64 pixels would leave a 2 x 2 map at the end. Only this family: timm's others mostly have batch norm, whose statistics
+    differ between ranks and between training and evaluation.
+    """
+
+    def __init__(self, name: str, img_channels: int, emb_channels: int):
+        super().__init__()
+        # takes seconds, and most runs do without
+        import timm
+
+        # the stem of an _ols is no single convolution
+        known = timm.list_models(["convnext_*", "convnextv2_*"], exclude_filters="*_ols")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1) or ["convnext_tiny"]
+            raise UserError(f"posterior backbone {name} is no ConvNeXt of timm; did you mean {close[0]}?")
+        self.net = timm.create_model(name, num_classes=0)
+        self.net.stem[0] = nn.Conv2d(img_channels + emb_channels, self.net.stem[0].out_channels, 2, stride=2)
+        self.width = self.net.num_features
+
+    def forward(self, image_RCHW: Tensor, emb_RE: Tensor) -> Tensor:
+        emb_REHW = emb_RE[:, :, None, None].expand(-1, -1, *image_RCHW.shape[2:])
+        return self.net(torch.cat([image_RCHW, emb_REHW], dim=1))
 
 
 class Block(nn.Module):

@@ -1,4 +1,4 @@
-"""p(c | what the network sees): Bayes' rule by enumeration for tokens, the classifier's contract for diffusion."""
+"""p(c | what the network sees): Bayes' rule by enumeration for tokens, the contract of the classifier, and its calibration."""
 
 import itertools
 
@@ -6,10 +6,11 @@ import pytest
 import torch
 from toy import K, ToyClassifier, ToyTokenizer, ToyTokens, V, float64, toy, wave
 
+from mclr.contrast import draw_posterior
 from mclr.likelihood import Probe
 from mclr.next_scale import NextScale
 from mclr.objective import Objective
-from mclr.posterior import NoisyPosterior, PrefixPosterior
+from mclr.posterior import NoisyPosterior, PrefixPosterior, calibration
 
 
 @pytest.mark.parametrize("scales", [(1, 1, 1), (1, 1, 1, 1), (1, 2)], ids=str)
@@ -79,3 +80,58 @@ def test_noisy_posterior_is_the_classifier_at_the_noisy_point():
     assert torch.allclose(loss_B, -logits.log_softmax(-1)[torch.arange(6), true_c_B])
     (grad,) = torch.autograd.grad(loss_B.sum(), classifier.weight)
     assert grad.abs().max() > 0
+
+
+def drawn_conditions(posterior_BTK: torch.Tensor) -> torch.Tensor:
+    """True conditions [B] of a calibrated posterior that is the same for all terms of a sample."""
+    return torch.multinomial(posterior_BTK[:, 0], 1)[:, 0]
+
+
+def posteriors(batch: int, terms: int = 1) -> torch.Tensor:
+    """Ten classes, from nearly even to nearly sure, [B, T, 10]."""
+    return (torch.randn(batch, 1, 10) * torch.rand(batch, 1, 1) * 5).softmax(-1).expand(-1, terms, -1)
+
+
+@pytest.mark.parametrize("terms", [1, 3])
+def test_a_calibrated_posterior_reads_the_noise_floor(terms):
+    """Up to 1.1 / sqrt(B), as the docstring says: little for many samples, and not little for 64."""
+    torch.manual_seed(0)
+
+    def ece(batch: int) -> float:
+        posterior_BTK = posteriors(batch, terms)
+        return float(calibration(posterior_BTK, drawn_conditions(posterior_BTK), 0.02)["posterior_ece"])
+
+    assert ece(100_000) < 1.1 / 100_000**0.5
+    floor = sum(ece(64) for _ in range(200)) / 200
+    assert 0.6 / 8 < floor < 1.1 / 8
+
+
+@pytest.mark.parametrize(("confidence", "right", "expected"), [(0.95, 60, 0.35), (0.55, 90, 0.35), (1.0, 100, 0.0)])
+def test_over_and_under_confidence_read_their_size(confidence, right, expected):
+    posterior_B1K = torch.full((100, 1, 10), (1 - confidence) / 9)
+    posterior_B1K[..., 3] = confidence
+    c_B = torch.where(torch.arange(100) < right, 3, 7)
+    assert calibration(posterior_B1K, c_B, 0.02)["posterior_ece"].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_terms_and_bins_do_not_cancel():
+    """Sure and wrong at one term, modest and right at the other: .9 and .4 beside accuracies 0 and 1 average |-.9| and |.6|."""
+    posterior_BTK = torch.tensor([[[0.9, 0.05, 0.05], [0.3, 0.4, 0.3]]]).expand(4, 2, 3)
+    assert calibration(posterior_BTK, torch.ones(4).long(), 0.02)["posterior_ece"].item() == pytest.approx((0.9 + 0.6) / 2)
+
+
+def test_the_tail_is_counted():
+    """At 2 % class 3 is cut at the first term (.01; with .02 more it would be too much), and all but class 0 at the second."""
+    posterior_BTK = torch.tensor([[[0.90, 0.07, 0.02, 0.01], [0.985, 0.009, 0.003, 0.003]]]).expand(4, 2, 4)
+    found = calibration(posterior_BTK, torch.arange(4), 0.02)["posterior_tail"]
+    assert found.shape == () and found == pytest.approx((1 + 3) / 8)
+    assert calibration(posterior_BTK, torch.arange(4), 0.0)["posterior_tail"] == 0
+
+
+def test_the_tail_is_what_is_never_drawn():
+    torch.manual_seed(0)
+    for posterior_11K in posteriors(20).split(1):
+        uniform_N = (torch.arange(20_000) + 0.5) / 20_000
+        drawn = set(draw_posterior(posterior_11K.expand(20_000, -1, -1), uniform_N, 0.1)[:, 0].tolist())
+        tail = {c for c in range(10) if calibration(posterior_11K, torch.tensor([c]), 0.1)["posterior_tail"] == 1}
+        assert tail == set(range(10)) - drawn

@@ -28,7 +28,7 @@ Running the same command again goes on from its newest checkpoint."""
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("mclr train", description=__doc__, epilog=EXAMPLE)
     parser.add_argument(
-        "--model", required=True, help="what is trained: edm2-digits, var-digits, edm2-32px, var-d16, or a YAML path"
+        "--model", required=True, help="what is trained: edm2-digits, var-digits, edm2-32px, edm2-img64-s, var-d16, or a YAML path"
     )
     parser.add_argument(
         "--objective", default="mclr", help="mclr, mle, unlearn, cc_dpo, cca, ddo, or a YAML path (default: mclr)"

@@ -315,9 +315,13 @@ def write_npz(folder: Path) -> None:
     """samples.npz beside the images: arr_0 uint8 [N, H, W, C], arr_1 conditions, as ADM's evaluator reads them."""
     paths = image_paths(folder)
     images_NHWC, c_N = read_images(paths).transpose(0, 2, 3, 1), np.array([condition_of(path) for path in paths])
-    temporary = folder / f".tmp-{os.getpid()}.npz"  # np.savez streams; a whole copy in memory would not fit for many images
+    temporary = folder / f".tmp-{os.getpid()}.npz"
     try:
-        np.savez(temporary, images_NHWC, c_N)
+        # np.savez streams; a whole copy in memory would not fit for many images
+        with open(temporary, "wb") as file:
+            np.savez(file, images_NHWC, c_N)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, folder / "samples.npz")
     except OSError as error:
         raise UserError(

@@ -159,6 +159,13 @@ FAMILY: dict[str, tuple[Method, ...]] = {
         tune("mclr-weighted", "mclr", "contrast=weighted schedule.kind=constant", over(LAM, 0.15, 0.3, 0.6)),
         tune("mclr-null", "mclr", "contrast=null schedule.kind=ramp", over(LAM, 0.5, 1, 2)),
         tune("mclr-uniform", "mclr", "contrast=uniform schedule.kind=constant bound=3", over(LAM, 0.3, 0.6, 1)),
+        # contrast rows cut short after the second or third of the four scales: 5 or 14 of their 30 tokens
+        tune(
+            "mclr-coarse",
+            "mclr",
+            "contrast=uniform schedule.kind=interval bound=3",
+            over(f"{LAM} objective.schedule.high", (0.6, 0.4), (1, 0.4), (0.6, 0.7), (1, 0.7)),
+        ),
         # all scales but the first
         tune("mclr-interval", "mclr", "contrast=null schedule.kind=interval schedule.low=0.3", over(LAM, 0.3, 0.6, 1.2)),
         # negative at the last scale
