@@ -54,9 +54,7 @@ class Diffusion:
         noisy = x_B + sigma_B[:, None, None, None] * draws.normal(*self.shape)
         return Probe({"x": x_B, "noisy": noisy, "sigma": sigma_B}, progress_of(sigma_B)[:, None])
 
-    def predict(
-        self, net: Net, probe: Probe, index_R: Tensor, c_R: Tensor, terms: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def predict(self, net: Net, probe: Probe, index_R: Tensor, c_R: Tensor, terms: int | None = None) -> tuple[Tensor, Tensor]:
         """(denoised_RCHW, logvar_R): the image that guidance mixes, and the learned log-variance u. There is one term."""
         return net(probe.inputs["noisy"][index_R], probe.inputs["sigma"][index_R], c_R)
 

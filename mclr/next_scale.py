@@ -59,9 +59,7 @@ class NextScale:
             teacher = self.tokenizer.teacher(x_B)
         return Probe({"tokens": x_B, "teacher": teacher}, progress_L.expand(len(x_B), -1))
 
-    def predict(
-        self, net: Net, probe: Probe, index_R: Tensor, c_R: Tensor, terms: int | None = None
-    ) -> tuple[Tensor, None]:
+    def predict(self, net: Net, probe: Probe, index_R: Tensor, c_R: Tensor, terms: int | None = None) -> tuple[Tensor, None]:
         """(logits of the first `terms` tokens [R, terms, V], None): the logits that guidance mixes; tokens need no calibration.
 
         terms: tokens of whole scales.

@@ -106,7 +106,7 @@ def test_more_images_continue_a_finished_run(model, start, whole, capsys):
     assert status == 0 and f"going on from run/checkpoints/{2 * BATCH:012d}" in capsys.readouterr().out
     assert_same(run, whole(model))
     assert json.loads((run / "weights" / "config.json").read_text())["images_seen"] == STEPS * BATCH
-    assert sorted(os.listdir(run)) == ["checkpoints", "config.yaml", "lock", "metrics.jsonl", "weights"]
+    assert sorted(os.listdir(run)) == ["checkpoints", "config.yaml", "inputs.json", "lock", "metrics.jsonl", "weights"]
     stored = {path.stem for path in (run / "checkpoints" / f"{STEPS * BATCH:012d}").glob("*.safetensors")}
     assert stored - {"posterior"} == {"engine", "ema"} and ("posterior" in stored) == (model == "edm2-digits")
 
@@ -175,7 +175,7 @@ def test_a_crash_costs_the_steps_since_the_checkpoint(start, whole, tmp_path, mo
     (run / ".tmp-2").write_text("torn")
     assert start(model, STEPS)[0] == 0
     assert_same(run, whole(model))
-    assert sorted(os.listdir(run)) == ["checkpoints", "config.yaml", "lock", "metrics.jsonl", "weights"]
+    assert sorted(os.listdir(run)) == ["checkpoints", "config.yaml", "inputs.json", "lock", "metrics.jsonl", "weights"]
     assert sorted(os.listdir(run / "checkpoints")) == [f"{steps * BATCH:012d}" for steps in (3, 6)]
 
 

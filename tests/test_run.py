@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from ranks import tiny
+from safetensors.torch import load_file, save_file
 from test_data import correct_size, edit_json, rewrite_shard
 
 import train.build
@@ -176,7 +177,7 @@ def test_a_run_folder_that_cannot_be(here, digits, capsys):
 def test_a_run_folder_that_is_taken(here, digits, capsys):
     argv = edm2_argv(digits)
     config = load("edm2-digits", "mclr", str(digits), "auto", argv[6:])
-    held = RunFolder(here / "run", config)
+    held = RunFolder(here / "run", config, {})
     says = refused(argv, capsys, here)
     assert says == f"run folder run is held by process {os.getpid()}: wait for it, or choose another with --out"
     held.close()
@@ -184,6 +185,23 @@ def test_a_run_folder_that_is_taken(here, digits, capsys):
     assert "with objective.lam=0.2, this one has 0.3" in refused([*argv, "objective.lam=0.3"], capsys, here)
     (here / "run" / "config.yaml").write_text("model: 1")
     assert "model=1" in refused(argv, capsys, here)
+
+
+def test_a_run_does_not_go_on_from_what_changed_under_its_name(here, digits, tmp_path, capsys):
+    """The reference of cca is read again when a run goes on."""
+    argv = edm2_argv(digits, "--init", str(edm2(tmp_path / "weights")), "--objective", "cca")
+    argv = [word for word in argv if not word.startswith("objective.")]
+    assert main(["train", *argv]) == 0
+    shutil.rmtree(tmp_path / "weights")
+    edm2(tmp_path / "weights", model_channels=8, dropout=0.5)
+    assert main(["train", *argv]) == 0  # the same tensors in other words
+    tensors = load_file(tmp_path / "weights" / "model.safetensors")
+    save_file({name: -t for name, t in tensors.items()}, tmp_path / "weights" / "model.safetensors")
+    before = snapshot(here)
+    capsys.readouterr()
+    assert main(["train", *argv]) == 2 and snapshot(here) == before
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: run folder run began with another model.weights=") and line.endswith("or put it back")
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def build_guide(config: RunConfig, net: nn.Module) -> nn.Module | None:
             raise UserError(f"sample.guide={name} has {key} {there}, {model.name} has {here}: give a guide for the same samples")
     if isinstance(model, NextScaleModel):
         # published weights do not say which tokenizer theirs was
-        there = read_config(find_weights(name)).get("tokenizer")
+        there = read_config(find_weights(name)).get("inputs", {}).get("model.tokenizer")
         if there not in (None, sha256(find_weights(model.tokenizer))):
             raise UserError(
                 f"sample.guide={name} is of another tokenizer than {model.tokenizer}: give a guide for the same tokens"

@@ -9,7 +9,7 @@ from typing import Any
 
 from configs.schema import FILE, RunConfig, dump, flatten, load_resolved
 from mclr.errors import UserError
-from train.files import write_file
+from train.files import write_file, write_json
 
 # may change between one start and the next: they do not decide what is learned
 FREE = (
@@ -26,15 +26,19 @@ FREE = (
     "train.mle_images",
     "train.micro_batch",
 )
+INPUTS = "inputs.json"
 
 
 class RunFolder:
-    """A run folder held by this process until it is closed. Raises UserError when it is unwritable, held, or holds another run."""
+    """A run folder held by this process until it is closed. Raises UserError when it is unwritable, held, or holds another run.
 
-    def __init__(self, path: Path, config: RunConfig):
+    inputs: checksum of each thing that the config names and that could change under its name.
+    """
+
+    def __init__(self, path: Path, config: RunConfig, inputs: dict[str, str]):
         self.path = path
         if (path / FILE).exists():
-            _refuse_other(path, config)
+            _refuse_other(path, config, inputs)
         try:
             path.mkdir(parents=True, exist_ok=True)
             self.lock = open(path / "lock", "a+")  # noqa: SIM115 (held until close)
@@ -53,6 +57,7 @@ class RunFolder:
         # left by a process that died while writing
         for torn in [*path.glob(".tmp-*"), *path.glob("checkpoints/.tmp-*")]:
             shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
+        write_json(path / INPUTS, inputs)
         write_file(path / FILE, dump(config).encode())
 
     def close(self) -> None:
@@ -82,10 +87,19 @@ def _images(line: str) -> float:
         return float("inf")  # torn by a crash
 
 
-def _refuse_other(path: Path, config: RunConfig) -> None:
+def _refuse_other(path: Path, config: RunConfig, inputs: dict[str, str]) -> None:
     there, here = flatten(load_resolved(path)), flatten(config)
     for key in sorted(there.keys() | here.keys()):
         if not key.startswith(FREE) and there.get(key) != here.get(key):
             raise UserError(
                 f"run folder {path} holds a run with {key}={there.get(key)}, this one has {here.get(key)}: choose another with --out"
+            )
+    try:
+        began_with = json.loads((path / INPUTS).read_text())
+    except (OSError, ValueError):
+        return  # lost; the settings are the same
+    for key, checksum in inputs.items():
+        if began_with.get(key) != checksum:
+            raise UserError(
+                f"run folder {path} began with another {key}={here[key]} than lies there now: choose another with --out, or put it back"
             )

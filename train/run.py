@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 # other distributions own packages named `models` or `kernels`, and an editable install comes after them
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from configs.schema import RunConfig, dump, load
+from configs.schema import NextScaleModel, RunConfig, dump, load
 from mclr.errors import UserError
 from train.cli import Parser, run
 from train.ranks import Interrupt, group, on_signals, one_voice, together, world
@@ -28,7 +28,9 @@ Running the same command again goes on from its newest checkpoint."""
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("mclr train", description=__doc__, epilog=EXAMPLE)
     parser.add_argument(
-        "--model", required=True, help="what is trained: edm2-digits, var-digits, edm2-32px, edm2-img64-s, var-d16, or a YAML path"
+        "--model",
+        required=True,
+        help="what is trained: edm2-digits, var-digits, edm2-32px, edm2-img64-s, var-d16, or a YAML path",
     )
     parser.add_argument(
         "--objective", default="mclr", help="mclr, mle, unlearn, cc_dpo, cca, ddo, or a YAML path (default: mclr)"
@@ -100,7 +102,6 @@ def start(config: RunConfig, out: Path, micro_batch: int, command: str) -> int:
     from train.log import RunFolder
     from train.loop import train
     from train.prepare import prepare_digits
-    from train.weights import find_weights, sha256
 
     rank, local_rank, ranks = world()
     device = torch.device("cpu")
@@ -109,14 +110,15 @@ def start(config: RunConfig, out: Path, micro_batch: int, command: str) -> int:
             raise UserError(f"this machine has {torch.cuda.device_count()} GPUs: start no more ranks than that")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    run_folder = None
+    run_folder, inputs = None, {}
     if rank == 0:
         # all that the run reads is found good before anything is written and before the ranks meet
         new_digits = config.data.name == "digits" and not Path(config.data.path).exists()
         if not new_digits:
             source = open_source(config)
         networks = build_networks(config, device)
-        run_folder = RunFolder(out, config)
+        inputs = inputs_of(config)
+        run_folder = RunFolder(out, config, inputs)
         if new_digits:
             prepare_digits(config.data.path)
             source = open_source(config)
@@ -126,9 +128,7 @@ def start(config: RunConfig, out: Path, micro_batch: int, command: str) -> int:
             if rank != 0:
                 source, networks = open_source(config), build_networks(config, device)
         notes: dict[str, Any] = {"init": config.model.weights, "command": command, "out": str(out)}
-        notes |= {"seed": config.train.seed, "data": config.data.name}
-        if config.model.paradigm == "next_scale":
-            notes["tokenizer"] = sha256(find_weights(config.model.tokenizer))
+        notes |= {"seed": config.train.seed, "data": config.data.name, "inputs": inputs}
         try:
             task = build_task(config, source, networks, device, micro_batch)
             if rank == 0:
@@ -140,6 +140,23 @@ def start(config: RunConfig, out: Path, micro_batch: int, command: str) -> int:
         finally:
             if run_folder is not None:
                 run_folder.close()
+
+
+def inputs_of(config: RunConfig) -> dict[str, str]:
+    """Setting -> checksum of the weights or samples that it names."""
+    from train.data import open_dataset
+    from train.weights import find_weights, sha256
+
+    model = config.model
+    named = {"model.weights": model.weights}
+    if isinstance(model, NextScaleModel):
+        named["model.tokenizer"] = model.tokenizer
+    else:
+        named["model.posterior.weights"] = model.posterior.weights
+    inputs = {key: sha256(find_weights(name)) for key, name in named.items() if name is not None}
+    if config.objective.generated is not None:
+        inputs["objective.generated"] = open_dataset(config.objective.generated).splits["train"].shards[0].sha256
+    return inputs
 
 
 def describe(config: RunConfig, ranks: int, micro_batch: int, net: Any = None) -> str:

@@ -41,7 +41,10 @@ def save_weights(
     tensors = dict(net.state_dict()) | dict(weights or {})
     dtype = torch.float16 if half else torch.float32
     with new_folder(folder) as temporary:
-        save_file({k: t.detach().to(dtype).cpu().contiguous() for k, t in tensors.items()}, temporary / "model.safetensors")
+        try:
+            save_file({k: t.detach().to(dtype).cpu().contiguous() for k, t in tensors.items()}, temporary / "model.safetensors")
+        except SafetensorError as error:
+            raise UserError(f"cannot write {folder} ({error}): make room, or choose another place") from error
         config = dataclasses.asdict(net.config)  # type: ignore[call-overload]
         write_json(temporary / "config.json", {"kind": kind, "config": config, **notes})
 
