@@ -205,7 +205,7 @@ def test_tables_and_figures_of_made_up_records(tmp_path):
     assert any(line.startswith("| cfg | gamma 0.2 | 0.400 ± 0.000 | 1.00 ± 0.00 |") for line in tables)
     assert any(line.startswith("| cca | beta ") and "(1 of 3 seeds diverged)" in line for line in tables)
     assert "| mclr-uniform | lam 0.02 | diverged at 128 images |" in page
-    assert "600 images, 3.00 TFLOPs (+ 3.00 for its samples)" in page
+    assert "| 600 x 1.67 + 1,000 for its samples |" in page
 
 
 def test_gaps_are_of_the_same_training_seed(tmp_path):

@@ -36,6 +36,7 @@ STYLES = {
     "mclr-null": (MCLR, "o"),
     "mclr-weighted": ("#E69F00", "v"),
     "mclr-uniform": ("#E69F00", "X"),
+    "mclr-coarse": ("#CC79A7", "h"),
     "mclr-interval": ("#CC79A7", "P"),
     "mclr-window": ("#CC79A7", "d"),
     "unlearn": ("#000000", "x"),
@@ -50,8 +51,8 @@ STYLES = {
 LEGEND = """Grids: training seed 0, sampling seed 0; the best point by class-wise FD is repeated with three other training seeds, each
 sampled once: mean ± standard deviation. Every fine-tuning starts from the same base and costs the same (forward 1x, backward 2x, rows
 without gradient and the posterior classifier counted). Gap closed, per training seed: (control - method) / (control - cfg) in
-class-wise FD. The judge is that of `make tour`; guided rows sample the controls. Forwards of a token model: its tokens forwarded, as
-a share of the image's."""
+class-wise FD. Images x cost: what fine-tuning saw, and what an image cost in images of maximum likelihood. The judge is that of
+`make tour`; guided rows sample the controls. Forwards of a token model: its tokens forwarded, as a share of the image's."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def markdown_tables(rows: dict[str, list[Row]]) -> str:
     parts = []
     for model, of_model in rows.items():
         repeated = [row for row in of_model if row.repeats]
-        headings = ["method", "chosen", *(heading for _, heading, _ in COLUMNS), "training"]
+        headings = ["method", "chosen", *(heading for _, heading, _ in COLUMNS), "images x cost"]
         parts += [f"**{model}**", _table(headings, (_repeated_cells(of_model, row) for row in repeated))]
         parts.append("\n".join(f"- {row.name}: `{' '.join(row.fixed)}`" for row in of_model if row.fixed and row.grid))
         tried = ((row, point, record) for row in of_model for point, record in row.grid.items())
@@ -145,16 +146,15 @@ def _repeated_cells(rows: list[Row], row: Row) -> list[str]:
 
 
 def _training(records: list[Record]) -> str:
-    """What the fine-tuning behind these records saw and cost."""
+    """The images that the fine-tuning behind these records saw, and what one cost, in images of maximum likelihood."""
     runs = [record["run"] for record in records if record["run"]]
     if not runs:
         return "–"
-    images, flops = (statistics.mean(run[key] for run in runs) for key in ("images", "flops"))
-    text = f"{images:,.0f} images, {flops / 1e12:.2f} TFLOPs"
+    images, cost = statistics.mean(run["images"] for run in runs), statistics.mean(run["mle_images"] for run in runs)
+    text = f"{images:,.0f} x {cost / images:.2f}"
     if generated := records[0].get("generated"):
-        # a forward of one image is a third of an image of maximum likelihood
-        forward = runs[0]["flops"] / runs[0]["mle_images"] / 3
-        text += f" (+ {generated['count'] * generated['forwards_per_image'] * forward / 1e12:.2f} for its samples)"
+        # a forward is a third of an image of maximum likelihood
+        text += f" + {generated['count'] * generated['forwards_per_image'] / 3:,.0f} for its samples"
     return text
 
 

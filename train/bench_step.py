@@ -1,0 +1,87 @@
+"""`python -m train.bench_step`: what one training step of each objective costs, beside a step of maximum likelihood.
+
+All arms run in one process and take turns, so that a slow minute of the machine hits each of them: read the ratios.
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from configs.schema import load
+from train.build import build_networks, build_task, open_source
+from train.cli import Parser, run
+from train.loop import add_up, forward_flops, rows_of
+from train.prepare import open_or_prepare
+from train.step import Task, train_step
+
+# arm -> objective preset and settings; of the reference objectives one, since they cost the same
+ARMS = {
+    "mle": ("mle", ()),
+    "mclr posterior": ("mclr", ("objective.contrast=posterior",)),
+    "mclr weighted": ("mclr", ("objective.contrast=weighted",)),
+    "mclr null": ("mclr", ("objective.contrast=null",)),
+    "mclr uniform": ("mclr", ("objective.contrast=uniform", "objective.schedule.kind=constant")),
+    "mclr uniform, progress <= 0.5": (
+        "mclr",
+        ("objective.contrast=uniform", "objective.schedule.kind=interval", "objective.schedule.high=0.5"),
+    ),
+    "cca": ("cca", ()),
+}
+WARM_UP = 2
+
+
+def build(model: str, arm: str, overrides: list[str]) -> tuple[Task, int, float]:
+    """(task, images per step, learning rate) of one arm."""
+    objective, settings = ARMS[arm]
+    config = load(model, objective, "digits", "local", [*settings, *overrides])
+    open_or_prepare("digits", config.data.path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch = config.train.batch
+    return build_task(config, open_source(config), build_networks(config, device), device, batch), batch, config.train.lr
+
+
+def measure(model: str, rounds: int, overrides: list[str]) -> dict[str, dict[str, float]]:
+    """Arm -> milliseconds of a step (median, fastest, slowest), and its work in steps of maximum likelihood by FLOPs."""
+    arms = {arm: build(model, arm, overrides) for arm in ARMS}
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    for step in range(WARM_UP + rounds):
+        for arm, (task, batch, lr) in arms.items():
+            started = time.perf_counter()
+            train_step(task, range(step * batch, (step + 1) * batch), batch, lr, lambda: False)
+            if task.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[arm].append(time.perf_counter() - started)
+    found = {}
+    for arm, (task, batch, _) in arms.items():
+        times, rows, flops = [1000 * s for s in seconds[arm][WARM_UP:]], add_up(rows_of(task), task.device), forward_flops(task)
+        work = flops["net"] * (3 * rows["rows"] + rows["rows_no_grad"]) + 3 * flops["posterior"] * rows["posterior_rows"]
+        found[arm] = {"median": statistics.median(times), "fastest": min(times), "slowest": max(times)}
+        found[arm]["work"] = work / (3 * flops["net"] * batch * (WARM_UP + rounds))
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser("python -m train.bench_step", description=__doc__, epilog="example: python -m train.bench_step --rounds 20")
+    parser.add_argument("--model", default="edm2-digits,var-digits", help="presets, separated by commas (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=20, help="steps of every arm that are timed (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of every arm")
+    args = parser.parse_intermixed_args(argv)
+    if args.rounds < 1:
+        parser.error(f"--rounds {args.rounds}: at least one step must be timed")
+    for model in args.model.split(","):
+        found = measure(model, args.rounds, args.overrides)
+        print(f"**{Path(model).stem}**, {torch.get_num_threads()} threads, {args.rounds} steps of each arm, taking turns\n")
+        print("| objective | ms per step (fastest, slowest) | time, mle = 1 | work, mle = 1 |\n| --- | ---: | ---: | ---: |")
+        for arm, values in found.items():
+            ratio = values["median"] / found["mle"]["median"]
+            spread = f"{values['median']:.0f} ({values['fastest']:.0f}, {values['slowest']:.0f})"
+            print(f"| {arm} | {spread} | {ratio:.2f} | {values['work']:.2f} |")
+        print(flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
