@@ -8,9 +8,6 @@ from torch import Tensor
 
 from mclr.likelihood import Rows
 
-# rows come in multiples of this, so that compiled code meets few shapes
-ROW_MULTIPLE = 8
-
 
 def draw_other(c_B: Tensor, uniform_B: Tensor, num_classes: int) -> Tensor:
     """A condition c~ != c, uniform over the other classes, by inverse CDF of one uniform. Returns [B, 1]."""
@@ -57,12 +54,18 @@ def matched_rows(c_B: Tensor, lam_BT: Tensor, mix_BT: Tensor | None = None) -> R
 
 
 def generated_rows(c_P: Tensor, lam_BT: Tensor, weight_BT: Tensor) -> Rows:
-    """Every row its own sample: B real ones, then the B generated ones that are their contrast. c_P: conditions of both, P = 2B."""
+    """Every row its own sample: B real ones, then the generated ones that are their contrast. c_P: conditions of both, P = 2B."""
     index_P = torch.arange(len(c_P), device=c_P.device)
-    return Rows(index_P, c_P, index_P[len(c_P) // 2 :, None].expand_as(lam_BT), lam_BT, weight_BT)
+    batch = len(lam_BT)
+    # the partner of a sample without a ratio is not computed
+    needed = lam_BT.ne(0).any(1)
+    index_R = torch.cat([index_P[:batch], index_P[batch:][needed]])
+    contrast_B = index_P[:batch].clone()
+    contrast_B[needed] = batch + index_P[: int(needed.sum())]
+    return Rows(index_R, c_P[index_R], contrast_B[:, None].expand_as(lam_BT), lam_BT, weight_BT)
 
 
-def paired_rows(c_B: Tensor, contrast_c_BT: Tensor, lam_BT: Tensor, weight_BT: Tensor) -> Rows:
+def paired_rows(c_B: Tensor, contrast_c_BT: Tensor, null: int, lam_BT: Tensor, weight_BT: Tensor) -> Rows:
     """Matched rows, then one row for each distinct (sample, c~) that some term needs.
 
     A term needs none where c~ = c (the matched row is its contrast) or where its lam is 0; a row serves all terms that drew its c~.
@@ -71,11 +74,8 @@ def paired_rows(c_B: Tensor, contrast_c_BT: Tensor, lam_BT: Tensor, weight_BT: T
     index = torch.arange(batch, device=device)
     contrast_c_BT = contrast_c_BT.expand_as(lam_BT)
     needed = (contrast_c_BT != c_B[:, None]) & (lam_BT * weight_BT != 0)
-    radix = int(contrast_c_BT.max()) + 1
-    pair, which = (index[:, None] * radix + contrast_c_BT)[needed].unique(return_inverse=True)
+    pair, which = (index[:, None] * (null + 1) + contrast_c_BT)[needed].unique(return_inverse=True)
     contrast_BT = index[:, None].expand_as(lam_BT).clone()
     contrast_BT[needed] = batch + which
-    padding = index.new_zeros(-(batch + len(pair)) % ROW_MULTIPLE)
-    index_R = torch.cat([index, pair // radix, padding])
-    c_R = torch.cat([c_B, pair % radix, c_B[padding]])
+    index_R, c_R = torch.cat([index, pair // (null + 1)]), torch.cat([c_B, pair % (null + 1)])
     return Rows(index_R, c_R, contrast_BT, lam_BT, weight_BT.expand_as(lam_BT))

@@ -26,7 +26,8 @@ Where c~ = c the two terms of mclr cancel row by row, so the row of c~ is not co
 |           | pred + g (pred - sg pred_null), w = 0,    | lam > -1 (derived); GFT (arXiv 2501.15420) with a scheduled strength     |
 |           | g = -lam / (1 + lam)                      |                                                                          |
 | marginal  | null for the share of dropped conditions, | of cca: a row whose c~ is null or c counts as matched, -s(+v-) with      |
-|           | else uniform; instead of a rolled batch   | weight 1 (w = -1 marks it)                                               |
+|           | else uniform (for balanced classes what a | weight 1 (w = -1 marks it)                                               |
+|           | rolled batch gives in the published code) |                                                                          |
 
 Optima: tests/test_theorem.py. `bound` m (tokens, label contrasts of mclr) acts on the contrast alone: v- becomes max(v-, sg(v+) - m),
 which leaves the matched gradient whole where the ratio already exceeds m nats. At a prefix the optimum is then
@@ -86,6 +87,9 @@ class Objective:
     beta: float | None = None
     null_share: float = 0.0
 
+    def __post_init__(self) -> None:
+        assert (self.beta is not None) == (self.name in ("cc_dpo", "cca", "ddo")), "these three have a reference, and a beta"
+
     @property
     def needs_posterior(self) -> bool:
         return self.contrast in ("weighted", "posterior")
@@ -109,7 +113,7 @@ class Objective:
         if self.contrast == "marginal":
             other_B1 = draw_marginal(uniform_B, null, self.null_share)
             weight_BT = torch.where((other_B1 == null) | (other_B1 == c_B[:, None]), -1.0, torch.ones_like(lam_BT))
-            return paired_rows(c_B, other_B1, lam_BT, weight_BT)
+            return paired_rows(c_B, other_B1, null, lam_BT, weight_BT)
         lam_BT = lam_BT * (c_B != null)[:, None]
         one_BT = torch.ones_like(lam_BT)
         if self.contrast == "none":
@@ -120,19 +124,23 @@ class Objective:
             half = len(c_B) // 2
             return generated_rows(c_B, lam_BT[:half], one_BT[:half])
         if self.contrast == "uniform":
-            return paired_rows(c_B, draw_other(c_B, uniform_B, null), lam_BT, one_BT)
+            return paired_rows(c_B, draw_other(c_B, uniform_B, null), null, lam_BT, one_BT)
         assert posterior_BTK is not None
         if self.contrast == "posterior":
-            return paired_rows(c_B, draw_posterior(posterior_BTK, uniform_B, self.truncate), lam_BT, one_BT)
+            return paired_rows(c_B, draw_posterior(posterior_BTK, uniform_B, self.truncate), null, lam_BT, one_BT)
         other_B1 = draw_any(uniform_B, null)
         weight_BT = null * posterior_BTK.gather(-1, other_B1[..., None].expand(-1, posterior_BTK.shape[1], 1))[..., 0]
-        return paired_rows(c_B, other_B1, lam_BT, weight_BT)
+        return paired_rows(c_B, other_B1, null, lam_BT, weight_BT)
 
     def __call__(self, scores: Scores, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
-        """loss_B, unreduced, fp32, and what is worth watching (0-d tensors, averages over the batch)."""
+        """loss_B, unreduced, fp32, and what is worth watching (0-d tensors, averages over the batch).
+
+        value, aux; ratio: matched minus contrast value, per dimension, 0 where they coincide; delta: the same relative to the
+        reference, in nats, over the mismatched pairs; contrast_share: terms whose contrast had to be computed.
+        """
         batch = len(rows.lam_BT)
         matched_BT = scores.value_RT[:batch]
-        own_BT = torch.arange(batch, device=matched_BT.device)[:, None]
+        mismatched_BT = (rows.weight_BT > 0) & (rows.lam_BT != 0)
         if self.beta is None:
             plus, minus = matched_BT, scores.value_RT.gather(0, rows.contrast_BT)
             if self.bound is not None:
@@ -145,10 +153,14 @@ class Objective:
             plus, minus = self.beta * scores.delta_R[:batch], self.beta * scores.delta_R[rows.contrast_BT[:, 0]]
             loss_B = torch.where(lam_B == 0, -matched_BT.mean(1), PHI[self.name](plus, minus, lam_B, weight_B))
         aux_B = scores.aux_R[:batch]
-        metrics = {
-            "value": matched_BT.detach().mean(),
-            "ratio": (plus - minus).detach().mean(),
-            "aux": aux_B.detach().mean(),
-            "contrast_share": (rows.contrast_BT != own_BT).float().mean(),
-        }
+        metrics = {"value": matched_BT.detach().mean(), "aux": aux_B.detach().mean()}
+        if self.beta is not None:
+            metrics["delta"] = ((plus - minus).detach() / self.beta * mismatched_BT[:, 0]).sum() / mismatched_BT[
+                :, 0
+            ].sum().clamp(min=1)
+        elif self.contrast not in ("none", "null"):
+            metrics["ratio"] = (plus - minus).detach().mean()
+        if self.contrast not in ("none", "null"):
+            own_BT = torch.arange(batch, device=matched_BT.device)[:, None]
+            metrics["contrast_share"] = (rows.contrast_BT != own_BT).float().mean()
         return loss_B + aux_B, metrics

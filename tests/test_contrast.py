@@ -2,11 +2,8 @@
 
 import pytest
 import torch
-from toy import wave
 
-from mclr.contrast import ROW_MULTIPLE, draw_any, draw_other, draw_posterior, matched_rows, paired_rows
-from mclr.likelihood import Scores
-from mclr.objective import Objective
+from mclr.contrast import draw_any, draw_other, draw_posterior, matched_rows, paired_rows
 
 ALMOST_ONE = 1 - 2**-24  # the largest fp32 uniform
 
@@ -78,7 +75,7 @@ def random_rows(batch: int, terms: int, classes: int, seed: int, share: float = 
     contrast_BT = torch.randint(classes, (batch, terms), generator=generator)
     lam_BT = torch.rand(batch, terms, generator=generator) * (torch.rand(batch, terms, generator=generator) < share)
     weight_BT = torch.rand(batch, terms, generator=generator)
-    return paired_rows(c_B, contrast_BT, lam_BT, weight_BT), c_B, contrast_BT, lam_BT, weight_BT
+    return paired_rows(c_B, contrast_BT, classes, lam_BT, weight_BT), c_B, contrast_BT, lam_BT, weight_BT
 
 
 @pytest.mark.parametrize(("batch", "terms", "classes"), [(8, 1, 10), (5, 14, 3), (7, 30, 10), (1, 1, 2), (16, 4, 1000)])
@@ -96,14 +93,14 @@ def test_every_term_finds_the_row_it_needs_and_no_row_is_superfluous(batch, term
         pairs = {(b, int(contrast_BT[b, t])) for b, t in needed.nonzero().tolist()}
         scored = list(zip(rows.index_R.tolist(), rows.c_R.tolist(), strict=True))[batch : batch + len(pairs)]
         assert set(scored) == pairs and rows.contrast_BT.max() == batch - 1 + len(pairs)
-        assert len(rows.c_R) == len(rows.index_R) == -(-(batch + len(pairs)) // ROW_MULTIPLE) * ROW_MULTIPLE
+        assert len(rows.c_R) == len(rows.index_R) == batch + len(pairs)
         assert torch.equal(rows.lam_BT, lam_BT) and torch.equal(rows.weight_BT, weight_BT) and rows.mix_BT is None
 
 
 def test_one_draw_for_all_terms_is_one_row_per_sample():
     lam_BT = torch.ones(6, 9)
-    rows = paired_rows(torch.zeros(6).long(), torch.tensor([[1]] * 6), lam_BT, torch.ones(6, 1))
-    assert len(rows.c_R) == 16 and rows.c_R[:12].tolist() == [0] * 6 + [1] * 6
+    rows = paired_rows(torch.zeros(6).long(), torch.tensor([[1]] * 6), 2, lam_BT, torch.ones(6, 1))
+    assert rows.c_R.tolist() == [0] * 6 + [1] * 6
     assert torch.equal(rows.contrast_BT, torch.arange(6, 12)[:, None].expand(6, 9))
     assert rows.weight_BT.shape == (6, 9)
 
@@ -111,23 +108,9 @@ def test_one_draw_for_all_terms_is_one_row_per_sample():
 def test_terms_without_strength_or_weight_need_no_row():
     ones, zeros = torch.ones(8, 2), torch.zeros(8, 2)
     c_B, other = torch.zeros(8).long(), torch.ones(8, 1).long()
-    assert len(paired_rows(c_B, other, zeros, ones).c_R) == 8
-    assert len(paired_rows(c_B, other, ones, zeros).c_R) == 8
-    assert len(paired_rows(c_B, other, -ones, ones).c_R) == 16
-
-
-def test_padding_reaches_neither_loss_nor_gradient():
-    rows, *_ = random_rows(5, 3, 4, seed=0)
-    used = int(rows.contrast_BT.max()) + 1
-    assert used < len(rows.c_R)
-    value_RT = wave(len(rows.c_R), 3).float()
-    value_RT[used:] = torch.nan
-    aux_R = value_RT[:, 0].clone()
-    value_RT.requires_grad_()
-    loss_B, metrics = Objective("uniform")(Scores(value_RT, aux_R), rows)
-    assert loss_B.isfinite().all() and all(value.isfinite() for value in metrics.values())
-    (grad,) = torch.autograd.grad(loss_B.sum(), value_RT)
-    assert grad[used:].eq(0).all() and grad[:5].ne(0).all()
+    assert len(paired_rows(c_B, other, 2, zeros, ones).c_R) == 8
+    assert len(paired_rows(c_B, other, 2, ones, zeros).c_R) == 8
+    assert len(paired_rows(c_B, other, 2, -ones, ones).c_R) == 16
 
 
 def test_matched_rows_are_the_samples_themselves():

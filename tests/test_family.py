@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ranks import tiny
@@ -49,7 +50,7 @@ def test_a_run_goes_on_with_the_reference_it_began_with(model, fine_tune):
     assert all(torch.equal(here[name], there[name]) for name in here)
     # at the first step network and reference are the same, but for the dropped conditions' plain mle; later they are not
     first, *_, last = metrics(run)
-    assert first["ratio"] == 0 != last["ratio"]
+    assert first["delta"] == 0 != last["delta"]
     # every row once more through the reference, at a third of the cost of a row that is trained
     assert last["mle_images"] == pytest.approx(last["rows"] * 4 / 3, abs=1)
 
@@ -63,10 +64,38 @@ def test_a_ddo_round_from_samples_to_weights(model, fine_tune, capsys):
     assert (info.splits["train"].count, info.num_classes, info.splits["val"].count) == (20, 10, 0)
     images, c_N = load_split("drawn/dataset", "train")
     assert c_N.tolist() == [*range(10), *range(10)] and len(images.unique()) > 10
-    status, run = fine_tune(model, "ddo", "objective.generated=drawn/dataset", weights="zero/weights")
+    status, run = fine_tune(model, "ddo", "objective.generated=drawn/dataset", "train.drop_condition=0.0", weights="zero/weights")
     assert status == 0
     # one generated row beside every real one
     assert metrics(run)[-1]["rows"] == 2 * 3 * BATCH
+
+
+def test_drawn_tokens_are_trained_on_as_they_were_drawn(fine_tune, monkeypatch, capsys):
+    """Decoded, rounded to 8 bits and encoded again, most of them would be others."""
+    draw = ["sample", "var-digits-base", "--out", "drawn", "--count", "10", "sample.batch=4"]
+    # images drawn before their tokens were asked for are drawn again, alike
+    assert main(draw) == 0
+    before = {path.name: path.read_bytes() for path in Path("drawn/images").iterdir()}
+    assert main([*draw, "--dataset"]) == 0
+    assert before == {path.name: path.read_bytes() for path in Path("drawn/images").iterdir()}
+    tokens_NL = torch.stack([torch.from_numpy(np.load(path)) for path in sorted(Path("drawn/tokens").iterdir())])
+    seen = []
+    real = train.step.score
+
+    def score(paradigm, net, probe, *rest):
+        seen.append(probe.inputs["tokens"][4:])
+        return real(paradigm, net, probe, *rest)
+
+    monkeypatch.setattr(train.step, "score", score)
+    more = ("objective.generated=drawn/dataset", "train.micro_batch=4", "train.batch=4")
+    assert fine_tune("var-digits", "ddo", *more, images=4)[0] == 0
+    (seen_BL,) = seen
+    assert seen_BL.unique(dim=0).shape == seen_BL.shape
+    assert all((row == tokens_NL).all(1).any() for row in seen_BL)
+    Path("drawn/dataset/tokens.npy").write_bytes(b"other")
+    capsys.readouterr()
+    assert fine_tune("var-digits", "ddo", *more, out="again", images=4)[0] == 2
+    assert "tokens.npy is not what was drawn" in capsys.readouterr().err
 
 
 def test_generated_samples_keep_their_condition_and_their_place(fine_tune, monkeypatch):
@@ -80,14 +109,15 @@ def test_generated_samples_keep_their_condition_and_their_place(fine_tune, monke
 
     monkeypatch.setattr(train.step, "score", score)
     assert main(["sample", "edm2-digits-base", "--out", "drawn", "--count", "10", "--dataset", "sample.batch=4"]) == 0
-    more = ("objective.generated=drawn/dataset", "train.drop_condition=1.0", "train.micro_batch=4")
+    more = ("objective.generated=drawn/dataset", "train.drop_condition=0.5", "train.micro_batch=4")
     assert fine_tune("edm2-digits", "ddo", *more, images=BATCH)[0] == 0
     assert len(seen) == 2
-    _, c_N = load_split("drawn/dataset", "train")
     for index_R, c_R, null in seen:
-        assert index_R.tolist() == list(range(8)) and c_R[:4].eq(null).all()
+        assert index_R[:4].tolist() == [0, 1, 2, 3]
+        # a sample whose condition was dropped has no partner
+        assert index_R[4:].tolist() == [4 + b for b in range(4) if c_R[b] != null]
     drawn = torch.cat([c_R[4:] for _, c_R, _ in seen])
-    assert drawn.lt(10).all() and len(drawn.unique()) == BATCH <= len(c_N)  # no sample twice in an epoch of ten
+    assert 0 < len(drawn) < BATCH and drawn.lt(10).all() and len(drawn.unique()) == len(drawn)  # no sample twice in an epoch
 
 
 @pytest.mark.parametrize("objective", ["unlearn", "cc_dpo", "mclr"])
@@ -102,7 +132,17 @@ def test_equal_compute_ends_a_run(objective, fine_tune, capsys):
 
 
 def test_bad_generated_samples_are_one_line(fine_tune, capsys, digits):
-    for path, says in (("missing", "no dataset folder at missing"), (str(digits / "train"), "holds no dataset.json")):
+    draw = ["--count", "4", "--dataset", "sample.batch=4", "--out"]
+    assert fine_tune("edm2-digits", "mle", out="other", images=BATCH)[0] == 0
+    assert main(["sample", "other", *draw, "others"]) == 0
+    assert main(["sample", "edm2-digits-base", *draw, "guided", "sample.gamma=0.5"]) == 0
+    for path, says in (
+        ("missing", "no dataset folder at missing"),
+        (str(digits / "train"), "holds no dataset.json"),
+        (str(digits), "does not say what drew it"),
+        ("others/dataset", "was drawn from other weights than model.weights=edm2-digits-base/weights"),
+        ("guided/dataset", "was drawn with guidance"),
+    ):
         capsys.readouterr()
         assert fine_tune("edm2-digits", "ddo", f"objective.generated={path}")[0] == 2
         (line,) = capsys.readouterr().err.splitlines()

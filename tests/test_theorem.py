@@ -244,7 +244,7 @@ def test_optimum_of_uniform_is_additive(dims, prior):
     allowed = at_points(oracle, "weighted", *points(oracle))  # for its draws: all K classes
     larger = Schedule("constant", lam * K / (K - 1))
     lam_BT = larger(allowed.probe.progress_BT)
-    rows = paired_rows(allowed.c_B, draw_any(allowed.uniform_B, K), lam_BT, torch.ones_like(lam_BT))
+    rows = paired_rows(allowed.c_B, draw_any(allowed.uniform_B, K), K, lam_BT, torch.ones_like(lam_BT))
     again, curvature_again = allowed.optimum(Objective("uniform", larger), rows)
     assert relative(again * curvature_again, additive) < 1e-9 and relative(curvature_again, curvature) < 1e-9
     if len(set(prior)) == 1:
@@ -308,7 +308,7 @@ def test_a_pairwise_weight_is_not_guidance():
     density_PK = here.posterior_PK / oracle.prior_K
     pair_B1 = density_PK[here.point_B, c_B1[:, 0]] / density_PK[here.point_B, here.c_B]
     weight_BT = K * oracle.prior_K[c_B1] * pair_B1[:, None]
-    rows = paired_rows(here.c_B, c_B1, torch.full_like(weight_BT, lam), weight_BT)
+    rows = paired_rows(here.c_B, c_B1, K, torch.full_like(weight_BT, lam), weight_BT)
     stationary, _ = here.optimum(Objective("weighted", Schedule("constant", lam)), rows)
     priors = (oracle.prior_K[:, None] * here.denoised_PKD).sum(1, keepdim=True)
     assert relative(stationary, mix(here.denoised_PKD, priors.expand_as(stationary), lam)) < 1e-9

@@ -22,6 +22,7 @@ from models.blocks import normalize
 from models.edm2 import EDM2, EDM2Config
 from models.features import CONVNEXT_SMALLEST, NoiseClassifier, NoiseClassifierConfig, channel_mult_for
 from models.var import VAR, VARConfig
+from models.vqvae import VQVAE
 from train.data import Source
 from train.encoders import RGB, Encoder, Tokens
 from train.engine import DeepSpeedEngine, Engine, Frozen, LocalEngine, make_optimizer
@@ -34,9 +35,19 @@ torch.backends.cudnn.allow_tf32 = False
 
 
 def build_encoder(config: RunConfig, device: torch.device) -> Encoder:
+    """Raises UserError where the tokenizer is of other images than the data."""
     if isinstance(config.model, DiffusionModel):
         return RGB()
-    return Tokens(load_net(config.model.tokenizer, "vqvae").to(device))  # type: ignore[arg-type]
+    tokenizer = load_net(config.model.tokenizer, "vqvae")
+    assert isinstance(tokenizer, VQVAE)
+    tokens, data = tokenizer.config, config.data
+    read = (tokens.img_channels, tokens.scales[-1] << (len(tokens.ch_mult) - 1))
+    if read != (data.channels, data.resolution):
+        raise UserError(
+            f"model.tokenizer={config.model.tokenizer} is for {read[0]} x {read[1]}^2 images, {data.name} has {data.channels} x "
+            f"{data.resolution}^2: fit one by `mclr prepare tokenizer WEIGHTS --data {data.path}`, give model.tokenizer=WEIGHTS"
+        )
+    return Tokens(tokenizer.to(device))
 
 
 def build_net(config: RunConfig, encoder: Encoder) -> nn.Module:
@@ -182,6 +193,26 @@ def open_source(config: RunConfig, path: str | None = None) -> Source:
     return source
 
 
+def open_generated(config: RunConfig) -> Source:
+    """The samples at objective.generated. Raises UserError unless they were drawn, unguided, from the weights that the run starts from."""
+    path, model = config.objective.generated, config.model
+    source = open_source(config, path)
+    drawn = source.info.drawn
+    how = f"draw them again: mclr sample {model.weights} --out DIR --dataset"
+    if drawn is None:
+        raise UserError(f"objective.generated={path} does not say what drew it; {how}")
+    if drawn["weights"] != sha256(find_weights(str(model.weights))):
+        raise UserError(f"objective.generated={path} was drawn from other weights than model.weights={model.weights}; {how}")
+    if not build_schedule(ScheduleConfig.model_validate(drawn["sample.schedule"]), drawn["sample.gamma"]).is_zero:
+        raise UserError(f"objective.generated={path} was drawn with guidance, the reference is without; {how}")
+    if isinstance(model, NextScaleModel):
+        if drawn["tokenizer"] != sha256(find_weights(model.tokenizer)):
+            raise UserError(f"objective.generated={path} was drawn with another tokenizer than {model.tokenizer}; {how}")
+        if drawn["sample.top_k"] or drawn["sample.top_p"] < 1:
+            raise UserError(f"objective.generated={path} was drawn with top_k or top_p, the reference is without; {how}")
+    return source
+
+
 @dataclass(frozen=True)
 class Networks:
     """What a run trains and trains with, before any engine. classifier: of the posterior; reference: the network before
@@ -207,7 +238,7 @@ def build_networks(config: RunConfig, device: torch.device) -> Networks:
     if isinstance(model, DiffusionModel) and objective.needs_posterior:
         classifier = build_classifier(config)
     reference = copy.deepcopy(net) if objective.needs_reference else None
-    generated = open_source(config, config.objective.generated) if objective.needs_generated else None
+    generated = open_generated(config) if objective.needs_generated else None
     return Networks(encoder, net, classifier, reference, generated)
 
 

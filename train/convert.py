@@ -77,7 +77,11 @@ def to_folder(src: Path, dst: Path, settings: list[str]) -> None:
         config = changed(config, setting)
     if isinstance(config, VARConfig | VQVAEConfig):
         check_tokens(config)
-    net = family.net(config)
+    try:
+        net = family.net(config)
+    except UserError as error:
+        # all that a network of read shapes can object to
+        raise UserError(f"{error}: the file does not show the right one, give channels_per_head=N") from error
     load_published(net, state_dict, family.name_of, family.ignored)
     licence: dict[str, Any] = {"licence": EDM2_LICENCE} if family.kind == "edm2" else {}
     save_weights(dst, net, made_by=" ".join(["mclr convert", str(src), str(dst), *settings]), **licence)

@@ -4,12 +4,15 @@ A dataset folder holds dataset.json and the shards of two splits, train/*.tar an
 B samples of a batch; N of a split; C H W image.
 """
 
+import hashlib
+import io
 import json
 import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +24,7 @@ from train.shards import Shard, load_index, read_image
 # Decoded splits below this many bytes stay in memory, so that small runs read each image once.
 KEPT_BYTES = 256 * 2**20
 READERS = 4
+TOKENS = "tokens.npy"
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,11 @@ class Split:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What dataset.json says. resolution in pixels; source: where the images come from; seed: of the split into train and val."""
+    """What dataset.json says. resolution in pixels; source: where the images come from; seed: of the split into train and val.
+
+    drawn: how the images were drawn, where a network made them (train/prepare.py, prepare_samples); tokens: checksum of TOKENS, which
+    holds the tokens of the train split in shard order, where they were drawn.
+    """
 
     path: Path
     name: str
@@ -42,6 +50,8 @@ class DatasetInfo:
     splits: dict[str, Split]
     source: str
     seed: int
+    drawn: dict[str, Any] | None = None
+    tokens: str | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -51,13 +61,11 @@ class DatasetInfo:
 
 @dataclass(frozen=True)
 class Batch:
-    """image_BCHW uint8, c_B int64."""
+    """image_BCHW uint8, c_B int64; tokens_BL int64: of drawn samples of a token model, what was drawn."""
 
     image_BCHW: Tensor
     c_B: Tensor
-
-    def cat(self, other: "Batch") -> "Batch":
-        return Batch(torch.cat([self.image_BCHW, other.image_BCHW]), torch.cat([self.c_B, other.c_B]))
+    tokens_BL: Tensor | None = None
 
 
 def open_dataset(path: str | Path) -> DatasetInfo:
@@ -99,6 +107,8 @@ def _parse(path: Path, record: dict) -> DatasetInfo:
         path=path,
         splits=splits,
         class_names=tuple(record["class_names"]),
+        drawn=record.get("drawn"),
+        tokens=record.get("tokens"),
         **{name: record[name] for name in ("name", "resolution", "channels", "num_classes", "source", "seed")},
     )
     if {"train", "val"} - splits.keys():
@@ -153,6 +163,18 @@ class SplitReader:
         return read_image(self.info.path, self.samples[i], self.info.image_shape)
 
 
+def read_tokens(info: DatasetInfo) -> Tensor:
+    """The drawn tokens [N, L] int64 of the train split. Raises UserError when the file is not the one that dataset.json records."""
+    file = info.path / TOKENS
+    try:
+        data = file.read_bytes()
+        if hashlib.sha256(data).hexdigest() != info.tokens:
+            raise ValueError("its checksum differs")
+        return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False).astype(np.int64))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not what was drawn ({error}): remove the dataset and draw it again") from error
+
+
 def load_split(path: str | Path, split: str) -> tuple[Tensor, Tensor]:
     """(image_NCHW uint8, c_N int64) of a whole split, in shard order."""
     reader = SplitReader(open_dataset(path), split)
@@ -171,6 +193,7 @@ class Source:
         self.info = open_dataset(path)
         self.reader = SplitReader(self.info, split)
         self.seed = seed
+        self.tokens_NL = read_tokens(self.info) if split == "train" and self.info.tokens else None
 
     def __len__(self) -> int:
         """N, the samples of an epoch."""
@@ -179,7 +202,8 @@ class Source:
     def batch(self, first: int, count: int) -> Batch:
         """The samples at global positions first .. first + count - 1."""
         indices = self._indices(range(first, first + count))
-        return Batch(self.reader.images(indices), self.reader.c_N[indices])
+        tokens_BL = None if self.tokens_NL is None else self.tokens_NL[indices]
+        return Batch(self.reader.images(indices), self.reader.c_N[indices], tokens_BL)
 
     def prefetch(self, positions: range) -> None:
         """Start reading the samples at these global positions in the background, so that their batches need not wait."""

@@ -39,6 +39,7 @@ to NAME-evaluation.json beside NAME.npz."""
 
 BATCH = 256  # images per forward of the judge
 MOST = 50_000  # samples of a run, and real images of the scores by neighbours: what the field reports on
+FEWEST = 6  # of either: one more than the neighbours that density and coverage look at
 SPLITS = {"all": ("train", "val"), "train": ("train",), "val": ("val",)}
 SCORES = {
     "accuracy": "↑ class accuracy: share of samples that the judge puts under their condition",
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--data", metavar="D", help="real images: a preset or dataset folder (default: what the model was for)")
     parser.add_argument(
-        "--judge", metavar="WEIGHTS", help="classifier: weights folder or bundled name (default: DATA-classifier)"
+        "--judge", metavar="WEIGHTS", help="classifier: weights folder or bundled name (default: the bundled DATA-classifier)"
     )
     parser.add_argument(
         "--real", choices=SPLITS, default="all", help="split of the real images (default: train and val together)"
@@ -138,7 +139,7 @@ def evaluate(source: Path, data: str | None, judge_name: str | None, real: str, 
         own_data = {"name": chosen.name, "path": chosen.path}
     assert own_data is not None
     info = open_or_prepare(own_data["name"], own_data["path"])
-    judge_name = judge_name or f"{info.name}-classifier"
+    judge_name = judge_name or _default_judge(info)
     classifier = _load_judge(judge_name, info)
     # an empty val split is left out of "all"
     readers = [SplitReader(info, split) for split in SPLITS[real] if info.splits[split].count or real != "all"]
@@ -149,13 +150,14 @@ def evaluate(source: Path, data: str | None, judge_name: str | None, real: str, 
         source = source / "samples"
         record = read_record(source)
     fake_images, fake_c = _load_samples(source, record, info)
+    _refuse_few(fake_c, real_c)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     classifier.to(device)
     fake_MD, real_ND = features(classifier, fake_images), features(classifier, _batches(readers))
     try:
         scores = score(classifier, real_ND, real_c, fake_MD, fake_c)
     except ValueError as error:
-        raise UserError(f"these samples cannot be scored ({error}): draw more of them, of every condition") from error
+        raise UserError(f"judge {judge_name} cannot score these samples ({error}): give another --judge") from error
 
     result = {
         "scores": scores,
@@ -178,6 +180,16 @@ def evaluate(source: Path, data: str | None, judge_name: str | None, real: str, 
     write_json(path, result)
     print(_table(result))
     print(f"written to {path}")
+
+
+def _default_judge(info: DatasetInfo) -> str:
+    name = f"{info.name}-classifier"
+    try:
+        find_weights(name)
+    except UserError:
+        makes = f"`mclr prepare classifier WEIGHTS --data {info.path}` makes one"
+        raise UserError(f"no judge is bundled for {info.name}: give --judge WEIGHTS; {makes}") from None
+    return name
 
 
 def _load_judge(name: str, info: DatasetInfo) -> ImageClassifier:
@@ -209,8 +221,12 @@ def _load_samples(source: Path, record: dict[str, Any] | None, info: DatasetInfo
         try:
             with np.load(source) as arrays:
                 images, c_M = arrays["arr_0"].transpose(0, 3, 1, 2), arrays["arr_1"]
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise UserError(f"{source} is no readable .npz of arr_0 (uint8 NHWC) and arr_1 (conditions): {error}") from error
+        # a decoder that meets damaged bytes raises nearly anything, and numpy's advice on other files is not for ours
+        except Exception as error:
+            raise UserError(
+                f"{source} is no readable .npz of arr_0 (uint8 NHWC) and arr_1 (conditions): write it again by "
+                "numpy.savez(FILE, images, conditions)"
+            ) from error
         count, batches = len(images), (images[first : first + BATCH].copy() for first in range(0, len(images), BATCH))
     else:
         paths = image_paths(source)
@@ -223,6 +239,17 @@ def _load_samples(source: Path, record: dict[str, Any] | None, info: DatasetInfo
     if c_M.max() >= info.num_classes:
         raise UserError(f"{source} holds condition {c_M.max()}, {info.name} has 0..{info.num_classes - 1}: give another --data")
     return (_checked(batch, info) for batch in batches), torch.from_numpy(c_M.astype(np.int64))
+
+
+def _refuse_few(fake_c: Tensor, real_c: Tensor) -> None:
+    """Raises UserError where there are fewer images than the scores need (mclr/metrics.py)."""
+    more = "draw more, or compare with more real images (--real all)"
+    for c in torch.cat([fake_c, real_c]).unique().tolist():
+        fake, real = (int((c_N == c).sum()) for c_N in (fake_c, real_c))
+        if min(fake, real) < 2:
+            raise UserError(f"condition {c} has {fake} samples and {real} real images, at least 2 of each are needed: {more}")
+    if (fewest := min(len(fake_c), len(real_c))) < FEWEST:
+        raise UserError(f"there are {fewest} samples or real images, at least {FEWEST} of each are needed: {more}")
 
 
 def _checked(images: np.ndarray, info: DatasetInfo) -> Tensor:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
-from tqdm import tqdm
 
 from configs.schema import load_data
 from mclr.errors import UserError
@@ -20,6 +19,7 @@ from models.vqvae import VQVAE, VQVAEConfig
 from train.data import Source, SplitReader
 from train.encoders import from_uint8
 from train.files import new_folder, write_json
+from train.loop import progress_bar
 from train.prepare import open_or_prepare
 from train.weights import read_config, save_weights
 
@@ -45,48 +45,50 @@ def fit(net: nn.Module, loss: Loss, source: Source, recipe: Recipe, seed: int, d
     """
     net.to(device).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-    # disable=None: no bar where stderr is not a terminal
-    bar = tqdm(range(recipe.steps), unit="step", mininterval=1, disable=None)
-    for step in bar:
-        first = step * recipe.batch
-        batch = source.batch(first, recipe.batch)
-        draws = Draws(seed, list(range(first, first + recipe.batch)), device)
-        value = loss(net, from_uint8(batch.image_BCHW.to(device)), batch.c_B.to(device), draws)
-        value.backward()
-        norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        if not (value.detach() + norm).isfinite():
-            raise UserError(f"the loss or its gradient is not finite at step {step} of {recipe.steps}: give a smaller --lr")
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * (1 + math.cos(math.pi * step / recipe.steps)) / 2
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{float(value.detach()):.4f}")
+    with progress_bar(recipe.steps * recipe.batch, begun=0, quiet=False) as bar:
+        for step in range(recipe.steps):
+            first = step * recipe.batch
+            batch = source.batch(first, recipe.batch)
+            draws = Draws(seed, list(range(first, first + recipe.batch)), device)
+            value = loss(net, from_uint8(batch.image_BCHW.to(device)), batch.c_B.to(device), draws)
+            value.backward()
+            norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            if not (value.detach() + norm).isfinite():
+                raise UserError(f"the loss or its gradient is not finite at step {step} of {recipe.steps}: give a smaller --lr")
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.lr * (1 + math.cos(math.pi * step / recipe.steps)) / 2
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            bar.update(recipe.batch)
+            if step % 50 == 0:
+                bar.set_postfix(loss=f"{float(value.detach()):.4f}", refresh=False)
     return net.eval()
 
 
 def fit_to_data(kind: str, data: str, out: str, recipe: Recipe, seed: int, half: bool, command: str) -> None:
     """Fit a network of this kind to a dataset and write it to `out` with its quality on the held-out images.
 
-    data: a preset or a dataset folder. Raises UserError before the fit for data or a place that cannot be used.
+    data: a preset or a dataset folder. Raises UserError before the fit for data, a recipe or a place that cannot be used.
     """
+    if recipe.steps < 1 or recipe.batch < 1:
+        raise UserError(f"--steps is {recipe.steps} and --batch {recipe.batch}: both must be at least 1")
+    if not 0 < recipe.lr < math.inf:
+        raise UserError(f"--lr is {recipe.lr:g}: it must be a number above 0")
     chosen = load_data(data)
     info = open_or_prepare(chosen.name, chosen.path)
     source, held_out = Source(info.path, "train", seed), SplitReader(info, "val")
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net = new_network(kind, info.resolution, info.channels, info.num_classes)
-    print(
-        f"fitting {sum(p.numel() for p in net.parameters())} parameters: {recipe.steps} steps of {recipe.batch} images (--steps)",
-        flush=True,
-    )
+    size = sum(p.numel() for p in net.parameters())
     with new_folder(out) as folder:
+        print(f"fitting {size} parameters: {recipe.steps} steps of {recipe.batch} images (--steps)", flush=True)
         fit(net, LOSSES[kind], source, recipe, seed, device)
         save_weights(folder, net, half=half, made_by=command, seed=seed, data=info.name)
     # the weights are safe by now, whatever scoring meets
     result = quality(kind, net, held_out, device)
     write_json(Path(out) / "config.json", read_config(Path(out)) | {"result": result})
-    print(f"{out}: {sum(p.numel() for p in net.parameters())} parameters, {result}")
+    print(f"{out}: {size} parameters, {result}")
 
 
 def shifted(image_BCHW: Tensor, draws: Draws) -> Tensor:

@@ -1,33 +1,34 @@
-"""The memorisation monitor: ICR of a diffusion network's own features, on training and on held-out images.
+"""The memorisation monitor: the loss of maximum likelihood, and ICR of a diffusion network's features, on training and held-out images.
 
-B views in a forward; D features; C H W image. Over a long training on few images ICR (mclr/metrics.py) is said to be U-shaped: it
-falls while the network learns what images have in common, and rises from where it begins to memorise them (arXiv 2606.09718). On the
-8x8 digits it did not tell a memorising run from a good one (mclr/EXPERIMENTS.md): read it beside the samples, not instead of them.
+B images or views in a forward; D features; C H W image. A network that memorises goes on gaining on its training images and loses on
+held-out ones. ICR (mclr/metrics.py) is said to be U-shaped over a long training on few images: it falls while the network learns what
+images have in common, and rises from where it begins to memorise them (arXiv 2606.09718). On the 8x8 digits ICR did not tell a
+memorising run from a good one, and the held-out loss did (mclr/EXPERIMENTS.md).
 """
 
-import json
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from mclr.likelihood import Draws
+from mclr.errors import UserError
+from mclr.likelihood import Draws, score
 from mclr.metrics import icr
+from mclr.objective import Objective
 from models.edm2 import EDM2
-from train.data import DatasetInfo, SplitReader, permutation
-from train.encoders import Encoder
-from train.step import Task, to_image
+from train.data import Batch, DatasetInfo, SplitReader, permutation
+from train.encoders import Encoder, from_uint8
+from train.step import Task
 
 SIGMA = 0.29  # noise of a view; the paper's choice
 WIDTH = 32  # features; those of wider blocks are projected at random
-PAIRS = 20 * WIDTH  # of views: of so many images, or of fewer in turn
-BATCH = 64  # views in a forward
-# seeds beyond those of training; the same views at every reading, so that their noise does not move the curve
-VIEWS, PROJECTION = 2**63 + 1, 2**63 + 2
-# ICR has turned when so many readings in a row lie above its minimum by this share of it
-READINGS, MARGIN = 3, 0.1
+PAIRS = 20 * WIDTH  # of views, and draws of the loss: of so many images, or of fewer in turn
+BATCH = 64  # images or views in a forward
+# seeds beyond those of training; the same draws at every reading, so that their noise does not move the curve
+VIEWS, PROJECTION, LOSS = 2**63 + 1, 2**63 + 2, 2**63 + 3
+NAMES = {"train": "{}", "val": "{}_val"}  # split -> column of a reading
 
 
 def view(image_BCHW: Tensor, draws: Draws, flip: bool) -> Tensor:
@@ -36,7 +37,10 @@ def view(image_BCHW: Tensor, draws: Draws, flip: bool) -> Tensor:
     An eighth is 1 of the 8 pixels of the digits, and the 4 of CIFAR's 32 that are usual there.
     """
     most, side = image_BCHW.shape[-1] // 8, image_BCHW.shape[-1]
-    padded_BCHW = F.pad(to_image(image_BCHW, draws, flip), (most, most, most, most), mode="replicate")
+    image_BCHW = from_uint8(image_BCHW)
+    if flip:
+        image_BCHW = torch.where(draws.uniform()[:, None, None, None] < 0.5, image_BCHW.flip(-1), image_BCHW)
+    padded_BCHW = F.pad(image_BCHW, (most, most, most, most), mode="replicate")
     corner_B2 = (draws.uniform(2) * (2 * most + 1)).long().tolist()
     return torch.stack([x_CHW[:, y : y + side, x : x + side] for x_CHW, (y, x) in zip(padded_BCHW, corner_B2, strict=True)])
 
@@ -59,68 +63,82 @@ def features(net: EDM2, x_BCHW: Tensor, draws: Draws) -> Tensor:
 
 
 def measure(net: EDM2, encoder: Encoder, images: dict[str, SplitReader], flip: bool) -> dict[str, float]:
-    """ICR of the network on each of these splits, from PAIRS pairs of views. Leaves the network in evaluation mode."""
+    """icr and icr_val: that of the network on each of these splits, from PAIRS pairs of views. Leaves the network in evaluation mode.
+
+    Raises UserError where the features of two views do not differ, or are not finite.
+    """
     device = net.out_gain.device
     found = {}
-    for name, reader in images.items():
-        order = permutation(0, 0, len(reader.samples))
+    for split, reader in images.items():
         views: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for first in range(0, PAIRS, BATCH):
-            pairs = range(first, first + BATCH)
-            image_BCHW = reader.images([int(order[p % len(order)]) for p in pairs]).to(device)
+        for pairs, batch in _fixed(reader):
             for which, h_BD in enumerate(views):
                 draws = Draws(VIEWS, [2 * p + which for p in pairs], device)
-                h_BD.append(features(net, encoder.encode(view(image_BCHW, draws, flip)), draws).cpu())
-        found[name] = icr(torch.cat(views[0]), torch.cat(views[1]))
+                h_BD.append(features(net, encoder.encode(view(batch.image_BCHW.to(device), draws, flip)), draws).cpu())
+        try:
+            found[NAMES[split].format("icr")] = icr(torch.cat(views[0]), torch.cat(views[1]))
+        except ValueError as error:
+            raise UserError(f"no ICR of the {split} images ({error}): leave it out, or train longer") from error
     return found
 
 
+@torch.no_grad()
+def mle_loss(task: Task, images: dict[str, SplitReader]) -> dict[str, float]:
+    """mle_loss and mle_loss_val: of plain maximum likelihood on PAIRS draws of each split, every image under its own condition.
+
+    Of the weights that are trained, not of their average; without dropout or mirroring. Leaves the network in evaluation mode.
+    """
+    # past the engine, which would count the rows; it puts the network back into training mode
+    net, mle, found = task.engine.net.eval(), Objective(), {}
+    for split, reader in images.items():
+        losses = []
+        for positions, batch in _fixed(reader):
+            draws = Draws(LOSS, list(positions), task.device)
+            unflipped_B = torch.zeros(len(positions), dtype=torch.bool, device=task.device)
+            probe = task.paradigm.probe(task.encode(batch, unflipped_B), draws)
+            rows = mle.rows(probe, batch.c_B.to(task.device), task.null, draws, None)
+            losses.append(mle(score(task.paradigm, net.forward, probe, rows, task.null), rows)[0])
+        found[NAMES[split].format("mle_loss")] = torch.cat(losses).mean().item()
+    return found
+
+
+def _fixed(reader: SplitReader) -> Iterator[tuple[range, Batch]]:
+    """PAIRS samples of a split in batches, each with its position: the same at every reading, of a small split in turn."""
+    order = permutation(0, 0, len(reader.samples))
+    for first in range(0, PAIRS, BATCH):
+        positions = range(first, first + BATCH)
+        indices = [int(order[p % len(order)]) for p in positions]
+        yield positions, Batch(reader.images(indices), reader.c_N[indices])
+
+
 def open_images(info: DatasetInfo) -> dict[str, SplitReader]:
-    """The images of a reading: icr of training, icr_val of held-out ones where there are any."""
-    names = {"icr": "train", "icr_val": "val"}
-    return {name: SplitReader(info, split) for name, split in names.items() if info.splits[split].count}
-
-
-def turned(history: list[tuple[int, float]]) -> int | None:
-    """Images seen at the lowest of these (images seen, ICR) when READINGS in a row first lie above it by MARGIN, None before."""
-    lowest, high = (0, float("inf")), 0
-    for reading in history:
-        lowest = min(lowest, reading, key=lambda each: each[1])
-        high = high + 1 if reading[1] > (1 + MARGIN) * lowest[1] else 0
-        if high == READINGS:
-            return lowest[0]
-    return None
+    """Split -> its images: training, and held-out ones where there are any."""
+    return {split: SplitReader(info, split) for split in NAMES if info.splits[split].count}
 
 
 class Monitor:
-    """Reads ICR every `every` images and says, once, that it has turned. For rank 0 alone: it meets nobody.
+    """What is logged beside a step's metrics, once every `every` images. For rank 0 alone: it meets nobody.
 
-    metrics: the run's metrics.jsonl, its only memory, so that a resumed run goes on as if uninterrupted.
+    period: images between two lines of the log.
     """
 
-    def __init__(self, task: Task, every: int, metrics: Path):
-        self.task, self.every = task, every
+    def __init__(self, task: Task, every: int, period: int):
+        self.task, self.every, self.period = task, every, period
         self.images = open_images(task.source.info)
-        lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-        self.history = [(line["images"], line["icr"]) for line in lines if "icr" in line]
 
     def read(self, images: int) -> dict[str, float]:
-        """What to log at so many images seen: nothing until a reading is due, then icr and icr_val; icr_turned where it turns."""
-        last = self.history[-1][0] if self.history else 0
-        if images // self.every == last // self.every:
+        """At a line of the log, after so many images: nothing until a reading is due, then the loss; of diffusion also ICR.
+
+        ICR looks at features under the null condition, so there is none where no condition is dropped.
+        """
+        line_before = (images - 1) // self.period * self.period
+        if images // self.every == line_before // self.every:
             return {}
+        found = mle_loss(self.task, self.images)
         net = self.task.engine.net
-        assert isinstance(net, EDM2)
-        # past the engine, which would count the rows; it puts the network back into training mode
-        found = measure(net, self.task.encoder, self.images, self.task.flip)
-        before = turned(self.history)
-        self.history.append((images, found["icr"]))
-        lowest = turned(self.history)
-        if before is None and lowest is not None:
-            low = dict(self.history)[lowest]
-            tqdm.write(
-                f"ICR on the training images was lowest at {lowest} images ({low:.3f}), it is {found['icr']:.3f} at {images}: "
-                "the network may begin to memorise them; compare its samples with them"
-            )
-            found["icr_turned"] = lowest
+        if isinstance(net, EDM2) and self.task.drop_condition > 0:
+            try:
+                found |= measure(net, self.task.encoder, self.images, self.task.flip)
+            except UserError as error:
+                tqdm.write(f"at {images} images {error}")
         return found

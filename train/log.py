@@ -19,12 +19,12 @@ FREE = (
     "engine.zero",
     "sample.",
     "train.checkpoint_every",
-    "train.icr_every",
     "train.images",
     "train.keep",
     "train.log_every",
-    "train.mle_images",
     "train.micro_batch",
+    "train.mle_images",
+    "train.monitor_every",
 )
 INPUTS = "inputs.json"
 
@@ -97,9 +97,10 @@ def _refuse_other(path: Path, config: RunConfig, inputs: dict[str, str]) -> None
     try:
         began_with = json.loads((path / INPUTS).read_text())
     except (OSError, ValueError):
-        return  # lost; the settings are the same
+        began_with = {}
+        print(f"{path / INPUTS} is lost: whether weights and data are those that the run began with cannot be told")
     for key, checksum in inputs.items():
-        if began_with.get(key) != checksum:
+        if began_with.get(key, checksum) != checksum:
             raise UserError(
                 f"run folder {path} began with another {key}={here[key]} than lies there now: choose another with --out, or put it back"
             )

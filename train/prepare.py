@@ -23,8 +23,8 @@ from webdataset import TarWriter
 from configs.schema import Data
 from mclr.errors import UserError
 from train.cli import Parser, run
-from train.data import DatasetInfo, SplitReader, open_dataset, permutation
-from train.files import new_folder, write_json
+from train.data import TOKENS, DatasetInfo, SplitReader, open_dataset, permutation
+from train.files import new_folder, write_file, write_json
 from train.shards import Shard
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -130,10 +130,12 @@ def prepare_images(
     return open_dataset(out)
 
 
-def prepare_samples(images: list[tuple[Path, int]], out: Path, data: Data, source: str) -> DatasetInfo:
+def prepare_samples(
+    images: list[tuple[Path, int]], tokens: list[Path], out: Path, data: Data, drawn: dict[str, Any]
+) -> DatasetInfo:
     """Drawn images (PNG file, condition) as a dataset folder without a val split. data: of the network they were drawn from.
 
-    source: what made them. The same dataset at `out` is reused.
+    tokens: of a token model, one file (npy, [L]) per image; drawn: the settings they were drawn by. The same dataset at `out` is reused.
     """
     header = {
         "name": f"samples-{data.name}",
@@ -141,12 +143,22 @@ def prepare_samples(images: list[tuple[Path, int]], out: Path, data: Data, sourc
         "channels": data.channels,
         "num_classes": data.num_classes,
         "class_names": tuple(str(c) for c in range(data.num_classes)),
-        "source": f"{len(images)} images drawn by {source}",
+        "source": f"{len(images)} images drawn by weights {drawn['weights']}",
         "seed": 0,
+        "drawn": drawn,
+        "tokens": None,
     }
+    data_NL = b""
+    if tokens:
+        buffer = io.BytesIO()
+        np.save(buffer, np.stack([np.load(path, allow_pickle=False) for path in tokens]))
+        data_NL = buffer.getvalue()
+        header["tokens"] = hashlib.sha256(data_NL).hexdigest()
     if info := _existing(out, header):
         return info
     with new_folder(out) as folder:
+        if tokens:
+            write_file(folder / TOKENS, data_NL)
         samples = ((path.read_bytes(), c) for path, c in images)
         splits = {"train": write_split(folder, "train", samples, 1000), "val": write_split(folder, "val", iter(()), 1000)}
         _finish(folder, header, splits)

@@ -1,6 +1,7 @@
 """`mclr train`, `deepspeed train/run.py`, `torchrun train/run.py`, `python train/run.py`: fine-tune or train a generator."""
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
@@ -143,8 +144,7 @@ def start(config: RunConfig, out: Path, micro_batch: int, command: str) -> int:
 
 
 def inputs_of(config: RunConfig) -> dict[str, str]:
-    """Setting -> checksum of the weights or samples that it names."""
-    from train.data import open_dataset
+    """Setting -> checksum of the weights or the dataset that it names; without digits that are still to be prepared."""
     from train.weights import find_weights, sha256
 
     model = config.model
@@ -154,8 +154,10 @@ def inputs_of(config: RunConfig) -> dict[str, str]:
     else:
         named["model.posterior.weights"] = model.posterior.weights
     inputs = {key: sha256(find_weights(name)) for key, name in named.items() if name is not None}
-    if config.objective.generated is not None:
-        inputs["objective.generated"] = open_dataset(config.objective.generated).splits["train"].shards[0].sha256
+    for key, path in (("data.path", config.data.path), ("objective.generated", config.objective.generated)):
+        # which holds the checksums of the shards
+        if path is not None and (file := Path(path) / "dataset.json").exists():
+            inputs[key] = hashlib.sha256(file.read_bytes()).hexdigest()
     return inputs
 
 

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from configs.schema import FILE, PRESETS, NextScaleModel, RunConfig, load
 from mclr.errors import UserError
@@ -27,6 +26,7 @@ from train.build import build_encoder, build_guidance, build_guide, build_net, b
 from train.cli import Parser, run
 from train.encoders import Encoder, to_uint8
 from train.files import write_file, write_json
+from train.loop import progress_bar
 from train.prepare import prepare_samples
 from train.report import image_grid
 from train.weights import find_weights, load_into, sha256
@@ -110,12 +110,15 @@ def main(argv: list[str] | None = None) -> int:
     config, weights = find_generator(args.source, args.model, args.data, args.overrides)
     conditions = parse_classes(args.classes, config.data.num_classes)
     count = args.per_class * len(conditions) if args.per_class is not None else 100 if args.count is None else args.count
-    draw(config, weights, args.out, conditions, args.seed, count)
+    draw(config, weights, args.out, conditions, args.seed, count, args.dataset and isinstance(config.model, NextScaleModel))
     if args.npz:
         write_npz(args.out)
     if args.dataset:
-        images = [(path, condition_of(path)) for path in image_paths(args.out)]
-        info = prepare_samples(images, args.out / "dataset", config.data, f"weights {sha256(weights)}")
+        paths, record = image_paths(args.out), read_record(args.out)
+        assert record is not None
+        tokens = [token_path(path) for path in paths] if isinstance(config.model, NextScaleModel) else []
+        images = [(path, condition_of(path)) for path in paths]
+        info = prepare_samples(images, tokens, args.out / "dataset", config.data, record["settings"])
         print(f"{info.path}: {info.splits['train'].count} images")
     return 0
 
@@ -169,11 +172,14 @@ def parse_classes(text: str | None, num_classes: int) -> list[int]:
     return conditions
 
 
-def draw(config: RunConfig, weights: Path, out: Path, conditions: list[int], seed: int, count: int) -> None:
+def draw(
+    config: RunConfig, weights: Path, out: Path, conditions: list[int], seed: int, count: int, keep_tokens: bool = False
+) -> None:
     """Write the images of seeds seed .. seed + count - 1 that `out` does not hold yet, its contact sheet and its sample.json.
 
     An image depends on its seed, its condition, the weights and config.sample alone: the image of a seed is always at place
     seed % batch of a full micro-batch, its neighbours those of the neighbouring seeds.
+    keep_tokens: of a token model, also write what was drawn, before it is decoded.
     Raises UserError when `out` cannot be written, or holds images made otherwise.
     """
     if count < 1 or seed < 0:
@@ -201,7 +207,7 @@ def draw(config: RunConfig, weights: Path, out: Path, conditions: list[int], see
     there = read_record(out)
     refuse_other(out, record, there)
     paths = {s: out / "images" / f"{s:06d}-{conditions[s % len(conditions)]}.png" for s in range(seed, seed + count)}
-    missing = {s: path for s, path in paths.items() if not path.exists()}
+    missing = {s: p for s, p in paths.items() if not p.exists() or (keep_tokens and not token_path(p).exists())}
     if not missing:
         if not (out / "grid.png").exists():  # stopped just before it
             write_file(out / "grid.png", contact_sheet(list(paths.values()), columns=len(conditions)))
@@ -210,7 +216,8 @@ def draw(config: RunConfig, weights: Path, out: Path, conditions: list[int], see
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net, paradigm, encoder, guidance = load_generator(config, weights, device)
     try:
-        (out / "images").mkdir(parents=True, exist_ok=True)
+        for folder in ("images", "tokens") if keep_tokens else ("images",):
+            (out / folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {out} ({error.strerror}): choose another folder with --out") from error
     write_json(out / "sample.json", record)
@@ -219,16 +226,20 @@ def draw(config: RunConfig, weights: Path, out: Path, conditions: list[int], see
 
     batch = config.sample.batch
     blocks = sorted({s // batch for s in missing})
-    with tqdm(total=len(missing), unit="image", mininterval=1) as bar:
+    with progress_bar(len(missing), begun=0, quiet=False) as bar:
         for block in blocks:
             seeds = range(block * batch, (block + 1) * batch)
             c_N = torch.tensor([conditions[s % len(conditions)] for s in seeds])
             with torch.autocast(device.type, torch.bfloat16, enabled=config.engine.precision == "bf16"):
                 x_N = generate(paradigm, net, guidance, c_N, list(seeds), batch, device)
-            for s, image_CHW in zip(seeds, to_images(encoder, x_N, batch).numpy(), strict=True):
-                if s in missing:
-                    write_file(missing[s], png(image_CHW))
-                    bar.update()
+            images_NCHW = to_images(encoder, x_N, batch).numpy()
+            here = [s for s in seeds if s in missing]
+            for s in here:
+                if keep_tokens:
+                    write_file(token_path(missing[s]), npy(x_N[s - seeds[0]].cpu().numpy()))
+                write_file(missing[s], png(images_NCHW[s - seeds[0]]))
+            # a batch at a time: its images come all at once, and one of them would foretell nothing
+            bar.update(len(here))
     tokens = paradigm.dims if isinstance(config.model, NextScaleModel) else None
     made: dict[str, Any] = {"forwards_per_image": net.per_image(len(blocks) * batch, tokens)}
     gamma = guidance.gamma
@@ -330,6 +341,17 @@ def write_npz(folder: Path) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     print(f"{folder / 'samples.npz'}: {len(paths)} images")
+
+
+def token_path(image: Path) -> Path:
+    """Where the tokens of an image of a samples folder are kept."""
+    return image.parent.parent / "tokens" / f"{image.stem}.npy"
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
 
 
 def png(image_CHW: np.ndarray) -> bytes:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mclr.errors import UserError
 from train.files import write_file
@@ -67,7 +67,9 @@ def read_image(folder: Path, sample: Sample, shape: tuple[int, int, int]) -> np.
             image.load()
     # a decoder that meets damaged bytes raises nearly anything
     except Exception as error:
-        raise UserError(f"{place} is damaged ({error}): remove the dataset and prepare it again") from error
+        # Pillow names what it read from, here an address in memory
+        why = "no PNG file" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"{place} is damaged ({why}): copy the shard again, or prepare the dataset again") from error
     mode = {1: "L", 3: "RGB"}[channels]
     if (image.mode, image.size) != (mode, (width, height)):
         raise UserError(f"{place} is {image.mode} {image.width}x{image.height}, but dataset.json says {mode} {width}x{height}")

@@ -10,7 +10,7 @@ from mclr.likelihood import Draws, Paradigm, score
 from mclr.objective import Objective
 from mclr.posterior import NoisyPosterior, PrefixPosterior, calibration
 from models.blocks import normalize
-from train.data import Source
+from train.data import Batch, Source
 from train.encoders import Encoder, from_uint8
 from train.engine import Engine, Frozen
 
@@ -43,6 +43,32 @@ class Task:
     flip: bool
     device: torch.device
 
+    def samples(self, first: int, count: int) -> tuple[Tensor, Tensor, Tensor, Draws]:
+        """(x, conditions, conditions before some were dropped, random numbers) of the samples at these global positions.
+
+        P = B samples, or 2B where the objective asks for generated ones: as many of those after the real ones.
+        """
+        keys, batches = list(range(first, first + count)), [self.source.batch(first, count)]
+        if self.generated is not None:
+            keys += [GENERATED + position for position in keys]
+            batches.append(self.generated.batch(first, count))
+        draws = Draws(self.seed, keys, self.device)
+        flip_P = draws.uniform() < 0.5 if self.flip else torch.zeros(len(keys), dtype=torch.bool, device=self.device)
+        x_P = torch.cat([self.encode(*each) for each in zip(batches, flip_P.split(count), strict=True)])
+        true_c_P = torch.cat([batch.c_B for batch in batches]).to(self.device)
+        dropped_P = draws.uniform() < self.drop_condition
+        # a generated sample keeps the condition it was drawn for
+        dropped_P[count:] = False
+        return x_P, torch.where(dropped_P, self.null, true_c_P), true_c_P, draws
+
+    def encode(self, batch: Batch, flip_B: Tensor) -> Tensor:
+        """What the paradigm models of a batch, some of its images mirrored. Drawn tokens are taken as they are: decoded, rounded and
+        encoded again most of them would be others."""
+        if batch.tokens_BL is not None:
+            return batch.tokens_BL.to(self.device)
+        image_BCHW = from_uint8(batch.image_BCHW.to(self.device))
+        return self.encoder.encode(torch.where(flip_B[:, None, None, None], image_BCHW.flip(-1), image_BCHW))
+
 
 def train_step(
     task: Task, positions: range, micro_batch: int, lr: float, stopped: Callable[[], object]
@@ -57,25 +83,17 @@ def train_step(
     for first in range(positions.start, positions.stop, micro_batch):
         if stopped():
             return None
-        batch, keys = task.source.batch(first, micro_batch), list(range(first, first + micro_batch))
-        if task.generated is not None:
-            batch = batch.cat(task.generated.batch(first, micro_batch))
-            keys += [GENERATED + position for position in keys]
-        draws = Draws(task.seed, keys, task.device)
-        x_B = task.encoder.encode(to_image(batch.image_BCHW.to(task.device), draws, task.flip))
-        true_c_B = batch.c_B.to(task.device)
-        c_B = torch.where(draws.uniform() < task.drop_condition, task.null, true_c_B)
-        c_B[micro_batch:] = true_c_B[micro_batch:]  # a generated sample keeps the condition it was drawn for
-        probe = task.paradigm.probe(x_B, draws)
+        x_P, c_P, true_c_P, draws = task.samples(first, micro_batch)
+        probe = task.paradigm.probe(x_P, draws)
 
-        posterior_BTK, posterior_loss_B = task.posterior(probe, true_c_B) if task.posterior else (None, None)
-        rows = task.objective.rows(probe, c_B, task.null, draws, posterior_BTK)
+        posterior_BTK, posterior_loss_B = task.posterior(probe, true_c_P) if task.posterior else (None, None)
+        rows = task.objective.rows(probe, c_P, task.null, draws, posterior_BTK)
         scores = score(task.paradigm, task.engine, probe, rows, task.null, task.reference)
         loss_B, metrics = task.objective(scores, rows)
         task.engine.backward(loss_B.mean())
         metrics["loss"] = loss_B.detach().mean()
         if posterior_BTK is not None:
-            metrics |= calibration(posterior_BTK, true_c_B, task.objective.truncate)
+            metrics |= calibration(posterior_BTK, true_c_P, task.objective.truncate)
         if task.posterior_engine is not None and posterior_loss_B is not None:
             task.posterior_engine.backward(posterior_loss_B.mean())
             metrics["posterior_loss"] = posterior_loss_B.detach().mean()
@@ -87,11 +105,3 @@ def train_step(
     if task.posterior_engine is not None:
         task.posterior_engine.step(task.posterior_lr)
     return totals
-
-
-def to_image(image_BCHW: Tensor, draws: Draws, flip: bool) -> Tensor:
-    """uint8 -> [-1, 1], mirrored left to right for half of the samples when `flip`."""
-    image = from_uint8(image_BCHW)
-    if flip:
-        image = torch.where(draws.uniform()[:, None, None, None] < 0.5, image.flip(-1), image)
-    return image
