@@ -111,7 +111,7 @@ def test_what_the_file_does_not_show_is_said_when_it_is_written(tmp_path, capsys
     assert load_net(str(tmp_path / "again"), "var").config == dataclasses.replace(config, drop_path=0.0)
 
 
-def test_an_edm2_of_unusual_widths_is_recognised(tmp_path):
+def test_an_edm2_of_unusual_widths_is_recognised(tmp_path, capsys):
     config = convert.EDM2Config(
         8, 1, 0, model_channels=8, channel_mult=(2, 4), channel_mult_noise=1, channel_mult_emb=3, num_blocks=2,
         attn_resolutions=(), channels_per_head=64, logvar_channels=6,
@@ -120,6 +120,8 @@ def test_an_edm2_of_unusual_widths_is_recognised(tmp_path):
     net = convert.EDM2(config)
     save_weights(tmp_path / "ours", net)
     assert convert_(tmp_path / "ours", tmp_path / "out.pth") == 0
+    assert convert_(tmp_path / "out.pth", tmp_path / "again") == 2
+    assert "64 does not divide the 32 channels" in (err := capsys.readouterr().err) and err.endswith("give channels_per_head=N\n")
     assert convert_(tmp_path / "out.pth", tmp_path / "again", "channels_per_head=32") == 0
     assert load_net(str(tmp_path / "again"), "edm2").config == config
 

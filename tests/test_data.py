@@ -302,7 +302,7 @@ def test_bytes_damaged_under_a_saved_index(digits, tmp_path):
     content = bytearray(Path(path, sample.file).read_bytes())
     content[sample.offset : sample.offset + 60] = bytes(60)
     Path(path, sample.file).write_bytes(content)
-    with pytest.raises(UserError, match=f"image of sample {sample.key} is damaged"):
+    with pytest.raises(UserError, match=f"{sample.file}: the image of sample {sample.key} is damaged \\(no PNG file\\): "):
         load_split(path, "val")
 
 

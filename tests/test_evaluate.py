@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from configs.schema import dump, load
+from mclr.errors import UserError
 from models.features import ImageClassifier, ImageClassifierConfig
 from train import evaluate, sample
 from train.build import build_encoder, build_net
@@ -163,9 +164,15 @@ def test_misuse_is_one_line_and_writes_nothing(home, real, tmp_path, capsys):
     beyond = write_samples(tmp_path / "beyond", images, c + 1)
     one_class = write_samples(tmp_path / "one", images, torch.zeros_like(c))
     (tmp_path / "bad.npz").write_bytes(b"x")
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    np.savez(tmp_path / "objects.npz", np.array([None]), np.array([0]))
     np.savez(tmp_path / "names.npz", x=1)
     np.savez(tmp_path / "float.npz", images.permute(0, 2, 3, 1).float().numpy(), c.numpy())
     np.savez(tmp_path / "short.npz", images.permute(0, 2, 3, 1).numpy(), c[:-1].numpy())
+    content = (tmp_path / "float.npz").read_bytes()
+    (tmp_path / "half.npz").write_bytes(content[: len(content) // 2])
+    (tmp_path / "flipped.npz").write_bytes(content[:2000] + bytes(8) + content[2008:])
     part = tmp_path / "part"
     assert run(sample.main, [str(home / "run"), "--out", str(part), "--count", "60"]) == 0
     next((part / "images").iterdir()).unlink()
@@ -175,19 +182,21 @@ def test_misuse_is_one_line_and_writes_nothing(home, real, tmp_path, capsys):
         ((tmp_path / "nothing", *data, *judge_), "is no run and holds no images/NAME-CONDITION.png"),
         ((good, *judge_), "does not say which data its model was for: say it by --data"),
         ((good, "--data", "nonsense", *judge_), "unknown data nonsense"),
-        ((good, *data), "no weights at blobs-classifier"),
+        ((good, *data), f"bundled for blobs: give --judge WEIGHTS; `mclr prepare classifier WEIGHTS --data {home / 'data'}`"),
         ((good, *data, "--judge", home / "run/weights"), "hold a network of kind edm2, not image_classifier"),
         ((good, *data, "--judge", home / "judge-of-10"), "knows 10 conditions of 1-channel images, blobs has 3 of 1"),
-        ((few, *data, *judge_), "these samples cannot be scored"),
-        ((one_class, *data, *judge_), "these samples cannot be scored (condition 1 has 20 and 0 rows"),
+        ((few, *data, *judge_), "samples and 20 real images, at least 2 of each are needed: draw more"),
+        ((one_class, *data, *judge_), "condition 1 has 0 samples and 20 real images, at least 2 of each are needed: draw more"),
         ((wide, *data, *judge_), "the samples are uint8 of shape (1, 8, 16), those of blobs uint8 of (1, 8, 8)"),
         ((mixed, *data, *judge_), "000100-1.png is of shape (1, 4, 4)"),
         ((nameless, *data, *judge_), "cat.png does not say its condition"),
         ((clear, *data, *judge_), "000100-1.png is of mode RGBA: save it as 8-bit gray"),
         ((damaged, *data, *judge_), "000007-1.png is no readable image"),
         ((beyond, *data, *judge_), "holds condition 3, blobs has 0..2"),
-        ((tmp_path / "bad.npz", *data, *judge_), "is no readable .npz"),
-        ((tmp_path / "names.npz", *data, *judge_), "is no readable .npz"),
+        *(
+            ((tmp_path / f"{name}.npz", *data, *judge_), "and arr_1 (conditions): write it again by numpy.savez(FILE, images,")
+            for name in ("bad", "names", "array", "objects", "half", "flipped")
+        ),
         ((tmp_path / "float.npz", *data, *judge_), "the samples are float32"),
         ((tmp_path / "short.npz", *data, *judge_), "are not one whole number per image"),
         ((part, *judge_), "holds 59 of 60 images: repeat its `mclr sample` command"),
@@ -196,6 +205,13 @@ def test_misuse_is_one_line_and_writes_nothing(home, real, tmp_path, capsys):
         out, err = capsys.readouterr()
         assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and line in err, err
     assert not list(tmp_path.rglob("*evaluation.json"))
+
+
+def test_enough_of_every_condition_may_be_too_few_in_all():
+    real_c = torch.arange(2).repeat(9)
+    with pytest.raises(UserError, match=r"^there are 4 samples or real images, at least 6 of each are needed: "):
+        evaluate._refuse_few(real_c[:4], real_c)
+    evaluate._refuse_few(real_c[:6], real_c)
 
 
 def test_images_are_read_a_batch_at_a_time(home, real, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Tests of train/fit.py: each small network learns from the digits, and `mclr prepare` writes weights that load."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -162,24 +163,34 @@ def test_what_cannot_be_used_is_found_before_the_fit(digits, tmp_path, monkeypat
         Image.fromarray(rng.integers(0, 255, (9, 9)).astype(np.uint8)).save(tmp_path / "src" / c / "0.png")
     prepare_images(tmp_path / "src", tmp_path / "nine", 9, channels=1, val_share=0.5)
     prepare_images(tmp_path / "src", tmp_path / "no-val", 8, channels=1, val_share=0)
-    for out, data, line in [
+    for out, data, line, *flags in [
         (tmp_path / "file/out", digits, "cannot write"),
         (tmp_path / "taken", digits, "exists already"),
         (tmp_path / "out", tmp_path / "nine", "9-pixel images"),
         (tmp_path / "out", tmp_path / "no-val", "split val of"),
         (tmp_path / "out", "digit", "did you mean digits?"),
+        (tmp_path / "out", digits, "--steps is 0 and --batch 128: both must be at least 1", "--steps", "0"),
+        (tmp_path / "out", digits, "--steps is 1000 and --batch -1: both", "--batch", "-1"),
+        (tmp_path / "out", digits, "--lr is 0: it must be a number above 0", "--lr", "0"),
+        (tmp_path / "out", digits, "--lr is nan: it must", "--lr", "nan"),
     ]:
-        assert run(main, ["tokenizer", str(out), "--data", str(data)]) == 2
-        err = capsys.readouterr().err
-        assert err.startswith("error: ") and err.count("\n") == 1 and line in err
+        assert run(main, ["tokenizer", str(out), "--data", str(data), *flags]) == 2
+        printed, err = capsys.readouterr()
+        assert printed == "" and err.startswith("error: ") and err.count("\n") == 1 and line in err
     assert not (tmp_path / "out").exists()
+
+
+def test_progress_and_time_left_show_where_stderr_is_a_file(digits, tmp_path, capsys):
+    assert run(main, ["classifier", str(tmp_path / "out"), "--data", str(digits), "--steps", "3", "--batch", "8"]) == 0
+    assert re.search(r"100%.* 24/24 \[\d\d:\d\d<00:00, +[\d.]+img/s, loss=", capsys.readouterr().err)
 
 
 def test_a_loss_that_is_not_finite_writes_nothing(digits, tmp_path, capsys):
     out = tmp_path / "new/out"
     assert run(main, ["classifier", str(out), "--data", str(digits), "--steps", "5", "--batch", "8", "--lr", "1e30"]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("error: the loss or its gradient is not finite at step ") and err.count("\n") == 1
+    # after the bar
+    assert err.splitlines()[-1].startswith("error: the loss or its gradient is not finite at step ")
     assert not any(out.parent.iterdir())
 
 

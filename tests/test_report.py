@@ -74,7 +74,9 @@ def expected_numbers(results: dict) -> list[str]:
 def test_page_holds_every_number(tmp_path):
     folder = run_folder(tmp_path / "a-run", RESULTS)
     assert main([str(folder)]) == 0
-    text = text_of((folder / "report.html").read_text())
+    page = (folder / "report.html").read_text()
+    assert "<dt>network</dt><dd>a classifier &lt;of digits&gt;</dd><dt>test accuracy</dt><dd>0.989</dd>" in page
+    text = text_of(page)
     others = ["a-run", "a classifier <of digits>", "0.989", "31.2", "72.5", "103.8", "70%", "38,400", "1.44", "two cores"]
     for number in [*expected_numbers(RESULTS), *others]:
         assert number in text, number
@@ -175,7 +177,7 @@ def broken(where: str, value: object) -> str:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "results.json is missing"),
+        (None, "results.json is missing: give the folder of a tour; a training run is scored by `mclr evaluate"),
         ("{", "cannot be read"),
         ("\x00", "cannot be read"),
         ("[]", "holds no scores"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from unittest.mock import MagicMock, call
 
 import numpy as np
 import pytest
@@ -97,6 +98,14 @@ def test_an_image_depends_on_its_seed_and_condition_alone(kind, request, tmp_pat
     assert images(tmp_path / "all") == everything
     assert sample_(source, "--out", tmp_path / "few", "--count", 17, "--seed", 6) == 0
     assert images(tmp_path / "few") == {name: data for name, data in everything.items() if name >= "000006"}
+
+
+def test_the_bar_moves_by_the_images_of_a_batch(diffusion_run, tmp_path, monkeypatch):
+    bar = MagicMock()
+    monkeypatch.setattr(sample, "progress_bar", bar)
+    assert sample_(diffusion_run, "--out", tmp_path / "s", "--count", 12, "--seed", 6) == 0
+    assert bar.call_args == call(12, begun=0, quiet=False)
+    assert bar().__enter__().update.call_args_list == [call(2), call(8), call(2)]
 
 
 def test_order_and_neighbours_do_not_matter_to_generate(diffusion_run):

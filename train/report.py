@@ -1,8 +1,8 @@
-"""`mclr report RUN`: turns RUN/results.json into one self-contained page for a person, its figures, and the README's table.
+"""`mclr report TOUR`: turns TOUR/results.json into one self-contained page for a person, its figures, and the README's table.
 
 N images or points; P pixels of a figure's curves; C channels (1 or 3); H, W pixels.
 results.json holds `judge` (named texts), `phases` ([{name, seconds}]) and, under any other name, a paradigm: its rows (base,
-control, cfg, mclr), gap_closed, sweep, compute and grids. What a run does not have (yet) is said on the page.
+control, cfg, mclr), gap_closed, sweep, compute and grids. What a tour does not have (yet) is said on the page.
 """
 
 import base64
@@ -48,17 +48,19 @@ INK = "#1F2937"
 FRAME = 6
 
 LEGEND = """Values are mean ± standard deviation over repeated sampling, speeds the median with the range of the runs; – is not
-measured. <em>base</em>: the model that fine-tuning starts from. <em>control</em>: base after as many further steps of plain
-maximum likelihood as MCLR has. <em>CFG</em>: the control, sampled with classifier-free guidance of extra weight γ. <em>MCLR</em>:
-base fine-tuned with contrast weight λ, sampled without guidance. FD is the Fréchet distance to real images in the judge's
-features, class-wise FD its mean over the conditions; precision and density say how real the samples are, recall and coverage how
-much of the real data they reach."""
+measured. <em>base</em>: the model that fine-tuning starts from. <em>control</em>: base fine-tuned by plain maximum likelihood
+with the compute that MCLR took, which is enough for more images. <em>CFG</em>: the control, sampled with classifier-free guidance
+of extra weight γ. <em>MCLR</em>: base fine-tuned with contrast weight λ, sampled without guidance. FD is the Fréchet distance to
+real images in the judge's features, class-wise FD its mean over the conditions; precision and density say how real the samples
+are, recall and coverage how much of the real data they reach. In the figures, the points of both curves are of sampling seed 0
+alone, base and control the means of their rows."""
 CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1F2937; max-width: 1160px; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.7rem } h2 { font-size: 1.3rem; margin-top: 2.5rem; border-bottom: 1px solid #D1D5DB } h3 { font-size: 1.05rem }
 table { border-collapse: collapse; font-size: .76rem; font-variant-numeric: tabular-nums; margin: 0 0 .5rem }
 th, td { padding: .35rem .5rem; text-align: right; border-bottom: 1px solid #E5E7EB } td { white-space: nowrap }
 th { vertical-align: bottom; border-bottom: 2px solid #9CA3AF } th:first-child, td:first-child { text-align: left }
+dl { display: grid; grid-template-columns: max-content auto; gap: .2rem 1rem; font-size: .9rem } dd { margin: 0 }
 .wide { overflow-x: auto } .missing { color: #6B7280; font-style: italic } img { max-width: 100% }
 .grids { display: flex; flex-wrap: wrap; gap: 1rem } figure { margin: 0; flex: 1 1 220px; max-width: 360px }
 figure img { width: 100%; image-rendering: pixelated } figcaption { font-size: .85rem }
@@ -68,17 +70,18 @@ figure img { width: 100%; image-rendering: pixelated } figcaption { font-size: .
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         "mclr report",
-        description="Make RUN/report.html from RUN/results.json; or finish a study and make its tables and figures.",
+        description="Make TOUR/report.html from TOUR/results.json; or finish a study and make its tables and figures.\n"
+        "A single training run has neither: `mclr evaluate RUN` scores it.",
         epilog="examples: mclr report runs/tour --markdown\n          mclr report --study family --only edm2-digits/cca",
     )
-    parser.add_argument("run", type=Path, metavar="RUN", nargs="?", help="folder with results.json")
-    parser.add_argument("--study", choices=("family",), help="instead of RUN: do what is missing of all objectives compared")
+    parser.add_argument("tour", type=Path, metavar="TOUR", nargs="?", help="folder of `make tour`, with results.json")
+    parser.add_argument("--study", choices=("family",), help="instead of TOUR: do what is missing of all objectives compared")
     parser.add_argument("--only", metavar="PREFIX", help="of the study, do the units whose names begin like this")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for page and figures/ (default: RUN, or runs/STUDY)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for page and figures/ (default: TOUR, or runs/STUDY)")
     parser.add_argument("--markdown", action="store_true", help="print the tables as markdown; write and do nothing")
     args = parser.parse_args(argv)
-    if (args.run is None) == (args.study is None):
-        parser.error("give the folder of a run, or --study family")
+    if (args.tour is None) == (args.study is None):
+        parser.error("give the folder of a tour, or --study family")
     if args.study:
         # imports torch, and this file
         from train.study import report
@@ -87,18 +90,20 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.only is not None:
         parser.error("--only belongs to --study")
-    results = load_results(args.run)
-    print(markdown_table(results) if args.markdown else write_report(results, args.run, args.out or args.run))
+    results = load_results(args.tour)
+    print(markdown_table(results) if args.markdown else write_report(results, args.tour, args.out or args.tour))
     return 0
 
 
 def load_results(folder: Path) -> dict[str, Any]:
-    """results.json of a run. Raises UserError when it is missing, unreadable or without scores."""
+    """results.json of a tour. Raises UserError when it is missing, unreadable or without scores."""
     path = folder / "results.json"
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: give the folder of a finished run") from None
+        raise UserError(
+            f"{path} is missing: give the folder of a tour; a training run is scored by `mclr evaluate {folder}`"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): repeat the run that wrote it") from None
     if not isinstance(results, dict) or not paradigms(results):
@@ -149,8 +154,10 @@ def table_rows(name: str, paradigm: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def gap_sentence(name: str, paradigm: dict[str, Any]) -> str:
-    if paradigm.get("gap_closed") is None:
+    if "gap_closed" not in paradigm:
         return "Gap closed: not measured in this run."
+    if paradigm["gap_closed"] is None:
+        return "Gap closed: –. CFG's class-wise FD is no lower than the control's, so there is no gap to close."
     share = _number(paradigm["gap_closed"], f"{name}.gap_closed")
     return f"Gap closed: MCLR reaches {share:.0%} of CFG's gain in class-wise FD over the control, without guidance."
 
@@ -158,9 +165,11 @@ def gap_sentence(name: str, paradigm: dict[str, Any]) -> str:
 def html_page(results: dict[str, Any], run_folder: Path, figures: dict[str, bytes | None]) -> str:
     """The whole page; its pictures lie inside it, so that the file alone can be mailed and opened anywhere."""
     title = escape(f"MCLR report: {run_folder.resolve().name}")
-    judge = "; ".join(f"{key}: {text}" for key, text in _facts(_dict(results.get("judge", {}), "judge"))).rstrip(".")
-    judge_html = f"<p><strong>The judge.</strong> {escape(judge)}.</p>" if judge else _missing("judge is not described")
-    body = [f"<h1>{title}</h1>", judge_html, f"<p>{LEGEND}</p>"]
+    judge = "".join(
+        f"<dt>{escape(key)}</dt><dd>{escape(text)}</dd>" for key, text in _facts(_dict(results.get("judge", {}), "judge"))
+    )
+    judge_html = f"<h2>The judge</h2><dl>{judge}</dl>" if judge else _missing("judge is not described")
+    body = [f"<h1>{title}</h1>", f"<p>{LEGEND}</p>", judge_html]
     for name, paradigm in paradigms(results).items():
         body += [f"<h2>{escape(name)}</h2>", _table(HEADINGS, table_rows(name, paradigm))]
         body.append(f"<p><strong>{escape(gap_sentence(name, paradigm))}</strong></p>")
