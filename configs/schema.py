@@ -183,7 +183,9 @@ class Train(Section):
     checkpoint_every: Count = 1_000_000  # images
     keep: Count = 2  # checkpoints; the one before the newest serves when that is damaged
     log_every: Count = 10  # steps
-    icr_every: Annotated[int, Field(ge=0)] = 0  # images between readings of the memorisation monitor (train/icr.py); 0: off
+    monitor_every: Annotated[int, Field(ge=0)] = (
+        0  # images between readings of the memorisation monitor (train/monitor.py); 0: off
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "Train":
@@ -423,6 +425,15 @@ def _conflicts(config: RunConfig) -> Iterator[str]:
             yield f"objective {name} compares with the network before fine-tuning; give its weights by --init"
         if objective.lam <= 0 or objective.schedule.kind != "constant":
             yield f"objective {name} needs objective.lam > 0 and objective.schedule.kind=constant: its ratio is of whole samples"
+        # with weights equal to the reference's the ratio must be 0, not that of a thinned network to a whole one
+        dropout = "dropout" if isinstance(model, DiffusionModel) else "drop_path"
+        if getattr(model.net, dropout) != 0:
+            yield f"objective {name} compares whole networks; set model.net.{dropout}=0"
+        if model.paradigm == "diffusion" and config.engine.precision == "bf16":
+            yield (
+                f"engine.precision=bf16 is too coarse for objective {name} of a diffusion model, whose ratio is a small difference "
+                "times all dimensions; set engine.precision=fp32"
+            )
     elif objective.beta is not None:
         yield f"objective.beta={objective.beta} has no effect with objective.name={name}; only {', '.join(WITH_REFERENCE)} have it"
     if name == "ddo" and objective.generated is None:
@@ -441,11 +452,16 @@ def _conflicts(config: RunConfig) -> Iterator[str]:
         # lam = -below there, and nothing is left to learn at lam = -1
         if negative_window and objective.schedule.below == 1:
             yield "objective.schedule.below=1.0 is out of range: must be > 0 and < 1 in training"
+    if config.train.drop_condition == 0:
+        untrained = "the null condition, which train.drop_condition=0 leaves untrained"
+        if objective.contrast == "null":
+            yield f"objective.contrast=null needs {untrained}; set train.drop_condition=0.1"
+        if sample.guide is None and (sample.gamma != 0 or sample.schedule.kind == "negative_window"):
+            guided = f"sample.gamma={sample.gamma} with sample.schedule.kind={sample.schedule.kind}"
+            yield f"{guided} needs {untrained}; set sample.guide=WEIGHTS, or train.drop_condition=0.1"
     # the bound compares two values of one token in nats: diffusion has a surrogate, and null has no contrast value
     if objective.bound is not None and (name != "mclr" or model.paradigm == "diffusion" or objective.contrast == "null"):
         yield f"objective.bound={objective.bound} needs mclr, a next_scale model and the contrast uniform, weighted or posterior"
-    if config.train.icr_every and model.paradigm != "diffusion":
-        yield f"train.icr_every={config.train.icr_every} needs a diffusion model: ICR compares noised views, tokens have none"
     owners = {"diffusion": ("steps", "solver", "sigma_min", "sigma_max", "rho"), "next_scale": ("top_k", "top_p")}
     for paradigm, names in owners.items():
         for key in names:
@@ -464,7 +480,9 @@ def _net_conflicts(net: DiffusionNet, data: Data) -> Iterator[str]:
     channels = {data.resolution >> level: net.model_channels * mult for level, mult in enumerate(net.channel_mult)}
     for resolution in net.attn_resolutions:
         if resolution not in channels:
-            yield f"model.net.attn_resolutions: {resolution} is not a resolution of this net ({', '.join(map(str, channels))})"
+            have = ", ".join(map(str, channels))
+            way_out = f"choose a --model for {data.resolution}-pixel images, or set that key"
+            yield f"model.net.attn_resolutions: {resolution} is not a resolution of this net ({have}): {way_out}"
     # the middle of the net always has attention
     for resolution in {*net.attn_resolutions, data.resolution >> halvings} & channels.keys():
         if channels[resolution] % net.channels_per_head:

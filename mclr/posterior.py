@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
-from mclr.contrast import kept
 from mclr.likelihood import Net, Paradigm, Probe
 
-BINS = 10
+BINS, BIN = 10, "posterior_bin_"
 
 
 @dataclass(frozen=True)
@@ -60,21 +59,32 @@ class PrefixPosterior:
 
 
 def calibration(posterior_BTK: Tensor, c_B: Tensor, truncate: float) -> dict[str, Tensor]:
-    """How far this batch lets the posterior be trusted, given its true conditions c_B: two 0-d tensors.
+    """How far these samples let the posterior be trusted, given their true conditions c_B: 0-d tensors, averages over samples x terms.
 
-    posterior_ece: expected calibration error, |accuracy - confidence| averaged over samples x terms in ten equal-width bins of the
-    largest probability (Guo et al. 2017, arXiv 1706.04599, Eq. 3). Small batches bias it upward: a perfect posterior does not read
-    0 but up to 1.1 / sqrt(B), .14 at 64 samples (derived), so compare readings of one batch size.
-    posterior_tail: share of samples x terms whose own class is in the tail that `truncate` never draws; at most `truncate` where the
-    posterior is calibrated, more where it is over-confident.
+    posterior_bin_0 ... 9: hit minus confidence where the largest probability lies in that one of ten equal bins, 0 elsewhere; averages
+    over micro-batches and ranks are those of the whole batch, which their absolute values would not be (fold_bins).
+    posterior_tail: share whose own class is in the tail that `truncate` never draws (classes of equal probability count as drawn); at
+    most `truncate` where the posterior is calibrated, more where it is over-confident.
     """
     c_BT1 = c_B[:, None, None].expand(*posterior_BTK.shape[:2], 1)
     confidence_BT1, guess_BT1 = posterior_BTK.max(-1, keepdim=True)
     excess_BT1 = (guess_BT1 == c_BT1).float() - confidence_BT1
     bin_BT = (confidence_BT1[..., 0] * BINS).long().clamp(max=BINS - 1)
     # sums over masks: a scatter-add would not repeat its rounding on a GPU
-    gap_N = (excess_BT1 * one_hot(bin_BT, BINS)).sum((0, 1)).abs()
-    return {
-        "posterior_ece": gap_N.sum() / excess_BT1.numel(),
-        "posterior_tail": 1 - kept(posterior_BTK, truncate).gather(-1, c_BT1).float().mean(),
-    }
+    gap_N = (excess_BT1 * one_hot(bin_BT, BINS)).mean((0, 1))
+    p_BTK = posterior_BTK.double()
+    no_likelier_BT = (p_BTK * (p_BTK <= p_BTK.gather(-1, c_BT1))).sum(-1)
+    tail_BT = no_likelier_BT <= truncate * p_BTK.sum(-1)
+    return {f"{BIN}{n}": gap for n, gap in enumerate(gap_N)} | {"posterior_tail": tail_BT.float().mean()}
+
+
+def fold_bins(metrics: dict[str, float]) -> dict[str, float]:
+    """Metrics averaged over a whole batch, with the bins of `calibration` folded into posterior_ece, where there are any.
+
+    posterior_ece: expected calibration error, |accuracy - confidence| averaged over the bins by their share of samples x terms (Guo et
+    al. 2017, arXiv 1706.04599, Eq. 3), on the training images of one step. Small batches bias it upward: a perfect posterior does not
+    read 0 but up to 1.1 / sqrt(batch), .14 at 64 samples (derived), so compare readings of one train.batch.
+    """
+    bins = [value for name, value in metrics.items() if name.startswith(BIN)]
+    rest = {name: value for name, value in metrics.items() if not name.startswith(BIN)}
+    return rest | {"posterior_ece": sum(map(abs, bins))} if bins else rest

@@ -14,8 +14,10 @@ import torch
 from configs.schema import load
 from train.build import build_networks, build_task, open_source
 from train.checkpoint import load_checkpoint, save_checkpoint
+from train.cli import main as cli
 from train.ranks import group, world
 from train.step import train_step
+from train.weights import save_weights
 
 BATCH, STEPS, MORE, LR, CLIP = 16, 10, 3, 2e-3, 1.4
 TINY = {
@@ -36,6 +38,20 @@ TINY = {
     ],
 }
 
+# what more of a step the ranks share: (model, objective, settings); at stage 2
+KINDS = {
+    "reference": ("edm2-digits", "cca", ()),
+    "reference of tokens": ("var-digits", "cca", ()),
+    "generated": ("edm2-digits", "ddo", ()),
+    "generated tokens": ("var-digits", "ddo", ()),
+    "rows cut short": (
+        "var-digits",
+        "mclr",
+        ("objective.contrast=uniform", "objective.schedule.kind=interval", "objective.schedule.high=0.5"),
+    ),
+    "prefix posterior": ("var-digits", "mclr", ("objective.contrast=posterior", "objective.lam=0.2")),
+}
+
 
 def tiny(model, tokenizer):
     """Overrides that make a preset small, and free of bundled weights."""
@@ -45,11 +61,13 @@ def tiny(model, tokenizer):
 class Trained:
     """A task and how many steps it has made; kind: local or a ZeRO stage."""
 
-    def __init__(self, model, kind, digits, tokenizer, micro_batch, precision="fp32"):
+    def __init__(self, model, kind, digits, tokenizer, micro_batch, precision="fp32", objective="mclr", settings=()):
         engine = "local" if kind == "local" else f"zero{kind}"
         overrides = [*tiny(model, tokenizer), f"data.path={digits}", f"train.batch={BATCH}"]
-        overrides += [f"engine.precision={precision}", f"engine.gradient_clipping={CLIP}"]
-        config = load(model, "mclr", "digits", engine, overrides)
+        if objective != "mclr":
+            overrides = [pair for pair in overrides if not pair.startswith("objective.")]
+        overrides += [f"engine.precision={precision}", f"engine.gradient_clipping={CLIP}", *settings]
+        config = load(model, objective, "digits", engine, overrides)
         device = torch.device("cpu")
         self.micro_batch, self.done, self.norms = micro_batch, 0, []
         self.rank, _, self.ranks = (0, 0, 1) if kind == "local" else world()
@@ -93,6 +111,31 @@ class Trained:
         return {f"{part}.{name.removeprefix('weight:')}": w for part in tensors for name, w in tensors[part].items()}
 
 
+def draw(model, trained, digits, tokenizer, out):
+    """Settings of a run that starts from what was trained, and of one that also needs samples of it."""
+    weights, drawn = out / f"{model}-weights", out / f"{model}-drawn"
+    if world()[0] == 0:
+        save_weights(weights, trained.task.engine.net)
+        settings = [pair for pair in tiny(model, tokenizer) if not pair.startswith("objective.")]
+        argv = [
+            "sample",
+            str(weights),
+            "--model",
+            model,
+            "--data",
+            str(digits),
+            "--out",
+            str(drawn),
+            "--count",
+            "40",
+            "--dataset",
+        ]
+        assert cli([*argv, *settings]) == 0
+    torch.distributed.barrier()
+    from_there = (f"model.weights={weights}",)
+    return {"mclr": (), "cca": from_there, "ddo": (*from_there, f"objective.generated={drawn / 'dataset'}")}
+
+
 def distance(a, b):
     """Relative RMS over all weights; of the network or of the posterior's classifier, whichever is larger."""
     assert a.keys() == b.keys()
@@ -116,7 +159,7 @@ def off_projection(trained):
 
 
 def main(digits, tokenizer, out):
-    results = {}
+    results, settings = {}, {}
     for model in TINY:
         fresh = Trained(model, "local", digits, tokenizer, BATCH).weights()
         local = Trained(model, "local", digits, tokenizer, BATCH).train(STEPS)
@@ -127,6 +170,7 @@ def main(digits, tokenizer, out):
             "micro": {"weights": distance(micro.weights(), local.weights()), "norms": norms_apart(micro, local)},
         }
         local.save(out / f"{model}-local")
+        settings[model] = draw(model, local, digits, tokenizer, out)
         for zero in (0, 1, 2):
             for micro_batch in (BATCH // 2, BATCH // 4):
                 ranks = Trained(model, zero, digits, tokenizer, micro_batch).train(STEPS)
@@ -149,6 +193,17 @@ def main(digits, tokenizer, out):
             same = all(torch.equal(saved[name], weight) for name, weight in resumed.weights().items())
             apart = distance(resumed.train(MORE).weights(), local.weights())
             results[f"{model} from {start} to {end}"] = {"same": same, "next": apart}
+    for name, (model, objective, more) in KINDS.items():
+        named = {"objective": objective, "settings": (*settings[model][objective], *more)}
+        local = Trained(model, "local", digits, tokenizer, BATCH, **named)
+        fresh = local.weights()
+        local.train(MORE)
+        ranks = Trained(model, 2, digits, tokenizer, BATCH // 4, **named).train(MORE)
+        results[name] = {
+            "moved": distance(local.weights(), fresh),
+            "weights": distance(ranks.weights(), local.weights()),
+            "norms": norms_apart(ranks, local),
+        }
     if world()[0] == 0:
         (out / "results.json").write_text(json.dumps(results, indent=1))
 

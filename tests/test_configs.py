@@ -45,6 +45,8 @@ def refusal(*overrides: str, **presets: str) -> str:
 # what an objective asks for and no preset can know: a network to compare with, samples of it
 REFERENCE = ["model.weights=mine"]
 NEEDED = {"cc_dpo": REFERENCE, "cca": REFERENCE, "ddo": [*REFERENCE, "objective.generated=samples"]}
+# where there is a reference: no dropout, and no bf16 for diffusion
+WHOLE = {"var-d16": ["model.net.drop_path=0.0"], "edm2-img64-s": ["engine.precision=fp32"]}
 # a net of four levels, with attention at 16: nothing for 8 pixels
 SIZED = {"edm2-img64-s": ["data.resolution=64"]}
 COMBINATIONS = list(itertools.product(names("model"), names("objective"), names("data"), names("engine")))
@@ -52,7 +54,9 @@ COMBINATIONS = list(itertools.product(names("model"), names("objective"), names(
 
 @pytest.mark.parametrize("presets", COMBINATIONS, ids=" ".join)
 def test_every_combination_of_presets_loads_and_survives_a_round_trip(presets, tmp_path):
-    config = load(*presets, [*SIZED.get(presets[0], []), *NEEDED.get(presets[1], [])])
+    model, objective, *_ = presets
+    whole = WHOLE.get(model, []) if objective in NEEDED else []
+    config = load(*presets, [*SIZED.get(model, []), *NEEDED.get(objective, []), *whole])
     (tmp_path / schema.FILE).write_text(dump(config))
     assert load_resolved(tmp_path) == load_resolved(tmp_path / schema.FILE) == config
     assert from_dict(config.model_dump()) == config
@@ -236,7 +240,8 @@ def test_a_folder_that_is_no_dataset_is_refused(text, problem, tmp_path):
          "objective.schedule.below=1.0 is out of range: must be > 0 and < 1 in training"),
         ("sample.top_k=5", "sample.top_k=5 has no effect: edm2-digits is a diffusion model, this is for next_scale"),
         ("data.resolution=9", "data.resolution=9 cannot be halved 1 times, as the entries of model.net.channel_mult ask"),
-        ("data.resolution=16", "model.net.attn_resolutions: 4 is not a resolution of this net (16, 8)"),
+        ("data.resolution=16", "model.net.attn_resolutions: 4 is not a resolution of this net (16, 8): "
+         "choose a --model for 16-pixel images, or set that key"),
         ("model.net.channels_per_head=5", "model.net.channels_per_head=5 must divide the 48 channels at resolution 4"),
         # form
         ("train.lr", "override 'train.lr' is not of the form section.key=value, like train.lr=0.001"),
@@ -266,6 +271,16 @@ def test_an_override_is_refused_in_one_line(override, message):
          "objective cc_dpo needs objective.lam > 0 and objective.schedule.kind=constant: its ratio is of whole samples"),
         (["model.weights=null"], {"objective": "cca"},
          "objective cca compares with the network before fine-tuning; give its weights by --init"),
+        (REFERENCE, {"objective": "cca", "model": "var-d16"}, "objective cca compares whole networks; set model.net.drop_path=0"),
+        (["model.net.dropout=0.1"], {"objective": "cc_dpo"}, "objective cc_dpo compares whole networks; set model.net.dropout=0"),
+        (["engine.precision=bf16"], {"objective": "cca"},
+         "engine.precision=bf16 is too coarse for objective cca of a diffusion model, whose ratio is a small difference "
+         "times all dimensions; set engine.precision=fp32"),
+        (["objective.contrast=null", "train.drop_condition=0.0"], {},
+         "objective.contrast=null needs the null condition, which train.drop_condition=0 leaves untrained; set train.drop_condition=0.1"),
+        (["sample.gamma=0.5", "train.drop_condition=0.0"], {},
+         "sample.gamma=0.5 with sample.schedule.kind=constant needs the null condition, which train.drop_condition=0 leaves untrained; "
+         "set sample.guide=WEIGHTS, or train.drop_condition=0.1"),
         ([], {"objective": "ddo"},
          "missing key objective.generated; objective ddo needs a dataset folder made by `mclr sample --dataset`"),
         (["objective.bound=1"], {"objective": "unlearn", "model": "var-digits"},
@@ -301,6 +316,15 @@ def test_presets_and_overrides_at_odds_are_refused_in_one_line(overrides, preset
 @pytest.mark.parametrize("overrides", [["objective.contrast=uniform", "objective.bound=3"], ["objective.contrast=weighted"]])
 def test_label_contrasts_of_tokens_may_be_bounded(overrides):
     assert load_with(*overrides, model="var-digits")
+
+
+def test_tokens_with_a_reference_may_use_bf16():
+    """Their log-likelihood is in fp32 and in nats; no small difference is multiplied."""
+    assert load_with("engine.precision=bf16", model="var-digits", objective="cca")
+
+
+def test_another_guide_needs_no_null_condition():
+    assert load_with("sample.gamma=0.5", "sample.guide=mine", "train.drop_condition=0.0")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import CLIP
+from ranks import CLIP, KINDS
 from torch import nn
 
 from train.engine import LocalEngine, make_optimizer
@@ -47,6 +47,12 @@ def test_the_reference_moves_and_is_clipped_at_some_steps(results, model):
 def test_ranks_and_micro_batches_do_not_change_the_result(results, model, zero, micro_batch):
     found = results[f"{model} zero{zero} micro{micro_batch}"]
     assert found["weights"] <= 1e-5 and found["norms"] <= 1e-5 and found["rows"] <= 2e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_and_micro_batches_do_not_change_what_every_kind_of_step_does(results, kind):
+    found = results[kind]
+    assert found["weights"] <= 1e-5 and found["norms"] <= 1e-5 < 1e-3 < found["moved"]
 
 
 @pytest.mark.parametrize("model", MODELS)

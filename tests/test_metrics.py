@@ -166,20 +166,20 @@ def views(pairs: int, width: int, contamination: float) -> tuple[torch.Tensor, t
 
 
 @pytest.mark.parametrize("contamination", [0.05, 0.2, 0.5, 0.9])
-def test_icr_of_gaussian_views(contamination):
+def test_monitor_of_gaussian_views(contamination):
     assert icr(*views(4000, 8, contamination)) == pytest.approx(contamination, rel=0.03)
 
 
-def test_icr_of_views_that_share_nothing_is_one():
+def test_monitor_of_views_that_share_nothing_is_one():
     assert icr(draw(4000, 8), draw(4000, 8, seed=1)) == pytest.approx(1, abs=0.03)
 
 
 @pytest.mark.parametrize("pairs", [512, 600, 1000])
-def test_icr_is_not_biased_by_few_rows(pairs):
+def test_monitor_is_not_biased_by_few_rows(pairs):
     assert icr(*views(pairs, 256, 0.2)) == pytest.approx(0.2, rel=0.03)
 
 
-def test_icr_without_debiasing_would_read_003_for_020():
+def test_monitor_without_debiasing_would_read_003_for_020():
     h1, h2 = views(300, 256, 0.2)
     plain = torch.linalg.solve(torch.cov((h1 - h2).T) / 2, torch.cov(((h1 + h2) / 2).T)).trace() - 256 / 2
     assert 256 / (256 + plain.item()) == pytest.approx(0.03, abs=0.005)

@@ -10,7 +10,7 @@ from mclr.contrast import draw_posterior
 from mclr.likelihood import Probe
 from mclr.next_scale import NextScale
 from mclr.objective import Objective
-from mclr.posterior import NoisyPosterior, PrefixPosterior, calibration
+from mclr.posterior import NoisyPosterior, PrefixPosterior, calibration, fold_bins
 
 
 @pytest.mark.parametrize("scales", [(1, 1, 1), (1, 1, 1, 1), (1, 2)], ids=str)
@@ -87,6 +87,10 @@ def drawn_conditions(posterior_BTK: torch.Tensor) -> torch.Tensor:
     return torch.multinomial(posterior_BTK[:, 0], 1)[:, 0]
 
 
+def ece_of(posterior_BTK: torch.Tensor, c_B: torch.Tensor) -> float:
+    return fold_bins({name: float(value) for name, value in calibration(posterior_BTK, c_B, 0.02).items()})["posterior_ece"]
+
+
 def posteriors(batch: int, terms: int = 1) -> torch.Tensor:
     """Ten classes, from nearly even to nearly sure, [B, T, 10]."""
     return (torch.randn(batch, 1, 10) * torch.rand(batch, 1, 1) * 5).softmax(-1).expand(-1, terms, -1)
@@ -99,7 +103,7 @@ def test_a_calibrated_posterior_reads_the_noise_floor(terms):
 
     def ece(batch: int) -> float:
         posterior_BTK = posteriors(batch, terms)
-        return float(calibration(posterior_BTK, drawn_conditions(posterior_BTK), 0.02)["posterior_ece"])
+        return ece_of(posterior_BTK, drawn_conditions(posterior_BTK))
 
     assert ece(100_000) < 1.1 / 100_000**0.5
     floor = sum(ece(64) for _ in range(200)) / 200
@@ -111,13 +115,25 @@ def test_over_and_under_confidence_read_their_size(confidence, right, expected):
     posterior_B1K = torch.full((100, 1, 10), (1 - confidence) / 9)
     posterior_B1K[..., 3] = confidence
     c_B = torch.where(torch.arange(100) < right, 3, 7)
-    assert calibration(posterior_B1K, c_B, 0.02)["posterior_ece"].item() == pytest.approx(expected, abs=1e-6)
+    assert ece_of(posterior_B1K, c_B) == pytest.approx(expected, abs=1e-6)
 
 
 def test_terms_and_bins_do_not_cancel():
     """Sure and wrong at one term, modest and right at the other: .9 and .4 beside accuracies 0 and 1 average |-.9| and |.6|."""
     posterior_BTK = torch.tensor([[[0.9, 0.05, 0.05], [0.3, 0.4, 0.3]]]).expand(4, 2, 3)
-    assert calibration(posterior_BTK, torch.ones(4).long(), 0.02)["posterior_ece"].item() == pytest.approx((0.9 + 0.6) / 2)
+    assert ece_of(posterior_BTK, torch.ones(4).long()) == pytest.approx((0.9 + 0.6) / 2)
+
+
+def test_micro_batches_read_what_the_whole_batch_reads():
+    torch.manual_seed(0)
+    posterior_B1K, c_B = posteriors(64), torch.randint(10, (64,))
+    parts = [calibration(p, c, 0.02) for p, c in zip(posterior_B1K.split(4), c_B.split(4), strict=True)]
+    means = {name: float(sum(part[name] for part in parts)) / len(parts) for name in parts[0]}
+    found = fold_bins(means | {"loss": 0.5})
+    assert found.keys() == {"posterior_ece", "posterior_tail", "loss"} and found["loss"] == 0.5
+    assert found["posterior_ece"] == pytest.approx(ece_of(posterior_B1K, c_B), rel=1e-5)
+    assert found["posterior_tail"] == pytest.approx(calibration(posterior_B1K, c_B, 0.02)["posterior_tail"].item())
+    assert fold_bins({"loss": 0.5}) == {"loss": 0.5}
 
 
 def test_the_tail_is_counted():

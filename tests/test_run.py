@@ -94,6 +94,14 @@ def edm2_argv(data, *more):
         (["--model", "edm2-digits", "--init", "nowhere"], "no weights at nowhere"),
         (["--model", "edm2-digits", *EDM2_TINY, "model.posterior.weights=nowhere"], "no weights at nowhere"),
         (["--model", "var-digits", "model.tokenizer=nowhere"], "no weights at nowhere"),
+        (
+            ["--model", "var-digits", "data.channels=3"],
+            "model.tokenizer=digits-tokenizer is for 1 x 8^2 images, digits has 3 x 8^2",
+        ),
+        (
+            ["--model", "var-digits", "data.resolution=16", "--dry-run"],
+            "fit one by `mclr prepare tokenizer WEIGHTS --data data/digits`",
+        ),
         (["--model", "edm2-digits", "--engine", "zero1"], "engine.kind=deepspeed needs a launcher"),
         (["--model", "edm2-digits", "data.name=mine", "data.path=nowhere", *EDM2_TINY], "no dataset folder at nowhere"),
     ],

@@ -11,18 +11,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import mclr
 import train.tour
 from configs.schema import load
 from mclr.errors import UserError
 from train.cli import main
 from train.data import load_split
-from train.figures import curves_figure, emergence_figure, gaps, label, markdown_tables, write_family
+from train.figures import STYLES, Row, curves_figure, emergence_figure, gap, label, markdown_tables, write_family
+from train.loop import NotFinite
 from train.report import image_grid
-from train.study import BUDGET, FAMILY, SEEDS, Diverged, Method, Study, Unit, over
+from train.study import BUDGET, FAMILY, GENERATED, GENERATED_COST, SEEDS, Method, Study, Unit, decided_by, over, store_of
+from train.weights import BUNDLED
+
+
+def method_of(model: str, name: str) -> Method:
+    return next(method for method in FAMILY[model] if method.name == name)
+
 
 CONTROL, MCLR, CFG = (
     Method("control", "tune"),
-    FAMILY["var-digits"][3],
+    method_of("var-digits", "mclr-null"),
     Method("cfg", "control", grid=over("sample.gamma", 0.5, 1)),
 )
 # one step of training, and few samples
@@ -37,8 +45,10 @@ def scores(cfd: float) -> dict:
 def keep(study: Study, unit: Unit, cfd: float | None) -> None:
     """A made-up record: cfd None for a run that diverged."""
     run = {"images": 600, "rows": 700, "flops": 3e12, "mle_images": 1000, "posterior_flops": 0.0, "seconds": 1.0}
-    point = study.point(unit)
-    record = {"objective": unit.method.objective, "settings": study.settings(unit, point), "seconds": 2.0, "pictures": PICTURES}
+    record = study.decided_by(unit, study.point(unit)) | {"seconds": 2.0, "pictures": PICTURES}
+    if unit.name.startswith("edm2-digits/mclr-posterior"):
+        # a third of the posterior's own FLOPs
+        run["posterior_flops"] = 0.6e12
     record |= {"run": run, "scores": scores(cfd), "diverged": None} if cfd else {"run": None, "scores": None, "diverged": 128}
     if unit.method.objective == "ddo":
         record["generated"] = {"count": 1500, "forwards_per_image": 2.0}
@@ -61,22 +71,33 @@ def test_every_unit_has_its_own_name_and_settings_that_the_schema_accepts():
     assert len({unit.name for unit in units}) == len(units)
     for unit in units:
         # the first point stands for the chosen one
-        settings = study.settings(unit, unit.method.grid[0] if unit.point is None else unit.point)
-        extra = ["objective.generated=x"] if unit.method.objective == "ddo" else []
-        config = load(unit.model, unit.method.objective, "digits", "local", settings + extra)
+        overrides = study.overrides_of(unit, unit.method.grid[0] if unit.point is None else unit.point)
+        config = load(unit.model, unit.method.objective, "digits", "local", list(overrides))
         assert config.train.seed == unit.seed
-        assert config.train.images <= config.train.mle_images == BUDGET[unit.model]
+        beforehand = GENERATED_COST[unit.model] if unit.method.objective == "ddo" else 0
+        assert config.train.images <= config.train.mle_images == BUDGET[unit.model] - beforehand
+
+
+def test_the_cost_of_generated_samples_is_that_of_the_presets():
+    steps = load("edm2-digits", "mle", "digits", "local", []).sample.steps
+    # Heun: two forwards per step but the last; a forward is a third of what an image of maximum likelihood costs
+    assert {"edm2-digits": 10 * GENERATED * (2 * steps - 1) / 3, "var-digits": 10 * GENERATED / 3} == GENERATED_COST
 
 
 def test_the_list_of_units_is_stable():
     names = [unit.name for unit in Study(out=None, store=None).units()]
     assert names[:4] == [f"edm2-digits/control-seed{seed}" for seed in (0, *SEEDS)]
-    assert names[4:8] == [f"edm2-digits/mclr-posterior{end}" for end in ("-lam0.75", "-lam1.5", "-lam3", "-seed1")]
+    assert names[12:16] == [f"edm2-digits/mclr-posterior{end}" for end in ("-lam0.75", "-lam1.5", "-lam3", "-seed1")]
     for name in ("edm2-digits/cca-beta0.1-lam1", "var-digits/cfg-interval-gamma0.5-low0.3", "var-digits/emergence-images1800"):
         assert name in names
     assert not any("emergence-seed" in name or "base-seed" in name for name in names)
     for model in FAMILY:
-        assert len([name for name in names if name.startswith(model)]) == {"edm2-digits": 106, "var-digits": 104}[model]
+        assert len([name for name in names if name.startswith(model)]) == {"edm2-digits": 112, "var-digits": 111}[model]
+
+
+def test_every_repeated_method_has_a_style_of_its_own():
+    names = {method.name for methods in FAMILY.values() for method in methods if method.repeated}
+    assert names <= STYLES.keys() and len(set(STYLES.values())) == len(STYLES)
 
 
 @pytest.fixture(scope="module")
@@ -114,13 +135,14 @@ def test_the_other_seeds_repeat_the_best_point(tiny):
     study, _ = tiny
     *tried, repeated = (unit for unit in study.units() if unit.method is CFG)
     best = min(tried, key=lambda unit: study.record(unit)["scores"]["cfd"])
-    assert {best.point[0], "train.seed=1"} <= set(study.record(repeated)["settings"])
+    settings = study.record(repeated)["settings"]
+    assert f"sample.gamma={settings['sample.gamma']:g}" == best.point[0] and settings["train.seed"] == 1
 
 
 def test_the_score_is_the_tours(tiny):
     study, _ = tiny
     config = load("var-digits", "mle", "digits", "local", ["sample.batch=50", "sample.gamma=0.5"])
-    arm = train.tour.Arm(config, study.out / "var-digits/control-run0/weights")
+    arm = train.tour.Arm(config, study.folder(study.units()[0], ()) / "weights")
     kept = next(study.record(u) for u in study.units() if u.name == "var-digits/cfg-gamma0.5")
     assert arm.judged(study.judge, 0) == kept["scores"]
 
@@ -144,9 +166,10 @@ def test_what_is_finished_is_left_alone_and_what_is_not_goes_on(tiny, capsys):
 
 
 def test_a_run_stopped_half_way_goes_on(tiny, tmp_path, capsys):
-    shutil.copytree(tiny[0].out / "var-digits" / "control-run0", tmp_path / "var-digits" / "control-run0")
     study = replace(tiny[0], out=tmp_path, store=tmp_path / "kept", overrides=("train.images=128", *TINY[1:]))
-    assert study.attempt(study.units()[0])
+    control = study.units()[0]
+    shutil.copytree(tiny[0].folder(control, ()), study.folder(control, ()))
+    assert study.attempt(control)
     assert "going on from" in capsys.readouterr().out
     assert study.record(study.units()[0])["run"]["images"] == 128
 
@@ -165,17 +188,52 @@ def test_a_unit_of_another_process_is_left_to_it(tiny, capsys):
     path.write_bytes(kept)
 
 
-def test_changed_settings_are_a_new_unit(tiny):
+@pytest.mark.parametrize("setting", ["sample.top_k=3", "train.images=128", "train.lr=0.002", "model.weights=var-digits2"])
+def test_what_decides_a_unit_makes_it_another(tiny, tmp_path, monkeypatch, setting):
     study, _ = tiny
-    other = replace(study, overrides=(*TINY, "sample.top_k=3"))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(BUNDLED / "var-digits", tmp_path / "var-digits2")
+    other = replace(study, overrides=(*TINY, setting))
     assert all(other.record(unit) is None for unit in study.units())
+    control = study.units()[0]
+    assert other.folder(control, ()) != study.folder(control, ())
+
+
+def test_what_decides_nothing_changes_nothing(tiny):
+    study, _ = tiny
+    other = replace(study, overrides=(*TINY, "train.log_every=7", "data.path=elsewhere"))
+    assert all(other.record(unit) == study.record(unit) is not None for unit in study.units())
+
+
+@pytest.mark.parametrize("name", ["model.weights", "model.tokenizer", "judge"])
+def test_weights_changed_under_their_name_make_another_unit(tiny, name):
+    study, _ = tiny
+    control = study.units()[0]
+    path = study.store / f"{control.name}.json"
+    kept = path.read_bytes()
+    record = json.loads(kept)
+    assert len(record["weights"].pop(name)) == 64
+    path.write_text(json.dumps(record | {"weights": record["weights"] | {name: "0" * 64}}))
+    assert study.record(control) is None
+    path.write_bytes(kept)
+
+
+def test_weights_of_a_guide_and_of_a_posterior_decide_too():
+    guided = decided_by("edm2-digits", "mle", ("sample.guide=edm2-digits", "sample.gamma=1"))
+    assert guided["weights"]["sample.guide"] == guided["weights"]["model.weights"] != guided["weights"]["model.posterior.weights"]
+
+
+def test_records_lie_beside_the_source_but_never_in_an_installed_package(tmp_path, monkeypatch):
+    assert store_of(tmp_path).parent.name == "mclr"
+    monkeypatch.setattr(mclr, "__file__", str(tmp_path / "site-packages" / "mclr" / "__init__.py"))
+    assert store_of(tmp_path) == tmp_path / "records"
 
 
 def test_a_run_that_diverges_is_a_result(tiny, tmp_path):
     unbounded = Method("unlearn", "tune", "unlearn", grid=over("objective.lam", 0.1))
     study = replace(tiny[0], store=tmp_path, family={"var-digits": (unbounded,)}, overrides=("train.images=640", "train.lr=1e30"))
     unit = study.units()[0]
-    with pytest.raises(Diverged):
+    with pytest.raises(NotFinite):
         study.tune(unit, unit.point)
     assert study.attempt(unit)
     record = study.record(unit)
@@ -202,19 +260,73 @@ def test_tables_and_figures_of_made_up_records(tmp_path):
     tables = [line for line in page.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in tables}) == 2
     assert any(line.startswith("| control | – | 2.00 ± 0.00 | 0.00 ± 0.00 |") for line in tables)
-    assert any(line.startswith("| cfg | gamma 0.2 | 0.400 ± 0.000 | 1.00 ± 0.00 |") for line in tables)
-    assert any(line.startswith("| cca | beta ") and "(1 of 3 seeds diverged)" in line for line in tables)
+    assert any(line.startswith("| cfg | gamma 0.2 † | 0.400 ± 0.000 | 1.00 ± 0.00 |") for line in tables)
+    assert any(line.startswith("| cca | beta ") and "(2 seeds; 1 diverged)" in line for line in tables)
     assert "| mclr-uniform | lam 0.02 | diverged at 128 images |" in page
     assert "| 600 x 1.67 + 1,000 for its samples |" in page
+    # 153,600 images at (.6e12 / 600) / (3e12 / 1000) of an image of maximum likelihood each
+    costs = {line.split(" | ")[0][2:]: line.split(" | ")[-1] for line in tables if " x 1.67" in line}
+    assert costs["mclr-posterior"] == "600 x 1.67 + 51,200 once for its posterior |"
+    assert costs["mclr-posterior-scratch"] == costs["mclr-null"] == "600 x 1.67 |"
 
 
-def test_gaps_are_of_the_same_training_seed(tmp_path):
+def test_the_gap_is_of_the_training_seeds_that_all_have(tmp_path):
     study = Study(tmp_path, tmp_path, {"var-digits": (CONTROL, MCLR, CFG)})
-    cfd = {"control": {1: 2.0, 2: 3.0, 3: 4.0}, "mclr-null": {1: 1.5, 2: 1.0, 3: 1.0}, "cfg": {1: 1.0, 2: 2.0, 3: 1.0}}
-    for unit in study.units():
-        keep(study, unit, cfd[unit.method.name].get(unit.seed, 1.0))
+    cfd = {"control": {1: 2.0, 2: 3.0, 3: 5.0}, "mclr-null": {1: 1.5, 2: 1.0, 3: None}, "cfg": {1: 1.0, 2: 2.0, 3: 1.0}}
+
+    def shown() -> object:
+        for unit in study.units():
+            keep(study, unit, cfd[unit.method.name].get(unit.seed, 1.0))
+        rows = study.rows("var-digits")
+        return gap(rows, rows[1])
+
+    # seed 3 diverged; the shares of the others are .5 and 2
+    assert shown() == {"mean": pytest.approx(1.25), "std": pytest.approx(1.5 / 2**0.5)}
+    cfd["cfg"][2] = 3.0
+    # the share of seed 2 is not defined, that of the means is
+    assert shown() == pytest.approx(2.5)
+    cfd["cfg"][1] = 2.0
+    assert shown() is None
+
+
+def test_a_choice_at_the_end_of_its_grid_is_marked():
+    def row(chosen: int, *values: float | tuple[float, ...]) -> Row:
+        points = over("objective.beta objective.lam" if isinstance(values[0], tuple) else "objective.lam", *values)
+        return Row("cca", (), {point: {} for point in points}, points[chosen], {})
+
+    assert [row(i, 0.5, 1, 2).at_end() for i in range(3)] == [True, False, True]
+    assert [row(i, (0.1, 1), (0.1, 2), (0.1, 3)).at_end() for i in range(3)] == [True, False, True]
+    assert row(1, (0.1, 1), (0.2, 2), (0.2, 3)).at_end() and not row(1, (0.1, 1), (0.2, 2), (0.3, 3)).at_end()
+    assert not Row("control", (), {(): {}}, (), {}).at_end() and not Row("x", (), {}, None, {}).at_end()
+
+
+def test_points_beyond_the_frame_stand_at_its_edge():
+    def record(cfd: float, precision: float) -> dict:
+        return {"scores": {"cfd": cfd, "precision": precision, "recall": 0.5}}
+
+    rows = [Row("control", (), {(): record(2.0, 0.8)}, (), {})]
+    rows.append(
+        Row("mclr-uniform", (), {("objective.lam=1",): record(0.5, 0.9), ("objective.lam=2",): record(80.0, 0.1)}, None, {})
+    )
+    figure = curves_figure("edm2-digits", rows)
+    lines = figure.axes[0].lines
+    hollow = [line.get_xydata().tolist() for line in lines if line.get_markerfacecolor() == "white" and len(line.get_xydata())]
+    assert hollow == [[pytest.approx([0.8, 2.4])]]
+    assert lines[2].get_xydata().tolist() == [[0.9, 0.5], pytest.approx([0.8, 2.4])]
+    # they leave the panels their places
+    figure.draw_without_rendering()
+    assert all(axes.get_position().width > 0.3 for axes in figure.axes)
+
+
+def test_emergence_begins_with_the_base_without_guidance(tmp_path):
+    study = Study(tmp_path, tmp_path, {"var-digits": FAMILY["var-digits"]})
+    everything(study)
     rows = study.rows("var-digits")
-    assert gaps(rows, rows[1]) == pytest.approx([0.5, 2.0, 1.0])
+    assert emergence_figure("var-digits", rows)
+    base = next(row for row in rows if row.name == "base")
+    # whatever else there is of the base
+    del base.grid[("sample.gamma=0",)]
+    assert base.grid and emergence_figure("var-digits", rows) is None
 
 
 def test_what_is_there_of_a_begun_study_is_shown(tmp_path):
@@ -234,8 +346,8 @@ def test_labels():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give the folder of a run, or --study"),
-        (["runs/x", "--study", "family"], "give the folder of a run, or --study"),
+        ([], "give the folder of a tour, or --study"),
+        (["runs/x", "--study", "family"], "give the folder of a tour, or --study"),
         (["--study", "famly"], "invalid choice"),
         (["runs/x", "--only", "edm2"], "--only belongs to --study"),
         (["--study", "family", "--only", "edm3"], "no unit begins with edm3"),

@@ -40,11 +40,19 @@ def test_a_second_tour_scores_nothing_again_and_finds_the_same(tour):
 def test_results_are_complete_and_consistent(tour):
     result = tour[1]["var-digits"]
     cfd = {row: result[row]["cfd"]["mean"] for row in ("base", "control", "cfg", "mclr")}
-    assert result["gap_closed"] == pytest.approx((cfd["control"] - cfd["mclr"]) / (cfd["control"] - cfd["cfg"]))
+    share = train.tour.gap_closed([cfd["control"]], [cfd["cfg"]], [cfd["mclr"]])
+    assert result["gap_closed"] == share
     best = min(result["sweep"]["cfg"], key=lambda point: point["cfd"])
     assert result["cfg"]["gamma"] == best["gamma"]
     assert [point["lam"] for point in result["sweep"]["mclr"]] == pytest.approx([0.5, 1.0, 2.0])
     assert all(len(result[row]["images_per_second"]["runs"]) == 5 for row in cfd)
+
+
+def test_the_gap_is_of_the_means_and_needs_a_gain_of_cfg():
+    assert train.tour.gap_closed([2.0, 4.0], [1.0, 2.0], [2.0, 1.0]) == pytest.approx(1.0)
+    # the shares of the two seeds are .5 and -8: the second has hardly a gain
+    assert train.tour.gap_closed([3.0, 1.1], [1.0, 1.0], [2.0, 1.9]) == pytest.approx(0.1 / 1.05)
+    assert train.tour.gap_closed([1.0], [1.0], [0.5]) is None and train.tour.gap_closed([1.0], [2.0], [0.5]) is None
 
 
 def test_guidance_costs_a_second_forward_where_its_weight_is_not_zero(tour):

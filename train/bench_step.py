@@ -13,7 +13,7 @@ import torch
 from configs.schema import load
 from train.build import build_networks, build_task, open_source
 from train.cli import Parser, run
-from train.loop import add_up, forward_flops, rows_of
+from train.loop import Progress, add_up, count_compute, forward_flops, rows_of
 from train.prepare import open_or_prepare
 from train.step import Task, train_step
 
@@ -56,10 +56,10 @@ def measure(model: str, rounds: int, overrides: list[str]) -> dict[str, dict[str
             seconds[arm].append(time.perf_counter() - started)
     found = {}
     for arm, (task, batch, _) in arms.items():
-        times, rows, flops = [1000 * s for s in seconds[arm][WARM_UP:]], add_up(rows_of(task), task.device), forward_flops(task)
-        work = flops["net"] * (3 * rows["rows"] + rows["rows_no_grad"]) + 3 * flops["posterior"] * rows["posterior_rows"]
+        times, flops, spent = [1000 * s for s in seconds[arm][WARM_UP:]], forward_flops(task), Progress()
+        count_compute(spent, add_up(rows_of(task), task.device), flops)
         found[arm] = {"median": statistics.median(times), "fastest": min(times), "slowest": max(times)}
-        found[arm]["work"] = work / (3 * flops["net"] * batch * (WARM_UP + rounds))
+        found[arm]["work"] = spent.flops / (3 * flops["net"] * batch * (WARM_UP + rounds))
     return found
 
 

@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
 def evaluate(source: Path, data: str | None, judge_name: str | None, real: str, with_icr: bool = False) -> None:
     """Score the samples, print the scores and write them to evaluation.json beside the samples.
 
-    with_icr: also ICR on training and held-out images (train/icr.py), of the run that drew them.
+    with_icr: also ICR on training and held-out images (train/monitor.py), of the run that drew them.
     """
     # everything that can be wrong is looked at before any image is drawn or scored
     record = None

@@ -16,6 +16,7 @@ from PIL import Image
 from mclr.errors import UserError
 from train.files import write_file
 from train.report import INK, score_cell
+from train.tour import gap_closed
 
 Record = dict[str, Any]  # what study.py keeps of a unit
 
@@ -33,13 +34,14 @@ STYLES = {
     "control": (PLAIN, "^"),
     "base": ("#9CA3AF", "D"),
     "mclr-posterior": (MCLR, "s"),
+    "mclr-posterior-scratch": (MCLR, "D"),
     "mclr-null": (MCLR, "o"),
     "mclr-weighted": ("#E69F00", "v"),
     "mclr-uniform": ("#E69F00", "X"),
     "mclr-coarse": ("#CC79A7", "h"),
     "mclr-interval": ("#CC79A7", "P"),
     "mclr-window": ("#CC79A7", "d"),
-    "unlearn": ("#000000", "x"),
+    "unlearn": ("#000000", "p"),
     "cc_dpo": (REFERENCE, "<"),
     "cca": (REFERENCE, ">"),
     "ddo": (REFERENCE, "*"),
@@ -48,11 +50,20 @@ STYLES = {
     "cfg-window": ("#56B4E9", "d"),
     "autoguidance": (GUIDED, "*"),
 }
-LEGEND = """Grids: training seed 0, sampling seed 0; the best point by class-wise FD is repeated with three other training seeds, each
-sampled once: mean ± standard deviation. Every fine-tuning starts from the same base and costs the same (forward 1x, backward 2x, rows
-without gradient and the posterior classifier counted). Gap closed, per training seed: (control - method) / (control - cfg) in
-class-wise FD. Images x cost: what fine-tuning saw, and what an image cost in images of maximum likelihood. The judge is that of
-`make tour`; guided rows sample the controls. Forwards of a token model: its tokens forwarded, as a share of the image's."""
+# What the bundled digits-posterior was fitted on: the steps in its config.json, of the batch of `mclr prepare posterior`.
+POSTERIOR_IMAGES = 1_200 * 128
+LEGEND = """Grids: training seed 0, sampling seed 0. The best point by class-wise FD is repeated with three other training seeds, each
+sampled once: mean ± standard deviation. † A value of it is at the end of its grid, so that a better one may lie beyond.
+
+Every fine-tuning starts from the same base, at the one learning rate that was chosen for MCLR, and costs the same: forward 1x,
+backward 2x, rows without gradient, the posterior classifier's steps and the drawing of ddo's samples counted. Not counted: the bundled
+posterior classifier was fitted beforehand, for about as much as the whole budget ("once for its posterior"); mclr-posterior-scratch begins
+without it. unlearn, cc_dpo, cca and ddo were tried in one variant each, MCLR in several.
+
+Gap closed: (control - method) / (control - cfg) in class-wise FD, each the mean of the training seeds that all three have, ± the deviation
+of the seeds' own shares; – where cfg gains nothing. Images x cost: what fine-tuning saw, and what an image cost in images of maximum
+likelihood. The judge is that of `make tour`; guided rows sample the controls. Forwards of a token model: its tokens forwarded, as a share
+of the image's."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,11 @@ class Row:
     def scored(self) -> dict[int, dict[str, float]]:
         """Training seed -> scores, of the repeats that did not diverge."""
         return {seed: record["scores"] for seed, record in self.repeats.items() if record["scores"]}
+
+    def at_end(self) -> bool:
+        """Whether a value of the chosen point is the least or the greatest that was tried of it."""
+        values = [[float(setting.rpartition("=")[2]) for setting in point] for point in (self.chosen or (), *self.grid)]
+        return any(chosen in (min(tried), max(tried)) for chosen, *tried in zip(*values, strict=True) if len({*tried}) > 1)
 
 
 def label(point: tuple[str, ...]) -> str:
@@ -97,12 +113,19 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def gaps(rows: list[Row], row: Row) -> list[float]:
-    """The share of cfg's gain in class-wise FD over the control that a method reaches: one per training seed that all three have."""
-    control, cfg = (
-        {seed: s["cfd"] for seed, s in r.scored().items()} for name in ("control", "cfg") for r in rows if r.name == name
-    )
-    return [(control[i] - s["cfd"]) / (control[i] - cfg[i]) for i, s in row.scored().items() if i in control and i in cfg]
+def gap(rows: list[Row], row: Row) -> float | dict[str, float] | None:
+    """As the cells of report.py take it: gap_closed() of the training seeds that method, control and cfg have, and their deviation."""
+    found = {r.name: {seed: s["cfd"] for seed, s in r.scored().items()} for r in rows}
+    control, cfg, own = (found.get(name, {}) for name in ("control", "cfg", row.name))
+    seeds = [seed for seed in own if seed in control and seed in cfg]
+    if not seeds:
+        return None
+    share = gap_closed(*([cfd[seed] for seed in seeds] for cfd in (control, cfg, own)))
+    shares = [gap_closed([control[seed]], [cfg[seed]], [own[seed]]) for seed in seeds]
+    known = [value for value in shares if value is not None]
+    if share is None or len(known) < max(len(seeds), 2):
+        return share
+    return {"mean": share, "std": statistics.stdev(known)}
 
 
 def mean_std(values: list[float]) -> float | dict[str, float] | None:
@@ -137,12 +160,12 @@ def _repeated_cells(rows: list[Row], row: Row) -> list[str]:
     values = {key: mean_std([s[key] for s in scores]) for key in ("cfd", "precision", "recall", "forwards_per_image")}
     # of all seeds alike, but for a method whose compute depends on what it draws
     values["forwards_per_image"] = scores[0]["forwards_per_image"] if scores else None
-    values["gap"] = mean_std(gaps(rows, row))
+    values["gap"] = gap(rows, row)
     cells = [score_cell(values[key], form, f"{row.name}.{key}") for key, _, form in COLUMNS]
     diverged = [record["diverged"] for record in row.repeats.values() if not record["scores"]]
     if diverged:
-        cells[0] += f" ({len(diverged)} of {len(row.repeats)} seeds diverged)"
-    return [row.name, label(row.chosen or ()), *cells, _training(list(row.repeats.values()))]
+        cells[0] += f" ({len(scores)} seeds; {len(diverged)} diverged)"
+    return [row.name, label(row.chosen or ()) + " †" * row.at_end(), *cells, _training(list(row.repeats.values()))]
 
 
 def _training(records: list[Record]) -> str:
@@ -155,6 +178,10 @@ def _training(records: list[Record]) -> str:
     if generated := records[0].get("generated"):
         # a forward is a third of an image of maximum likelihood
         text += f" + {generated['count'] * generated['forwards_per_image'] / 3:,.0f} for its samples"
+    if runs[0]["posterior_flops"] and records[0]["settings"]["model.posterior.weights"]:
+        # an image costs its posterior the same beforehand and in the run
+        share = runs[0]["posterior_flops"] / runs[0]["images"] / (runs[0]["flops"] / runs[0]["mle_images"])
+        text += f" + {POSTERIOR_IMAGES * share:,.0f} once for its posterior"
     return text
 
 
@@ -174,22 +201,35 @@ def curves_figure(model: str, rows: list[Row]) -> Figure | None:
     }
     if not curves:
         return None
-    # what is worse than doing nothing is counted, not drawn
-    idle = [curves[name][0, 2] for name in ("control", "base") if name in curves]
-    worst = 1.2 * max(idle, default=np.inf)
-    figure = Figure(figsize=(12, 5.8), dpi=160, layout="constrained")
-    figure.suptitle(f"{model}: what each method buys over its grid, at equal compute (dashed: guided sampling)", color=INK)
+    diverged = {row.name: sum(not record["scores"] for record in row.grid.values()) for row in rows}
+    # the frame ends a little above doing nothing; what is worse stands at its edge
+    points_N3 = np.concatenate(list(curves.values()))
+    worst = 1.2 * max([curves[name][0, 2] for name in ("control", "base") if name in curves], default=points_N3[:, 2].max())
+    inside_N3 = points_N3[points_N3[:, 2] <= worst]
+    low_3, high_3 = inside_N3.min(0), np.array([*inside_N3[:, :2].max(0), worst])
+    figure = Figure(figsize=(12, 6), dpi=160, layout="constrained")
+    figure.suptitle(
+        f"{model}: each method over its grid, on the seeds that choose from it (training 0, sampling 0)\n"
+        "solid: fine-tuned at equal compute; dashed: guidance of the base or the control; hollow: beyond the frame",
+        color=INK,
+        fontsize=11,
+    )
     for axes, column, metric in zip(figure.subplots(1, 2, sharey=True), (0, 1), ("precision", "recall"), strict=True):
         for name, points in curves.items():
             colour, marker = STYLES[name]
-            kept = points[points[:, 2] <= worst]
             guided = name.startswith("cfg") or name in ("autoguidance", "base")
-            outside = f" ({len(points) - len(kept)} worse)" if len(kept) < len(points) else ""
-            style = {"color": colour, "marker": marker, "linestyle": "--" if guided else "-"}
-            axes.plot(kept[:, column], kept[:, 2], label=name + outside, linewidth=1.3, markersize=6.5, **style)
+            lost = f" ({diverged[name]} diverged)" if diverged[name] else ""
+            style = {"color": colour, "marker": marker, "markersize": 6.5}
+            shown = points.clip(low_3, high_3)
+            beyond = shown[(shown != points).any(1)]
+            axes.plot(shown[:, column], shown[:, 2], label=name + lost, linewidth=1.3, linestyle="--" if guided else "-", **style)
+            # over the filled marker; half of it lies outside the axes, which are not to shrink for it
+            hollow = {"linestyle": "", "markerfacecolor": "white", "clip_on": False, "in_layout": False, "zorder": 3}
+            axes.plot(beyond[:, column], beyond[:, 2], **hollow, **style)
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
+        axes.set_ylim(top=worst)
         _plain(axes)
         axes.set_xlabel(f"{metric} (higher is better)", color=INK)
         if column == 0:
@@ -199,16 +239,17 @@ def curves_figure(model: str, rows: list[Row]) -> Figure | None:
 
 
 def emergence_figure(model: str, rows: list[Row]) -> Figure | None:
-    """The same ten seeds, one per condition: down the stages of a fine-tuning with MCLR, beside guidance weights rising on the base."""
+    """The same ten seeds, one per condition: down ever longer runs of MCLR, beside guidance weights rising on the base."""
     found = {row.name: row.grid for row in rows}
     guided = [(label(point), record) for point, record in found.get("base", {}).items() if record["scores"]]
-    stages = [
+    tuned = [
         (f"{record['run']['images']:,} images", record) for record in found.get("emergence", {}).values() if record["scores"]
     ]
-    if not guided or not stages:
+    base = found.get("base", {}).get(("sample.gamma=0",))
+    if base is None or not tuned:
         return None
     columns = {
-        "MCLR fine-tuning, no guidance": [("0 images", guided[0][1]), *stages],
+        "MCLR fine-tuning, no guidance": [("0 images", base), *tuned],
         "base with guidance, no fine-tuning": guided,
     }
     count = max(len(column) for column in columns.values())

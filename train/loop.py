@@ -17,13 +17,13 @@ from tqdm import tqdm
 from configs.schema import Train
 from mclr.errors import UserError
 from mclr.likelihood import Draws
-from mclr.posterior import NoisyPosterior
+from mclr.posterior import NoisyPosterior, fold_bins
 from train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from train.ema import EMA
 from train.encoders import from_uint8
 from train.engine import Engine
-from train.icr import Monitor
 from train.log import RunFolder
+from train.monitor import Monitor
 from train.ranks import Interrupt, together, world
 from train.step import Task, train_step
 from train.weights import save_weights
@@ -54,8 +54,9 @@ def train(
     interrupt: Interrupt,
     notes: dict[str, Any],
 ) -> int:
-    """Train until settings.images have been seen. Returns 0, or 128 + the signal that ended the run after a checkpoint.
+    """Train until settings.images have been seen, or the compute of settings.mle_images is spent.
 
+    Returns 0, or 128 + the signal that ended the run after a checkpoint.
     path: the run folder; run: the same, held by rank 0, None elsewhere. notes: kept beside the weights; notes["init"]: where they
     started. Raises UserError when the loss is not finite; the newest checkpoint then still stands.
     """
@@ -67,19 +68,25 @@ def train(
         raise UserError(f"the ranks find different checkpoints in {path}: put the run folder on storage that all of them see")
     if run is not None:
         run.rewind(progress.images)
-    monitor = Monitor(task, settings.icr_every, path / "metrics.jsonl") if run is not None and settings.icr_every else None
-
+    monitor = None
+    if run is not None and settings.monitor_every:
+        monitor = Monitor(task, settings.monitor_every, settings.log_every * settings.batch)
     flops = forward_flops(task)
+    budget = 3 * flops["net"] * settings.mle_images if settings.mle_images else math.inf
 
     def done() -> bool:
-        spent = settings.mle_images is not None and progress.flops >= 3 * flops["net"] * settings.mle_images
-        return spent or progress.images >= settings.images
+        return progress.flops >= budget or progress.images >= settings.images
+
+    def end() -> int:
+        """Images seen at the end, as far as the cost of those seen so far tells."""
+        affordable = progress.images * budget / progress.flops if progress.flops else math.inf
+        return max(progress.images, math.ceil(min(settings.images, affordable)))
 
     share = settings.batch // ranks
     begun = checkpointed = progress.images
     if rank == 0 and not done() and (path / "weights").exists():
         print(f"this run had finished at {begun} images; it goes on to train.images={settings.images}")
-    with progress_bar(settings.images, begun, quiet=rank != 0 or done()) as bar:
+    with progress_bar(end(), begun, quiet=rank != 0 or done()) as bar:
         while not done():
             started = time.perf_counter()
             # dropout draws from torch's global generator: keyed by the step, so that a resumed run repeats it
@@ -95,11 +102,12 @@ def train(
             if ema is not None:
                 ema.update(task.engine.weights(), progress.images, settings.batch)
             sums = add_up(metrics | rows_of(task), task.device)
-            means = {name: sums[name] / ranks for name in metrics}
+            means = fold_bins({name: sums[name] / ranks for name in metrics})
             count_compute(progress, sums, flops)
             progress.seconds += time.perf_counter() - started
 
             refuse_infinite(means, progress.images, path, checkpointed)
+            bar.total = end()
             bar.update(settings.batch)
             if run is not None and (progress.images // settings.batch % settings.log_every == 0 or done()):
                 counts = {"images": progress.images, "rows": round(progress.rows, 3), "flops": progress.flops}
@@ -109,7 +117,7 @@ def train(
                 run.log(**counts, seconds=round(progress.seconds, 3), **means, **readings)
                 bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
             if rank == 0 and notes["init"] is None and progress.images == settings.batch:
-                left = bar.format_interval(progress.seconds * (settings.images / settings.batch - 1))
+                left = bar.format_interval(progress.seconds * (end() / settings.batch - 1))
                 bar.write(f"no released weights were given: training from scratch, about {left} to go by the first step")
             if progress.images - checkpointed >= settings.checkpoint_every:
                 checkpoint(task, ema, progress, path, settings.keep, rank)
@@ -132,13 +140,21 @@ def progress_bar(images: int, begun: int, quiet: bool) -> tqdm:
     return tqdm(total=images, initial=begun, unit="img", disable=quiet, mininterval=every, smoothing=0.1)
 
 
+class NotFinite(UserError):
+    """The end of a run that went wrong. images: seen until then."""
+
+    def __init__(self, message: str, images: int):
+        super().__init__(message)
+        self.images = images
+
+
 def refuse_infinite(means: dict[str, float], images: int, path: Path, checkpointed: int) -> None:
-    """Raise UserError when a step went wrong: before its weights are saved."""
+    """Raise NotFinite when a step went wrong: before its weights are saved."""
     for name in ("loss", *means):
         if not math.isfinite(means[name]):
             kept = f"; {path} keeps its checkpoint of {checkpointed} images" if checkpointed else ""
             what = f"{name} is {means[name]} at {images} images"
-            raise UserError(f"{what}: start again with a lower train.lr or objective.lam and another --out{kept}")
+            raise NotFinite(f"{what}: start again with a lower train.lr or objective.lam and another --out{kept}", images)
 
 
 def resume(task: Task, ema: EMA | None, path: Path, rank: int) -> Progress:

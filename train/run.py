@@ -185,6 +185,7 @@ def describe(config: RunConfig, ranks: int, micro_batch: int, net: Any = None) -
     copies = 2 + bool(settings.ema_std) + objective.needs_reference + (2 if zero == 0 else 4 * share)
     lam, schedule = config.objective.lam, config.objective.schedule.kind
     table = schedule_table("lam", objective.lam, net.config.patch_nums if tokens else None)
+    budget = f", or until the compute of {settings.mle_images} images of mle is spent" if settings.mle_images else ""
     source = f"weights {config.model.weights}" if config.model.weights else "no weights given (--init): from scratch"
     return "\n".join(
         [
@@ -198,7 +199,7 @@ def describe(config: RunConfig, ranks: int, micro_batch: int, net: Any = None) -
             f"{free * settings.batch} without",
             f"memory     {count * 4 * copies / 2**20:.0f} MiB per rank for weights, gradients, moments, average and reference; activations "
             f"of up to {most * micro_batch} rows come on top (train.micro_batch)",
-            f"length     {settings.images} images = {-(-settings.images // settings.batch)} steps",
+            f"length     {settings.images} images = {-(-settings.images // settings.batch)} steps{budget}",
         ]
     )
 

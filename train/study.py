@@ -7,37 +7,44 @@ In this file: what is compared; the study, which finds out what is missing and d
 
 import base64
 import fcntl
+import hashlib
 import json
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import mclr
 import train.sample
-from configs.schema import load
+from configs.schema import flatten, load
 from mclr.errors import UserError
 from train.figures import Row, markdown_tables, write_family
 from train.files import write_json
+from train.log import FREE
+from train.loop import NotFinite
 from train.report import image_grid
 from train.sample import read_record
-from train.tour import GAMMAS, Arm, Judge, digits_judge, fine_tune
-from train.weights import find_weights
+from train.tour import GAMMAS, JUDGE_WEIGHTS, Arm, Judge, digits_judge, fine_tune
+from train.weights import find_weights, sha256
 
-STORE = Path(mclr.__file__).parent / "family"
-# What a fine-tuning may cost, as images of plain maximum likelihood: `mle_images` at the end of the preset's own mclr run
-# (mclr train --model MODEL --objective mclr; last line of metrics.jsonl).
-BUDGET = {"edm2-digits": 66_446, "var-digits": 37_441}
+# What a fine-tuning may cost, as images of plain maximum likelihood: about what the preset's own mclr run costs
+# (mclr train --model MODEL --objective mclr; `mle_images` in the last line of metrics.jsonl).
+BUDGET = {"edm2-digits": 64_000, "var-digits": 37_440}
 # of training, each with the sampling seed of the same number; seed 0 of both tries the grids
 SEEDS = (1, 2, 3)
 # samples of the reference for ddo, per condition: together about as many as there are training images
 GENERATED = 150
 # their first seed, beyond those of the judged samples
 FIRST_GENERATED = 100_000_000
+# what they cost, in the same images, of which a forward is a third: 23 forwards each (12 Heun steps), or one
+GENERATED_COST = {"edm2-digits": 11_500, "var-digits": 500}
+# settings that a run folder may change, but that decide a unit
+DECIDES = ("sample.", "train.images", "train.mle_images")
+# settings that name weights
+WEIGHTS = ("model.weights", "model.tokenizer", "model.posterior.weights", "sample.guide")
 
 Point = tuple[str, ...]  # settings, as in ("objective.beta=0.1", "objective.lam=1")
 
@@ -96,11 +103,12 @@ def guide(name: str, fixed: str, grid: tuple[Point, ...]) -> Method:
 
 
 LAM, GAMMA, RATIO = "objective.lam", "sample.gamma", "objective.beta objective.lam"
+# the most telling first: what is not done yet is missed the less
 FAMILY: dict[str, tuple[Method, ...]] = {
     "edm2-digits": (
         Method("control", "tune"),
+        guide("cfg", "", over(GAMMA, *GAMMAS["edm2-digits"])),
         tune("mclr-posterior", "mclr", "contrast=posterior", over(LAM, 0.75, 1.5, 3)),
-        tune("mclr-weighted", "mclr", "contrast=weighted", over(LAM, 0.75, 1.5, 3)),
         tune("mclr-null", "mclr", "contrast=null", over(LAM, 0.5, 0.8, 1.2)),
         tune("mclr-uniform", "mclr", "contrast=uniform", over(LAM, 0.02, 0.05, 0.1)),
         # sigma 2 to .7: above, a class says little; below, p(c|x_t) is sure of it and the posterior draws c itself
@@ -117,11 +125,18 @@ FAMILY: dict[str, tuple[Method, ...]] = {
             "contrast=posterior schedule.kind=negative_window schedule.turn=0.42 schedule.below=0.5",
             over(LAM, 0.75, 1.5, 3),
         ),
-        tune("unlearn", "unlearn", "", over(LAM, 0.02, 0.05, 0.1)),
-        tune("cc_dpo", "cc_dpo", "", over("objective.beta", 0.02, 0.1, 0.5)),
-        tune("cca", "cca", "", over(RATIO, (0.02, 1), (0.1, 1), (0.5, 1))),
+        tune("mclr-weighted", "mclr", "contrast=weighted", over(LAM, 0.75, 1.5, 3)),
+        Method(
+            "mclr-posterior-scratch",
+            "tune",
+            "mclr",
+            ("objective.contrast=posterior", "model.posterior.weights=null"),
+            over(LAM, 0.75, 1.5, 3),
+        ),
+        tune("cca", "cca", "", over(RATIO, (0.02, 1), (0.1, 1), (0.1, 4))),
         tune("ddo", "ddo", "", over(RATIO, (0.02, 1), (0.1, 1), (0.1, 4))),
-        guide("cfg", "", over(GAMMA, *GAMMAS["edm2-digits"])),
+        tune("cc_dpo", "cc_dpo", "", over("objective.beta", 0.005, 0.02, 0.1)),
+        tune("unlearn", "unlearn", "", over(LAM, 0.02, 0.05, 0.1)),
         # sigma 5.7 to .24, and 2 to .7
         guide(
             "cfg-interval",
@@ -150,13 +165,13 @@ FAMILY: dict[str, tuple[Method, ...]] = {
         ),
         guide("autoguidance", "guide=edm2-digits", over(GAMMA, 0.5, 1, 2, 4)),
         Method("base", "base", grid=over(GAMMA, 0, *GAMMAS["edm2-digits"]), repeated=False),
-        # the preset's own run, stopped early: random numbers go by image, so these are stages of one run
+        # the preset's own objective, in ever longer runs: random numbers go by image, so each begins like the next
         tune("emergence", "mclr", "", over("train.images", 2_400, 4_800, 9_600, 19_200, 38_400), repeated=False),
     ),
     "var-digits": (
         Method("control", "tune"),
+        guide("cfg", "", over(GAMMA, *GAMMAS["var-digits"])),
         tune("mclr-posterior", "mclr", "contrast=posterior schedule.kind=constant", over(LAM, 0.15, 0.3, 0.6)),
-        tune("mclr-weighted", "mclr", "contrast=weighted schedule.kind=constant", over(LAM, 0.15, 0.3, 0.6)),
         tune("mclr-null", "mclr", "contrast=null schedule.kind=ramp", over(LAM, 0.5, 1, 2)),
         tune("mclr-uniform", "mclr", "contrast=uniform schedule.kind=constant bound=3", over(LAM, 0.3, 0.6, 1)),
         # contrast rows cut short after the second or third of the four scales: 5 or 14 of their 30 tokens
@@ -175,11 +190,11 @@ FAMILY: dict[str, tuple[Method, ...]] = {
             "contrast=null schedule.kind=negative_window schedule.turn=0.9 schedule.below=0.25",
             over(LAM, 0.3, 0.6, 1.2),
         ),
-        tune("unlearn", "unlearn", "", over(LAM, 0.05, 0.1, 0.3)),
-        tune("cc_dpo", "cc_dpo", "", over("objective.beta", 0.02, 0.1, 0.5)),
-        tune("cca", "cca", "", over(RATIO, (0.02, 1), (0.02, 10), (0.02, 50))),
+        tune("mclr-weighted", "mclr", "contrast=weighted schedule.kind=constant", over(LAM, 0.15, 0.3, 0.6)),
+        tune("cca", "cca", "", over(RATIO, (0.1, 1), (0.1, 4), (0.02, 10))),
         tune("ddo", "ddo", "", over(RATIO, (0.02, 1), (0.1, 1), (0.1, 4))),
-        guide("cfg", "", over(GAMMA, *GAMMAS["var-digits"])),
+        tune("cc_dpo", "cc_dpo", "", over("objective.beta", 0.005, 0.02, 0.1)),
+        tune("unlearn", "unlearn", "", over(LAM, 0.05, 0.1, 0.3)),
         # from the second or the third of the four scales on
         guide(
             "cfg-interval",
@@ -199,11 +214,13 @@ FAMILY: dict[str, tuple[Method, ...]] = {
 }
 
 
-class Diverged(Exception):
-    """A fine-tuning whose loss is no longer finite: a result like any other. images: seen until then."""
-
-    def __init__(self, images: int):
-        self.images = images
+@cache
+def decided_by(model: str, objective: str, overrides: Point) -> dict[str, Any]:
+    """All that decides a unit, as its record keeps it: settings without those that change nothing, checksums of weights."""
+    config = flatten(load(model, objective, "digits", "local", list(overrides)))
+    settings = {key: value for key, value in config.items() if key.startswith(DECIDES) or not key.startswith(FREE)}
+    named = {key: settings[key] for key in WEIGHTS if settings.get(key)} | {"judge": JUDGE_WEIGHTS}
+    return {"settings": settings, "weights": {key: sha256(find_weights(name)) for key, name in named.items()}}
 
 
 @dataclass
@@ -214,7 +231,7 @@ class Study:
     """
 
     out: Path
-    store: Path = STORE
+    store: Path
     family: dict[str, tuple[Method, ...]] = field(default_factory=lambda: FAMILY)
     seeds: tuple[int, ...] = SEEDS
     overrides: Point = ()
@@ -232,24 +249,35 @@ class Study:
                 units += [Unit(model, method, seed, None) for seed in self.seeds if method.repeated]
         return units
 
-    def settings(self, unit: Unit, point: Point) -> list[str]:
-        """All that decides a unit, as overrides of its presets."""
+    def overrides_of(self, unit: Unit, point: Point) -> Point:
+        """The unit's settings, beyond its presets."""
         budget = BUDGET[unit.model]
+        generated: Point = ()
+        if unit.method.objective == "ddo":
+            budget -= GENERATED_COST[unit.model]
+            # which samples: where they lie says nothing
+            generated = (f"objective.generated={GENERATED} per condition, seeds from {FIRST_GENERATED}",)
         length = (f"train.images={budget}", f"train.mle_images={budget}", f"train.seed={unit.seed}")
-        return [*length, *unit.method.fixed, *point, *self.overrides]
+        return (*length, *generated, *unit.method.fixed, *point, *self.overrides)
+
+    def decided_by(self, unit: Unit, point: Point) -> dict[str, Any]:
+        return decided_by(unit.model, unit.method.objective, self.overrides_of(unit, point))
 
     def record(self, unit: Unit) -> dict[str, Any] | None:
-        """What is kept of a unit; None where there is nothing, or what there is was made by other settings."""
+        """What is kept of a unit; None where there is nothing, or what there is was decided by other things."""
         point = self.point(unit)
         path = self.store / f"{unit.name}.json"
         if point is None or not path.exists():
             return None
         try:
             record = json.loads(path.read_text())
-            made = record["objective"], record["settings"]
+            made = {key: record[key] for key in ("settings", "weights")}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is no record of a unit ({error}): remove it, and the unit is done again") from error
-        return record if made == (unit.method.objective, self.settings(unit, point)) else None
+        now = self.decided_by(unit, point)
+        # a setting that came or went since did not exist for both
+        same = all(now["settings"].get(key, value) == value for key, value in made["settings"].items())
+        return record if same and made["weights"] == now["weights"] else None
 
     def point(self, unit: Unit) -> Point | None:
         """The unit's point, the best by class-wise FD where it has none of its own.
@@ -295,8 +323,7 @@ class Study:
             if not mine or self.record(unit) is not None:
                 return False
             started = time.perf_counter()
-            record: dict[str, Any] = {"objective": unit.method.objective, "settings": self.settings(unit, point)}
-            record |= {"run": None, "scores": None, "diverged": None}
+            record = self.decided_by(unit, point) | {"run": None, "scores": None, "diverged": None}
             try:
                 if control is not None:
                     with self.claim(control, wait=True):
@@ -305,8 +332,9 @@ class Study:
                     weights, record["run"] = self.tune(unit, point)
                 else:
                     weights = find_weights(str(load(unit.model, "mle", "digits", "local", []).model.weights))
-                record |= self.sample(unit, record["settings"], weights)
-            except Diverged as end:
+                record |= self.sample(unit, point, weights)
+            except NotFinite as end:
+                # a result like any other
                 record["diverged"] = end.images
             if unit.method.objective == "ddo":
                 record["generated"] = self.generated(unit.model)[1]
@@ -343,20 +371,19 @@ class Study:
                 mine = False
             yield mine
 
+    def folder(self, unit: Unit, point: Point) -> Path:
+        """Of the unit's run: another one for whatever decides it otherwise."""
+        decided = json.dumps(self.decided_by(unit, point), sort_keys=True).encode()
+        run = f"run{unit.seed}-{hashlib.sha256(decided).hexdigest()[:8]}"
+        return self.out / f"{unit.model}/{unit.method.name}{brief(point)}-{run}"
+
     def tune(self, unit: Unit, point: Point) -> tuple[Path, dict[str, Any]]:
-        """(weights, what they cost) of a unit's run, which begins, goes on or is found finished. Raises Diverged."""
-        folder = self.out / f"{unit.model}/{unit.method.name}{brief(point)}-run{unit.seed}"
-        arguments = ["--objective", unit.method.objective, *self.settings(unit, point)]
+        """(weights, what they cost) of a unit's run, which begins, goes on or is found finished. Raises NotFinite."""
+        folder = self.folder(unit, point)
+        arguments = ["--objective", unit.method.objective, *self.overrides_of(unit, point)]
         if unit.method.objective == "ddo":
             arguments.append(f"objective.generated={self.generated(unit.model)[0]}")
-        try:
-            last = fine_tune(folder, unit.model, arguments)
-        except UserError as error:
-            # the loop's own words; its checkpoint stays as it was
-            infinite = re.match(r"\w+ is (?:nan|-?inf) at (\d+) images", str(error))
-            if infinite is None:
-                raise
-            raise Diverged(int(infinite[1])) from error
+        last = fine_tune(folder, unit.model, arguments)
         cost = {key: last[key] for key in ("images", "rows", "flops", "mle_images", "posterior_flops", "seconds")}
         return folder / "weights", cost
 
@@ -373,9 +400,9 @@ class Study:
         assert record is not None
         return folder / "dataset", {key: record[key] for key in ("count", "forwards_per_image")}
 
-    def sample(self, unit: Unit, settings: list[str], weights: Path) -> dict[str, Any]:
+    def sample(self, unit: Unit, point: Point, weights: Path) -> dict[str, Any]:
         """Scores of 1,797 samples, and one picture per condition (PNG, ten across), the same seeds for all units of a model."""
-        chosen = [setting for setting in settings if setting.startswith("sample.")]
+        chosen = [setting for setting in self.overrides_of(unit, point) if setting.startswith("sample.")]
         arm = Arm(load(unit.model, "mle", "digits", "local", chosen), weights)
         pictures = image_grid(arm.pictures(1).numpy(), 1, 10, 1)
         return {"scores": arm.judged(self.judge, unit.seed), "pictures": base64.b64encode(pictures).decode()}
@@ -391,9 +418,15 @@ class Study:
         return rows
 
 
+def store_of(out: Path) -> Path:
+    """Where records are kept: beside the source, which is how they are published; an installed package is no place to write to."""
+    package = Path(mclr.__file__).parent
+    return package / "family" if (package.parent / "pyproject.toml").exists() else out / "records"
+
+
 def report(out: Path, only: str, markdown: bool) -> None:
     """Do what is missing of the study, then write its tables and figures. markdown: print the tables alone, of what is there."""
-    study = Study(out)
+    study = Study(out, store_of(out))
     if not markdown:
         study.run(only)
     rows = {model: study.rows(model) for model in study.family}

@@ -1,4 +1,4 @@
-"""train/icr.py: the views, what is read of the network, when ICR has turned; and a monitored run, which the monitor leaves as it was."""
+"""train/monitor.py: the views, what is read of the network and when; and a monitored run, which the monitor leaves as it was."""
 
 import json
 import subprocess
@@ -12,9 +12,11 @@ from ranks import tiny
 from safetensors.torch import load_file
 from test_run import RUN, environment, launcher
 
+from configs.schema import load
 from mclr.likelihood import Draws
 from models.edm2 import EDM2, EDM2Config
 from train import icr
+from train.build import build_networks, build_task, open_source
 from train.cli import main
 from train.data import load_split, open_dataset, permutation
 from train.encoders import RGB, from_uint8
@@ -23,7 +25,15 @@ from train.sample import image_paths, read_images
 from train.weights import load_net
 
 BATCH, STEPS = 8, 6
-TINY = [word for word in tiny("edm2-digits", None) if not word.startswith("objective")] + ["model.net.dropout=0.2"]
+READ = {"mle_loss", "mle_loss_val", "icr", "icr_val"}
+
+
+def small(model, tokenizer=None):
+    dropout = "model.net.dropout=0.2" if model == "edm2-digits" else "model.net.drop_path=0.2"
+    return [word for word in tiny(model, tokenizer) if not word.startswith("objective")] + [dropout]
+
+
+TINY = small("edm2-digits")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +47,7 @@ def few_pairs(monkeypatch):
 
 
 def test_a_view_is_one_of_nine_shifts_of_a_digit(images):
-    image_BCHW = images["icr"].images(list(range(64)))
+    image_BCHW = images["train"].images(list(range(64)))
     shifted = torch.nn.functional.pad(from_uint8(image_BCHW), (1, 1, 1, 1), mode="replicate")
     nine = torch.stack([shifted[..., y : y + 8, x : x + 8] for y in range(3) for x in range(3)])
     views = icr.view(image_BCHW, Draws(0, list(range(64))), flip=False)
@@ -47,7 +57,7 @@ def test_a_view_is_one_of_nine_shifts_of_a_digit(images):
 
 
 def test_features_are_the_mean_of_the_middle_block_under_noise_and_no_condition(images):
-    net, x_BCHW = load_net("edm2-digits", "edm2"), from_uint8(images["icr"].images([0, 1, 2]))
+    net, x_BCHW = load_net("edm2-digits", "edm2"), from_uint8(images["train"].images([0, 1, 2]))
     h_BD = icr.features(net, x_BCHW, Draws(0, [0, 1, 2]))
     noisy_BCHW = x_BCHW + 0.29 * Draws(0, [0, 1, 2]).normal(1, 8, 8)
     seen = []
@@ -86,7 +96,7 @@ def test_a_reading_repeats_itself_and_disturbs_nothing(images, few_pairs):
 
 def test_noise_contaminates(images, monkeypatch):
     """Of the bundled network on held-out digits: the noisier the views, the less they share."""
-    net, held_out = load_net("edm2-digits", "edm2"), {"icr_val": images["icr_val"]}
+    net, held_out = load_net("edm2-digits", "edm2"), {"val": images["val"]}
     monkeypatch.setattr(icr, "PAIRS", 192)
     found = []
     for sigma in (0.05, 0.29, 1.0, 20.0):
@@ -95,20 +105,60 @@ def test_noise_contaminates(images, monkeypatch):
     assert found == sorted(found) and found[0] < 0.6 < found[2] and 0.9 < found[3] < 1.1
 
 
+@pytest.mark.parametrize("model", ["edm2-digits", "var-digits"])
+def test_the_loss_is_that_of_mle_under_the_images_own_conditions(model, digits, tokenizer, few_pairs):
+    task = build(model, digits, tokenizer)
+    found = icr.mle_loss(task, icr.open_images(task.source.info))
+    assert found.keys() == {"mle_loss", "mle_loss_val"} and found == icr.mle_loss(task, icr.open_images(task.source.info))
+    net, info, losses = task.engine.net.eval(), task.source.info, {}
+    for name, split in (("mle_loss", "train"), ("mle_loss_val", "val")):
+        image_NCHW, c_N = load_split(digits, split)
+        chosen = permutation(0, 0, len(c_N))[:64].copy()
+        x = task.encoder.encode(from_uint8(image_NCHW[chosen]))
+        probe = task.paradigm.probe(x, Draws(icr.LOSS, list(range(64))))
+        with torch.no_grad():
+            prediction = task.paradigm.predict(net, probe, torch.arange(64), c_N[chosen])
+            own = task.paradigm.log_likelihood(prediction, probe, torch.arange(64))
+        losses[name] = (own.aux_R - own.value_RT.mean(1)).mean().item()
+    assert found == pytest.approx(losses, rel=1e-5) and info.splits["val"].count >= 64
+
+
+def build(model, digits, tokenizer, *overrides):
+    config = load(model, "mle", "digits", "local", [*small(model, tokenizer), f"data.path={digits}", *overrides])
+    device = torch.device("cpu")
+    return build_task(config, open_source(config), build_networks(config, device), device, config.train.batch)
+
+
 @pytest.mark.parametrize(
-    ("readings", "expected"),
+    ("every", "period", "due"),
     [
-        ([], None),
-        ([5.0, 4.0, 3.0, 3.2, 3.2, 3.2, 3.2], None),  # less than a tenth above
-        ([5.0, 4.0, 3.0, 3.4, 3.4], None),  # two in a row
-        ([5.0, 4.0, 3.0, 3.4, 3.4, 3.2, 3.4], None),  # interrupted
-        ([5.0, 4.0, 3.0, 3.4, 3.4, 3.2, 3.4, 3.4, 3.4], 3),
-        ([5.0, 4.0, 3.0, 3.4, 3.4, 3.4, 1.0], 3),  # what comes later does not matter
-        ([3.0, 3.4, 3.4, 2.9, 3.3, 3.3, 3.3], 4),  # a new minimum begins anew
+        (20, 10, [20, 40, 60]),
+        (5, 10, [10, 20, 30, 40, 50, 60, 65]),  # 65: the last line, off the grid
+        (25, 10, [30, 50]),
     ],
 )
-def test_when_it_has_turned(readings, expected):
-    assert icr.turned(list(enumerate(readings, start=1))) == expected
+def test_a_reading_is_due_once_every_so_many_images(every, period, due, digits, tokenizer, monkeypatch):
+    """Decided by the images seen alone, so that a resumed run reads where an uninterrupted one does."""
+    monkeypatch.setattr(icr, "mle_loss", lambda task, images: {"mle_loss": 1.0})
+    monitor = icr.Monitor(build("var-digits", digits, tokenizer), every, period)
+    assert [images for images in (10, 20, 30, 40, 50, 60, 65) if monitor.read(images)] == due
+
+
+def test_without_a_null_condition_or_of_tokens_there_is_no_icr(digits, tokenizer, few_pairs):
+    diffusion = build("edm2-digits", digits, tokenizer)
+    assert icr.Monitor(diffusion, 8, 8).read(8).keys() == READ
+    for task in (build("edm2-digits", digits, tokenizer, "train.drop_condition=0.0"), build("var-digits", digits, tokenizer)):
+        assert icr.Monitor(task, 8, 8).read(8).keys() == {"mle_loss", "mle_loss_val"}
+
+
+def test_features_that_cannot_be_read_end_no_run(digits, tokenizer, few_pairs, monkeypatch, capsys):
+    monkeypatch.setattr(icr, "features", lambda net, x_BCHW, draws: torch.ones(len(x_BCHW), 4))
+    found = icr.Monitor(build("edm2-digits", digits, tokenizer), 8, 8).read(8)
+    assert found.keys() == {"mle_loss", "mle_loss_val"}
+    assert capsys.readouterr().out == (
+        "at 8 images no ICR of the train images (the two views of the images do not differ in some direction of feature space): "
+        "leave it out, or train longer\n"
+    )
 
 
 @pytest.fixture
@@ -146,44 +196,16 @@ def same_weights(run, other):
 
 
 def test_a_monitored_run_learns_what_it_would_have_learned(start):
-    plain, monitored = start("plain", STEPS), start("monitored", STEPS, f"train.icr_every={2 * BATCH}")
-    assert same_weights(plain, monitored)
+    plain, monitored = start("plain", STEPS), start("monitored", STEPS, f"train.monitor_every={2 * BATCH}")
+    for steps in (3, STEPS):
+        resumed = start("resumed", steps, f"train.monitor_every={2 * BATCH}")
+    assert same_weights(plain, monitored) and same_weights(plain, resumed)
+    assert [{k: line.get(k) for k in READ} for line in lines(resumed)] == [
+        {k: line.get(k) for k in READ} for line in lines(monitored)
+    ]
     for i, (without, line) in enumerate(zip(lines(plain), lines(monitored), strict=True), start=1):
-        assert line.keys() - without.keys() == ({"icr", "icr_val"} if i % 2 == 0 else set())
+        assert line.keys() - without.keys() == (READ if i % 2 == 0 else set())
         assert {k: line[k] for k in without if k != "seconds"} == {k: v for k, v in without.items() if k != "seconds"}
-
-
-def test_a_turn_is_told_once_also_by_a_run_that_was_resumed(start, monkeypatch, capsys):
-    curve = dict(zip([8, 16, 24, 32, 40, 48, 56], [0.5, 0.4, 0.5, 0.5, 0.5, 0.5, 0.3], strict=True))
-    taken = []
-
-    def measure(net, encoder, images, flip):
-        taken.append(len(taken))
-        return {"icr": list(curve.values())[taken[-1] % len(curve)]}
-
-    monkeypatch.setattr(icr, "measure", measure)
-    whole = start("whole", len(curve), f"train.icr_every={BATCH}")
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ICR")]
-    assert told == [
-        "ICR on the training images was lowest at 16 images (0.400), it is 0.500 at 40: "
-        "the network may begin to memorise them; compare its samples with them"
-    ]
-    assert {line["images"]: line["icr"] for line in lines(whole)} == curve
-    assert {line["images"]: line["icr_turned"] for line in lines(whole) if "icr_turned" in line} == {40: 16}
-    for steps in (4, 6, len(curve)):
-        start("parts", steps, f"train.icr_every={BATCH}")
-    assert sum(line.startswith("ICR") for line in capsys.readouterr().out.splitlines()) == 1
-    assert [{k: v for k, v in line.items() if k != "seconds"} for line in lines(whole)] == [
-        {k: v for k, v in line.items() if k != "seconds"} for line in lines(whole.with_name("parts"))
-    ]
-
-
-def test_tokens_have_no_noised_views(tokenizer, digits, tmp_path, capsys):
-    argv = ["--model", "var-digits", "--data", str(digits), "--out", str(tmp_path / "run"), *tiny("var-digits", tokenizer)]
-    assert main(["train", *argv, "train.icr_every=64"]) == 2
-    assert capsys.readouterr().err == (
-        "error: train.icr_every=64 needs a diffusion model: ICR compares noised views, tokens have none\n"
-    )
 
 
 def test_evaluate_reads_the_icr_of_a_run(start, digits, capsys, tmp_path):
@@ -209,7 +231,7 @@ def test_ranks_read_what_one_process_reads(start, digits, monkeypatch):
         f"train.batch={BATCH}",
         f"train.images={2 * BATCH}",
         "train.log_every=1",
-        f"train.icr_every={BATCH}",
+        f"train.monitor_every={BATCH}",
         "model.net.dropout=0.0",
     ]
     ran = subprocess.run(
@@ -217,9 +239,9 @@ def test_ranks_read_what_one_process_reads(start, digits, monkeypatch):
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     monkeypatch.setattr(icr, "PAIRS", 640)  # as it is in the ranks
-    start("alone", 2, f"train.icr_every={BATCH}", "model.net.dropout=0.0")
+    start("alone", 2, f"train.monitor_every={BATCH}", "model.net.dropout=0.0")
     ranks, alone = (lines(Path(name)) for name in ("ranks", "alone"))
-    for name in ("icr", "icr_val", "loss"):
+    for name in (*READ, "loss"):
         assert [line[name] for line in ranks] == pytest.approx([line[name] for line in alone], rel=1e-4)
 
 
@@ -245,18 +267,26 @@ def memorised(run, data):
 
 @pytest.mark.slow
 def test_what_it_sees_of_a_run_that_memorises_and_of_one_that_does_not(few, digits, tmp_path, monkeypatch):
-    """edm2-digits from scratch on 64 and on 1,500 images, 1,000 steps: both readings turn up a little, and neither is flagged.
+    """edm2-digits from scratch on 64 and on 1,500 images, 1,000 steps: the held-out loss turns up in the one alone.
 
-    A limit of the method at this size, not a promise: mclr/EXPERIMENTS.md. Held-out loss does tell the two apart.
+    ICR turns up a little in both: a limit of the method at this size, mclr/EXPERIMENTS.md.
     """
     monkeypatch.chdir(tmp_path)
     recipe = ["--objective", "mle", "--init", "none", "--engine", "local", "train.images=64000", "train.warmup_images=3200"]
+    read = {}
     for name, data in (("few", few), ("many", digits)):
-        argv = ["train", "--model", "edm2-digits", "--data", str(data), "--out", name, *recipe, "train.icr_every=6400"]
+        argv = ["train", "--model", "edm2-digits", "--data", str(data), "--out", name, *recipe, "train.monitor_every=6400"]
         assert main(argv) == 0
+        readings = [line for line in lines(tmp_path / name) if "icr" in line]
+        read[name] = {column: [line[column] for line in readings] for column in READ}
+        assert len(readings) == 10
     share = {name: memorised(tmp_path / name, data) for name, data in (("few", few), ("many", digits))}
     assert share["few"] > 0.05 and share["many"] < 0.01
-    for name in share:
-        curve = [line["icr"] for line in lines(tmp_path / name) if "icr" in line]
-        assert len(curve) == 10 and not any("icr_turned" in line for line in lines(tmp_path / name))
-        assert 1.03 < curve[-1] / min(curve) < 1.1 and curve.index(min(curve)) < 3
+    for curves in read.values():
+        # with every reading the training images are known better
+        assert curves["mle_loss"] == sorted(curves["mle_loss"], reverse=True)
+        assert 1.03 < curves["icr"][-1] / min(curves["icr"]) < 1.1 and curves["icr"].index(min(curves["icr"])) < 3
+    held_out = read["few"]["mle_loss_val"]
+    assert held_out.index(min(held_out)) < 3 and held_out[-1] > 2 * min(held_out)
+    held_out = read["many"]["mle_loss_val"]
+    assert held_out[-1] == min(held_out)
