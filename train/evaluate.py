@@ -17,7 +17,7 @@ from mclr.errors import UserError
 from mclr.metrics import class_accuracy, class_frechet_distance, density_coverage, frechet_distance, precision_recall
 from models.edm2 import EDM2
 from models.features import ImageClassifier
-from train import icr
+from train import monitor
 from train.build import build_encoder
 from train.cli import Parser, run
 from train.data import DatasetInfo, SplitReader, permutation
@@ -174,8 +174,8 @@ def evaluate(source: Path, data: str | None, judge_name: str | None, real: str, 
     if with_icr:
         net = load_net(str(weights), "edm2").to(device)
         assert isinstance(net, EDM2)
-        contamination = icr.measure(net, build_encoder(config, device), icr.open_images(info), config.data.flip)
-        result["icr"] = contamination | {"sigma": icr.SIGMA, "pairs": icr.PAIRS}
+        contamination = monitor.measure(net, build_encoder(config, device), monitor.open_images(info), config.data.flip)
+        result["icr"] = contamination | {"sigma": monitor.SIGMA, "pairs": monitor.PAIRS}
     path = source.with_name(f"{source.stem}-evaluation.json") if source.is_file() else source / "evaluation.json"
     write_json(path, result)
     print(_table(result))
