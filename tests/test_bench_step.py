@@ -26,6 +26,15 @@ def test_the_table_says_what_each_objective_costs(model, digits, tokenizer, caps
     assert run(train.bench_step.main, ["--model", model, "--rounds", "1", *settings]) == 0
     out = capsys.readouterr().out
     assert all(f"| {arm} |" in out for arm in train.bench_step.ARMS) and "| mle |" in out and "1.00" in out
+    assert ("| sigma from |" in out) == (model == "edm2-digits")
+
+
+def test_contrast_rows_are_computed_where_the_noise_hides_the_class(digits, monkeypatch):
+    task, batch, _ = train.bench_step.build("edm2-digits", "mclr posterior", [f"data.path={digits}", "train.drop_condition=0.0"])
+    bands = train.bench_step.computed_shares(task, batch, batches=4)
+    assert [low for low, _, _ in bands] == list(train.bench_step.BANDS)
+    assert sum(share for _, share, _ in bands) == pytest.approx(1)
+    assert bands[0][2] < 0.05 and bands[-1][2] > 0.7
 
 
 @pytest.mark.parametrize(("argv", "says"), [(["--rounds", "0"], "--rounds 0"), (["--model", "edm2"], "unknown model edm2")])

@@ -6,11 +6,13 @@ All arms run in one process and take turns, so that a slow minute of the machine
 import statistics
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 from configs.schema import load
+from mclr.posterior import NoisyPosterior
 from train.build import build_networks, build_task, open_source
 from train.cli import Parser, run
 from train.loop import Progress, add_up, count_compute, forward_flops, rows_of
@@ -31,6 +33,7 @@ ARMS = {
     "cca": ("cca", ()),
 }
 WARM_UP = 2
+BANDS = (0.0, 0.15, 0.3, 0.5, 0.8, 1.25, 2.0, 3.5)  # of sigma
 
 
 def build(model: str, arm: str, overrides: list[str]) -> tuple[Task, int, float]:
@@ -63,6 +66,26 @@ def measure(model: str, rounds: int, overrides: list[str]) -> dict[str, dict[str
     return found
 
 
+@torch.no_grad()
+def computed_shares(task: Task, batch: int, batches: int = 20) -> list[tuple[float, float, float]]:
+    """(lowest sigma, share of all samples, share of these whose contrast row is computed) of each band of noise levels.
+
+    task: of diffusion with the contrast `posterior`, whose draw is mostly the condition itself where the image is still clear.
+    """
+    seen = []
+    for first in range(0, batches * batch, batch):
+        x_P, c_P, true_c_P, draws = task.samples(first, batch)
+        probe = task.paradigm.probe(x_P, draws)
+        assert isinstance(task.posterior, NoisyPosterior)
+        rows = task.objective.rows(probe, c_P, task.null, draws, task.posterior(probe, true_c_P)[0])
+        computed_B = rows.contrast_BT[:, 0] != rows.index_R[: len(c_P)]
+        seen.append(torch.stack([probe.inputs["sigma"], computed_B.float()]))
+    sigma, computed = torch.cat(seen, 1)
+    edges = [*BANDS, float("inf")]
+    bands = [(low, (sigma >= low) & (sigma < high)) for low, high in pairwise(edges)]
+    return [(low, band.float().mean().item(), computed[band].mean().item()) for low, band in bands if band.any()]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("python -m train.bench_step", description=__doc__, epilog="example: python -m train.bench_step --rounds 20")
     parser.add_argument("--model", default="edm2-digits,var-digits", help="presets, separated by commas (default: %(default)s)")
@@ -79,6 +102,11 @@ def main(argv: list[str] | None = None) -> int:
             ratio = values["median"] / found["mle"]["median"]
             spread = f"{values['median']:.0f} ({values['fastest']:.0f}, {values['slowest']:.0f})"
             print(f"| {arm} | {spread} | {ratio:.2f} | {values['work']:.2f} |")
+        task, batch, _ = build(model, "mclr posterior", args.overrides)
+        if isinstance(task.posterior, NoisyPosterior):
+            print("\n| sigma from | share of samples | of these with a contrast row |\n| --- | ---: | ---: |")
+            for low, share, computed in computed_shares(task, batch):
+                print(f"| {low:g} | {share:.3f} | {computed:.3f} |")
         print(flush=True)
     return 0
 
