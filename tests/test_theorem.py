@@ -1,4 +1,4 @@
-"""The theorem: the optimum of every form of the objective is the guided model. At points exactly, by enumeration, and by training.
+"""The theorem: the optimum of every contrast of mclr, against the guided model. At points exactly, by enumeration, and by training.
 
 P noisy points, each met with every condition, every c~, and two values of x that have the mean and the variance of x given the
 point: so an expectation of the loss is a finite sum over B samples, exact because the loss is quadratic in x. R scored rows;

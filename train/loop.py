@@ -92,7 +92,9 @@ def train(
             # dropout draws from torch's global generator: keyed by the step, so that a resumed run repeats it
             torch.manual_seed(((settings.seed * 1_000_003 + progress.images) * 1_021 + rank) % 2**63)
             first = progress.images + rank * share
-            task.source.prefetch(range(first + settings.batch, first + settings.batch + share))
+            for source in (task.source, task.generated):
+                if source is not None:
+                    source.prefetch(range(first + settings.batch, first + settings.batch + share))
             warmup = min(1.0, (progress.images + settings.batch) / max(settings.warmup_images, 1))
             positions = range(first, first + share)
             metrics = train_step(task, positions, micro_batch, settings.lr * warmup, lambda: interrupt.agreed(task.device))
