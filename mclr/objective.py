@@ -29,8 +29,8 @@ Where c~ = c the two terms of mclr cancel row by row, so the row of c~ is not co
 |           | else uniform (for balanced classes what a | weight 1 (w = -1 marks it)                                               |
 |           | rolled batch gives in the published code) |                                                                          |
 
-Optima of mclr: tests/test_theorem.py. `bound` m (tokens, label contrasts of mclr) acts on the contrast alone: v- becomes max(v-, sg(v+) - m),
-which leaves the matched gradient whole where the ratio already exceeds m nats. At a prefix the optimum is then
+Optima of mclr: tests/test_theorem.py. `bound` m (tokens, label contrasts of mclr) acts on the contrast alone: v- becomes
+max(v-, sg(v+) - m), which leaves the matched gradient whole where the ratio already exceeds m nats. At a prefix the optimum is then
 q_c(v) ~ (1 + lam) p_c(v) - lam sum_k s(c,k) p_k(v) over the k with q_k(v) < e^m q_c(v), resting at q_c(v) = e^-m q_k(v) where neither
 side of that jump has a solution; s(c,k) = p(k|prefix) for weighted and posterior, p(k|prefix) / (p(c|prefix) (K-1)), k != c, for
 uniform: additive, without the negatives already m nats less likely than under their own condition (derived).
