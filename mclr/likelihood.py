@@ -139,8 +139,9 @@ def score(paradigm: Paradigm, net: Net, probe: Probe, rows: Rows, null: int, ref
                 guide[guided_R, : null_pred.shape[1]] = null_pred
         own = paradigm.log_likelihood(prediction, probe, index_R, mixed=mix(pred, guide, rows.mix_BT))
         return Scores(own.value_RT, own.aux_R)
-    (batch, all_terms), terms = rows.lam_BT.shape, rows.terms
-    if reference is None and len(index_R) > batch and 0 < terms < all_terms:
+    batch, all_terms = rows.lam_BT.shape
+    # rows.terms waits for a GPU: not where nothing can be cut short
+    if reference is None and len(index_R) > batch and all_terms > 1 and 0 < (terms := rows.terms) < all_terms:
         matched, others = index_R[:batch], index_R[batch:]
         own = paradigm.log_likelihood(paradigm.predict(net, probe, matched, c_R[:batch]), probe, matched)
         short = paradigm.log_likelihood(paradigm.predict(net, probe, others, c_R[batch:], terms), probe, others)

@@ -11,7 +11,7 @@ import train.prepare
 from mclr.errors import UserError
 from train.cli import run
 from train.data import load_split, open_dataset
-from train.prepare import center_crop, main, prepare_digits, prepare_images
+from train.prepare import center_crop, main, open_or_prepare, prepare_digits, prepare_images
 
 COLORS = {"blue": (10, 20, 200), "green": (20, 180, 30), "red": (210, 15, 25)}
 
@@ -238,3 +238,15 @@ def test_help_shows_an_example(argv, capsys):
     with pytest.raises(SystemExit) as leave:
         main(argv)
     assert leave.value.code == 0 and "example: mclr prepare" in capsys.readouterr().out
+
+
+def test_two_processes_may_prepare_the_digits_at_once(tmp_path, monkeypatch):
+    def overtaken(path):
+        prepare_digits(path)
+        raise UserError(f"cannot write {path} (Directory not empty)")
+
+    monkeypatch.setattr(train.prepare, "prepare_digits", overtaken)
+    assert open_or_prepare("digits", tmp_path / "digits").splits["train"].count == 1500
+    monkeypatch.setattr(train.prepare, "prepare_digits", lambda path: overtaken(path / "elsewhere"))
+    with pytest.raises(UserError, match="not empty"):
+        open_or_prepare("digits", tmp_path / "others")

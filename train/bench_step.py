@@ -102,8 +102,8 @@ def main(argv: list[str] | None = None) -> int:
             ratio = values["median"] / found["mle"]["median"]
             spread = f"{values['median']:.0f} ({values['fastest']:.0f}, {values['slowest']:.0f})"
             print(f"| {arm} | {spread} | {ratio:.2f} | {values['work']:.2f} |")
-        task, batch, _ = build(model, "mclr posterior", args.overrides)
-        if isinstance(task.posterior, NoisyPosterior):
+        if load(model, "mle", "digits", "local", args.overrides).model.paradigm == "diffusion":
+            task, batch, _ = build(model, "mclr posterior", args.overrides)
             print("\n| sigma from | share of samples | of these with a contrast row |\n| --- | ---: | ---: |")
             for low, share, computed in computed_shares(task, batch):
                 print(f"| {low:g} | {share:.3f} | {computed:.3f} |")

@@ -43,6 +43,11 @@ def from_uint8(image_BCHW: Tensor) -> Tensor:
     return image_BCHW.float() / 127.5 - 1
 
 
+def mirrored(image_BCHW: Tensor, flip_B: Tensor) -> Tensor:
+    """The images, those with flip_B left to right."""
+    return torch.where(flip_B[:, None, None, None], image_BCHW.flip(-1), image_BCHW)
+
+
 def to_uint8(image_BCHW: Tensor) -> Tensor:
     """[-1, 1] -> uint8 by round(127.5 x + 127.5), half to even: the inverse of from_uint8 on every u."""
     return (image_BCHW.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)

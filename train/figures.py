@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mclr.errors import UserError
-from train.files import write_file
+from train.files import in_memory, write_file
 from train.report import INK, score_cell
-from train.tour import gap_closed
+from train.tour import gap_closed, mean_std
 
 Record = dict[str, Any]  # what study.py keeps of a unit
 
@@ -101,16 +101,10 @@ def write_family(rows: dict[str, list[Row]], out: Path) -> Path:
     for model, of_model in rows.items():
         for name, figure in (("family", curves_figure(model, of_model)), ("emergence", emergence_figure(model, of_model))):
             if figure is not None:
-                write_file(out / "figures" / f"{model}-{name}.png", png(figure))
-    write_file(out / "figures" / "forwards.png", png(forwards_figure(rows)))
+                write_file(out / "figures" / f"{model}-{name}.png", in_memory(figure.savefig, format="png"))
+    write_file(out / "figures" / "forwards.png", in_memory(forwards_figure(rows).savefig, format="png"))
     write_file(out / "family.md", (markdown_tables(rows) + "\n").encode())
     return out / "family.md"
-
-
-def png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
 
 
 def gap(rows: list[Row], row: Row) -> float | dict[str, float] | None:
@@ -126,13 +120,6 @@ def gap(rows: list[Row], row: Row) -> float | dict[str, float] | None:
     if share is None or len(known) < max(len(seeds), 2):
         return share
     return {"mean": share, "std": statistics.stdev(known)}
-
-
-def mean_std(values: list[float]) -> float | dict[str, float] | None:
-    """As the cells of report.py take it; None where there are no values."""
-    if len(values) < 2:
-        return values[0] if values else None
-    return {"mean": statistics.mean(values), "std": statistics.stdev(values)}
 
 
 def markdown_tables(rows: dict[str, list[Row]]) -> str:

@@ -1,14 +1,16 @@
 """Files and folders that appear whole or not at all: written under a temporary name beside the target, then renamed."""
 
 import errno
+import fcntl
+import io
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mclr.errors import UserError
 
@@ -32,6 +34,26 @@ def write_file(path: str | Path, data: bytes) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def in_memory(write: Callable[..., Any], **options: Any) -> bytes:
+    """What `write(file, **options)` puts into a file."""
+    buffer = io.BytesIO()
+    write(buffer, **options)
+    return buffer.getvalue()
+
+
+def lock(path: Path, wait: bool = False) -> tuple[IO[str], bool]:
+    """(the file at `path`, made where it is missing and open to be read and appended to; whether its lock is ours until it is closed).
+
+    wait: for another process that has it. Raises OSError when the file cannot be opened.
+    """
+    file = open(path, "a+")  # noqa: SIM115 (the caller closes it)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return file, False
+    return file, True
 
 
 def write_json(path: str | Path, obj: Any) -> None:

@@ -1,6 +1,5 @@
 """The run folder: its lock, its settings, its metrics."""
 
-import fcntl
 import json
 import os
 import shutil
@@ -9,7 +8,7 @@ from typing import Any
 
 from configs.schema import FILE, RunConfig, dump, flatten, load_resolved
 from mclr.errors import UserError
-from train.files import write_file, write_json
+from train.files import lock, write_file, write_json
 
 # may change between one start and the next: they do not decide what is learned
 FREE = (
@@ -41,16 +40,14 @@ class RunFolder:
             _refuse_other(path, config, inputs)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self.lock = open(path / "lock", "a+")  # noqa: SIM115 (held until close)
+            self.lock, mine = lock(path / "lock")
         except OSError as error:
             raise UserError(f"cannot write the run folder {path} ({error.strerror}): choose another with --out") from error
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not mine:
             self.lock.seek(0)
             holder = self.lock.read().strip()
             self.lock.close()
-            raise UserError(f"run folder {path} is held by process {holder}: wait for it, or choose another with --out") from None
+            raise UserError(f"run folder {path} is held by process {holder}: wait for it, or choose another with --out")
         self.lock.truncate(0)
         self.lock.write(str(os.getpid()))
         self.lock.flush()

@@ -19,7 +19,7 @@ from mclr.metrics import icr
 from mclr.objective import Objective
 from models.edm2 import EDM2
 from train.data import Batch, DatasetInfo, SplitReader, permutation
-from train.encoders import Encoder, from_uint8
+from train.encoders import Encoder, from_uint8, mirrored
 from train.step import Task
 
 SIGMA = 0.29  # noise of a view; the paper's choice
@@ -39,7 +39,7 @@ def view(image_BCHW: Tensor, draws: Draws, flip: bool) -> Tensor:
     most, side = image_BCHW.shape[-1] // 8, image_BCHW.shape[-1]
     image_BCHW = from_uint8(image_BCHW)
     if flip:
-        image_BCHW = torch.where(draws.uniform()[:, None, None, None] < 0.5, image_BCHW.flip(-1), image_BCHW)
+        image_BCHW = mirrored(image_BCHW, draws.uniform() < 0.5)
     padded_BCHW = F.pad(image_BCHW, (most, most, most, most), mode="replicate")
     corner_B2 = (draws.uniform(2) * (2 * most + 1)).long().tolist()
     return torch.stack([x_CHW[:, y : y + side, x : x + side] for x_CHW, (y, x) in zip(padded_BCHW, corner_B2, strict=True)])
@@ -94,8 +94,7 @@ def mle_loss(task: Task, images: dict[str, SplitReader]) -> dict[str, float]:
         losses = []
         for positions, batch in _fixed(reader):
             draws = Draws(LOSS, list(positions), task.device)
-            unflipped_B = torch.zeros(len(positions), dtype=torch.bool, device=task.device)
-            probe = task.paradigm.probe(task.encode(batch, unflipped_B), draws)
+            probe = task.paradigm.probe(task.encode(batch), draws)
             rows = mle.rows(probe, batch.c_B.to(task.device), task.null, draws, None)
             losses.append(mle(score(task.paradigm, net.forward, probe, rows, task.null), rows)[0])
         found[NAMES[split].format("mle_loss")] = torch.cat(losses).mean().item()

@@ -5,7 +5,6 @@ A shard is a tar file in webdataset's format: every sample is KEY.png and KEY.cl
 
 import argparse
 import hashlib
-import io
 import os
 import sys
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from configs.schema import Data
 from mclr.errors import UserError
 from train.cli import Parser, run
 from train.data import TOKENS, DatasetInfo, SplitReader, open_dataset, permutation
-from train.files import new_folder, write_file, write_json
+from train.files import in_memory, new_folder, write_file, write_json
 from train.shards import Shard
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -71,7 +70,14 @@ def prepare_digits(out: str | Path) -> DatasetInfo:
 
 def open_or_prepare(name: str, path: str | Path) -> DatasetInfo:
     """The dataset folder at `path`; the digits are prepared there on first use."""
-    return prepare_digits(path) if name == "digits" and not Path(path).exists() else open_dataset(path)
+    if name == "digits" and not Path(path).exists():
+        try:
+            return prepare_digits(path)
+        except UserError:
+            # unless another process has prepared them meanwhile
+            if not Path(path, "dataset.json").exists():
+                raise
+    return open_dataset(path)
 
 
 def prepare_images(
@@ -150,9 +156,7 @@ def prepare_samples(
     }
     data_NL = b""
     if tokens:
-        buffer = io.BytesIO()
-        np.save(buffer, np.stack([np.load(path, allow_pickle=False) for path in tokens]))
-        data_NL = buffer.getvalue()
+        data_NL = in_memory(np.save, arr=np.stack([np.load(path, allow_pickle=False) for path in tokens]))
         header["tokens"] = hashlib.sha256(data_NL).hexdigest()
     if info := _existing(out, header):
         return info
@@ -299,9 +303,7 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
+    return in_memory(image.save, format="PNG")
 
 
 def _progress(items: list, split: str) -> tqdm:

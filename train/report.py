@@ -6,11 +6,10 @@ control, cfg, mclr), gap_closed, sweep, compute and grids. What a tour does not 
 """
 
 import base64
-import io
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -24,7 +23,7 @@ from PIL import Image
 
 from mclr.errors import UserError
 from train.cli import Parser, run
-from train.files import write_file
+from train.files import in_memory, write_file
 
 # Row -> its name in the tables; its weight, where it has one: key in results.json and symbol.
 ROWS = {"base": "base", "control": "control (more mle)", "cfg": "control + CFG", "mclr": "MCLR"}
@@ -245,7 +244,7 @@ def curves_figure(name: str, paradigm: dict[str, Any]) -> bytes | None:
     figure.set_layout_engine("none")
     for axes, curves in panels:
         _place_labels(axes, curves)
-    return _png(figure.savefig, format="png")
+    return in_memory(figure.savefig, format="png")
 
 
 @dataclass(frozen=True)
@@ -364,13 +363,7 @@ def image_grid(images_NCHW: np.ndarray, rows: int, columns: int, scale: int) -> 
     grid = framed_NCHW.reshape(rows, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
     grid_HWC = grid.reshape(rows * height, columns * width, channels)[:-1, :-1]
     picture = Image.fromarray(grid_HWC.repeat(scale, 0).repeat(scale, 1).repeat(3 // channels, 2))
-    return _png(picture.save, format="PNG", optimize=True)
-
-
-def _png(save: Callable[..., Any], **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    save(buffer, **options)
-    return buffer.getvalue()
+    return in_memory(picture.save, format="PNG", optimize=True)
 
 
 def score_cell(value: Any, form: str | None, where: str) -> str:

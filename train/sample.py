@@ -3,7 +3,6 @@
 So neither the number of images nor the order nor a resume changes one. N images of a call; C H W image; L tokens of an image.
 """
 
-import io
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ from mclr.next_scale import NextScale
 from train.build import build_encoder, build_guidance, build_guide, build_net, build_paradigm, schedule_table
 from train.cli import Parser, run
 from train.encoders import Encoder, to_uint8
-from train.files import write_file, write_json
+from train.files import in_memory, write_file, write_json
 from train.loop import progress_bar
 from train.prepare import prepare_samples
 from train.report import image_grid
@@ -236,7 +235,7 @@ def draw(
             here = [s for s in seeds if s in missing]
             for s in here:
                 if keep_tokens:
-                    write_file(token_path(missing[s]), npy(x_N[s - seeds[0]].cpu().numpy()))
+                    write_file(token_path(missing[s]), in_memory(np.save, arr=x_N[s - seeds[0]].cpu().numpy()))
                 write_file(missing[s], png(images_NCHW[s - seeds[0]]))
             # a batch at a time: its images come all at once, and one of them would foretell nothing
             bar.update(len(here))
@@ -348,17 +347,10 @@ def token_path(image: Path) -> Path:
     return image.parent.parent / "tokens" / f"{image.stem}.npy"
 
 
-def npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
-
-
 def png(image_CHW: np.ndarray) -> bytes:
     """PNG file of one uint8 image of one or three channels."""
-    buffer = io.BytesIO()
-    Image.fromarray(image_CHW[0] if len(image_CHW) == 1 else image_CHW.transpose(1, 2, 0)).save(buffer, format="PNG")
-    return buffer.getvalue()
+    image = Image.fromarray(image_CHW[0] if len(image_CHW) == 1 else image_CHW.transpose(1, 2, 0))
+    return in_memory(image.save, format="PNG")
 
 
 def _short(value: Any) -> str:

@@ -11,7 +11,7 @@ from mclr.objective import Objective
 from mclr.posterior import NoisyPosterior, PrefixPosterior, calibration
 from models.blocks import normalize
 from train.data import Batch, Source
-from train.encoders import Encoder, from_uint8
+from train.encoders import Encoder, from_uint8, mirrored
 from train.engine import Engine, Frozen
 
 # where the random numbers of generated samples begin: beyond all positions of training
@@ -53,21 +53,23 @@ class Task:
             keys += [GENERATED + position for position in keys]
             batches.append(self.generated.batch(first, count))
         draws = Draws(self.seed, keys, self.device)
-        flip_P = draws.uniform() < 0.5 if self.flip else torch.zeros(len(keys), dtype=torch.bool, device=self.device)
-        x_P = torch.cat([self.encode(*each) for each in zip(batches, flip_P.split(count), strict=True)])
+        flips = (draws.uniform() < 0.5).split(count) if self.flip else [None] * len(batches)
+        x_P = torch.cat([self.encode(*each) for each in zip(batches, flips, strict=True)])
         true_c_P = torch.cat([batch.c_B for batch in batches]).to(self.device)
         dropped_P = draws.uniform() < self.drop_condition
         # a generated sample keeps the condition it was drawn for
         dropped_P[count:] = False
         return x_P, torch.where(dropped_P, self.null, true_c_P), true_c_P, draws
 
-    def encode(self, batch: Batch, flip_B: Tensor) -> Tensor:
-        """What the paradigm models of a batch, some of its images mirrored. Drawn tokens are taken as they are: decoded, rounded and
-        encoded again most of them would be others."""
+    def encode(self, batch: Batch, flip_B: Tensor | None = None) -> Tensor:
+        """What the paradigm models of a batch, its images mirrored where flip_B says so.
+
+        Drawn tokens are taken as they are: decoded, rounded and encoded again most of them would be others.
+        """
         if batch.tokens_BL is not None:
             return batch.tokens_BL.to(self.device)
         image_BCHW = from_uint8(batch.image_BCHW.to(self.device))
-        return self.encoder.encode(torch.where(flip_B[:, None, None, None], image_BCHW.flip(-1), image_BCHW))
+        return self.encoder.encode(image_BCHW if flip_B is None else mirrored(image_BCHW, flip_B))
 
 
 def train_step(

@@ -6,7 +6,6 @@ In this file: what is compared; the study, which finds out what is missing and d
 """
 
 import base64
-import fcntl
 import hashlib
 import json
 import time
@@ -22,7 +21,7 @@ import train.sample
 from configs.schema import flatten, load
 from mclr.errors import UserError
 from train.figures import Row, markdown_tables, write_family
-from train.files import write_json
+from train.files import lock, write_json
 from train.log import FREE
 from train.loop import NotFinite
 from train.report import image_grid
@@ -360,15 +359,10 @@ class Study:
         path = self.out / f"{unit.name}.lock"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(path, "a")  # noqa: SIM115 (closed below)
+            file, mine = lock(path, wait)
         except OSError as error:
             raise UserError(f"cannot write {path} ({error.strerror}): choose another --out") from error
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                mine = True
-            except BlockingIOError:
-                mine = False
             yield mine
 
     def folder(self, unit: Unit, point: Point) -> Path:

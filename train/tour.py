@@ -155,11 +155,7 @@ class Tour:
     def row(self, name: str, arm: Arm) -> dict[str, Any]:
         """Mean and standard deviation over the sampling seeds."""
         runs = [self.scores(name, arm, seed) for seed in self.seeds]
-        row: dict[str, Any] = {
-            key: {"mean": statistics.mean(r[key] for r in runs), "std": statistics.stdev(r[key] for r in runs)}
-            for key in runs[0]
-            if key != "forwards_per_image"
-        }
+        row: dict[str, Any] = {key: mean_std([r[key] for r in runs]) for key in runs[0] if key != "forwards_per_image"}
         return row | {"forwards_per_image": runs[0]["forwards_per_image"]}
 
     def grid(self, row: str, arm: Arm) -> str:
@@ -189,6 +185,13 @@ def fine_tune(folder: Path, model: str, arguments: list[str]) -> dict[str, Any]:
     if status:
         raise SystemExit(status)
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def mean_std(values: list[float]) -> float | dict[str, float] | None:
+    """As the cells of report.py take it; None where there are no values."""
+    if len(values) < 2:
+        return values[0] if values else None
+    return {"mean": statistics.mean(values), "std": statistics.stdev(values)}
 
 
 def gap_closed(control: Sequence[float], cfg: Sequence[float], method: Sequence[float]) -> float | None:
