@@ -1,6 +1,7 @@
 """What a run is made of: the settings, their types and ranges, and how presets and overrides become one RunConfig.
 
-A preset (configs/<kind>/<name>.yaml, or any YAML file) is a partial RunConfig: a mapping of sections. They are merged key by key:
+A preset (configs/<kind>/<name>.yaml, or any YAML file) is a partial RunConfig: a mapping of sections; `base: NAME` beside them names
+the preset that it changes. They are merged key by key:
 schema defaults < engine < data < model < objective < overrides. So a model preset carries its own recipe, and another paradigm is
 another model preset. In this file: the sections; load() and its relatives; reading YAML; what is wrong, in one line.
 """
@@ -27,6 +28,7 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
+EMAStd = Annotated[float, Field(ge=0.01, le=0.25)]
 # A list in YAML, a tuple here: configs are constants.
 Counts = Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
 MaybeCounts = Annotated[tuple[Count, ...], Field(strict=False)]
@@ -132,6 +134,8 @@ class DiffusionModel(Section):
     paradigm: Literal["diffusion"]
     net: DiffusionNet
     weights: str | None = None  # bundled name or weights folder; None: from scratch
+    class_map: str | None = None  # weights of other conditions: JSON file {name here: condition there}, or fresh; None: refused
+    vae: str | None = None  # folder or hub name of a diffusers AutoencoderKL, for latents; None: pixels
     noise_mean: float = -0.4  # of ln sigma in training
     noise_std: Positive = 1.0
     sigma_data: Positive = 0.5
@@ -143,6 +147,7 @@ class NextScaleModel(Section):
     paradigm: Literal["next_scale"]
     net: NextScaleNet
     weights: str | None = None  # bundled name or weights folder; None: from scratch
+    class_map: str | None = None  # weights of other conditions: JSON file {name here: condition there}, or fresh; None: refused
     tokenizer: str  # bundled name or weights folder
 
 
@@ -180,6 +185,11 @@ class Train(Section):
     warmup_images: Annotated[int, Field(ge=0)] = 0
     drop_condition: Fraction = 0.1
     ema_std: float = 0.0  # relative width of the averaged weights (arXiv 2312.02696, section 3); 0: no average
+    snapshot_every: Annotated[int, Field(ge=0)] = 0  # images between snapshots of averages, for `mclr convert --ema-std`; 0: none
+    snapshot_stds: Annotated[tuple[EMAStd, ...], Field(strict=False, min_length=2)] = (
+        0.05,
+        0.1,
+    )  # relative widths of those averages
     checkpoint_every: Count = 1_000_000  # images
     keep: Count = 2  # checkpoints; the one before the newest serves when that is damaged
     log_every: Count = 10  # steps
@@ -223,6 +233,11 @@ class Sample(Section):
     guide: str | None = None  # bundled name or weights folder (autoguidance); None: the same network under the null condition
     top_k: Annotated[int, Field(ge=0)] = 0  # 0: all
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    more_smooth: bool = False  # of tokens: blends of codes instead of codes; for pictures, never for scores
+    churn: NotNegative = 0.0  # of heun: noise added again, over all steps (EDM, algorithm 2: S_churn); 0: none
+    churn_min: NotNegative = 0.0  # sigma down to which it is added
+    churn_max: Positive | None = None  # sigma up to which it is added; None: all
+    churn_noise: Positive = 1.0  # its standard deviation
     sigma_min: Positive = 0.002
     sigma_max: Positive = 80.0
     rho: Positive = 7.0
@@ -233,6 +248,11 @@ class Sample(Section):
             raise ValueError(f"sigma_min={self.sigma_min} must be below sigma_max={self.sigma_max}")
         if self.guide is not None and self.gamma == 0 and self.schedule.kind != "negative_window":
             raise ValueError(f"guide={self.guide} has no effect with gamma=0.0; set sample.gamma, or sample.guide=null")
+        if self.churn and self.solver != "heun":
+            raise ValueError(f"churn={self.churn} needs solver=heun")
+        for key in ("churn_min", "churn_max", "churn_noise"):
+            if not self.churn and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key}={getattr(self, key)} has no effect with churn=0.0")
         return self
 
 
@@ -344,11 +364,17 @@ def _parse_override(override: str) -> dict[str, Any]:
 
 
 def _read_preset(kind: str, name: str) -> dict[str, Any]:
-    if name.endswith((".yaml", ".yml")):
-        return _read_yaml(Path(name))
     presets = {path.stem: path for path in sorted((PRESETS / kind).glob("*.yaml"))}
-    if name in presets:
-        return _read_yaml(presets[name])
+    file = Path(name) if name.endswith((".yaml", ".yml")) else presets.get(name)
+    if file is not None:
+        sections = _read_yaml(file)
+        base = sections.pop("base", None)
+        if base is None:
+            return sections
+        # one level: a base has none of its own
+        merged = _read_yaml(presets.get(str(base), Path(str(base))))
+        _merge(merged, sections)
+        return merged
     if kind == "data" and Path(name).is_dir():
         return {"data": _read_dataset(Path(name))}
     close = difflib.get_close_matches(name, presets, n=1)
@@ -462,12 +488,17 @@ def _conflicts(config: RunConfig) -> Iterator[str]:
     # the bound compares two values of one token in nats: diffusion has a surrogate, and null has no contrast value
     if objective.bound is not None and (name != "mclr" or model.paradigm == "diffusion" or objective.contrast == "null"):
         yield f"objective.bound={objective.bound} needs mclr, a next_scale model and the contrast uniform, weighted or posterior"
-    owners = {"diffusion": ("steps", "solver", "sigma_min", "sigma_max", "rho"), "next_scale": ("top_k", "top_p")}
+    owners = {
+        "diffusion": ("steps", "solver", "sigma_min", "sigma_max", "rho", "churn"),
+        "next_scale": ("top_k", "top_p", "more_smooth"),
+    }
     for paradigm, names in owners.items():
         for key in names:
             value = getattr(sample, key)
             if paradigm != model.paradigm and value != Sample.model_fields[key].default:
                 yield f"sample.{key}={value} has no effect: {model.name} is a {model.paradigm} model, this is for {paradigm}"
+    if model.class_map is not None and model.weights is None:
+        yield f"model.class_map={model.class_map} has no effect without weights; give them by --init"
     if isinstance(model, DiffusionModel):
         yield from _net_conflicts(model.net, data)
 

@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from golden_weights import load_golden, rule_weights
 
+from models.edm2 import EDM2, EDM2Config
 from models.features import ImageClassifier, ImageClassifierConfig
 from models.var import VAR, VARConfig
 from train import convert
@@ -103,8 +104,8 @@ def test_scales_of_a_tokenizer_can_be_given(tmp_path):
 
 
 def test_what_the_file_does_not_show_is_said_when_it_is_written(tmp_path, capsys):
-    config = convert.VARConfig(10, depth=1, embed_dim=16, num_heads=2, patch_nums=(1, 2, 4), attn_l2_norm=False, drop_path=0.1)
-    save_weights(tmp_path / "ours", convert.VAR(config))
+    config = VARConfig(10, depth=1, embed_dim=16, num_heads=2, patch_nums=(1, 2, 4), attn_l2_norm=False, drop_path=0.1)
+    save_weights(tmp_path / "ours", VAR(config))
     assert convert_(tmp_path / "ours", tmp_path / "out.pth") == 0
     assert "does not show 'num_heads=2', 'patch_nums=[1, 2, 4]': repeat" in capsys.readouterr().out
     assert convert_(tmp_path / "out.pth", tmp_path / "again", "num_heads=2", "patch_nums=[1, 2, 4]") == 0
@@ -112,12 +113,12 @@ def test_what_the_file_does_not_show_is_said_when_it_is_written(tmp_path, capsys
 
 
 def test_an_edm2_of_unusual_widths_is_recognised(tmp_path, capsys):
-    config = convert.EDM2Config(
+    config = EDM2Config(
         8, 1, 0, model_channels=8, channel_mult=(2, 4), channel_mult_noise=1, channel_mult_emb=3, num_blocks=2,
         attn_resolutions=(), channels_per_head=64, logvar_channels=6,
     )  # fmt: skip
     config = dataclasses.replace(config, channels_per_head=32)
-    net = convert.EDM2(config)
+    net = EDM2(config)
     save_weights(tmp_path / "ours", net)
     assert convert_(tmp_path / "ours", tmp_path / "out.pth") == 0
     assert convert_(tmp_path / "out.pth", tmp_path / "again") == 2
