@@ -1,7 +1,7 @@
 """What a run is made of: the settings, their types and ranges, and how presets and overrides become one RunConfig.
 
 A preset (configs/<kind>/<name>.yaml, or any YAML file) is a partial RunConfig: a mapping of sections; `base: NAME` beside them names
-the preset that it changes. They are merged key by key:
+what it changes: a recipe (configs/<kind>/recipes, shared by presets and none itself), a preset, or a YAML file. They are merged key by key:
 schema defaults < engine < data < model < objective < overrides. So a model preset carries its own recipe, and another paradigm is
 another model preset. In this file: the sections; load() and its relatives; reading YAML; what is wrong, in one line.
 """
@@ -22,6 +22,7 @@ from mclr.errors import UserError
 
 FILE = "config.yaml"  # of a resolved config in its run folder
 PRESETS = Path(__file__).parent
+VAE_FACTOR = 8  # pixels per latent along a side (train/encoders.py, Latents)
 
 Count = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -117,7 +118,7 @@ class NextScaleNet(Section):
 class Posterior(Section):
     """The noise-conditional classifier p(c | x_t) behind the contrasts posterior and weighted."""
 
-    weights: str | None = None  # bundled name or weights folder; None: from scratch, in the same job
+    weights: str | None = None  # weights; None: from scratch, in the same job
     backbone: str | None = None  # timm's name of a ConvNeXt, for images of 16 pixels or more; None: our small network
     channels: Count = 32  # of our small network
     lr: Positive = 0.001
@@ -133,7 +134,7 @@ class DiffusionModel(Section):
     name: str
     paradigm: Literal["diffusion"]
     net: DiffusionNet
-    weights: str | None = None  # bundled name or weights folder; None: from scratch
+    weights: str | None = None  # what train/weights.py finds by name; None: from scratch
     class_map: str | None = None  # weights of other conditions: JSON file {name here: condition there}, or fresh; None: refused
     vae: str | None = None  # folder or hub name of a diffusers AutoencoderKL, for latents; None: pixels
     noise_mean: float = -0.4  # of ln sigma in training
@@ -146,9 +147,9 @@ class NextScaleModel(Section):
     name: str
     paradigm: Literal["next_scale"]
     net: NextScaleNet
-    weights: str | None = None  # bundled name or weights folder; None: from scratch
+    weights: str | None = None  # what train/weights.py finds by name; None: from scratch
     class_map: str | None = None  # weights of other conditions: JSON file {name here: condition there}, or fresh; None: refused
-    tokenizer: str  # bundled name or weights folder
+    tokenizer: str  # what train/weights.py finds by name
 
 
 class Data(Section):
@@ -201,6 +202,9 @@ class Train(Section):
     def _check(self) -> "Train":
         if self.ema_std != 0 and not 0.01 <= self.ema_std <= 0.25:
             raise ValueError(f"ema_std={self.ema_std} is out of range: must be 0 (no average), or >= 0.01 and <= 0.25")
+        # their files are named by three
+        if len({f"{std:.3f}" for std in self.snapshot_stds}) < len(self.snapshot_stds):
+            raise ValueError(f"snapshot_stds={list(self.snapshot_stds)} must differ in their first three decimals")
         return self
 
 
@@ -230,7 +234,7 @@ class Sample(Section):
     batch: Count = 64
     gamma: float = 0.0  # extra guidance weight; 0: none
     schedule: Schedule = Schedule()
-    guide: str | None = None  # bundled name or weights folder (autoguidance); None: the same network under the null condition
+    guide: str | None = None  # weights (autoguidance); None: the same network under the null condition
     top_k: Annotated[int, Field(ge=0)] = 0  # 0: all
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     more_smooth: bool = False  # of tokens: blends of codes instead of codes; for pictures, never for scores
@@ -277,7 +281,7 @@ def load(model: str, objective: str, data: str, engine: str, overrides: list[str
     """
     merged: dict[str, Any] = {}
     for kind, name in (("engine", engine), ("data", data), ("model", model), ("objective", objective)):
-        _merge(merged, _read_preset(kind, name))
+        _merge(merged, read_preset(kind, name))
     for override in overrides:
         _merge(merged, _parse_override(override))
     return from_dict(merged)
@@ -332,7 +336,7 @@ def flatten(config: RunConfig) -> dict[str, Any]:
 def load_data(name: str) -> Data:
     """The data section alone. name: as the argument `data` of load(). Raises UserError as load() does."""
     try:
-        return Data.model_validate(_read_preset("data", name).get("data", {}))
+        return Data.model_validate(read_preset("data", name).get("data", {}))
     except ValidationError as invalid:
         fields = _fields(None)
         raise _user_error([_message(error | {"loc": ("data", *error["loc"])}, fields) for error in invalid.errors()]) from None
@@ -363,24 +367,32 @@ def _parse_override(override: str) -> dict[str, Any]:
     return value
 
 
-def _read_preset(kind: str, name: str) -> dict[str, Any]:
+def read_preset(kind: str, name: str) -> dict[str, Any]:
     presets = {path.stem: path for path in sorted((PRESETS / kind).glob("*.yaml"))}
     file = Path(name) if name.endswith((".yaml", ".yml")) else presets.get(name)
     if file is not None:
         sections = _read_yaml(file)
-        base = sections.pop("base", None)
-        if base is None:
-            return sections
-        # one level: a base has none of its own
-        merged = _read_yaml(presets.get(str(base), Path(str(base))))
-        _merge(merged, sections)
-        return merged
+        return _on_base(kind, file, sections) if "base" in sections else sections
     if kind == "data" and Path(name).is_dir():
         return {"data": _read_dataset(Path(name))}
     close = difflib.get_close_matches(name, presets, n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
     other = "a folder made by `mclr prepare`" if kind == "data" else "the path of a YAML file"
     raise UserError(f"unknown {kind} {name}{hint} (known: {', '.join(presets)}; or {other})")
+
+
+def _on_base(kind: str, file: Path, sections: dict[str, Any]) -> dict[str, Any]:
+    """The sections of a file upon those of its base: a recipe or preset by name, or the path of a YAML file, seen from the file."""
+    base = str(sections.pop("base"))
+    known = {path.stem: path for folder in ("recipes", "") for path in sorted((PRESETS / kind / folder).glob("*.yaml"))}
+    found = file.parent / base if base.endswith((".yaml", ".yml")) else known.get(base)
+    if found is None:
+        raise UserError(f"{file}: unknown base {base} (known: {', '.join(known)}; or the path of a YAML file)")
+    merged = _read_yaml(found)
+    if "base" in merged:
+        raise UserError(f"{file}: its base {base} has a base of its own, {merged['base']}; name that one, and set the rest here")
+    _merge(merged, sections)
+    return merged
 
 
 def _read_dataset(folder: Path) -> dict[str, Any]:
@@ -500,22 +512,35 @@ def _conflicts(config: RunConfig) -> Iterator[str]:
     if model.class_map is not None and model.weights is None:
         yield f"model.class_map={model.class_map} has no effect without weights; give them by --init"
     if isinstance(model, DiffusionModel):
-        yield from _net_conflicts(model.net, data)
+        yield from _net_conflicts(model, data)
 
 
-def _net_conflicts(net: DiffusionNet, data: Data) -> Iterator[str]:
+def _net_conflicts(model: DiffusionModel, data: Data) -> Iterator[str]:
+    net, side, latents = model.net, data.resolution, ""
+    if model.vae is not None:
+        if data.channels != 3 or side % VAE_FACTOR:
+            yield (
+                f"model.vae={model.vae} reads 3 channels and a side that is a multiple of {VAE_FACTOR}, "
+                f"not data.channels={data.channels} and data.resolution={side}; set model.vae=null for pixels"
+            )
+            return
+        side //= VAE_FACTOR
+        latents = f", latents of side {side},"
     halvings = len(net.channel_mult) - 1
-    if data.resolution % 2**halvings:
-        yield f"data.resolution={data.resolution} cannot be halved {halvings} times, as the entries of model.net.channel_mult ask"
+    if side % 2**halvings:
+        yield (
+            f"data.resolution={data.resolution}{latents} cannot be halved {halvings} times, "
+            "as the entries of model.net.channel_mult ask"
+        )
         return
-    channels = {data.resolution >> level: net.model_channels * mult for level, mult in enumerate(net.channel_mult)}
+    channels = {side >> level: net.model_channels * mult for level, mult in enumerate(net.channel_mult)}
     for resolution in net.attn_resolutions:
         if resolution not in channels:
             have = ", ".join(map(str, channels))
             way_out = f"choose a --model for {data.resolution}-pixel images, or set that key"
             yield f"model.net.attn_resolutions: {resolution} is not a resolution of this net ({have}): {way_out}"
     # the middle of the net always has attention
-    for resolution in {*net.attn_resolutions, data.resolution >> halvings} & channels.keys():
+    for resolution in {*net.attn_resolutions, side >> halvings} & channels.keys():
         if channels[resolution] % net.channels_per_head:
             yield (
                 f"model.net.channels_per_head={net.channels_per_head} must divide the {channels[resolution]} channels "

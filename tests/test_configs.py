@@ -45,24 +45,37 @@ def refusal(*overrides: str, **presets: str) -> str:
 # what an objective asks for and no preset can know: a network to compare with, samples of it
 REFERENCE = ["model.weights=mine"]
 NEEDED = {"cc_dpo": REFERENCE, "cca": REFERENCE, "ddo": [*REFERENCE, "objective.generated=samples"]}
-# where there is a reference: no dropout, and no bf16 for diffusion
-WHOLE = {"var-d16": ["model.net.drop_path=0.0"], "edm2-img64-s": ["engine.precision=fp32"]}
-# a net of four levels, with attention at 16: nothing for 8 pixels
-SIZED = {"edm2-img64-s": ["data.resolution=64"]}
-COMBINATIONS = list(itertools.product(names("model"), names("objective"), names("data"), names("engine")))
+# a net of four levels, with attention at 16: nothing for 8 pixels; a VAE reads three channels
+SIZED = {"img64": ["data.resolution=64"], "img512": ["data.resolution=512", "data.channels=3"]}
+
+
+def sized(model: str) -> list[str]:
+    return next((data for part, data in SIZED.items() if part in model), [])
+
+
+def whole(model: str) -> list[str]:
+    """Where there is a reference: no dropout, and no bf16 for diffusion."""
+    return ["engine.precision=fp32", "model.net.dropout=0.0"] if model.startswith("edm2") else ["model.net.drop_path=0.0"]
+
+
+# an engine is the same to every model: all of them with the small ones, one with the others
+COMBINATIONS = [
+    (model, *others)
+    for model, *others in itertools.product(names("model"), names("objective"), names("data"), names("engine"))
+    if model.endswith("-digits") or others[-1] == "auto"
+]
 
 
 @pytest.mark.parametrize("presets", COMBINATIONS, ids=" ".join)
 def test_every_combination_of_presets_loads_and_survives_a_round_trip(presets, tmp_path):
     model, objective, *_ = presets
-    whole = WHOLE.get(model, []) if objective in NEEDED else []
-    config = load(*presets, [*SIZED.get(model, []), *NEEDED.get(objective, []), *whole])
+    config = load(*presets, [*sized(model), *NEEDED.get(objective, []), *(whole(model) if objective in NEEDED else [])])
     (tmp_path / schema.FILE).write_text(dump(config))
     assert load_resolved(tmp_path) == load_resolved(tmp_path / schema.FILE) == config
     assert from_dict(config.model_dump()) == config
 
 
-@pytest.mark.parametrize("path", sorted(PRESETS.glob("*/*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(PRESETS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_preset_opens_with_what_it_is_and_how_to_start_it(path):
     header = list(itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines()))
     assert len(header) >= 2
@@ -79,7 +92,7 @@ def test_changing_the_paradigm_is_changing_the_model_preset():
 
 @pytest.mark.parametrize("model", names("model"))
 def test_mle_takes_back_what_a_model_preset_says_about_the_contrast(model):
-    objective = load(model, "mle", "digits", "local", SIZED.get(model, [])).objective
+    objective = load(model, "mle", "digits", "local", sized(model)).objective
     assert (objective.contrast, objective.lam, objective.bound) == ("none", 0.0, None)
 
 
@@ -242,6 +255,8 @@ def test_a_folder_that_is_no_dataset_is_refused(text, problem, tmp_path):
         ("data.resolution=9", "data.resolution=9 cannot be halved 1 times, as the entries of model.net.channel_mult ask"),
         ("data.resolution=16", "model.net.attn_resolutions: 4 is not a resolution of this net (16, 8): "
          "choose a --model for 16-pixel images, or set that key"),
+        ("model.vae=mine", "model.vae=mine reads 3 channels and a side that is a multiple of 8, not data.channels=1 and "
+         "data.resolution=8; set model.vae=null for pixels"),
         ("model.net.channels_per_head=5", "model.net.channels_per_head=5 must divide the 48 channels at resolution 4"),
         # form
         ("train.lr", "override 'train.lr' is not of the form section.key=value, like train.lr=0.001"),
@@ -295,6 +310,14 @@ def test_an_override_is_refused_in_one_line(override, message):
          "objective.bound=3.0 needs mclr, a next_scale model and the contrast uniform, weighted or posterior"),
         (["model.posterior.backbone=convnext_tiny", "model.posterior.channels=64"], {},
          "model.posterior.channels=64 has no effect with backbone=convnext_tiny, which has its own widths"),
+        (["data.resolution=500", "data.channels=3"], {"model": "edm2-img512-s"},
+         "model.vae=stabilityai/sd-vae-ft-mse reads 3 channels and a side that is a multiple of 8, not data.channels=3 and "
+         "data.resolution=500; set model.vae=null for pixels"),
+        (["data.resolution=480", "data.channels=3"], {"model": "edm2-img512-s"},
+         "data.resolution=480, latents of side 60, cannot be halved 3 times, as the entries of model.net.channel_mult ask"),
+        (["data.resolution=64", "data.channels=3"], {"model": "edm2-img512-s"},
+         "model.net.attn_resolutions: 16 is not a resolution of this net (8, 4, 2, 1): "
+         "choose a --model for 64-pixel images, or set that key"),
         (["sample.steps=9"], {"model": "var-digits"},
          "sample.steps=9 has no effect: var-digits is a next_scale model, this is for diffusion"),
         (["model.net.depth=x"], {"model": "var-d16"}, 'model.net.depth="x": expected an integer'),
@@ -348,6 +371,40 @@ def test_a_bad_file_is_refused_with_its_place(text, message, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     assert refusal(model=str(path)) == message.format(path=path)
+
+
+@pytest.mark.parametrize("base", ["edm2-digits", "edm2-img64", "common.yaml"])
+def test_a_base_is_a_preset_a_recipe_or_a_file(base, tmp_path):
+    """What the file says wins; a file is looked for beside it."""
+    (tmp_path / "common.yaml").write_text((PRESETS / "model/edm2-digits.yaml").read_text())
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(f"base: {base}\nmodel: {{name: mine}}\nobjective: {{lam: 0.25}}\ntrain: {{lr: 0.125}}\n")
+    config = load(str(mine), "mclr", "digits", "local", sized(base))
+    assert (config.model.name, config.objective.lam, config.train.lr) == ("mine", 0.25, 0.125)
+    assert (config.train.batch, config.model.weights) == ((2048, None) if base == "edm2-img64" else (64, "edm2-digits"))
+
+
+def test_a_recipe_is_no_model():
+    assert refusal(model="edm2-img64").startswith("unknown model edm2-img64; did you mean edm2-img64-")
+    assert not {path.stem for path in (PRESETS / "model/recipes").glob("*.yaml")} & set(names("model"))
+
+
+RECIPES = ", ".join(path.stem for path in sorted((PRESETS / "model/recipes").glob("*.yaml")))
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("edm2-img65", f"{{path}}: unknown base edm2-img65 (known: {RECIPES}, {', '.join(names('model'))}; "
+         "or the path of a YAML file)"),
+        ("edm2-img64-s", "{path}: its base edm2-img64-s has a base of its own, edm2-img64; name that one, and set the rest here"),
+        ("gone.yaml", "cannot read {folder}/gone.yaml: No such file or directory"),
+    ],
+)  # fmt: skip
+def test_a_base_that_cannot_be_is_refused(base, message, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"base: {base}\n")
+    assert refusal(model=str(path)) == message.format(path=path, folder=tmp_path)
 
 
 def test_a_run_folder_without_config_is_refused(tmp_path):
