@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mclr.errors import UserError
 
 NameOf = Callable[[str], str | None]  # our parameter or buffer name -> published name; None: not in a published file
-NAMED = 5  # faulty entries that an error names
+NAMED = 3  # faulty entries that an error names
 
 
 def load_published(net: nn.Module, state_dict: Mapping[str, Tensor], name_of: NameOf, ignore: tuple[str, ...] = ()) -> None:
