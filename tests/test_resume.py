@@ -17,9 +17,10 @@ from train.cli import main
 
 MODELS = ("edm2-digits", "var-digits")
 BATCH, STEPS = 8, 6
-# every source of chance and every state: dropout, average, dropped conditions, micro-batches, warm-up, decay, clipping
+# every source of chance and every state: dropout, averages, dropped conditions, micro-batches, warm-up, decay, clipping
 RECIPE = [
     "train.ema_std=0.1",
+    "train.snapshot_every=16",
     "train.drop_condition=0.3",
     "train.micro_batch=4",
     "train.warmup_images=32",
@@ -29,6 +30,7 @@ RECIPE = [
     "train.keep=2",
     "engine.gradient_clipping=1.0",
 ]
+FILES = ["checkpoints", "config.yaml", "inputs.json", "lock", "metrics.jsonl", "snapshots", "weights"]
 DROPOUT = {"edm2-digits": "model.net.dropout=0.2", "var-digits": "model.net.drop_path=0.2"}
 
 
@@ -52,14 +54,17 @@ def metrics(run):
 
 
 def tensors(folder):
+    """By file and name."""
     return {f"{path.name}:{k}": t for path in sorted(folder.glob("*.safetensors")) for k, t in load_file(path).items()}
 
 
 def assert_same(run, other, steps=STEPS):
-    """Same metrics at every step, same checkpoint (weights, moments, average, posterior classifier), same weights."""
+    """Same metrics at every step, same checkpoint (weights, moments, averages, posterior classifier), same weights and snapshots."""
     assert [line["images"] for line in metrics(run)] == [BATCH * (i + 1) for i in range(steps)]
     assert metrics(run) == metrics(other)
-    for place in (f"checkpoints/{steps * BATCH:012d}", "weights"):
+    images = range(2 * BATCH, steps * BATCH + 1, 2 * BATCH)
+    assert sorted(os.listdir(run / "snapshots")) == [f"{n:012d}-{std}.safetensors" for n in images for std in ("0.050", "0.100")]
+    for place in (f"checkpoints/{steps * BATCH:012d}", "weights", "snapshots"):
         here, there = tensors(run / place), tensors(other / place)
         assert here.keys() == there.keys() and len(here) > 10
         assert all(torch.equal(here[k], there[k]) for k in here)
@@ -105,10 +110,11 @@ def test_more_images_continue_a_finished_run(model, start, whole, capsys):
     status, run = start(model, STEPS)
     assert status == 0 and f"going on from run/checkpoints/{2 * BATCH:012d}" in capsys.readouterr().out
     assert_same(run, whole(model))
-    assert json.loads((run / "weights" / "config.json").read_text())["images_seen"] == STEPS * BATCH
-    assert sorted(os.listdir(run)) == ["checkpoints", "config.yaml", "inputs.json", "lock", "metrics.jsonl", "weights"]
+    notes = json.loads((run / "weights" / "config.json").read_text())
+    assert notes["images_seen"] == STEPS * BATCH and notes["metrics"]["loss"] == metrics(run)[-1]["loss"]
+    assert sorted(os.listdir(run)) == FILES
     stored = {path.stem for path in (run / "checkpoints" / f"{STEPS * BATCH:012d}").glob("*.safetensors")}
-    assert stored - {"posterior"} == {"engine", "ema"} and ("posterior" in stored) == (model == "edm2-digits")
+    assert stored - {"posterior"} == {"engine", "ema", "ema-0.050"} and ("posterior" in stored) == (model == "edm2-digits")
 
 
 @pytest.mark.parametrize(("model", "number", "status"), [(MODELS[0], signal.SIGINT, 130), (MODELS[1], signal.SIGTERM, 143)])
@@ -162,7 +168,7 @@ def crash():
 
 
 def test_a_crash_costs_the_steps_since_the_checkpoint(start, whole, tmp_path, monkeypatch):
-    """Their metrics, and a line torn by the crash, are not there twice; nor does torn writing stay."""
+    """Their metrics, a line torn by the crash and their snapshots are not there twice; nor does torn writing stay."""
     model, run = MODELS[1], tmp_path / "run"
     with monkeypatch.context() as patch:
         in_step(6, patch, crash)
@@ -173,10 +179,33 @@ def test_a_crash_costs_the_steps_since_the_checkpoint(start, whole, tmp_path, mo
         file.write('{"images": 4')
     (run / "checkpoints" / ".tmp-1").mkdir()
     (run / ".tmp-2").write_text("torn")
+    (run / "snapshots" / ".tmp-3").write_text("torn")
+    (run / "snapshots" / f"{4 * BATCH:012d}-0.050.safetensors").write_bytes(b"of weights that were lost")
+    (run / "snapshots" / f"{5 * BATCH:012d}-0.100.safetensors").write_bytes(b"of a run that ended here")
     assert start(model, STEPS)[0] == 0
     assert_same(run, whole(model))
-    assert sorted(os.listdir(run)) == ["checkpoints", "config.yaml", "inputs.json", "lock", "metrics.jsonl", "weights"]
+    assert sorted(os.listdir(run)) == FILES
     assert sorted(os.listdir(run / "checkpoints")) == [f"{steps * BATCH:012d}" for steps in (3, 6)]
+
+
+def test_a_crash_between_the_snapshots_of_one_time_is_made_good(start, whole, monkeypatch):
+    model, written = MODELS[1], 0
+    with monkeypatch.context() as patch:
+        real = train.loop.write_snapshot
+
+        def write_snapshot(*args):
+            nonlocal written
+            written += 1
+            if written == 4:
+                raise Crash
+            real(*args)
+
+        patch.setattr(train.loop, "write_snapshot", write_snapshot)
+        with pytest.raises(Crash):
+            start(model, STEPS, f"train.checkpoint_every={BATCH}")
+    status, run = start(model, STEPS)
+    assert status == 0
+    assert_same(run, whole(model))
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(start, whole, capsys):

@@ -1,4 +1,4 @@
-"""The training loop: steps, averages, logs, checkpoints, and a clean end whatever ends it."""
+"""The training loop: steps, averages, logs, snapshots, checkpoints, and a clean end whatever ends it."""
 
 import json
 import math
@@ -19,8 +19,7 @@ from mclr.errors import UserError
 from mclr.likelihood import Draws
 from mclr.posterior import NoisyPosterior, fold_bins
 from train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from train.ema import EMA
-from train.encoders import from_uint8
+from train.ema import EMA, averages_of, rewind_snapshots, write_snapshot
 from train.engine import Engine
 from train.log import RunFolder
 from train.monitor import Monitor
@@ -61,13 +60,14 @@ def train(
     started. Raises UserError when the loss is not finite; the newest checkpoint then still stands.
     """
     rank, _, ranks = world()
-    ema = EMA(task.engine.weights(), settings.ema_std) if settings.ema_std else None
+    averages = averages_of(task.engine.weights(), settings)
     with together():
-        progress = resume(task, ema, path, rank)
+        progress = resume(task, averages, path, rank)
     if add_up({"images": progress.images}, task.device)["images"] != ranks * progress.images:
         raise UserError(f"the ranks find different checkpoints in {path}: put the run folder on storage that all of them see")
     if run is not None:
         run.rewind(progress.images)
+        rewind_snapshots(path, progress.images)
     monitor = None
     if run is not None and settings.monitor_every:
         monitor = Monitor(task, settings.monitor_every, settings.log_every * settings.batch)
@@ -101,7 +101,7 @@ def train(
             if metrics is None:
                 break
             progress.images += settings.batch
-            if ema is not None:
+            for ema in averages.values():
                 ema.update(task.engine.weights(), progress.images, settings.batch)
             sums = add_up(metrics | rows_of(task), task.device)
             means = fold_bins({name: sums[name] / ranks for name in metrics})
@@ -121,18 +121,21 @@ def train(
             if rank == 0 and notes["init"] is None and progress.images == settings.batch:
                 left = bar.format_interval(progress.seconds * (end() / settings.batch - 1))
                 bar.write(f"no released weights were given: training from scratch, about {left} to go by the first step")
+            # before the checkpoint: a run that goes on from there does not come by here again
+            if settings.snapshot_every and (progress.images % settings.snapshot_every < settings.batch or done()):
+                snapshot(averages, settings, progress, path, rank)
             if progress.images - checkpointed >= settings.checkpoint_every:
-                checkpoint(task, ema, progress, path, settings.keep, rank)
+                checkpoint(task, averages, progress, path, settings.keep, rank)
                 checkpointed = progress.images
     if progress.images > checkpointed:
-        checkpoint(task, ema, progress, path, settings.keep, rank)
+        checkpoint(task, averages, progress, path, settings.keep, rank)
     if not done():
         if rank == 0:
             print(f"stopped by a signal at {progress.images} images; the same command goes on from there")
         return 128 + interrupt.signal
     with together():
         if rank == 0:
-            export(task, ema, progress, path, notes)
+            export(task, averages, progress, path, notes)
     return 0
 
 
@@ -159,8 +162,8 @@ def refuse_infinite(means: dict[str, float], images: int, path: Path, checkpoint
             raise NotFinite(f"{what}: start again with a lower train.lr or objective.lam and another --out{kept}", images)
 
 
-def resume(task: Task, ema: EMA | None, path: Path, rank: int) -> Progress:
-    """Load the newest whole checkpoint of the run folder, if there is one, into engines and average.
+def resume(task: Task, averages: dict[str, EMA], path: Path, rank: int) -> Progress:
+    """Load the newest whole checkpoint of the run folder, if there is one, into engines and averages.
 
     Raises UserError when there are checkpoints and none is whole.
     """
@@ -180,25 +183,32 @@ def resume(task: Task, ema: EMA | None, path: Path, rank: int) -> Progress:
     task.engine.load(tensors["engine"])
     if task.posterior_engine is not None:
         task.posterior_engine.load(tensors["posterior"])
-    if ema is not None:
-        ema.average = {name: t.to(task.device) for name, t in tensors["ema"].items()}
+    for name, ema in averages.items():
+        ema.average = {key: t.to(task.device) for key, t in tensors[name].items()}
     return Progress(**state)
 
 
-def checkpoint(task: Task, ema: EMA | None, progress: Progress, path: Path, keep: int, rank: int) -> None:
+def snapshot(averages: dict[str, EMA], settings: Train, progress: Progress, path: Path, rank: int) -> None:
+    """Write one snapshot per width in settings.snapshot_stds."""
+    with together():
+        if rank == 0:
+            for ema in averages.values():
+                if ema.std in settings.snapshot_stds:
+                    write_snapshot(path, ema, progress.images)
+
+
+def checkpoint(task: Task, averages: dict[str, EMA], progress: Progress, path: Path, keep: int, rank: int) -> None:
     """Write a checkpoint; collective, since gathering the engines' states is."""
-    tensors = {"engine": task.engine.save()}
+    tensors = {"engine": task.engine.save()} | {name: ema.average for name, ema in averages.items()}
     if task.posterior_engine is not None:
         tensors["posterior"] = task.posterior_engine.save()
-    if ema is not None:
-        tensors["ema"] = ema.average
     with together():
         if rank == 0:
             save_checkpoint(path, progress.images, tensors, vars(progress), keep)
 
 
-def export(task: Task, ema: EMA | None, progress: Progress, path: Path, notes: dict[str, Any]) -> None:
-    """Write RUN/weights of a finished run, unless they are there.
+def export(task: Task, averages: dict[str, EMA], progress: Progress, path: Path, notes: dict[str, Any]) -> None:
+    """Write RUN/weights of a finished run, with notes and the last line of its metrics, unless they are there.
 
     Those of a shorter run are removed first: the checkpoint holds all that is needed to write them, again if need be.
     """
@@ -210,8 +220,11 @@ def export(task: Task, ema: EMA | None, progress: Progress, path: Path, notes: d
     except (OSError, ValueError, KeyError):
         pass
     shutil.rmtree(folder, ignore_errors=True)
-    weights = task.engine.weights() if ema is None else ema.average
-    save_weights(folder, task.engine.net, weights, images_seen=progress.images, **notes)
+    weights = averages["ema"].average if "ema" in averages else task.engine.weights()
+    metrics = path / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    notes = notes | {"images_seen": progress.images, "metrics": json.loads(lines[-1]) if lines else {}}
+    save_weights(folder, task.engine.net, weights, **notes)
     print(f"finished: {progress.images} images in {progress.seconds:.0f} s, weights in {folder}")
 
 
@@ -251,8 +264,9 @@ def count_compute(progress: Progress, sums: dict[str, float], flops: dict[str, i
 def forward_flops(task: Task) -> dict[str, int]:
     """Floating-point operations of one row's forward, counted by torch: of the network, and of the posterior's classifier."""
     batch = task.source.batch(0, 1)
-    x_B = task.encoder.encode(from_uint8(batch.image_BCHW.to(task.device)))
-    probe = task.paradigm.probe(x_B, Draws(0, [0], task.device))
+    draws = Draws(0, [0], task.device)
+    x_B = task.encoder.draw(task.encode(batch), draws)
+    probe = task.paradigm.probe(x_B, draws)
     index = torch.zeros(1, dtype=torch.int64, device=task.device)
     counted = {"net": 0, "posterior": 0}
     # plain operations: what torch.compile and fused attention run is not counted everywhere
