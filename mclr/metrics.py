@@ -5,19 +5,51 @@ A feature is whatever the judge says it is; distances carry its units, every oth
 All of them raise ValueError for arrays of the wrong shape, non-finite entries or too few rows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-# Rows of a distance matrix held at once: 1024 x 50,000 float64 values are 0.4 GB.
-CHUNK = 1024
+# Rows of a distance matrix held at once: 256 x 50,000 float64 values are 0.1 GB, of which finding neighbours takes some copies.
+CHUNK = 256
+Gaussian = tuple[Tensor, Tensor]  # mean [D] and covariance [D, D]
 
 
-def moments(features_ND: Tensor) -> tuple[Tensor, Tensor]:
+class Moments:
+    """Mean [D] and covariance [D, D] of rows that come a batch at a time, in float64.
+
+    Each batch is summed around its own mean, so that large means cost no digits. Source: Chan et al. 1982, "Updating formulae and a
+    pairwise algorithm for computing sample variances", eq. 2.1.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, rows_BD: Tensor) -> None:
+        rows_BD = _checked(rows_BD, "features", rows=1).double()
+        mean_D = rows_BD.mean(0)
+        if not self.count:
+            self.mean_D, self.scatter_DD = torch.zeros_like(mean_D), mean_D.new_zeros(len(mean_D), len(mean_D))
+        shift_D, share = mean_D - self.mean_D, len(rows_BD) / (self.count + len(rows_BD))
+        centred_BD = rows_BD - mean_D
+        self.scatter_DD.addmm_(centred_BD.T, centred_BD).addr_(shift_D, shift_D, alpha=self.count * share)
+        self.mean_D += shift_D * share
+        self.count += len(rows_BD)
+
+    def gaussian(self) -> Gaussian:
+        """The covariance is the unbiased one, divided by N - 1. N >= 2."""
+        if self.count < 2:
+            raise ValueError(f"{self.count} rows of features; at least 2 are needed")
+        return self.mean_D, self.scatter_DD / (self.count - 1)
+
+
+def moments(features_ND: Tensor) -> Gaussian:
     """Mean [D] and unbiased covariance [D, D] of the rows, float64. N >= 2."""
-    features_ND = _checked(features_ND, "features", rows=2)
-    return features_ND.mean(0), torch.cov(features_ND.T).reshape(features_ND.shape[1], -1)
+    _checked(features_ND, "features", rows=2)
+    running = Moments()
+    for (rows,) in _chunks(features_ND):
+        running.add(rows)
+    return running.gaussian()
 
 
 def frechet_from_moments(mean_a_D: Tensor, cov_a_DD: Tensor, mean_b_D: Tensor, cov_b_DD: Tensor) -> float:
@@ -25,8 +57,8 @@ def frechet_from_moments(mean_a_D: Tensor, cov_a_DD: Tensor, mean_b_D: Tensor, c
 
     Units: feature units squared. Singular covariances are fine. Source: Heusel et al. 2017 (arXiv 1706.08500), eq. 6.
     """
-    mean_a_1D, mean_b_1D = _same_judge(_checked(mean_a_D[None], "means", 1), _checked(mean_b_D[None], "means", 1))
-    cov_a_DD, cov_b_DD = _checked(cov_a_DD, "covariances", 1), _checked(cov_b_DD, "covariances", 1)
+    mean_a_1D, mean_b_1D = _same_judge(*(_checked(mean_D[None], "means", 1).double() for mean_D in (mean_a_D, mean_b_D)))
+    cov_a_DD, cov_b_DD = (_checked(cov_DD, "covariances", 1).double() for cov_DD in (cov_a_DD, cov_b_DD))
     # tr (A^1/2 B A^1/2)^1/2 is the sum of the singular values of A^1/2 B^1/2; so no square root of a rounding error is taken.
     overlap = torch.linalg.svdvals(_square_root(cov_a_DD) @ _square_root(cov_b_DD)).sum()
     distance = (mean_a_1D - mean_b_1D).square().sum() + cov_a_DD.trace() + cov_b_DD.trace() - 2 * overlap
@@ -38,20 +70,16 @@ def frechet_distance(features_a_ND: Tensor, features_b_MD: Tensor) -> float:
     return frechet_from_moments(*moments(features_a_ND), *moments(features_b_MD))
 
 
-def class_frechet_distance(features_a_ND: Tensor, c_a_N: Tensor, features_b_MD: Tensor, c_b_M: Tensor) -> float:
-    """Mean over conditions of the FD between the rows of that condition: also sees a right image under a wrong condition.
+def class_frechet_distance(a: Mapping[int, Gaussian], b: Mapping[int, Gaussian]) -> float:
+    """Mean over conditions of the FD between the Gaussians of that condition: also sees a right image under a wrong condition.
 
-    Every condition needs two rows in both sets. Source: derived from frechet_distance; the mean has equal weights.
+    Both sets need all conditions. Source: derived from frechet_distance; the mean has equal weights.
     """
-    _same_rows(features_a_ND, c_a_N)
-    _same_rows(features_b_MD, c_b_M)
-    distances = []
-    for c in torch.cat([c_a_N, c_b_M]).unique().tolist():
-        rows_a_ND, rows_b_MD = features_a_ND[c_a_N == c], features_b_MD[c_b_M == c]
-        if min(len(rows_a_ND), len(rows_b_MD)) < 2:
-            raise ValueError(f"condition {c} has {len(rows_a_ND)} and {len(rows_b_MD)} rows; both sets need at least 2 of each")
-        distances.append(frechet_distance(rows_a_ND, rows_b_MD))
-    return sum(distances) / len(distances)
+    if missing := sorted(a.keys() ^ b.keys()):
+        raise ValueError(f"condition {missing[0]} is in one set alone; both sets need at least 2 rows of each")
+    if not a:
+        raise ValueError("there are no conditions")
+    return sum(frechet_from_moments(*a[c], *b[c]) for c in sorted(a)) / len(a)
 
 
 def precision_recall(real_ND: Tensor, fake_MD: Tensor, k: int = 3) -> tuple[float, float]:
@@ -85,15 +113,18 @@ def class_accuracy(prediction: Tensor, c_N: Tensor) -> float:
     return (predicted_N == c_N).double().mean().item()
 
 
-def inception_score(prob_NK: Tensor) -> float:
-    """exp of the mean KL(p(c|x) || mean over x of p(c|x)), between 1 and K, over all rows at once (no splits).
+def inception_score(prob_NK: Tensor, split: int = 5000) -> float:
+    """exp of the mean KL(p(c|x) || mean over x of p(c|x)), between 1 and K, of every `split` rows in their order; the mean of those.
 
-    prob_NK: rows sum to 1. Source: Salimans et al. 2016 (arXiv 1606.03498), section 4.
+    prob_NK: rows sum to 1. Source: Salimans et al. 2016 (arXiv 1606.03498), section 4; splits of 5,000 as ADM (arXiv 2105.05233).
     """
-    prob_NK = _checked(prob_NK, "probabilities", rows=2)
-    if (prob_NK < 0).any() or (prob_NK.sum(1) - 1).abs().max() > 1e-3:
-        raise ValueError("the probabilities of a row must be nonnegative and sum to 1 (logits need a softmax first)")
-    return (torch.special.entr(prob_NK.mean(0)).sum() - torch.special.entr(prob_NK).sum(1).mean()).exp().item()
+    scores = []
+    for part in _checked(prob_NK, "probabilities", rows=2).split(split):
+        part = part.double()
+        if (part < 0).any() or (part.sum(1) - 1).abs().max() > 1e-3:
+            raise ValueError("the probabilities of a row must be nonnegative and sum to 1 (logits need a softmax first)")
+        scores.append((torch.special.entr(part.mean(0)).sum() - torch.special.entr(part).sum(1).mean()).exp().item())
+    return sum(scores) / len(scores)
 
 
 def icr(h1_ND: Tensor, h2_ND: Tensor) -> float:
@@ -107,7 +138,7 @@ def icr(h1_ND: Tensor, h2_ND: Tensor) -> float:
     if h1_ND.shape != h2_ND.shape or h1_ND.ndim != 2:
         raise ValueError(f"views {tuple(h1_ND.shape)} and {tuple(h2_ND.shape)} are not two of each image")
     N, D = h1_ND.shape
-    _, residual_DD = moments(_checked(h1_ND, "views", 2 * D) - _checked(h2_ND, "views", 2 * D))
+    _, residual_DD = moments(_checked(h1_ND, "views", 2 * D).double() - _checked(h2_ND, "views", 2 * D).double())
     _, mean_DD = moments((h1_ND.double() + h2_ND.double()) / 2)
     try:
         factor_DD = torch.linalg.cholesky(residual_DD / 2)
@@ -137,8 +168,11 @@ def _share_inside(query_ND: Tensor, centre_MD: Tensor, radius_M: Tensor) -> floa
 
 
 def _distances(a_ND: Tensor, b_MD: Tensor) -> Tensor:
-    """Euclidean [N, M], as differences: the usual matrix product loses the distances between near-duplicates."""
-    return torch.cdist(a_ND, b_MD, compute_mode="donot_use_mm_for_euclid_dist")
+    """Euclidean [N, M] float64, as differences: the usual matrix product loses the distances between near-duplicates."""
+    a_ND = a_ND.double()
+    # piece by piece: copies of whole sets in float64 would take twice the memory of the sets
+    pieces = [torch.cdist(a_ND, b.double(), compute_mode="donot_use_mm_for_euclid_dist") for b in b_MD.split(32 * CHUNK)]
+    return torch.cat(pieces, dim=1)
 
 
 def _chunks(*arrays: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -162,12 +196,11 @@ def _same_judge(a_ND: Tensor, b_MD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _checked(array: Tensor, name: str, rows: int) -> Tensor:
-    """The array in float64, or a ValueError that says what is wrong with it."""
+    """The array itself, or a ValueError that says what is wrong with it."""
     if array.ndim != 2:
         raise ValueError(f"{name} must be [rows, features], not {tuple(array.shape)}")
     if len(array) < rows:
         raise ValueError(f"{len(array)} rows of {name}; at least {rows} are needed")
-    array = array.double()
     if bad := int((~array.isfinite()).any(1).sum()):
         raise ValueError(f"{bad} of {len(array)} rows of {name} are not finite")
     return array

@@ -2,11 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
+import scipy.linalg
 import torch
 
 from mclr import metrics
 from mclr.metrics import (
+    Moments,
     class_accuracy,
     class_frechet_distance,
     density_coverage,
@@ -70,6 +73,25 @@ def test_frechet_of_singular_covariances():
     assert frechet_distance(torch.zeros(4, 3), torch.ones(4, 3)) == pytest.approx(3)
 
 
+def test_frechet_equals_the_matrix_square_root_of_scipy():
+    a, b = 3 * draw(40, 7) @ draw(7, 7, seed=2) + 5, draw(50, 7, seed=1) @ draw(7, 7, seed=3)
+    cov_a, cov_b = (np.cov(x.numpy(), rowvar=False) for x in (a, b))
+    shift = a.mean(0).numpy() - b.mean(0).numpy()
+    expected = shift @ shift + np.trace(cov_a + cov_b - 2 * scipy.linalg.sqrtm(cov_a @ cov_b).real)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("sizes", [[60], [1, 59], [7, 20, 33]])
+def test_running_moments_do_not_depend_on_batches_or_on_large_means(sizes):
+    # sums of squares would lose all digits here
+    rows = draw(60, 3) + 1e8
+    running = Moments()
+    for part in rows.split(sizes):
+        running.add(part)
+    assert running.count == 60
+    torch.testing.assert_close(running.gaussian(), (rows.mean(0), torch.cov(rows.T)), rtol=1e-7, atol=1e-7)
+
+
 def test_moments_of_one_feature():
     mean, covariance = moments(torch.tensor([[1.0], [3.0]]))
     assert (mean.tolist(), covariance.tolist()) == ([2.0], [[2.0]])
@@ -77,12 +99,12 @@ def test_moments_of_one_feature():
 
 def test_class_frechet_sees_swapped_conditions():
     # The union of the two conditions is the same set, so FD is blind to the swap.
-    features, c = torch.cat([draw(30, 4), draw(30, 4, seed=1) + 10]), torch.arange(60) // 30
-    assert frechet_distance(features, features) == pytest.approx(0, abs=1e-9)
-    assert class_frechet_distance(features, c, features, c) == pytest.approx(0, abs=1e-9)
-    assert class_frechet_distance(features, 1 - c, features, c) > 300
-    by_hand = [frechet_distance(features[c == i], features[c == 1 - i]) for i in (0, 1)]
-    assert class_frechet_distance(features, 1 - c, features, c) == pytest.approx(sum(by_hand) / 2)
+    parts = [draw(30, 4), draw(30, 4, seed=1) + 10]
+    right, wrong = dict(enumerate(map(moments, parts))), dict(enumerate(map(moments, parts[::-1])))
+    assert class_frechet_distance(right, right) == pytest.approx(0, abs=1e-9)
+    assert class_frechet_distance(wrong, right) > 300
+    by_hand = [frechet_distance(parts[i], parts[1 - i]) for i in (0, 1)]
+    assert class_frechet_distance(wrong, right) == pytest.approx(sum(by_hand) / 2)
 
 
 def brute_force(real: torch.Tensor, fake: torch.Tensor, k: int) -> dict[str, float]:
@@ -158,6 +180,17 @@ def test_inception_score_of_known_cases():
     assert inception_score(torch.eye(4)[[2] * 6]) == pytest.approx(1)
 
 
+def test_inception_score_is_a_mean_over_splits():
+    # each half holds one class alone: 1 apart, 2 together
+    prob = torch.eye(2).repeat_interleave(10, 0)
+    assert inception_score(prob, split=10) == pytest.approx(1)
+    assert inception_score(prob) == pytest.approx(2)
+    prob = (2 * draw(30, 5)).softmax(1).numpy()
+    parts = [prob[:20], prob[20:]]
+    expected = np.mean([np.exp((p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean()) for p in parts])
+    assert inception_score(torch.from_numpy(prob), split=20) == pytest.approx(expected, rel=1e-12)
+
+
 def views(pairs: int, width: int, contamination: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Two views of each of so many images, in features of this ICR: S_s = (1 / ICR - 1) S_xi, seen through an oblique map."""
     shared = (1 / contamination - 1) ** 0.5 * draw(pairs, width)
@@ -200,8 +233,8 @@ BROKEN[3, 1] = math.nan
         (lambda: frechet_distance(GOOD, BROKEN), "1 of 10 rows of features are not finite"),
         (lambda: frechet_distance(GOOD, GOOD[:, :2]), "3 and 2 features"),
         (lambda: frechet_distance(GOOD, GOOD[0]), r"must be \[rows, features\]"),
-        (lambda: class_frechet_distance(GOOD, C, GOOD, torch.zeros_like(C)), "condition 1 has 5 and 0 rows"),
-        (lambda: class_frechet_distance(GOOD, C[:4], GOOD, C), "one per row is needed"),
+        (lambda: class_frechet_distance({0: moments(GOOD), 1: moments(GOOD)}, {0: moments(GOOD)}), "condition 1 is in one set"),
+        (lambda: class_frechet_distance({}, {}), "no conditions"),
         (
             lambda: frechet_from_moments(torch.ones(2), torch.eye(2) / 0, torch.ones(2), torch.eye(2)),
             "covariances are not finite",

@@ -1,97 +1,59 @@
-"""`mclr evaluate`: scores samples against a dataset, in the features of a classifier that acts as judge.
+"""`mclr evaluate`: scores samples against a reference, in the features of a network that acts as judge.
 
-N real and M fake images; C H W image; D features.
+N real and M fake images; C H W image.
 """
 
+import argparse
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from configs.schema import FILE, DiffusionModel, load_data
+from configs.schema import FILE, DiffusionModel
 from mclr.errors import UserError
-from mclr.metrics import class_accuracy, class_frechet_distance, density_coverage, frechet_distance, precision_recall
 from models.edm2 import EDM2
 from models.features import ImageClassifier
 from train import monitor
 from train.build import build_encoder
+from train.card import add_scores
 from train.cli import Parser, run
-from train.data import DatasetInfo, SplitReader, permutation
-from train.encoders import from_uint8
 from train.files import write_json
-from train.prepare import open_or_prepare
-from train.sample import condition_of, draw, find_generator, image_paths, parse_classes, read_images, read_record, sha256
+from train.image_sets import ImageSet, find_images, in_memory_images, open_folder, open_npz
+from train.judges import PUBLISHED, Judge, classifier_judge, open_judge
+from train.references import MOST, SPLITS, Reference, Statistics, measure, open_reference, reference_statistics
+from train.sample import draw, find_generator, parse_classes, read_record
+from train.scores import Range, score, table
 from train.weights import find_weights, load_net
 
 EXAMPLE = """examples:
-  mclr evaluate samples/mine --data digits --judge digits-classifier
+  mclr evaluate samples/mine --reference digits --judge digits-classifier
   mclr evaluate runs/mine
   mclr evaluate runs/mine --icr
+  mclr evaluate runs/mine --reference PHOTOS --judge dinov2 --ranges 3
+  mclr evaluate samples.npz --reference VIRTUAL_imagenet256_labeled.npz --judge inception --judge-weights FILE
 
-Samples are a folder made by `mclr sample`, any folder with images/NAME-CONDITION.png, or an .npz file (arr_0: uint8 NHWC,
-arr_1: conditions). A run is sampled first into RUN/samples, by its own settings: as many images as there are real ones, at most
-50,000. A judge for your own data comes from `mclr prepare classifier`. The scores go to evaluation.json in the folder, or
-to NAME-evaluation.json beside NAME.npz."""
+Samples are a folder made by `mclr sample`, any folder of PNG files (accuracy and class-wise FD need names NAME-CONDITION.png), or an
+.npz file (arr_0: uint8 NHWC; arr_1: conditions, where known). A run is sampled first into RUN/samples, by its own settings: as many
+images as the reference has, at most 50,000, for each range. The reference is a data preset, a dataset folder, a folder of images, or
+an .npz file of images or of mu and sigma. What a judge saw of it is kept in ~/.cache/mclr (or below $XDG_CACHE_HOME).
+Judges: dinov2 (fd is FD_DINOv2), inception (fd is FID), or a classifier, which for your own data comes from `mclr prepare classifier`.
+The scores go to evaluation.json in the folder (evaluation-dinov2.json, evaluation-inception.json), or beside NAME.npz;
+those of a run also into its weights' model card, RUN/weights/README.md."""
 
-BATCH = 256  # images per forward of the judge
-MOST = 50_000  # samples of a run, and real images of the scores by neighbours: what the field reports on
 FEWEST = 6  # of either: one more than the neighbours that density and coverage look at
-SPLITS = {"all": ("train", "val"), "train": ("train",), "val": ("val",)}
-SCORES = {
-    "accuracy": "↑ class accuracy: share of samples that the judge puts under their condition",
-    "fd": "↓ Fréchet distance (FD) between all samples and all real images",
-    "cfd": "↓ class-wise FD: the same within each condition, averaged",
-    "precision": "↑ share of samples near a real image",
-    "recall": "↑ share of real images near a sample",
-    "density": "↑ real neighbourhoods around a sample, 1 as for the real images themselves",
-    "coverage": "↑ share of real images with a sample in their neighbourhood",
-}
-ICR = {
-    "icr": "invariant contamination ratio of the network on training images; one past its minimum may memorise",
-    "icr_val": "the same on held-out images",
-}
 
 
 def judge(
     classifier: ImageClassifier, real_images: Tensor, real_c: Tensor, fake_images: Tensor, fake_c: Tensor
 ) -> dict[str, float]:
-    """score() of fake images [M, C, H, W] against real ones [N, C, H, W], uint8; conditions int64."""
-    real, fake = (features(classifier, images.split(BATCH)) for images in (real_images, fake_images))
-    return score(classifier, real, real_c, fake, fake_c)
-
-
-@torch.no_grad()
-def features(classifier: ImageClassifier, batches: Iterable[Tensor]) -> Tensor:
-    """The judge's penultimate layer [N, D] fp32, on the CPU, of uint8 images that come in batches [B, C, H, W]."""
-    device = classifier.head.weight.device
-    return torch.cat([classifier.features(from_uint8(x_BCHW.to(device))).cpu() for x_BCHW in batches])
-
-
-def score(classifier: ImageClassifier, real: Tensor, real_c: Tensor, fake: Tensor, fake_c: Tensor) -> dict[str, float]:
-    """accuracy, fd, cfd, precision, recall, density, coverage of features [M, D] of fake images against [N, D] of real ones.
-
-    accuracy: share of the fake images that the judge puts under their own condition; the other scores are those of
-    mclr/metrics.py. Distances between neighbours take N x M: those scores use at most MOST real images, chosen by
-    permutation(0, 0, N). Raises ValueError where there are too few images.
-    """
-    near = real if len(real) <= MOST else real[torch.from_numpy(permutation(0, 0, len(real))[:MOST].copy())]
-    precision, recall = precision_recall(near, fake)
-    density, coverage = density_coverage(near, fake)
-    with torch.no_grad():
-        prediction = classifier.head(fake.to(classifier.head.weight.device)).argmax(1).cpu()
-    return {
-        "accuracy": class_accuracy(prediction, fake_c),
-        "fd": frechet_distance(real, fake),
-        "cfd": class_frechet_distance(real, real_c, fake, fake_c),
-        "precision": precision,
-        "recall": recall,
-        "density": density,
-        "coverage": coverage,
-    }
+    """score() of fake images [M, C, H, W] against real ones [N, C, H, W], uint8, in memory; conditions int64."""
+    by = classifier_judge(classifier)
+    real = measure(by, in_memory_images(real_images, real_c))
+    return score(by, real, measure(by, in_memory_images(fake_images, fake_c), with_prob=True))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,90 +61,116 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "source", type=Path, metavar="SAMPLES_OR_RUN", help="a folder of samples, an .npz file, or a finished run"
     )
-    parser.add_argument("--data", metavar="D", help="real images: a preset or dataset folder (default: what the model was for)")
     parser.add_argument(
-        "--judge", metavar="WEIGHTS", help="classifier: weights folder or bundled name (default: the bundled DATA-classifier)"
+        "--reference", metavar="R", help="real images, or their statistics (default: the data that the model was for)"
     )
     parser.add_argument(
-        "--real", choices=SPLITS, default="all", help="split of the real images (default: train and val together)"
+        "--real", choices=SPLITS, default="all", help="split of a reference that is a dataset (default: train and val together)"
+    )
+    parser.add_argument(
+        "--judge", metavar="J", help="dinov2, inception, or a classifier's weights (default: the bundled DATA-classifier)"
+    )
+    parser.add_argument("--judge-weights", type=Path, metavar="FILE", help="published state dict of dinov2 or inception")
+    parser.add_argument(
+        "--ranges", type=int, default=1, metavar="K", help="score K disjoint ranges of seeds, and the minimum of fd (default: 1)"
     )
     parser.add_argument(
         "--icr", action="store_true", help="also the invariant contamination ratio of a diffusion run, the memorisation monitor"
     )
-    args = parser.parse_args(argv)
-    evaluate(args.source, args.data, args.judge, args.real, args.icr)
+    evaluate(parser.parse_args(argv))
     return 0
 
 
-def evaluate(source: Path, data: str | None, judge_name: str | None, real: str, with_icr: bool = False) -> None:
-    """Score the samples, print the scores and write them to evaluation.json beside the samples.
-
-    with_icr: also ICR on training and held-out images (train/monitor.py), of the run that drew them.
-    """
+def evaluate(args: argparse.Namespace) -> None:
+    """Score the samples, print the scores and write them beside the samples."""
     # everything that can be wrong is looked at before any image is drawn or scored
-    record = None
-    is_run = (source / FILE).is_file()
+    source: Path = args.source
+    record, own_data, is_run = None, None, (source / FILE).is_file()
     if is_run:
         config, weights = find_generator(str(source), None, None, [])
-        own_data: dict[str, str] | None = {"name": config.data.name, "path": config.data.path}
-    elif (source.suffix == ".npz" and source.is_file()) or image_paths(source):
+        own_data = config.data.model_dump()
+    elif (source.suffix == ".npz" and source.is_file()) or find_images(source):
         record = read_record(source) if source.is_dir() else None
-        own_data = record["data"] if record else None
+        own_data = record and record["data"]
     else:
-        raise UserError(f"{source} is no run and holds no images/NAME-CONDITION.png: give samples, an .npz file or a run")
-    if with_icr and not (is_run and isinstance(config.model, DiffusionModel)):
+        raise UserError(f"{source} is no run and holds no images: give samples, an .npz file or a run")
+    if args.ranges < 1:
+        raise UserError(f"--ranges {args.ranges}: give 1 or more")
+    if args.icr and not (is_run and isinstance(config.model, DiffusionModel)):
         raise UserError(f"--icr looks into the network of a diffusion run, {source} is none: leave it out, or give such a run")
-    if data is None and own_data is None:
-        raise UserError(f"{source} does not say which data its model was for: say it by --data")
-    if data is not None:
-        chosen = load_data(data)
-        own_data = {"name": chosen.name, "path": chosen.path}
-    assert own_data is not None
-    info = open_or_prepare(own_data["name"], own_data["path"])
-    judge_name = judge_name or _default_judge(info)
-    classifier = _load_judge(judge_name, info)
-    # an empty val split is left out of "all"
-    readers = [SplitReader(info, split) for split in SPLITS[real] if info.splits[split].count or real != "all"]
-    real_c = torch.cat([reader.c_N for reader in readers])
+    if args.reference is None and own_data is None:
+        raise UserError(f"{source} does not say which data its model was for: say it by --reference")
+    with_conditions = args.judge not in PUBLISHED
+    reference = open_reference(args.reference, own_data, args.real, with_conditions)
+    if args.icr and reference.info is None:
+        raise UserError("--icr compares images of a dataset: give a dataset by --reference, or leave out --icr")
+    by = open_judge(args.judge or _default_judge(reference), args.judge_weights)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    by.net.to(device)
     if is_run:
-        conditions = parse_classes(None, config.data.num_classes)
-        draw(config, weights, source / "samples", conditions, seed=0, count=min(len(real_c), MOST))
+        # mu and sigma may be of more images than there are
+        asked = args.ranges * (MOST if reference.stored or not reference.images else min(reference.images.count, MOST))
+        there = read_record(source / "samples")
+        # more images of these settings are no harm
+        drawn = max(asked, there["count"] if there else 0)
+        draw(config, weights, source / "samples", parse_classes(None, config.data.num_classes), seed=0, count=drawn)
         source = source / "samples"
         record = read_record(source)
-    fake_images, fake_c = _load_samples(source, record, info)
-    _refuse_few(fake_c, real_c)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    classifier.to(device)
-    fake_MD, real_ND = features(classifier, fake_images), features(classifier, _batches(readers))
-    try:
-        scores = score(classifier, real_ND, real_c, fake_MD, fake_c)
-    except ValueError as error:
-        raise UserError(f"judge {judge_name} cannot score these samples ({error}): give another --judge") from error
+    samples = open_npz(source) if source.is_file() else open_folder(source, with_conditions)
+    if record and samples.count != record["count"]:
+        raise UserError(f"{source} holds {samples.count} of {record['count']} images: repeat its `mclr sample` command")
+    each, rest = divmod(asked if is_run else samples.count, args.ranges)
+    if rest:
+        raise UserError(
+            f"--ranges {args.ranges} does not divide the {samples.count} images of {source}: draw more, or give another"
+        )
+    parts = [range(first, first + each) for first in range(0, each * args.ranges, each)]
+    _refuse_other(by, samples, reference)
+    for part in parts:
+        _refuse_few(by, samples, part, reference)
 
+    made, ranges = record and record["settings"], []
+    try:
+        real, notes, origin = reference_statistics(by, reference)
+        for part in parts:
+            fake = measure(by, samples, part, with_prob=True)
+            seeds = [made["seed"] + part.start, made["seed"] + part.stop - 1] if made else None
+            ranges.append(Range(seeds, score(by, real, fake)))
+        notes += _doubts(by, samples, reference, made, real, fake)
+    except ValueError as error:
+        raise UserError(f"judge {by.name} cannot score these samples ({error}): give another --judge") from error
+    scores = {name: sum(one.scores[name] for one in ranges) / len(ranges) for name in ranges[0].scores}
+    if len(ranges) > 1:
+        scores["fd_min"] = min(one.scores["fd"] for one in ranges)
     result = {
         "scores": scores,
-        "samples": {"path": str(source), "count": len(fake_c), "made": record and record["settings"]},
-        "real": {
-            "data": info.name,
-            "path": str(info.path),
-            "splits": SPLITS[real],
-            "count": len(real_c),
-            "neighbours": min(len(real_c), MOST),  # those that precision, recall, density and coverage look at
-        },
-        "judge": {"name": judge_name, "sha256": sha256(find_weights(judge_name)), "features": "penultimate layer"},
+        "samples": {"path": str(source), "count": each * args.ranges, "made": made},
+        "real": reference.about() | {"count": real.count, "neighbours": None if real.near_ND is None else len(real.near_ND)},
+        "judge": {"name": by.name, "sha256": by.sha256, "features": by.features, "fd": by.fd},
+        "ranges": [asdict(one) for one in ranges],
+        "notes": notes,
     }
-    if with_icr:
+    if args.icr:
         net = load_net(str(weights), "edm2").to(device)
-        assert isinstance(net, EDM2)
-        contamination = monitor.measure(net, build_encoder(config, device), monitor.open_images(info), config.data.flip)
+        assert isinstance(net, EDM2) and reference.info is not None
+        contamination = monitor.measure(net, build_encoder(config, device), monitor.open_images(reference.info), config.data.flip)
         result["icr"] = contamination | {"sigma": monitor.SIGMA, "pairs": monitor.PAIRS}
-    path = source.with_name(f"{source.stem}-evaluation.json") if source.is_file() else source / "evaluation.json"
+    name = f"evaluation-{by.name}.json" if by.name in PUBLISHED else "evaluation.json"
+    path = source.with_name(f"{source.stem}-{name}") if source.is_file() else source / name
     write_json(path, result)
-    print(_table(result))
+    if is_run:
+        add_scores(weights, result)
+    print(table(result))
+    print(f"statistics of the reference: {origin}")
     print(f"written to {path}")
 
 
-def _default_judge(info: DatasetInfo) -> str:
+def _default_judge(reference: Reference) -> str:
+    info = reference.info
+    if info is None:
+        raise UserError(
+            f"no judge is bundled for {reference.name}: give --judge dinov2, inception or the weights of a classifier"
+        )
     name = f"{info.name}-classifier"
     try:
         find_weights(name)
@@ -192,92 +180,63 @@ def _default_judge(info: DatasetInfo) -> str:
     return name
 
 
-def _load_judge(name: str, info: DatasetInfo) -> ImageClassifier:
-    classifier = load_net(name, "image_classifier")
-    assert isinstance(classifier, ImageClassifier)
-    expected = (info.channels, info.num_classes)
-    found = (classifier.config.img_channels, classifier.config.num_classes)
+def _refuse_other(by: Judge, samples: ImageSet, reference: Reference) -> None:
+    """Raises UserError where a classifier does not suit the reference or the samples; the other judges look at any image."""
+    if not isinstance(by.net, ImageClassifier):
+        return
+    found, info = (by.net.config.num_classes, by.net.config.img_channels), reference.info
+    expected = (info.num_classes, info.channels) if info else (found[0], samples.shape[0])
     if found != expected:
         raise UserError(
-            f"judge {name} knows {found[1]} conditions of {found[0]}-channel images, {info.name} has {expected[1]} of "
-            f"{expected[0]}: give another --judge, or fit one with `mclr prepare classifier`"
+            f"judge {by.name} knows {found[0]} conditions of {found[1]}-channel images, {reference.name} has {expected[0]} of "
+            f"{expected[1]}: give another --judge, or fit one with `mclr prepare classifier`"
         )
-    return classifier
+    if reference.images and samples.shape != reference.images.shape:
+        raise UserError(
+            f"the samples are of shape {samples.shape}, the images of {reference.name} of {reference.images.shape}: "
+            "give the --reference their model was trained on"
+        )
+    if samples.c_N is not None and (highest := int(samples.c_N.max())) >= found[0]:
+        raise UserError(
+            f"{samples.name} holds condition {highest}, judge {by.name} knows 0..{found[0] - 1}: give another --judge"
+        )
 
 
-def _batches(readers: list[SplitReader]) -> Iterator[Tensor]:
-    """image_BCHW uint8 of these splits, one after the other."""
-    for reader in readers:
-        for first in range(0, len(reader.samples), BATCH):
-            yield reader.images(list(range(first, min(first + BATCH, len(reader.samples)))))
-
-
-def _load_samples(source: Path, record: dict[str, Any] | None, info: DatasetInfo) -> tuple[Iterable[Tensor], Tensor]:
-    """(batches of image_BCHW uint8, c_M) of a samples folder or an .npz file.
-
-    Raises UserError where they are not of this dataset's form; for the images of a folder, when their batch is read.
-    """
-    if source.is_file():
-        try:
-            with np.load(source) as arrays:
-                images, c_M = arrays["arr_0"].transpose(0, 3, 1, 2), arrays["arr_1"]
-        # a decoder that meets damaged bytes raises nearly anything, and numpy's advice on other files is not for ours
-        except Exception as error:
-            raise UserError(
-                f"{source} is no readable .npz of arr_0 (uint8 NHWC) and arr_1 (conditions): write it again by "
-                "numpy.savez(FILE, images, conditions)"
-            ) from error
-        count, batches = len(images), (images[first : first + BATCH].copy() for first in range(0, len(images), BATCH))
-    else:
-        paths = image_paths(source)
-        if record and len(paths) != record["count"]:
-            raise UserError(f"{source} holds {len(paths)} of {record['count']} images: repeat its `mclr sample` command")
-        c_M = np.array([condition_of(path) for path in paths])
-        count, batches = len(paths), (read_images(paths[first : first + BATCH]) for first in range(0, len(paths), BATCH))
-    if c_M.shape != (count,) or not np.issubdtype(c_M.dtype, np.integer) or not (c_M >= 0).all():
-        raise UserError(f"the conditions of {source} are not one whole number per image: draw the samples again")
-    if c_M.max() >= info.num_classes:
-        raise UserError(f"{source} holds condition {c_M.max()}, {info.name} has 0..{info.num_classes - 1}: give another --data")
-    return (_checked(batch, info) for batch in batches), torch.from_numpy(c_M.astype(np.int64))
-
-
-def _refuse_few(fake_c: Tensor, real_c: Tensor) -> None:
+def _refuse_few(by: Judge, samples: ImageSet, part: range, reference: Reference) -> None:
     """Raises UserError where there are fewer images than the scores need (mclr/metrics.py)."""
     more = "draw more, or compare with more real images (--real all)"
-    for c in torch.cat([fake_c, real_c]).unique().tolist():
-        fake, real = (int((c_N == c).sum()) for c_N in (fake_c, real_c))
-        if min(fake, real) < 2:
-            raise UserError(f"condition {c} has {fake} samples and {real} real images, at least 2 of each are needed: {more}")
-    if (fewest := min(len(fake_c), len(real_c))) < FEWEST:
+    real = reference.images
+    if by.conditions and samples.c_N is not None and real and real.c_N is not None:
+        fake_c = samples.c_N[part.start : part.stop]
+        for c in torch.cat([fake_c, real.c_N]).unique().tolist():
+            fakes, reals = (int((c_N == c).sum()) for c_N in (fake_c, real.c_N))
+            if min(fakes, reals) < 2:
+                raise UserError(
+                    f"condition {c} has {fakes} samples and {reals} real images, at least 2 of each are needed: {more}"
+                )
+    if (fewest := min(len(part), real.count if real else len(part))) < FEWEST:
         raise UserError(f"there are {fewest} samples or real images, at least {FEWEST} of each are needed: {more}")
 
 
-def _checked(images: np.ndarray, info: DatasetInfo) -> Tensor:
-    if images.dtype != np.uint8 or images.shape[1:] != info.image_shape:
-        raise UserError(
-            f"the samples are {images.dtype} of shape {images.shape[1:]}, those of {info.name} uint8 of {info.image_shape}: "
-            "give the --data their model was trained on"
-        )
-    return torch.from_numpy(images)
-
-
-def _table(result: dict[str, Any]) -> str:
-    samples, real, judged_by = (result[key] for key in ("samples", "real", "judge"))
-    made = samples["made"] or {}
-    return "\n".join(
-        [
-            f"samples    {samples['count']} images of {samples['path']}, guidance weight {made.get('sample.gamma', 'unknown')}",
-            f"rounding   {made.get('rounding', 'unknown')}",
-            f"reference  {real['count']} images of {real['data']}, {' and '.join(real['splits'])}",
-            f"extractor  {judged_by['name']}, {judged_by['features']}, sha256 {judged_by['sha256']}",
-            *(f"{name:10} {result['scores'][name]:9.4f}  {meaning}" for name, meaning in SCORES.items()),
-            *(
-                f"{name:10} {result['icr'][name]:9.4f}  {meaning}"
-                for name, meaning in ICR.items()
-                if name in result.get("icr", {})
-            ),
-        ]
-    )
+def _doubts(
+    by: Judge, samples: ImageSet, reference: Reference, made: dict[str, Any] | None, real: Statistics, fake: Statistics
+) -> Iterator[str]:
+    """What is left out, and what makes the scores unfit for comparison, in one line each."""
+    if by.conditions and samples.c_N is None:
+        yield "accuracy and cfd are left out: the samples do not say their conditions (NAME-CONDITION.png, or arr_1)"
+    elif by.conditions and not real.of_condition:
+        yield "cfd is left out: the images of the reference do not say their conditions (NAME-CONDITION.png, or arr_1)"
+    for name, seen in (("reference", real), ("samples", fake)):
+        D = len(seen.features[0])
+        if seen.count is not None and seen.count <= D:
+            few = f"the {seen.count} images of the {name} cannot span the {D} features (their covariance is singular)"
+            yield f"{few}: fd is biased upwards, compare at equal counts alone"
+        if not seen.features[1].diagonal().any():
+            yield f"all images of the {name} have the same features: they are one image, or the judge sees nothing"
+    if made and made.get("sample.more_smooth"):
+        yield "drawn with sample.more_smooth=true: scores of smoothed samples are not comparable with others"
+    if samples.jpeg or (reference.images and reference.images.jpeg):
+        yield "some images are JPEG files: their compression alone changes fd"
 
 
 if __name__ == "__main__":
