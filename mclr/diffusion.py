@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mclr.guidance import Guidance, mix
 from mclr.likelihood import Draws, LogLik, Net, Probe
-from mclr.solvers import SOLVERS, sigma_grid
+from mclr.solvers import SOLVERS, churned_heun, sigma_grid
 
 LOG_RANGE = (math.log(80.0), math.log(0.002))
 
@@ -31,7 +31,8 @@ def sigma_of(progress: float) -> float:
 @dataclass(frozen=True)
 class Diffusion:
     """shape: (C, H, W) of a sample. null: index of the null condition. ln sigma ~ N(noise_mean, noise_std^2) in training (EDM2,
-    arXiv 2312.02696, section 2); sigma_data: standard deviation of the data; the rest belongs to sampling (EDM, table 1)."""
+    arXiv 2312.02696, section 2); sigma_data: standard deviation of the data; the rest belongs to sampling (EDM, table 1; churn:
+    algorithm 2, 0 for none)."""
 
     shape: tuple[int, int, int]
     null: int
@@ -43,6 +44,13 @@ class Diffusion:
     sigma_max: float = 80.0
     rho: float = 7.0
     solver: str = "heun"
+    churn: float = 0.0
+    churn_min: float = 0.0
+    churn_max: float = math.inf
+    churn_noise: float = 1.0
+
+    def __post_init__(self) -> None:
+        assert not self.churn or self.solver == "heun"
 
     @property
     def dims(self) -> int:
@@ -95,4 +103,7 @@ class Diffusion:
             return draws.normal(*self.shape)
 
         sigmas = sigma_grid(self.steps, self.sigma_min, self.sigma_max, self.rho)
-        return SOLVERS[self.solver](denoise, noise() * sigmas[0], sigmas, noise)
+        x = noise() * sigmas[0]
+        if self.churn:
+            return churned_heun(denoise, x, sigmas, noise, self.churn, self.churn_min, self.churn_max, self.churn_noise)
+        return SOLVERS[self.solver](denoise, x, sigmas, noise)

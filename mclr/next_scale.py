@@ -20,8 +20,9 @@ def scale_progress(scales: Sequence[int]) -> list[float]:
     return [k / max(len(scales) - 1, 1) for k in range(len(scales))]
 
 
-def pick(logits_BlV: Tensor, uniform_Bl: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Draw one code per token by inverse CDF from the top_k most likely codes (0 = all), cut to the smallest set of mass >= top_p."""
+def likely(logits_BlV: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor | None]:
+    """(prob_BlN, 0 for what is cut; its code_BlN, None where they are all codes in order) of the top_k most likely codes (0 = all),
+    cut to the smallest set of mass >= top_p."""
     logits = logits_BlV.float()
     code = None
     # sorting costs more than all the rest: only where something is cut
@@ -31,21 +32,44 @@ def pick(logits_BlV: Tensor, uniform_Bl: Tensor, top_k: int, top_p: float) -> Te
     prob = logits.softmax(-1)
     if top_p < 1:
         prob = prob * (prob.cumsum(-1) - prob < top_p)
+    return prob, code if code is None else code[..., : prob.shape[-1]]
+
+
+def pick(logits_BlV: Tensor, uniform_Bl: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Draw one of the likely codes per token, by inverse CDF."""
+    prob, code = likely(logits_BlV, top_k, top_p)
     cdf = prob.cumsum(-1)
     drawn = (cdf <= uniform_Bl[..., None] * cdf[..., -1:]).sum(-1).clamp(max=prob.shape[-1] - 1)
     return drawn if code is None else code.gather(-1, drawn[..., None])[..., 0]
 
 
+def blend(logits_BlV: Tensor, uniform_BlV: Tensor, top_k: int, top_p: float, progress: float) -> Tensor:
+    """Shares_BlV of the likely codes where pick draws one: VAR's `more_smooth`, which its code alone defines.
+
+    The Gumbel-softmax of (1 + progress) logits at temperature max(.27 (1 - .95 progress), .005).
+    """
+    prob, code = likely(logits_BlV, top_k, top_p)
+    # of a uniform 0 the Gumbel number would be -inf, and the share of an only code NaN
+    gumbel = -(-uniform_BlV.clamp(min=1e-9).log()).log()
+    temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
+    gumbel = gumbel if code is None else gumbel.gather(-1, code)
+    # log p are logits but for a constant, which the softmax takes away
+    share = (((1 + progress) * prob.log() + gumbel) / temperature).softmax(-1)
+    return share if code is None else torch.zeros_like(uniform_BlV).scatter(-1, code, share)
+
+
 @dataclass(frozen=True)
 class NextScale:
     """scales: side of each token map, coarse to fine. null: index of the null condition. tokenizer: teacher(tokens_BL), start(B)
-    and advance(f_hat, tokens_Bl, scale) of a multi-scale tokenizer. top_k, top_p: of sampling (VAR, arXiv 2404.02905)."""
+    and advance(f_hat, tokens_Bl or shares_BlV, scale) of a multi-scale tokenizer. top_k, top_p: of sampling (VAR, arXiv 2404.02905).
+    more_smooth: sample blends of codes, for pictures."""
 
     scales: tuple[int, ...]
     null: int
     tokenizer: Any
     top_k: int = 0
     top_p: float = 1.0
+    more_smooth: bool = False
 
     @property
     def dims(self) -> int:
@@ -79,10 +103,14 @@ class NextScale:
 
     @torch.no_grad()
     def sample(self, net: Any, c_B: Tensor, guidance: Guidance, draws: Draws) -> Tensor:
-        """Tokens [B, L]. The guide reads the scales it skipped in one block-causal pass, at the next one where its weight is not 0."""
+        """Tokens [B, L], or with more_smooth the feature map f_hat that the blends add up to.
+
+        The guide reads the scales it skipped in one block-causal pass, at the next one where its weight is not 0.
+        """
         guide_net: Any = net if guidance.guide is None else guidance.guide
         guide_c_B = torch.full_like(c_B, self.null) if guidance.guide is None else c_B
-        weights = [guidance.gamma.at(progress) for progress in scale_progress(self.scales)]
+        progress = scale_progress(self.scales)
+        weights = [guidance.gamma.at(p) for p in progress]
         cache, guide_cache = net.new_cache(len(c_B)), None
         f_hat = self.tokenizer.start(len(c_B))
         teacher = f_hat.new_zeros(len(c_B), 0, f_hat.shape[1])
@@ -95,6 +123,10 @@ class NextScale:
                     guide_cache = guide_net.new_cache(len(c_B))
                 guide = guide_net(torch.cat(unseen, 1), guide_c_B, guide_cache)[:, -side * side :]
                 logits, unseen = mix(logits, guide, weights[k]), []
-            tokens.append(pick(logits, draws.uniform(side * side), self.top_k, self.top_p))
-            f_hat, teacher = self.tokenizer.advance(f_hat, tokens[-1], k)
-        return torch.cat(tokens, 1)
+            if self.more_smooth:
+                codes = blend(logits, draws.uniform(side * side, logits.shape[-1]), self.top_k, self.top_p, progress[k])
+            else:
+                codes = pick(logits, draws.uniform(side * side), self.top_k, self.top_p)
+                tokens.append(codes)
+            f_hat, teacher = self.tokenizer.advance(f_hat, codes, k)
+        return f_hat if self.more_smooth else torch.cat(tokens, 1)

@@ -56,16 +56,28 @@ class MPFourier(nn.Module):
 class MPConv(nn.Module):
     """Bias-free convolution (linear where `kernel` is 0) whose used weight has rows of norm 1 (Eq. 47), times an optional gain.
 
-    The stored weight is never written here: normalising it as well, after every optimizer step, is the trainer's part.
+    The stored weight is never written in training: normalising it as well, after every optimizer step, is the trainer's part.
+    folded: the stored weight is the used one, gain included.
     """
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int = 0):
         super().__init__()
         shape = (channels_out, channels_in, kernel, kernel) if kernel else (channels_out, channels_in)
         self.weight = nn.Parameter(torch.empty(shape).normal_())
+        self.folded = False
+
+    def used_weight(self, gain: Tensor | float = 1.0) -> Tensor:
+        """What the input is multiplied by, fp32."""
+        fan_in = self.weight[0].numel()
+        return normalize(self.weight.float()) * (gain / math.sqrt(fan_in))
+
+    @torch.no_grad()
+    def fold(self, gain: Tensor | float = 1.0) -> None:
+        """Store the used weight under this gain, once and for all: no forward computes it again, and each ignores its gain."""
+        self.weight.copy_(self.used_weight(gain))
+        self.folded = True
 
     def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
         """[R, in] -> [R, out], or [R, in, H, W] -> [R, out, H, W], in x's dtype."""
-        fan_in = self.weight[0].numel()
-        weight = (normalize(self.weight.float()) * (gain / math.sqrt(fan_in))).to(x.dtype)
+        weight = (self.weight if self.folded else self.used_weight(gain)).to(x.dtype)
         return F.conv2d(x, weight, padding="same") if weight.ndim == 4 else F.linear(x, weight)

@@ -178,9 +178,10 @@ class VQVAE(nn.Module):
         return self.quantize(self.features(image_BCHW))[0]
 
     @torch.no_grad()
-    def decode(self, tokens_BL: Tensor) -> Tensor:
-        """Tokens [B, L] -> image in [-1, 1]."""
-        return self.decoder(self.from_features(self.replay(tokens_BL)[0])).float().clamp(-1, 1)
+    def decode(self, x_B: Tensor) -> Tensor:
+        """Tokens [B, L], or a feature map f_hat -> image in [-1, 1]."""
+        f_hat = x_B if x_B.is_floating_point() else self.replay(x_B)[0]
+        return self.decoder(self.from_features(f_hat)).float().clamp(-1, 1)
 
     @torch.no_grad()
     def teacher(self, tokens_BL: Tensor) -> Tensor:
@@ -202,12 +203,16 @@ class VQVAE(nn.Module):
         side = self.config.scales[-1]
         return torch.zeros(B, self.config.z_channels, side, side, device=self.codebook.weight.device)
 
-    def advance(self, f_hat: Tensor, tokens_Bl: Tensor, scale: int) -> tuple[Tensor, Tensor | None]:
-        """Adds one scale to f_hat; returns it and the teacher inputs of the next scale, [B, l, E] (None after the last)."""
+    def advance(self, f_hat: Tensor, codes: Tensor, scale: int) -> tuple[Tensor, Tensor | None]:
+        """Adds one scale to f_hat; returns it and the teacher inputs of the next scale, [B, l, E] (None after the last).
+
+        codes: tokens [B, l], or the shares of all codes in a blend of them [B, l, V].
+        """
         with torch.autocast(f_hat.device.type, enabled=False):
             side, config = self.config.scales[scale], self.config
-            codes_BEhw = rearrange(self.codebook(tokens_Bl), "B (h w) E -> B E h w", h=side)
-            h = F.interpolate(codes_BEhw, size=f_hat.shape[-2:], mode="bicubic")  # exactly the identity at the last scale
+            vectors_BlE = codes @ self.codebook.weight if codes.is_floating_point() else self.codebook(codes)
+            vectors_BEhw = rearrange(vectors_BlE, "B (h w) E -> B E h w", h=side)
+            h = F.interpolate(vectors_BEhw, size=f_hat.shape[-2:], mode="bicubic")  # exactly the identity at the last scale
             f_hat = f_hat + (1 - config.quant_resi) * h + config.quant_resi * self.phis[self.phi_index(scale)](h)
             if scale == len(config.scales) - 1:
                 return f_hat, None

@@ -10,6 +10,7 @@ from mclr.diffusion import Diffusion, progress_of, sigma_of
 from mclr.guidance import Guidance, mix
 from mclr.likelihood import Draws, Probe
 from mclr.schedule import Schedule
+from mclr.solvers import churned_heun, sigma_grid
 
 
 def test_progress_and_sigma_are_inverse():
@@ -89,13 +90,38 @@ def test_the_guide_is_the_null_condition_or_another_network_under_the_same_condi
 
 
 @float64()
-def test_samples_do_not_depend_on_the_micro_batch():
+@pytest.mark.parametrize("churn", [0.0, 3.0])
+def test_samples_do_not_depend_on_the_micro_batch(churn):
     net, guidance, c_B = ToyDenoiser(), Guidance(Schedule("constant", 0.5)), torch.tensor([0, 1, 2, 0, 1])
-    paradigm, seeds = Diffusion(SHAPE, K, steps=8), [4, 0, 9, 2, 7]
+    paradigm, seeds = Diffusion(SHAPE, K, steps=8, churn=churn), [4, 0, 9, 2, 7]
     whole = paradigm.sample(net, c_B, guidance, Draws64(0, seeds))
     assert len(whole.flatten(1).unique(dim=0)) == 5
     parts = [paradigm.sample(net, c_B[a:b], guidance, Draws64(0, seeds[a:b])) for a, b in ((0, 1), (1, 3), (3, 5))]
     assert torch.allclose(torch.cat(parts), whole, rtol=0, atol=1e-12)
+
+
+@float64()
+def test_churn_is_that_of_the_solver():
+    """Every setting reaches it; guidance is weighted at the raised noise level; without churn one noise is drawn, at the start."""
+    net, guidance, c_B = ToyDenoiser(), Guidance(Schedule("ramp", 1.5)), torch.tensor([0, 1, 2])
+    settings = {"churn": 3.0, "churn_min": 0.05, "churn_max": 30.0, "churn_noise": 1.1}
+    paradigm, draws = Diffusion(SHAPE, K, steps=8, **settings), Draws64(0, [4, 0, 9])
+    x = paradigm.sample(net, c_B, guidance, draws)
+
+    def denoise(x, sigma):
+        pred, null = (net(x, torch.full((3,), sigma), c)[0] for c in (c_B, torch.full((3,), K)))
+        return mix(pred, null, guidance.gamma.at(progress_of(torch.tensor(sigma)).item()))
+
+    noises, sigmas = Draws64(0, [4, 0, 9]), sigma_grid(8, 0.002, 80.0)
+    start = 80 * noises.normal(*SHAPE)
+    expected = churned_heun(denoise, start, sigmas, lambda: noises.normal(*SHAPE), **settings)
+    assert torch.allclose(x, expected, rtol=1e-12, atol=1e-14)
+    assert draws.normal(1).equal(noises.normal(1))
+
+    plain, once = Draws64(0, [4, 0, 9]), Draws64(0, [4, 0, 9])
+    assert not torch.allclose(Diffusion(SHAPE, K, steps=8).sample(net, c_B, guidance, plain), x, rtol=1e-2)
+    once.normal(*SHAPE)
+    assert plain.normal(1).equal(once.normal(1))
 
 
 def test_autoguidance_asks_both_networks_equally_often():

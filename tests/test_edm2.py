@@ -1,5 +1,6 @@
 """EDM2 against the published implementation's numbers, and the properties that the paper promises."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -10,9 +11,10 @@ from mclr.diffusion import Diffusion
 from mclr.errors import UserError
 from mclr.guidance import Guidance
 from mclr.schedule import Schedule
-from models.blocks import MPFourier, mp_cat, mp_silu, mp_sum, normalize
-from models.convert import load_published, published_entries, to_published
+from models.blocks import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalize
+from models.convert import NAMED, load_published, published_entries, to_published
 from models.edm2 import EDM2, Block, EDM2Config, edm2_published_name
+from train.weights import save_weights
 
 ARRAYS, REFERENCE_CONFIG, NAMES = load_golden("edm2_tiny.npz")
 CONFIG = EDM2Config(
@@ -129,8 +131,8 @@ def test_unfit_weights_are_named_in_one_line_and_not_loaded(net):
     with pytest.raises(UserError, match=r"emb_label.weight is \[64, 11\] instead of \[64, 10\]") as error:
         load_published(net, weights | {"extra": torch.ones(())}, edm2_published_name)
     message = str(error.value)
-    assert "\n" not in message and message.count("is missing") == 3
-    assert "extra is unexpected" in message and "4 more" in message
+    assert "\n" not in message and message.count("is missing") == NAMED - 2
+    assert "extra is unexpected" in message and f"{9 - NAMED} more" in message
     assert all(torch.equal(entry, before[name]) for name, entry in net.state_dict().items())
 
 
@@ -180,6 +182,30 @@ def test_forward_leaves_weights_alone_and_ignores_their_scale(net):
     for weight in net.magnitude_preserving():
         weight.mul_(2)
     assert relative_rms(net(NOISY, SIGMA, CONDITION)[0], denoised) < 1e-2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_folded_network_answers_the_same_and_normalises_no_weight(net, bf16, monkeypatch):
+    """Bit for bit: a folded reference starts at a ratio of exactly 1, and the images of a seed stay."""
+    folded = copy.deepcopy(net)
+    folded.fold()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        expected = [net(NOISY, SIGMA, c) for c in (CONDITION, NULL)]
+        monkeypatch.delattr(MPConv, "used_weight")
+        found = [folded(NOISY, SIGMA, c) for c in (CONDITION, NULL)]
+    assert all(torch.equal(a, b) for x, y in zip(expected, found, strict=True) for a, b in zip(x, y, strict=True))
+    assert not folded.training and not any(p.requires_grad for p in folded.parameters())
+    assert sum(p.numel() for p in folded.parameters()) == sum(p.numel() for p in net.parameters())
+
+
+def test_a_folded_network_is_neither_trained_nor_saved_nor_folded_again(net, tmp_path):
+    net.fold()
+    net.eval()
+    for misuse in (net.train, net.state_dict, net.fold, lambda: save_weights(tmp_path / "weights", net)):
+        with pytest.raises(AssertionError, match="folded"):
+            misuse()
+    assert not (tmp_path / "weights").exists()
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """The VAR paradigm: how a code is picked, exact likelihood, and sampling against a sampler without caches and shortcuts."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from toy import SCALES, Given, K, V, float64, toy, wave
 
 from mclr.guidance import Guidance, mix
 from mclr.likelihood import Draws
-from mclr.next_scale import NextScale, pick, scale_progress
+from mclr.next_scale import NextScale, blend, pick, scale_progress
 from mclr.objective import Objective
 from mclr.schedule import Schedule
 from models.var import VAR, VARConfig
@@ -82,6 +83,47 @@ def test_every_token_is_picked_from_its_own_logits():
     codes = torch.tensor([[0, 3, 1], [2, 2, 0]])
     logits.scatter_(-1, codes[..., None], 0.0)
     assert torch.equal(pick(logits, torch.full((2, 3), 0.5), 0, 1.0), codes)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (4, 1.0), (0, 0.7), (5, 0.8)])
+@pytest.mark.parametrize("progress", [0.0, 1 / 3, 1.0])
+def test_blends_are_the_gumbel_softmax_of_the_likely_codes(top_k, top_p, progress):
+    """By definition, token by token; the noise belongs to the code, whatever its rank."""
+    logits_BlV = 2 * wave(2, 3, 9).float()
+    uniform_BlV = (wave(2, 3, 9, phase=1).float() + 1) / 2
+    shares = blend(logits_BlV, uniform_BlV, top_k, top_p, progress)
+    tau = max(0.27 * (1 - 0.95 * progress), 0.005)
+    for b in range(2):
+        for token in range(3):
+            logits_V = logits_BlV[b, token].double()
+            gumbel_V = -(-uniform_BlV[b, token].double().log()).log()
+            odds_V = ((logits_V * (1 + progress) + gumbel_V) / tau).exp()
+            odds_V[kept(logits_V.softmax(-1), top_k, top_p) == 0] = 0
+            assert torch.allclose(shares[b, token].double(), odds_V / odds_V.sum(), rtol=1e-3, atol=1e-6)
+
+
+def test_the_largest_share_is_drawn_from_the_sharpened_codes():
+    """Frequencies softmax((1 + progress) logits); shares near one code at the finest scale, less so at the coarsest."""
+    logits_V, n = 2 * wave(9).float(), 20_000
+    uniform = torch.rand(n, 1, 9, generator=torch.Generator().manual_seed(0))
+    largest = {}
+    for progress in (0.0, 1.0):
+        shares = blend(logits_V.expand(n, 1, -1), uniform, 0, 1.0, progress)[:, 0]
+        expected = ((1 + progress) * logits_V).softmax(-1)
+        measured = shares.argmax(-1).bincount(minlength=9) / n
+        assert ((measured - expected).abs() < 5 * (expected * (1 - expected) / n).sqrt() + 1 / n).all()
+        largest[progress] = shares.amax(-1).mean()
+    assert 0.8 < largest[0.0] < 0.95 < 0.99 < largest[1.0] < 1
+
+
+def test_blends_at_the_ends_of_the_uniform():
+    """Of an only code the share is 1, and of many the shares are numbers."""
+    logits_BlV = 3 * wave(1, 4, 16).float()
+    for uniform in (0.0, ALMOST_ONE):
+        uniform_BlV = torch.full((1, 4, 16), uniform)
+        only = torch.nn.functional.one_hot(logits_BlV.argmax(-1), 16).float()
+        assert torch.equal(blend(logits_BlV, uniform_BlV, 1, 1.0, 0.5), only)
+        assert torch.allclose(blend(logits_BlV, uniform_BlV, 0, 1.0, 0.5).sum(-1), torch.ones(1, 4))
 
 
 @float64()
@@ -270,6 +312,41 @@ def test_samples_do_not_depend_on_the_micro_batch(real):
     for pieces in ([(0, 2), (2, 6)], [(i, i + 1) for i in range(6)]):
         parts = [paradigm.sample(net, c_B[a:b], guidance, Draws(0, seeds[a:b])) for a, b in pieces]
         assert torch.equal(torch.cat(parts), whole)
+
+
+@torch.no_grad()
+def test_smooth_samples_against_plain_sampling(real):
+    """No cache: at every scale both networks read what the blends so far add up to; the last blend is part of what is decoded."""
+    net, _, paradigm = real
+    smooth, tokenizer = replace(paradigm, more_smooth=True), paradigm.tokenizer
+    schedule, weights, _ = SCHEDULES["ramp"]
+    c_B, seeds = torch.tensor([0, 1, 2, 0, 1, 2]), [5, 3, 11, 0, 8, 2]
+    null_B, draws = torch.full_like(c_B, K), Draws(0, seeds)
+    f_hat, teacher = tokenizer.start(6), torch.zeros(6, 0, 4)
+    for k, side in enumerate(SCALES):
+        logits = mix(net(teacher, c_B), net(teacher, null_B), weights[k])[:, -side * side :]
+        shares = blend(logits, draws.uniform(side * side, 16), paradigm.top_k, paradigm.top_p, k / 2)
+        f_hat, following = tokenizer.advance(f_hat, shares, k)
+        if following is not None:
+            teacher = torch.cat([teacher, following], 1)
+    sampled = smooth.sample(net, c_B, Guidance(schedule), Draws(0, seeds))
+    # the temperature of the last scale multiplies the rounding of its logits by 150
+    assert sampled.shape == (6, 4, 3, 3) and torch.allclose(sampled, f_hat, atol=1e-3)
+    tokens = paradigm.sample(net, c_B, Guidance(schedule), Draws(0, seeds))
+    assert not torch.allclose(sampled, tokenizer.replay(tokens)[0], atol=0.1)
+    parts = [smooth.sample(net, c_B[a:b], Guidance(schedule), Draws(0, seeds[a:b])) for a, b in ((0, 1), (1, 3), (3, 6))]
+    assert torch.allclose(torch.cat(parts), sampled, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_blend_of_one_code_is_that_code(deep):
+    """Greedy: the feature map is the one of the greedy tokens, and so is the image."""
+    net, _, paradigm = deep
+    c_B, draws, guidance = torch.arange(24) % K, Draws(0, list(range(24))), Guidance(Schedule("ramp", 2.0))
+    f_hat = replace(paradigm, more_smooth=True).sample(net, c_B, guidance, draws)
+    tokens = paradigm.sample(net, c_B, guidance, draws)
+    assert torch.allclose(f_hat, paradigm.tokenizer.replay(tokens)[0], atol=1e-6)
+    assert torch.allclose(paradigm.tokenizer.decode(f_hat), paradigm.tokenizer.decode(tokens), atol=1e-5)
 
 
 @torch.no_grad()

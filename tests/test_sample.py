@@ -2,18 +2,23 @@
 
 import json
 import shutil
+import subprocess
+from dataclasses import replace
 from unittest.mock import MagicMock, call
 
 import numpy as np
 import pytest
 import torch
+from golden_weights import relative_rms
 from PIL import Image
+from test_run import ROOT, environment, launcher, of_ours
 
 import train.run
 import train.weights
 from configs.schema import dump, load
 from mclr.diffusion import Diffusion
 from mclr.guidance import Guidance
+from models.blocks import MPConv
 from models.vqvae import VQVAE, VQVAEConfig
 from train import sample
 from train.build import build_encoder, build_net
@@ -117,6 +122,89 @@ def test_order_and_neighbours_do_not_matter_to_generate(diffusion_run):
     order = torch.randperm(11, generator=torch.Generator().manual_seed(0))
     y_N = sample.generate(paradigm, net, Guidance(), c_N[order], order.tolist(), 4, cpu)
     assert x_N.shape == (11, 1, 8, 8) and torch.equal(x_N[order], y_N)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [("edm2-digits", []), ("edm2-digits", ["sample.churn=10"]), ("var-digits", ["sample.gamma=1", "sample.top_k=20"])],
+)
+def test_the_size_of_the_micro_batch_hardly_matters(name, overrides):
+    """The bundled weights, before rounding: images to 1e-4, and the very same tokens."""
+    cpu = torch.device("cpu")
+    net, paradigm, _, guidance = sample.load_generator(*sample.find_generator(name, None, None, overrides), cpu)
+    one, seven, all_ = (
+        sample.generate(paradigm, net, guidance, torch.arange(32) % 10, list(range(32)), batch, cpu) for batch in (1, 7, 32)
+    )
+    for other in (seven, all_):
+        assert torch.equal(other, one) if name == "var-digits" else relative_rms(other, one) < 1e-4
+
+
+def test_networks_are_folded_and_images_are_those_of_networks_that_are_not(diffusion_run, guides, monkeypatch):
+    overrides, cpu = ["sample.gamma=1.5", f"sample.guide={guides['diffusion_run']}"], torch.device("cpu")
+    config, weights = sample.find_generator(str(diffusion_run), None, None, overrides)
+    net, paradigm, _, guidance = sample.load_generator(config, weights, cpu)
+    plain = replace(guidance, guide=load_net(str(guides["diffusion_run"]), "edm2"))
+    arguments = (torch.arange(8), list(range(8)), 8, cpu)
+    expected = sample.generate(paradigm, load_net(str(weights), "edm2"), plain, *arguments)
+    monkeypatch.delattr(MPConv, "used_weight")
+    assert torch.equal(sample.generate(paradigm, net, guidance, *arguments), expected)
+
+
+def test_blends_of_codes_are_pictures_and_no_dataset(token_run, tmp_path, capsys):
+    assert sample_(token_run, "--out", tmp_path / "plain", "--count", 9) == 0
+    assert sample_(token_run, "--out", tmp_path / "smooth", "--count", 9, "sample.more_smooth=true") == 0
+    assert record(tmp_path / "smooth")["settings"]["sample.more_smooth"] is True
+    assert record(tmp_path / "smooth")["forwards_per_image"] == 1
+    plain, smooth = images(tmp_path / "plain"), images(tmp_path / "smooth")
+    assert plain.keys() == smooth.keys() and all(plain[name] != smooth[name] for name in plain)
+    # by seed, as everything else
+    (tmp_path / "smooth/images/000003-3.png").unlink()
+    assert sample_(token_run, "--out", tmp_path / "smooth", "--count", 9, "sample.more_smooth=true") == 0
+    assert images(tmp_path / "smooth") == smooth
+    assert sample_(token_run, "--out", tmp_path / "smooth", "--count", 9) == 2
+    assert "holds images of sample.more_smooth=true" in capsys.readouterr().err
+    assert sample_(token_run, "--out", tmp_path / "d", "--count", 9, "--dataset", "sample.more_smooth=true") == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "sample.more_smooth=true makes pictures of no tokens: leave out --dataset" in err
+    assert not (tmp_path / "d").exists()
+
+
+def test_two_ranks_draw_what_one_draws(diffusion_run, tmp_path):
+    """They fail together, in one line; what was there by then and what was drawn later are the same images."""
+    argv = [str(diffusion_run), "--count", "44", "--npz", "--out"]
+    assert sample_(*argv, tmp_path / "one") == 0
+    everything = images(tmp_path / "one")
+    script = tmp_path / "full_disk.py"
+    script.write_text(
+        "import os, runpy, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train.files\n"
+        "from mclr.errors import UserError\n"
+        "write_file = train.files.write_file\n"
+        "def write(path, data):\n"
+        "    if os.environ['RANK'] == '1' and '000024' in str(path):\n"
+        "        raise UserError('no room')\n"
+        "    write_file(path, data)\n"
+        "train.files.write_file = write\n"
+        f"runpy.run_path({sample.__file__!r}, run_name='__main__')\n"
+    )
+    settings = {"capture_output": True, "text": True, "env": environment(), "cwd": ROOT, "timeout": 300}
+    ran = subprocess.run([*launcher("deepspeed"), str(script), *argv, str(tmp_path / "two")], **settings)
+    assert ran.returncode == 2 and of_ours(ran.stderr) == ["error: rank 1: no room"] and "Traceback" not in ran.stderr
+    # the micro-batches of the first turn, and that of rank 0 in the second
+    there = images(tmp_path / "two")
+    assert there == {name: everything[name] for name in there} and len(there) == 24
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {"images", "sample.json"}
+
+    for name in ("000001-1.png", "000020-0.png"):
+        (tmp_path / "two/images" / name).unlink()
+    ran = subprocess.run([*launcher("torchrun"), "-m", "train.sample", *argv, str(tmp_path / "two")], **settings)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.stdout.count("22 images drawn, 5 network forwards per image, no guidance") == 1
+    assert ran.stdout.count("samples.npz: 44 images") == 1
+    assert images(tmp_path / "two") == everything and record(tmp_path / "two") == record(tmp_path / "one")
+    for name in ("grid.png", "samples.npz"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
 def test_a_complete_set_says_so_and_loads_nothing(diffusion_run, tmp_path, capsys, monkeypatch):
@@ -302,6 +390,17 @@ def test_the_pixels_are_those_of_the_record_and_of_the_npz(diffusion_run, tmp_pa
     # an npz of fewer images does not stay behind
     assert sample_(diffusion_run, "--out", tmp_path, "--count", 13, "--seed", 95) == 0
     assert not (tmp_path / "samples.npz").exists()
+
+
+def test_pixels_are_rounded_as_the_record_says(diffusion_run, tmp_path):
+    """Before rounding they are what generate() gives: 127.5 x + 127.5, half to even."""
+    assert sample_(diffusion_run, "--out", tmp_path, "--count", 16) == 0
+    cpu = torch.device("cpu")
+    config, weights = sample.find_generator(str(diffusion_run), None, None, [])
+    net, paradigm, _, guidance = sample.load_generator(config, weights, cpu)
+    x_N = sample.generate(paradigm, net, guidance, torch.arange(16) % 10, list(range(16)), 8, cpu)
+    expected = np.rint(127.5 * x_N.clamp(-1, 1).numpy() + np.float32(127.5))
+    assert np.array_equal(sample.read_images(sample.image_paths(tmp_path)), expected) and len(np.unique(expected)) > 100
 
 
 def test_weights_go_with_a_preset(diffusion_run, tmp_path, monkeypatch):

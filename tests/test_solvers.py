@@ -12,7 +12,7 @@ from toy import Counted, Given, float64
 from mclr.diffusion import Diffusion, progress_of
 from mclr.guidance import Guidance
 from mclr.schedule import Schedule
-from mclr.solvers import SOLVERS, euler, heun, sde, sigma_grid
+from mclr.solvers import SOLVERS, churned_heun, euler, heun, sde, sigma_grid
 
 MU, C, U = 1.0, 0.5, 2.0
 R = C / U
@@ -93,6 +93,69 @@ def test_a_step_of_the_sde_is_exact_where_the_denoised_image_is_constant():
     draws = UnitNoises(4)
     mean, variance = moments(sde(lambda x, sigma: torch.full_like(x, 3.0), 3 + 80 * draws.normal(), sigmas, draws.normal))
     assert mean == pytest.approx(3, rel=1e-12) and variance * C == pytest.approx(0.5**2, rel=1e-12)
+
+
+@float64()
+def test_churn_keeps_the_variance_to_second_order():
+    """Noise makes of N(mu, c) at sigma exactly that at the raised sigma: what starts at c + 20^2 ends at c + .05^2."""
+    errors = []
+    for steps in (64, 128, 256):
+        sigmas = [20 * (0.05 / 20) ** (i / steps) for i in range(steps + 1)]
+        draws = UnitNoises(steps + 1)
+        start = MU + math.sqrt(C + 20**2) * draws.normal()
+        mean, variance = moments(churned_heun(gaussian(MU, C), start, sigmas, draws.normal, churn=10.0))
+        assert mean == pytest.approx(MU, rel=1e-12)
+        errors.append(abs(variance * C - (C + 0.05**2)))
+    assert errors[0] < 0.03
+    for coarse, fine in zip(errors, errors[1:], strict=False):
+        assert math.log2(coarse / fine) == pytest.approx(2, abs=0.1)
+
+
+@float64()
+@pytest.mark.parametrize("churn_noise", [0.9, 1.0, 1.1])
+def test_variance_of_churned_samples_in_closed_form(churn_noise):
+    """v -> (v + (churn_noise^2) (raised^2 - sigma^2)) (c + following^2) / (c + raised^2), step by step; nothing added outside."""
+    steps, rise, window = 1000, 0.04, (0.1, 10.0)
+    sigmas = sigma_grid(steps, 0.002, 80.0)
+    expected, inside = C + 80.0**2, 0
+    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+        raised = sigma
+        if window[0] <= sigma <= window[1]:
+            raised, inside = (1 + rise) * sigma, inside + 1
+        expected = (expected + churn_noise**2 * (raised**2 - sigma**2)) * (C + following**2) / (C + raised**2)
+    draws = UnitNoises(inside + 1)
+    start = MU + math.sqrt(C + 80.0**2) * draws.normal()
+    x = churned_heun(gaussian(MU, C), start, sigmas, draws.normal, rise * steps, *window, churn_noise)
+    assert moments(x) == pytest.approx((MU, expected / C), rel=1e-3)
+    assert next(draws.noises, None) is None and (abs(expected / C - 1) < 0.01) == (churn_noise == 1)
+
+
+@pytest.mark.parametrize(("churn", "rise"), [(1.0, 0.2), (100.0, math.sqrt(2) - 1)])
+def test_noise_is_added_inside_the_window_alone(churn, rise):
+    """Its ends included, at most sqrt(2) - 1 of sigma; with the denoised image x itself nothing else moves x."""
+    sigmas, asked, drawn = [80.0, 10.0, 3.0, 0.5, 0.1, 0.0], [], []
+
+    def denoise(x, sigma):
+        asked.append(sigma)
+        return x
+
+    def noise():
+        drawn.append(len(asked))
+        return torch.ones((), dtype=torch.float64)
+
+    x = churned_heun(denoise, torch.ones((), dtype=torch.float64), sigmas, noise, churn, 0.5, 10.0, 1.5)
+    raised = [(1 + rise) * sigma for sigma in (10.0, 3.0, 0.5)]
+    assert asked == pytest.approx([80.0, 10.0, raised[0], 3.0, raised[1], 0.5, raised[2], 0.1, 0.1], rel=1e-12)
+    assert drawn == [2, 4, 6]
+    assert x.item() == pytest.approx(1 + 1.5 * math.sqrt((1 + rise) ** 2 - 1) * (10 + 3 + 0.5), rel=1e-12)
+
+
+def test_churn_outside_its_window_is_heun():
+    """Bit for bit, and without a source of noise."""
+    start, sigmas = torch.tensor([7.0, -50.0, 0.3]), sigma_grid(18, 0.002, 80.0)
+    plain = heun(gaussian(MU, C), start, sigmas, None)
+    assert torch.equal(churned_heun(gaussian(MU, C), start, sigmas, None, 40.0, churn_min=100.0), plain)
+    assert torch.equal(churned_heun(gaussian(MU, C), start, sigmas, None, 40.0, churn_max=0.001), plain)
 
 
 def test_the_last_step_goes_to_the_denoised_image():

@@ -64,6 +64,26 @@ def test_phi_index(scales, expected):
     assert [net.phi_index(scale) for scale in range(scales)] == expected
 
 
+@torch.no_grad()
+def test_a_blend_of_codes_adds_up_like_its_codes():
+    """A scale is affine in the vectors of its codes; one code alone is itself."""
+    net, arrays = published_net("vqvae_tiny.npz")
+    one_Bl, other_Bl = arrays["codes"][:, 1:5], arrays["codes"][:, 2:6]
+    one, other = (F.one_hot(tokens_Bl, net.config.vocab_size).float() for tokens_Bl in (one_Bl, other_Bl))
+    start = net.advance(net.start(len(one)), arrays["codes"][:, :1], 0)[0]
+    f_one, f_other = net.advance(start, one_Bl, 1), net.advance(start, other_Bl, 1)
+    assert relative_rms(f_one[0], f_other[0]) > 0.01
+    for shares, weight in ((one, 1.0), (0.3 * one + 0.7 * other, 0.3)):
+        for blended, a, b in zip(net.advance(start, shares, 1), f_one, f_other, strict=True):
+            assert relative_rms(blended, weight * a + (1 - weight) * b) < 1e-5
+
+
+@torch.no_grad()
+def test_decode_takes_tokens_or_their_feature_map():
+    net, arrays = published_net("vqvae_tiny.npz")
+    assert torch.equal(net.decode(net.replay(arrays["codes"])[0]), net.decode(arrays["codes"]))
+
+
 def digit_batch():
     torch.manual_seed(0)
     images = F.interpolate(torch.rand(8, 1, 3, 3), size=8, mode="bicubic").clamp(0, 1) * 2 - 1

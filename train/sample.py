@@ -1,13 +1,17 @@
 """`mclr sample`: images from a run or from weights. Every random number of an image comes from its own seed.
 
-So neither the number of images nor the order nor a resume changes one. N images of a call; C H W image; L tokens of an image.
+So neither the number of images nor the order nor a resume nor the number of ranks changes one. N images of a call; C H W image;
+L tokens of an image.
 """
 
+import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +20,36 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+# other distributions own packages named `models` or `kernels`, and an editable install comes after them
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from configs.schema import FILE, PRESETS, NextScaleModel, RunConfig, load
 from mclr.errors import UserError
 from mclr.guidance import Guidance
 from mclr.likelihood import Draws, Net, Paradigm
 from mclr.next_scale import NextScale
+from models.edm2 import EDM2
 from train.build import build_encoder, build_guidance, build_guide, build_net, build_paradigm, schedule_table
 from train.cli import Parser, run
-from train.encoders import Encoder, to_uint8
-from train.files import in_memory, write_file, write_json
+from train.encoders import ROUNDING, VAE_WEIGHTS, Encoder, find_vae, to_uint8
+from train.files import checksum, in_memory, write_file, write_json
 from train.loop import progress_bar
 from train.prepare import prepare_samples
+from train.ranks import from_rank_0, group, on_signals, one_voice, own_device, together, world
 from train.report import image_grid
-from train.weights import find_weights, load_into, sha256
+from train.weights import find_weights, load_into, presets_of, read_config, sha256
 
 EXAMPLE = """examples:
   mclr sample runs/mine --out samples/mine --per-class 50
   mclr sample edm2-digits --out samples/guided --count 200 sample.gamma=0.5 sample.steps=18
   mclr sample runs/mine --out samples/auto sample.gamma=0.5 sample.guide=edm2-digits
+  deepspeed train/sample.py runs/mine --out samples/mine --count 50000 --npz        on all GPUs; or torchrun -m train.sample
 
 The images are DIR/images/SEED-CONDITION.png; seeds count from --seed, conditions take turns. DIR/grid.png shows the first of
 them, DIR/sample.json says how they were made. Guidance is off unless sample.gamma is set; sample.guide lets another network be
 the guide. Running the same command again draws what is missing; a larger --count adds images."""
 
 SAMPLING = 2**63  # seed of all sampling: beyond those of training, whose random numbers no image must repeat
-ROUNDING = "round(127.5 x + 127.5), half to even, x in [-1, 1]"  # train/encoders.py, to_uint8
 
 
 class WorkCounter:
@@ -90,7 +99,11 @@ def to_images(encoder: Encoder, x_N: Tensor, batch: int) -> Tensor:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("mclr sample", description="Draw images.", epilog=EXAMPLE)
-    parser.add_argument("source", metavar="RUN_OR_WEIGHTS", help="a finished run, a weights folder, or bundled weights by name")
+    parser.add_argument(
+        "source",
+        metavar="RUN_OR_WEIGHTS",
+        help="a finished run, or weights: a folder, a bundled name, a published file, hf://ORG/REPO[/FILE][@REV]",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
     number = parser.add_mutually_exclusive_group()
     number.add_argument("--count", type=int, metavar="N", help="images in all (default: 100)")
@@ -103,22 +116,26 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--npz", action="store_true", help="also write DIR/samples.npz (arr_0: uint8 NHWC, arr_1: conditions)")
     parser.add_argument("--dataset", action="store_true", help="also write DIR/dataset, a dataset folder for objective.generated")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # inserted by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_intermixed_args(argv)
-
-    config, weights = find_generator(args.source, args.model, args.data, args.overrides)
-    conditions = parse_classes(args.classes, config.data.num_classes)
-    count = args.per_class * len(conditions) if args.per_class is not None else 100 if args.count is None else args.count
-    draw(config, weights, args.out, conditions, args.seed, count, args.dataset and isinstance(config.model, NextScaleModel))
-    if args.npz:
-        write_npz(args.out)
-    if args.dataset:
-        paths, record = image_paths(args.out), read_record(args.out)
-        assert record is not None
-        tokens = [token_path(path) for path in paths] if isinstance(config.model, NextScaleModel) else []
-        images = [(path, condition_of(path)) for path in paths]
-        info = prepare_samples(images, tokens, args.out / "dataset", config.data, record["settings"])
-        print(f"{info.path}: {info.splits['train'].count} images")
+    rank = world()[0]
+    with on_signals(signal.SIG_DFL) if rank else nullcontext():
+        with one_voice():
+            args = parser.parse_intermixed_args(argv)
+            config, weights = find_generator(args.source, args.model, args.data, args.overrides)
+            conditions = parse_classes(args.classes, config.data.num_classes)
+            keep_tokens = args.dataset and isinstance(config.model, NextScaleModel)
+            if args.dataset and config.sample.more_smooth:
+                raise UserError("sample.more_smooth=true makes pictures of no tokens: leave out --dataset, or set it to false")
+        count = args.per_class * len(conditions) if args.per_class is not None else 100 if args.count is None else args.count
+        # a program whose ranks have met already asks one of them
+        launched = "WORLD_SIZE" in os.environ and not torch.distributed.is_initialized()
+        with group(launched), one_voice():
+            draw(config, weights, args.out, conditions, args.seed, count, keep_tokens, shared=launched)
+            if rank == 0 and args.npz:
+                write_npz(args.out)
+            if rank == 0 and args.dataset:
+                write_dataset(args.out, config)
     return 0
 
 
@@ -135,7 +152,9 @@ def find_generator(source: str, model: str | None, data: str | None, overrides: 
     weights = find_weights(source)
     if model is None:
         if not (PRESETS / "model" / f"{source}.yaml").is_file():
-            raise UserError(f"no preset is named like the weights {source}: say by --model which one they belong to")
+            presets = presets_of(read_config(weights))
+            fitting = f" ({' or '.join(presets)}, by their size)" if presets else ""
+            raise UserError(f"no preset is named like the weights {source}: say by --model which one they belong to{fitting}")
         model = source
     # the objective says nothing about sampling
     return load(model, "mle", data or "digits", "auto", list(overrides)), weights
@@ -153,6 +172,8 @@ def load_generator(config: RunConfig, weights: Path, device: torch.device) -> tu
     for module in (net, guide):
         if module is not None:
             module.to(device).eval().requires_grad_(False)
+            if isinstance(module, EDM2):
+                module.fold()
     counted = WorkCounter(net)
     guidance = build_guidance(config, None if guide is None else WorkCounter(guide, sums=counted))
     return counted, build_paradigm(config, encoder), encoder, guidance
@@ -172,22 +193,101 @@ def parse_classes(text: str | None, num_classes: int) -> list[int]:
 
 
 def draw(
-    config: RunConfig, weights: Path, out: Path, conditions: list[int], seed: int, count: int, keep_tokens: bool = False
+    config: RunConfig,
+    weights: Path,
+    out: Path,
+    conditions: list[int],
+    seed: int,
+    count: int,
+    keep_tokens: bool = False,
+    shared: bool = False,
 ) -> None:
     """Write the images of seeds seed .. seed + count - 1 that `out` does not hold yet, its contact sheet and its sample.json.
 
     An image depends on its seed, its condition, the weights and config.sample alone: the image of a seed is always at place
     seed % batch of a full micro-batch, its neighbours those of the neighbouring seeds.
-    keep_tokens: of a token model, also write what was drawn, before it is decoded.
+    keep_tokens: of a token model, also write what was drawn, before it is decoded. shared: all ranks call, and deal the micro-batches
+    among them.
     Raises UserError when `out` cannot be written, or holds images made otherwise.
     """
     if count < 1 or seed < 0:
         raise UserError(f"{count} images from seed {seed}: there must be at least one, and seeds start at 0")
+    record = recipe(config, weights, conditions, seed, count)
+    paths = {s: out / "images" / f"{s:06d}-{conditions[s % len(conditions)]}.png" for s in range(seed, seed + count)}
+    rank, _, ranks = world() if shared else (0, 0, 1)
+    agree = together if shared else nullcontext
+    missing: dict[int, Path] = {}
+    with agree():
+        # others might look when there are new images already
+        if rank == 0:
+            refuse_other(out, record, read_record(out))
+            missing = {s: p for s, p in paths.items() if not p.exists() or (keep_tokens and not token_path(p).exists())}
+    if shared:
+        missing = from_rank_0(missing)
+    if not missing:
+        if rank == 0:
+            if not (out / "grid.png").exists():  # stopped just before it
+                write_file(out / "grid.png", contact_sheet(list(paths.values()), columns=len(conditions)))
+            print(f"{out} is complete: {count} images of these settings; nothing to draw")
+        return
+    with agree():
+        device = own_device()
+        net, paradigm, encoder, guidance = load_generator(config, weights, device)
+    with agree():
+        if rank == 0:
+            open_folder(out, record, keep_tokens)
+
+    batch = config.sample.batch
+    wanted: dict[int, list[int]] = {}  # seeds of each micro-batch
+    for s in missing:
+        wanted.setdefault(s // batch, []).append(s)
+    blocks = list(wanted)
+    turns = [blocks[i : i + ranks] for i in range(0, len(blocks), ranks)]
+    with progress_bar(len(missing), begun=0, quiet=rank != 0) as bar:
+        for turn in turns:
+            with agree():
+                # none in a last turn that is short
+                for block in turn[rank : rank + 1]:
+                    seeds = range(block * batch, (block + 1) * batch)
+                    c_N = torch.tensor([conditions[s % len(conditions)] for s in seeds])
+                    with torch.autocast(device.type, torch.bfloat16, enabled=config.engine.precision == "bf16"):
+                        x_N = generate(paradigm, net, guidance, c_N, list(seeds), batch, device)
+                    images_NCHW = to_images(encoder, x_N, batch).numpy()
+                    for s in wanted[block]:
+                        if keep_tokens:
+                            write_file(token_path(missing[s]), in_memory(np.save, arr=x_N[s - seeds[0]].cpu().numpy()))
+                        write_file(missing[s], png(images_NCHW[s - seeds[0]]))
+            # a batch at a time: its images come all at once, and one of them would foretell nothing
+            bar.update(sum(len(wanted[block]) for block in turn))
+    if rank != 0:
+        return
+    tokens = paradigm.dims if isinstance(config.model, NextScaleModel) else None
+    made: dict[str, Any] = {"forwards_per_image": net.per_image(len(turns) * batch, tokens)}
+    gamma = guidance.gamma
+    how = "no guidance" if gamma.is_zero else f"guidance {gamma.weight:g}" + f" ({gamma.kind})" * (gamma.kind != "constant")
+    if isinstance(guidance.guide, WorkCounter):
+        made["guide_size"] = guidance.guide.parameter_count() / net.parameter_count()
+        how += f" by {config.sample.guide} ({made['guide_size']:.3g} x the model's size)"
+    write_file(out / "grid.png", contact_sheet(list(paths.values()), columns=len(conditions)))
+    write_json(out / "sample.json", record | made)
+    print(f"{out}: {len(missing)} images drawn, {made['forwards_per_image']:g} network forwards per image, {how}")
+    scales = paradigm.scales if isinstance(paradigm, NextScale) else None
+    print("".join(f"{line}\n" for line in schedule_table("gamma", gamma, scales)), end="")
+
+
+def recipe(config: RunConfig, weights: Path, conditions: list[int], seed: int, count: int) -> dict[str, Any]:
+    """sample.json as long as nothing is drawn. settings: all that decides an image, which one folder has one of."""
     guide = find_weights(config.sample.guide) if config.sample.guide else None
-    record = {
+    tokenizer = vae = None
+    if isinstance(config.model, NextScaleModel):
+        tokenizer = sha256(find_weights(config.model.tokenizer))
+    elif config.model.vae:
+        vae = checksum(find_vae(config.model.vae) / VAE_WEIGHTS)
+    return {
         "settings": {
             "weights": sha256(weights),
-            "tokenizer": sha256(find_weights(config.model.tokenizer)) if isinstance(config.model, NextScaleModel) else None,
+            "tokenizer": tokenizer,
+            "vae": vae,
             **{f"sample.{key}": value for key, value in config.sample.model_dump(mode="json").items()},
             "sample.guide": guide and sha256(guide),
             "precision": config.engine.precision,
@@ -203,54 +303,18 @@ def draw(
         "data": {"name": config.data.name, "path": config.data.path},
         "forwards_per_image": None,
     }
-    there = read_record(out)
-    refuse_other(out, record, there)
-    paths = {s: out / "images" / f"{s:06d}-{conditions[s % len(conditions)]}.png" for s in range(seed, seed + count)}
-    missing = {s: p for s, p in paths.items() if not p.exists() or (keep_tokens and not token_path(p).exists())}
-    if not missing:
-        if not (out / "grid.png").exists():  # stopped just before it
-            write_file(out / "grid.png", contact_sheet(list(paths.values()), columns=len(conditions)))
-        print(f"{out} is complete: {count} images of these settings; nothing to draw")
-        return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net, paradigm, encoder, guidance = load_generator(config, weights, device)
+
+
+def open_folder(out: Path, record: dict[str, Any], keep_tokens: bool) -> None:
+    """Make the folder ready for images, and take away what was made of fewer of them."""
     try:
         for folder in ("images", "tokens") if keep_tokens else ("images",):
             (out / folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {out} ({error.strerror}): choose another folder with --out") from error
     write_json(out / "sample.json", record)
-    (out / "samples.npz").unlink(missing_ok=True)  # of fewer images, as the dataset
+    (out / "samples.npz").unlink(missing_ok=True)
     shutil.rmtree(out / "dataset", ignore_errors=True)
-
-    batch = config.sample.batch
-    blocks = sorted({s // batch for s in missing})
-    with progress_bar(len(missing), begun=0, quiet=False) as bar:
-        for block in blocks:
-            seeds = range(block * batch, (block + 1) * batch)
-            c_N = torch.tensor([conditions[s % len(conditions)] for s in seeds])
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.engine.precision == "bf16"):
-                x_N = generate(paradigm, net, guidance, c_N, list(seeds), batch, device)
-            images_NCHW = to_images(encoder, x_N, batch).numpy()
-            here = [s for s in seeds if s in missing]
-            for s in here:
-                if keep_tokens:
-                    write_file(token_path(missing[s]), in_memory(np.save, arr=x_N[s - seeds[0]].cpu().numpy()))
-                write_file(missing[s], png(images_NCHW[s - seeds[0]]))
-            # a batch at a time: its images come all at once, and one of them would foretell nothing
-            bar.update(len(here))
-    tokens = paradigm.dims if isinstance(config.model, NextScaleModel) else None
-    made: dict[str, Any] = {"forwards_per_image": net.per_image(len(blocks) * batch, tokens)}
-    gamma = guidance.gamma
-    how = "no guidance" if gamma.is_zero else f"guidance {gamma.weight:g}" + f" ({gamma.kind})" * (gamma.kind != "constant")
-    if isinstance(guidance.guide, WorkCounter):
-        made["guide_size"] = guidance.guide.parameter_count() / net.parameter_count()
-        how += f" by {config.sample.guide} ({made['guide_size']:.3g} x the model's size)"
-    write_file(out / "grid.png", contact_sheet(list(paths.values()), columns=len(conditions)))
-    write_json(out / "sample.json", record | made)
-    print(f"{out}: {len(missing)} images drawn, {made['forwards_per_image']:g} network forwards per image, {how}")
-    scales = paradigm.scales if isinstance(paradigm, NextScale) else None
-    print("".join(f"{line}\n" for line in schedule_table("gamma", gamma, scales)), end="")
 
 
 def refuse_other(out: Path, record: dict[str, Any], there: dict[str, Any] | None) -> None:
@@ -340,6 +404,16 @@ def write_npz(folder: Path) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     print(f"{folder / 'samples.npz'}: {len(paths)} images")
+
+
+def write_dataset(folder: Path, config: RunConfig) -> None:
+    """A dataset folder beside the images, of them and of the tokens they were decoded from."""
+    paths, record = image_paths(folder), read_record(folder)
+    assert record is not None
+    tokens = [token_path(path) for path in paths] if isinstance(config.model, NextScaleModel) else []
+    images = [(path, condition_of(path)) for path in paths]
+    info = prepare_samples(images, tokens, folder / "dataset", config.data, record["settings"])
+    print(f"{info.path}: {info.splits['train'].count} images")
 
 
 def token_path(image: Path) -> Path:
