@@ -3,8 +3,11 @@
 Also here: what the tests of training read, the digits and a tokenizer that has learned nothing.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
+from torch.utils.cpp_extension import get_default_build_root
 
 from models.vqvae import VQVAE, VQVAEConfig
 from train.prepare import prepare_digits
@@ -12,6 +15,18 @@ from train.weights import save_weights
 
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """What a user's cache holds (converted weights, statistics of references) is neither read nor written."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder, built = tmp_path_factory.mktemp("cache"), Path(get_default_build_root())
+        built.mkdir(parents=True, exist_ok=True)
+        # else every session would compile DeepSpeed's operator again
+        (folder / "torch_extensions").symlink_to(built)
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -3,19 +3,23 @@
 import dataclasses
 import io
 import json
+import os
+import shutil
 import zipfile
 
 import pytest
 import safetensors.torch
 import torch
-from golden_weights import load_golden, rule_weights
+from golden_weights import FOLDER, load_golden, rule_weights
 
+import train.run
 from models.edm2 import EDM2, EDM2Config
 from models.features import ImageClassifier, ImageClassifierConfig
 from models.var import VAR, VARConfig
 from train import convert
 from train.cli import run
 from train.convert import main
+from train.ema import reconstruct
 from train.weights import load_net, read_config, save_weights
 
 # golden file -> kind, what has to be said beside the file, our names of the reference's arguments
@@ -96,6 +100,12 @@ def test_trainer_checkpoints_half_precision_and_wrapped_names(tmp_path):
     assert torch.equal(net.head.weight, half["head.weight"].float())
 
 
+def test_a_snapshot_of_edm2_in_half_precision_stays_so(tmp_path):
+    assert convert_(FOLDER / "edm2_tiny.pkl", tmp_path / "ours") == 0
+    assert {t.dtype for t in safetensors.torch.load_file(tmp_path / "ours/model.safetensors").values()} == {torch.float16}
+    assert "CC BY-NC-SA 4.0" in read_config(tmp_path / "ours")["licence"]
+
+
 def test_scales_of_a_tokenizer_can_be_given(tmp_path):
     state_dict, *_ = published("vqvae_10scales.npz")
     torch.save(state_dict, tmp_path / "in.pt")
@@ -148,13 +158,13 @@ def var_without(*missing, **changed):
 BAD = {
     "no file": ("a.pth", None, "a.pth (No such file or directory): give a published state dict"),
     "other ending": ("a.bin", b"x", "is no published state dict: give a file that ends in .pth, .pt, .safetensors"),
-    "pickle": ("edm2.pkl", b"\x80\x04.", "is a pickle, which carries code, and this version cannot read one safely"),
-    "empty": ("a.pth", b"", "is damaged"),
-    "noise": ("a.pth", b"\x80\x02garbage", "is damaged"),
-    "zip": ("a.pth", zip_of("a/data.pkl"), "is damaged"),
-    "truncated": ("a.pth", saved({"a": torch.zeros(9999)})[:20000], "is damaged"),
-    "truncated safetensors": ("a.safetensors", safetensors.torch.save({"a": torch.zeros(99)})[:200], "is damaged"),
-    "code": ("a.pth", saved(torch.nn.Linear(2, 2)), "holds more than tensors (code in a file is never run)"),
+    "pickle": ("edm2.pkl", b"\x80\x04.", "is damaged"),
+    "empty": ("a.pth", b"", "is empty"),
+    "noise": ("a.pth", b"\x80\x02garbage", "asks for what no published network needs"),
+    "zip": ("a.pth", zip_of("a/data.pkl"), "asks for what no published network needs"),
+    "truncated": ("a.pth", saved({"a": torch.zeros(9999)})[:20000], "is incomplete"),
+    "truncated safetensors": ("a.safetensors", safetensors.torch.save({"a": torch.zeros(99)})[:200], "is incomplete"),
+    "code": ("a.pth", saved(torch.nn.Linear(2, 2)), "is no published VAR, VQVAE or EDM2 (its entries: weight, bias, ...)"),
     "number": ("a.pth", saved(3), "is no state dict"),
     "other values": ("a.pth", saved({"epoch": 3, "w": torch.zeros(2)}), "is no state dict"),
     "trainer without network": ("a.pth", saved({"trainer": {}}), "is no state dict"),
@@ -209,13 +219,150 @@ def test_a_target_that_cannot_be_written_is_one_line(tmp_path, capsys):
         ((tmp_path / "a.pth", tmp_path / "judge"), "exists already"),
         ((tmp_path / "judge", tmp_path / "a.pth"), "exists already"),
         ((tmp_path / "judge", tmp_path / "b.pth"), "kind image_classifier: only var, vqvae, edm2 have a published form"),
-        ((tmp_path / "a.pth", tmp_path / "b.pth"), "no weights at"),
+        ((tmp_path / "none", tmp_path / "b.pth"), "no weights at"),
         ((tmp_path / "judge", tmp_path / "b.pth", "depth=2"), "depth=2 has no effect"),
+        ((tmp_path / "judge", tmp_path / "b", "depth=2", "--half"), "depth=2 has no effect"),
+        ((tmp_path / "judge", tmp_path / "b.pth", "--half"), "is named like a published file"),
+        ((tmp_path / "a.pth", tmp_path / "b.pkl"), "is named like a published file"),
+        (("var-digits", tmp_path / "none" / "b.pth"), "cannot write"),
+        (("var-digits", tmp_path / "a.pth" / "b.pth"), "below a regular file"),
+        ((tmp_path / "a.pth", tmp_path / "a.pth" / "b"), "below a regular file"),
+        (("var-digits", "/proc/nowhere.pth"), "cannot write"),
+        ((tmp_path / "a.pth", "/proc/nowhere/b"), "cannot write"),
     ]:
         assert convert_(*argv) == 2
         err = capsys.readouterr().err
         assert line in err and err.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "judge"]
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_force_replaces_weights_and_nothing_else(tmp_path, capsys, monkeypatch):
+    torch.save(published("var_tiny.npz")[0], tmp_path / "a.pth")
+    save_weights(tmp_path / "old", ImageClassifier(ImageClassifierConfig(1, 3)))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/config.json").write_text("{}")
+    (tmp_path / "photos/cat.png").write_text("")
+    (tmp_path / "notes.txt").write_text("mine")
+    before = contents(tmp_path)
+    for argv, line in [
+        ((tmp_path / "a.pth", tmp_path / "old"), "old exists already: remove it, choose another name, or replace it by --force"),
+        (("var-digits", tmp_path / "a.pth"), "a.pth exists already"),
+        (("var-digits", tmp_path / "old", "--half"), "old exists already"),
+        ((tmp_path / "a.pth", tmp_path / "photos", "--force"), "photos is not what --force may replace, weights"),
+        ((tmp_path / "a.pth", tmp_path / "notes.txt", "--force"), "notes.txt is not what --force may replace"),
+        ((tmp_path / "photos/cat.png", tmp_path / "old", "--force"), "is no published state dict"),
+    ]:
+        assert convert_(*argv) == 2
+        err = capsys.readouterr().err
+        assert line in err and err.count("\n") == 1 and contents(tmp_path) == before
+    # a failure in the last moment leaves the old weights
+    with monkeypatch.context() as patch:
+        rename = os.rename
+
+        def fail(src, dst):
+            if str(dst).endswith("old") and patch_on:
+                patch_on.clear()
+                raise OSError(28, "No space left on device", str(src))
+            rename(src, dst)
+
+        patch_on = [True]
+        patch.setattr(os, "rename", fail)
+        assert convert_(tmp_path / "a.pth", tmp_path / "old", "--force") == 2
+    assert "No space left" in capsys.readouterr().err and contents(tmp_path) == before
+
+    assert convert_(tmp_path / "a.pth", tmp_path / "old", "--force") == 0
+    assert load_net(str(tmp_path / "old"), "var")
+    assert convert_("var-digits", tmp_path / "old", "--half", "--force") == 0
+    assert convert_(tmp_path / "old", tmp_path / "a.pth", "--force") == 0
+    assert convert_(tmp_path / "a.pth", tmp_path / "old", "--force") == 0
+    assert load_net(str(tmp_path / "old"), "var").config == load_net("var-digits", "var").config
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "notes.txt", "old", "photos"]
+
+
+@pytest.fixture(scope="module")
+def snapshots(digits, tmp_path_factory):
+    """A finished run of two steps that kept snapshots, from weights with a licence."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(3)
+    sizes = {"channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,), "channels_per_head": 8, "logvar_channels": 32}
+    save_weights(folder / "base", EDM2(EDM2Config(8, 1, 10, model_channels=8, **sizes)), licence="CC BY-NC-SA 4.0")
+    argv = [
+        "--model", "edm2-digits", "--objective", "mle", "--data", str(digits), "--init", str(folder / "base"), "--out", str(folder / "run"),
+        "model.net.model_channels=8", "model.net.channels_per_head=8", "train.images=32", "train.batch=16", "train.snapshot_every=16",
+    ]  # fmt: skip
+    assert run(train.run.main, argv) == 0
+    return folder / "run"
+
+
+def test_another_average_of_a_run(snapshots, tmp_path, capsys):
+    assert convert_(snapshots, tmp_path / "a", "--ema-std", 0.1) == 0
+    described, of_run = read_config(tmp_path / "a"), read_config(snapshots / "weights")
+    assert described == of_run | {"ema_std": 0.1, "images_seen": 32} and described["licence"] == "CC BY-NC-SA 4.0"
+    found, whole = (
+        safetensors.torch.load_file(folder / "model.safetensors") for folder in (tmp_path / "a", snapshots / "weights")
+    )
+    average = reconstruct(snapshots, 0.1)
+    assert found.keys() == whole.keys() > average.keys()
+    for name, t in found.items():
+        assert torch.equal(t, average.get(name, whole[name])), name
+
+    # a run that has not finished: its network is built again
+    shutil.copytree(snapshots, tmp_path / "unfinished")
+    shutil.rmtree(tmp_path / "unfinished/weights")
+    assert convert_(tmp_path / "unfinished", tmp_path / "b", "--ema-std", 0.1) == 0
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+    again = read_config(tmp_path / "b")
+    assert {key: described[key] for key in again} == again and {"licence", "objective", "init", "images_seen"} <= again.keys()
+
+    capsys.readouterr()
+    for argv, line in [
+        ((snapshots, tmp_path / "c", "--ema-std", "x"), "invalid float value"),
+        ((snapshots, tmp_path / "c", "--ema-std", 0.5), "std=0.5 is out of range"),
+        ((snapshots, tmp_path / "c", "--ema-std", 0.1, "--half"), "not allowed with argument"),
+        ((snapshots, tmp_path / "a", "--ema-std", 0.1), "exists already"),
+        ((snapshots, tmp_path / "c.pth", "--ema-std", 0.1), "is named like a published file"),
+        ((tmp_path, tmp_path / "c", "--ema-std", 0.1), "is no run: --ema-std needs the folder that `mclr train` made"),
+    ]:
+        assert convert_(*argv) == 2
+        err = capsys.readouterr().err
+        assert line in err and err.count("\n") == 1
+    shutil.rmtree(tmp_path / "unfinished/snapshots")
+    assert convert_(tmp_path / "unfinished", tmp_path / "c", "--ema-std", 0.1) == 2
+    assert not (tmp_path / "c").exists()
+
+
+def test_the_licence_goes_with_all_that_is_made_from_weights(snapshots, tmp_path, capsys):
+    for src, dst, *options in (
+        (snapshots / "weights", tmp_path / "half", "--half"),
+        (tmp_path / "half", tmp_path / "quarter", "--half"),
+    ):
+        assert convert_(src, dst, *options) == 0
+        assert read_config(dst)["licence"] == "CC BY-NC-SA 4.0"
+        assert "license: cc-by-nc-sa-4.0" in (dst / "README.md").read_text()
+    capsys.readouterr()
+    assert convert_(tmp_path / "quarter", tmp_path / "out.pth") == 0
+    assert "licence: CC BY-NC-SA 4.0" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    torch.save(published("var_tiny.npz")[0], tmp_path / "a.pth")
+    monkeypatch.setattr(os, "fsync", full)
+    for argv in (
+        (tmp_path / "a.pth", tmp_path / "b"),
+        ("var-digits", tmp_path / "b.pth"),
+        ("var-digits", tmp_path / "b", "--half"),
+    ):
+        assert convert_(*argv) == 2
+        err = capsys.readouterr().err
+        assert "No space left on device" in err and err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
 
 
 def test_help_shows_an_example(capsys):

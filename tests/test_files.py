@@ -59,6 +59,21 @@ def test_what_stands_in_the_way_is_named(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
+def test_a_folder_is_replaced_whole_or_kept(tmp_path):
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old").write_text("old")
+    with pytest.raises(ValueError), new_folder(path, replace=True):
+        raise ValueError
+    assert os.listdir(path) == ["old"]
+    with new_folder(path, replace=True) as folder:
+        (folder / "new").write_text("new")
+        assert os.listdir(path) == ["old"]
+    assert os.listdir(path) == ["new"] and os.listdir(tmp_path) == ["folder"]
+    with pytest.raises(UserError, match="exists already"), new_folder(path / "new", replace=True):
+        raise AssertionError("a file is not replaced")
+
+
 def test_a_folder_taken_meanwhile_is_not_overwritten(tmp_path):
     with pytest.raises(UserError, match="not empty"), new_folder(tmp_path / "folder") as folder:
         (folder / "file").write_text("mine")

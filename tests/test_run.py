@@ -249,7 +249,8 @@ MODELS = sorted(path.stem for path in (ROOT / "configs" / "model").glob("*.yaml"
 def test_a_dry_run_tells_the_cost_and_writes_nothing(model, here, tokenizer, capsys):
     """Also before the digits are there."""
     paradigm = ["model.weights=null"] + [f"model.tokenizer={tokenizer}"] * model.startswith("var")
-    data = [f"data.resolution={side}" for name, side in (("edm2-32px", 32), ("edm2-img64-s", 64)) if name == model]
+    data = [f"data.resolution={side}" for part, side in (("32px", 32), ("img64", 64), ("img512", 64)) if part in model]
+    data += ["model.vae=null"] * ("img512" in model)
     assert main(["train", "--model", model, "--dry-run", *paradigm, *data, "train.images=1000", "train.batch=100"]) == 0
     assert os.listdir(here) == []
     out = capsys.readouterr().out

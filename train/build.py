@@ -1,6 +1,7 @@
 """From a config to the objects of a run. In this file: the parts that sampling shares; what a training run reads; its task."""
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,8 +24,9 @@ from models.edm2 import EDM2, EDM2Config
 from models.features import CONVNEXT_SMALLEST, NoiseClassifier, NoiseClassifierConfig, channel_mult_for
 from models.var import VAR, VARConfig
 from models.vqvae import VQVAE
+from train.class_map import class_map
 from train.data import Source
-from train.encoders import RGB, Encoder, Tokens
+from train.encoders import RGB, Encoder, Latents, Tokens, load_vae
 from train.engine import DeepSpeedEngine, Engine, Frozen, LocalEngine, make_optimizer
 from train.ranks import world
 from train.step import Task
@@ -35,9 +37,9 @@ torch.backends.cudnn.allow_tf32 = False
 
 
 def build_encoder(config: RunConfig, device: torch.device) -> Encoder:
-    """Raises UserError where the tokenizer is of other images than the data."""
+    """Raises UserError where there is no VAE as the config wants it, or the tokenizer is of other images than the data."""
     if isinstance(config.model, DiffusionModel):
-        return RGB()
+        return Latents(load_vae(config.model.vae, device)) if config.model.vae else RGB()
     tokenizer = load_net(config.model.tokenizer, "vqvae")
     assert isinstance(tokenizer, VQVAE)
     tokens, data = tokenizer.config, config.data
@@ -53,12 +55,10 @@ def build_encoder(config: RunConfig, device: torch.device) -> Encoder:
 def build_net(config: RunConfig, encoder: Encoder) -> nn.Module:
     """The generator, freshly initialised from torch's global generator."""
     data, model = config.data, config.model
+    x_shape = encoder.shape(data)
     if isinstance(model, DiffusionModel):
-        shape: dict[str, Any] = {
-            "img_resolution": data.resolution,
-            "img_channels": data.channels,
-            "num_classes": data.num_classes,
-        }
+        assert x_shape is not None
+        shape: dict[str, Any] = {"img_resolution": x_shape[1], "img_channels": x_shape[0], "num_classes": data.num_classes}
         return EDM2(EDM2Config(**shape, sigma_data=model.sigma_data, **model.net.model_dump()))
     assert isinstance(encoder, Tokens)
     tokens = encoder.tokenizer.config
@@ -69,9 +69,11 @@ def build_net(config: RunConfig, encoder: Encoder) -> nn.Module:
 
 def build_paradigm(config: RunConfig, encoder: Encoder) -> Paradigm:
     data, model, sample = config.data, config.model, config.sample
+    x_shape = encoder.shape(data)
     if isinstance(model, DiffusionModel):
+        assert x_shape is not None
         return Diffusion(
-            shape=(data.channels, data.resolution, data.resolution),
+            shape=x_shape,
             null=data.num_classes,
             noise_mean=model.noise_mean,
             noise_std=model.noise_std,
@@ -81,10 +83,14 @@ def build_paradigm(config: RunConfig, encoder: Encoder) -> Paradigm:
             sigma_max=sample.sigma_max,
             rho=sample.rho,
             solver=sample.solver,
+            churn=sample.churn,
+            churn_min=sample.churn_min,
+            churn_max=math.inf if sample.churn_max is None else sample.churn_max,
+            churn_noise=sample.churn_noise,
         )
     assert isinstance(encoder, Tokens)
     tokenizer = encoder.tokenizer
-    return NextScale(tokenizer.config.scales, data.num_classes, tokenizer, top_k=sample.top_k, top_p=sample.top_p)
+    return NextScale(tokenizer.config.scales, data.num_classes, tokenizer, sample.top_k, sample.top_p, sample.more_smooth)
 
 
 def build_classifier(config: RunConfig) -> NoiseClassifier:
@@ -96,9 +102,10 @@ def build_classifier(config: RunConfig) -> NoiseClassifier:
     data, model = config.data, config.model
     assert isinstance(model, DiffusionModel)
     posterior, name = model.posterior, model.posterior.weights
-    needed: dict[str, Any] = {"img_channels": data.channels, "num_classes": data.num_classes, "sigma_data": model.sigma_data}
+    channels, side, _ = (Latents if model.vae else RGB).shape(data)
+    needed: dict[str, Any] = {"img_channels": channels, "num_classes": data.num_classes, "sigma_data": model.sigma_data}
     if name is None:
-        mult = channel_mult_for(data.resolution)
+        mult = channel_mult_for(side)
         classifier = NoiseClassifier(
             NoiseClassifierConfig(**needed, channels=posterior.channels, channel_mult=mult, backbone=posterior.backbone)
         )
@@ -112,10 +119,10 @@ def build_classifier(config: RunConfig) -> NoiseClassifier:
                     f"model.posterior.weights={name} has {key} {there}, this run has {here}: "
                     "fit another with `mclr prepare posterior`, or give null to start from scratch"
                 )
-    if classifier.config.backbone and data.resolution < CONVNEXT_SMALLEST:
+    if classifier.config.backbone and side < CONVNEXT_SMALLEST:
         raise UserError(
             f"posterior backbone {classifier.config.backbone} needs images of {CONVNEXT_SMALLEST} pixels or more, "
-            f"data.resolution={data.resolution}: give model.posterior.backbone=null"
+            f"data.resolution={data.resolution}{f' makes latents of {side}' if model.vae else ''}: give model.posterior.backbone=null"
         )
     return classifier
 
@@ -149,7 +156,9 @@ def build_guide(config: RunConfig, net: nn.Module) -> nn.Module | None:
     guide = load_net(name, "edm2" if diffusion else "var")
     shared = ("img_resolution", "img_channels") if diffusion else ("patch_nums", "vocab_size", "z_channels")
     for key in ("num_classes", *shared):
-        if (there := getattr(guide.config, key)) != (here := getattr(net.config, key)):
+        there, here = getattr(guide.config, key), getattr(net.config, key)
+        # an unconditional diffusion network guides any, as EDM2's guidance does
+        if there != here and not (diffusion and key == "num_classes" and there == 0):
             raise UserError(f"sample.guide={name} has {key} {there}, {model.name} has {here}: give a guide for the same samples")
     if isinstance(model, NextScaleModel):
         # published weights do not say which tokenizer theirs was
@@ -232,7 +241,8 @@ def build_networks(config: RunConfig, device: torch.device) -> Networks:
     encoder = build_encoder(config, device)
     net = build_net(config, encoder)
     if model.weights:
-        load_into(net, find_weights(model.weights))
+        weights = find_weights(model.weights)
+        load_into(net, weights, class_map(config, weights))
     classifier = None
     objective = build_objective(config)
     if isinstance(model, DiffusionModel) and objective.needs_posterior:
@@ -258,6 +268,8 @@ def build_task(config: RunConfig, source: Source, networks: Networks, device: to
     reference = None
     if networks.reference is not None:
         project(networks.reference)
+        if isinstance(networks.reference, EDM2):
+            networks.reference.fold()
         reference = Frozen(networks.reference.to(device), config.engine.precision == "bf16")
 
     def engine_of(net: nn.Module, lr: float, weight_decay: float, zero: int) -> Engine:

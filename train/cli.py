@@ -13,7 +13,7 @@ from mclr.errors import UserError
 PROGRAMS = {
     "train": ("train.run", "fine-tune or train a generator"),
     "sample": ("train.sample", "draw images from a run or from weights"),
-    "evaluate": ("train.evaluate", "score samples against a dataset with a judge: accuracy, FD, precision, recall, ..."),
+    "evaluate": ("train.evaluate", "score samples against real images: FD, precision, recall, FID, FD_DINOv2, ..."),
     "report": ("train.report", "turn a tour's results into a page; finish a study"),
     "prepare": ("train.prepare", "turn images into a dataset folder; fit a tokenizer or a judge to one"),
     "convert": ("train.convert", "turn published weights into a weights folder, and back"),

@@ -9,69 +9,124 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from torch import nn
 
+from configs.schema import FILE, load_resolved
 from mclr.errors import UserError
 from models.convert import to_published
+from train.card import run_notes
 from train.cli import Parser, run
+from train.ema import reconstruct
 from train.files import write_file
-from train.published import FAMILIES, SCALES_512, SUFFIXES, TRAINING, Shapes, read_published
-from train.weights import find_weights, load_net, read_config, save_weights
+from train.published import FAMILIES, READABLE, SCALES_512, SUFFIXES, TRAINING, Shapes
+from train.weights import convert_published, find_weights, inherited, load_net, notes_of, read_config, save_weights
 
 EXAMPLE = f"""examples:
   mclr convert var_d16.pth weights/var-d16                  published -> ours
+  mclr convert edm2-img64-s-1073741-0.075.pkl weights/edm2-img64-s
   mclr convert vae_ch160v4096z32.pth weights/vqvae-512 'scales={list(SCALES_512)}'
   mclr convert runs/a/weights a.safetensors                 ours -> published
   mclr convert runs/a/weights weights/a --half              ours, half the size
+  mclr convert runs/a weights/a-0.1 --ema-std 0.1           another average of a run that kept snapshots (train.snapshot_every)
 
 A DST that ends in {", ".join(SUFFIXES)} is written with published names; any other DST is the weights folder to make.
 key=value sets what names and shapes do not show: the scales of a VQVAE (default: those of 256 px), channels_per_head of an
 EDM2 (default: 64, as in every published size), num_heads of a VAR without attn_l2_norm (default: width 64 each).
-Checkpoints of VAR's trainer can be given as they are."""
+Checkpoints of VAR's trainer can be given as they are, and files on the Hugging Face hub by hf://ORG/REPO/FILE[@REV]."""
+
+WEIGHTS = {"model.safetensors", "config.json", "README.md"}  # what a weights folder holds
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("mclr convert", description="Translate weights.", epilog=EXAMPLE)
-    parser.add_argument("src", metavar="SRC", help=f"a published state dict ({', '.join(SUFFIXES)}), or weights of ours")
+    parser.add_argument("src", metavar="SRC", help=f"a published network ({', '.join(READABLE)}), weights of ours, or a run")
     parser.add_argument("dst", type=Path, metavar="DST", help="the weights folder to make, or the file to write")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="of the network, where the file does not show it")
-    parser.add_argument("--half", action="store_true", help="copy weights of ours as they are, stored in fp16")
+    parser.add_argument("--force", action="store_true", help="replace the weights that are at DST")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--half", action="store_true", help="copy weights of ours as they are, stored in fp16")
+    how.add_argument(
+        "--ema-std", type=float, metavar="STD", help="of the run SRC: the average of this relative width, .01 to .25"
+    )
     args = parser.parse_args(argv)
+    copied = args.half or args.ema_std is not None
+    check_target(args.dst, args.force, folder=copied)
+    if args.settings and (copied or args.dst.suffix in SUFFIXES):
+        raise UserError(f"{args.settings[0]} has no effect: the settings of a weights folder stand in its config.json")
     if args.half:
-        to_half(args.src, args.dst)
+        to_half(args.src, args.dst, args.force)
+    elif args.ema_std is not None:
+        to_average(Path(args.src), args.dst, args.ema_std, args.force)
     elif args.dst.suffix in SUFFIXES:
-        if args.settings:
-            raise UserError(f"{args.settings[0]} has no effect: the settings of a weights folder stand in its config.json")
         to_file(args.src, args.dst)
     else:
-        to_folder(Path(args.src), args.dst, args.settings)
+        to_folder(args.src, args.dst, args.settings, args.force)
     return 0
 
 
-def to_folder(src: Path, dst: Path, settings: list[str]) -> None:
+def check_target(dst: Path, force: bool, folder: bool) -> None:
+    """Raises UserError where something is at DST, unless it is empty, or --force is given and it is weights. folder: DST is to be one."""
+    if dst.suffix in READABLE and (folder or dst.suffix not in SUFFIXES):
+        raise UserError(f"{dst} is named like a published file, and would be a weights folder: give it another name")
+    try:
+        there = {path.name for path in dst.iterdir()} if dst.is_dir() else {dst.name} if dst.exists() else set()
+    except OSError as error:
+        raise UserError(f"cannot read {dst} ({error.strerror}): choose another name") from error
+    if there and not force:
+        raise UserError(f"{dst} exists already: remove it, choose another name, or replace it by --force")
+    if not (there <= WEIGHTS if dst.is_dir() else dst.suffix in SUFFIXES or not there):
+        raise UserError(f"{dst} is not what --force may replace, weights: choose another name")
+
+
+def to_folder(src: str, dst: Path, settings: list[str], force: bool) -> None:
     """Published file -> weights folder. Raises UserError, with nothing written, for a file that is no whole known network."""
-    net, notes = read_published(src, settings)
+    net, notes = convert_published(src, dst, settings, replace=force)
     config: Any = net.config
-    save_weights(dst, net, made_by=" ".join(["mclr convert", str(src), str(dst), *settings]), **notes)
     print(f"{dst}: {type(net).__name__}, {sum(p.numel() for p in net.parameters()) / 1e6:.2f}M parameters")
     print(", ".join(f"{key} {value}" for key, value in dataclasses.asdict(config).items()))
     for name, note in notes.items():
         print(f"{name}: {note}")
 
 
-def to_half(src: str, dst: Path) -> None:
+def to_half(src: str, dst: Path, force: bool) -> None:
     """Weights folder -> the same in fp16, with its notes."""
-    folder = find_weights(src)
-    described = read_config(folder)
-    notes = {key: value for key, value in described.items() if key not in ("kind", "config")}
+    described = read_config(find_weights(src))
     net = load_net(src, described["kind"])
-    save_weights(dst, net, half=True, **notes, stored="fp16, by mclr convert --half")
+    save_weights(dst, net, half=True, replace=force, **notes_of(described) | {"stored": "fp16, by mclr convert --half"})
     print(f"{dst}: {net.__class__.__name__} in fp16")
+
+
+def to_average(run: Path, dst: Path, std: float, force: bool) -> None:
+    """The average of relative width `std` of a run's weights at its newest snapshot -> weights folder, with the run's notes.
+
+    Raises UserError for a folder that is no run, and as train.ema.reconstruct does.
+    """
+    net, notes = network_of(run)
+    average = reconstruct(run, std)
+    if {name: p.shape for name, p in net.named_parameters()} != {name: t.shape for name, t in average.items()}:
+        raise UserError(f"the snapshots of {run} are of another network than its weights: give a whole run folder")
+    newest = max(int(path.name.partition("-")[0]) for path in (run / "snapshots").glob("*.safetensors"))
+    save_weights(dst, net, average, replace=force, **notes | {"images_seen": newest, "ema_std": std})
+    print(f"{dst}: {net.__class__.__name__}, average of relative width {std} at {newest} images of {run}")
+
+
+def network_of(run: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """(network, notes) of a run folder: of its weights or, where it has not finished, as it began."""
+    if (run / "weights" / "config.json").is_file():
+        described = read_config(run / "weights")
+        return load_net(str(run / "weights"), described["kind"]), notes_of(described)
+    if not (run / FILE).is_file():
+        raise UserError(f"{run} is no run: --ema-std needs the folder that `mclr train` made")
+    # slow to import and used here alone
+    from train.build import build_networks
+
+    config = load_resolved(run)
+    notes = {"init": config.model.weights} | run_notes(config) | inherited(config.model.weights)
+    return build_networks(config, torch.device("cpu")).net, notes
 
 
 def to_file(src: str, dst: Path) -> None:
     """Weights folder (or bundled name) -> published state dict in fp32, with the constants that published code expects."""
-    if dst.exists():
-        raise UserError(f"{dst} exists already: remove it or choose another name")
     described = read_config(find_weights(src))
     family = next((family for family in FAMILIES if family.kind == described["kind"]), None)
     if family is None:

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -56,23 +58,38 @@ def lock(path: Path, wait: bool = False) -> tuple[IO[str], bool]:
     return file, True
 
 
+def checksum(path: Path) -> str:
+    """sha256 of a file, which is read once as long as size and time of change stay. Raises UserError when it cannot be read."""
+    try:
+        stat = path.stat()
+        return _digest(path, stat.st_size, stat.st_mtime_ns)
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}): copy it again") from error
+
+
+@lru_cache
+def _digest(path: Path, size: int, changed: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_json(path: str | Path, obj: Any) -> None:
     """Write `obj` as indented JSON, by write_file."""
     write_file(path, (json.dumps(obj, indent=2) + "\n").encode())
 
 
 @contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
+def new_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`; it becomes `path` when the body ends and vanishes when the body raises.
 
-    Parents are made as needed; an empty folder at `path` is replaced.
+    Parents are made as needed; an empty folder at `path` is replaced; replace: so is one with content, at the end.
     Raises UserError when `path` is taken or cannot be made (at the start, before any work), or when the disk is full.
     """
     # a link to an empty folder stays: what it points to is replaced
     path = Path(path).resolve()
     temporary = _temporary(path)
     try:
-        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        if path.exists() and not (path.is_dir() and (replace or not any(path.iterdir()))):
             raise UserError(f"{path} exists already: remove it or choose another name")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
@@ -84,11 +101,14 @@ def new_folder(path: str | Path) -> Iterator[Path]:
             for name in names:
                 _sync(Path(folder, name))
             _sync(Path(folder))
-        os.rename(temporary, path)
+        if replace and path.exists():
+            _swap(temporary, path)
+        else:
+            os.rename(temporary, path)
         _sync(path.parent)
     except OSError as error:
         # an error about some other file of the body is not ours to explain
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) or error.filename == str(temporary):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) or error.filename in (str(temporary), str(path)):
             raise _cannot_write(path, error) from error
         raise
     finally:
@@ -97,6 +117,18 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 
 def _temporary(path: Path) -> Path:
     return path.with_name(f".tmp-{uuid.uuid4().hex}")
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Put one folder in the place of another, which is removed; between two renames, a crash may leave both beside the place."""
+    old = _temporary(path)
+    os.rename(path, old)
+    try:
+        os.rename(new, path)
+    except BaseException:
+        os.rename(old, path)
+        raise
+    shutil.rmtree(old)
 
 
 def _sync(path: Path) -> None:

@@ -16,9 +16,10 @@ from mclr.errors import UserError
 from mclr.likelihood import Draws
 from models.features import ImageClassifier, ImageClassifierConfig, NoiseClassifier, NoiseClassifierConfig, channel_mult_for
 from models.vqvae import VQVAE, VQVAEConfig
+from train.card import card
 from train.data import Source, SplitReader
 from train.encoders import from_uint8
-from train.files import new_folder, write_json
+from train.files import new_folder, write_file, write_json
 from train.loop import progress_bar
 from train.prepare import open_or_prepare
 from train.weights import read_config, save_weights
@@ -87,7 +88,9 @@ def fit_to_data(kind: str, data: str, out: str, recipe: Recipe, seed: int, half:
         save_weights(folder, net, half=half, made_by=command, seed=seed, data=info.name)
     # the weights are safe by now, whatever scoring meets
     result = quality(kind, net, held_out, device)
-    write_json(Path(out) / "config.json", read_config(Path(out)) | {"result": result})
+    described = read_config(Path(out)) | {"result": result}
+    write_json(Path(out) / "config.json", described)
+    write_file(Path(out) / "README.md", card(described).encode())
     print(f"{out}: {size} parameters, {result}")
 
 

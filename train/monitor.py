@@ -74,7 +74,8 @@ def measure(net: EDM2, encoder: Encoder, images: dict[str, SplitReader], flip: b
         for pairs, batch in _fixed(reader):
             for which, h_BD in enumerate(views):
                 draws = Draws(VIEWS, [2 * p + which for p in pairs], device)
-                h_BD.append(features(net, encoder.encode(view(batch.image_BCHW.to(device), draws, flip)), draws).cpu())
+                stored_B = encoder.encode(view(batch.image_BCHW.to(device), draws, flip))
+                h_BD.append(features(net, encoder.draw(stored_B, draws), draws).cpu())
         try:
             found[NAMES[split].format("icr")] = icr(torch.cat(views[0]), torch.cat(views[1]))
         except ValueError as error:
@@ -94,7 +95,7 @@ def mle_loss(task: Task, images: dict[str, SplitReader]) -> dict[str, float]:
         losses = []
         for positions, batch in _fixed(reader):
             draws = Draws(LOSS, list(positions), task.device)
-            probe = task.paradigm.probe(task.encode(batch), draws)
+            probe = task.paradigm.probe(task.encoder.draw(task.encode(batch), draws), draws)
             rows = mle.rows(probe, batch.c_B.to(task.device), task.null, draws, None)
             losses.append(mle(score(task.paradigm, net.forward, probe, rows, task.null), rows)[0])
         found[NAMES[split].format("mle_loss")] = torch.cat(losses).mean().item()

@@ -1,7 +1,6 @@
 """`mclr train`, `deepspeed train/run.py`, `torchrun train/run.py`, `python train/run.py`: fine-tune or train a generator."""
 
 import argparse
-import hashlib
 import json
 import os
 import shlex
@@ -13,10 +12,10 @@ from typing import Any, NoReturn
 # other distributions own packages named `models` or `kernels`, and an editable install comes after them
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from configs.schema import NextScaleModel, RunConfig, dump, load
+from configs.schema import DiffusionModel, NextScaleModel, RunConfig, dump, load
 from mclr.errors import UserError
 from train.cli import Parser, run
-from train.ranks import Interrupt, group, on_signals, one_voice, together, world
+from train.ranks import Interrupt, group, on_signals, one_voice, own_device, together, world
 
 EXAMPLE = """example:
   mclr train --model edm2-digits --objective mclr objective.lam=0.3
@@ -31,7 +30,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--model",
         required=True,
-        help="what is trained: edm2-digits, var-digits, edm2-32px, edm2-img64-s, var-d16, or a YAML path",
+        help="what is trained, a preset of configs/model: edm2-digits, var-digits, edm2-32px, edm2-img64-s, edm2-img512-l, var-d16, ...; "
+        "or a YAML path",
     )
     parser.add_argument(
         "--objective", default="mclr", help="mclr, mle, unlearn, cc_dpo, cca, ddo, or a YAML path (default: mclr)"
@@ -43,7 +43,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--init",
         metavar="WEIGHTS",
-        help="start from these weights: a folder, or a bundled name; `none` = from scratch (default: those of the model preset)",
+        help="start from these weights: a folder, a bundled name, a published file, or hf://ORG/REPO[/FILE][@REV]; `none` = from "
+        "scratch (default: those of the model preset)",
     )
     parser.add_argument("--out", type=Path, metavar="RUN", help="run folder (default: runs/MODEL-OBJECTIVE-DATA)")
     parser.add_argument("--dry-run", action="store_true", help="print the settings and what they cost, write nothing")
@@ -100,18 +101,15 @@ def start(config: RunConfig, out: Path, micro_batch: int, command: str) -> int:
     import torch
 
     from train.build import build_networks, build_task, open_source
+    from train.card import run_notes
     from train.log import RunFolder
     from train.loop import train
-    from train.prepare import prepare_digits
+    from train.prepare import open_or_prepare
+    from train.weights import inherited
 
-    rank, local_rank, ranks = world()
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"this machine has {torch.cuda.device_count()} GPUs: start no more ranks than that")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    run_folder, inputs = None, {}
+    rank, _, ranks = world()
+    device = own_device()
+    run_folder, notes = None, {"init": config.model.weights, "command": command, "out": str(out)} | run_notes(config)
     if rank == 0:
         # all that the run reads is found good before anything is written and before the ranks meet
         new_digits = config.data.name == "digits" and not Path(config.data.path).exists()
@@ -119,17 +117,17 @@ def start(config: RunConfig, out: Path, micro_batch: int, command: str) -> int:
             source = open_source(config)
         networks = build_networks(config, device)
         inputs = inputs_of(config)
+        notes |= {"inputs": inputs} | inherited(config.model.weights)
         run_folder = RunFolder(out, config, inputs)
         if new_digits:
-            prepare_digits(config.data.path)
+            open_or_prepare(config.data.name, config.data.path)
             source = open_source(config)
+        notes |= {"data_images": len(source), "classes": source.info.class_names}
     interrupt = Interrupt()
     with group(config.engine.here() == "deepspeed"), on_signals(interrupt.notice), one_voice():
         with together():
             if rank != 0:
                 source, networks = open_source(config), build_networks(config, device)
-        notes: dict[str, Any] = {"init": config.model.weights, "command": command, "out": str(out)}
-        notes |= {"seed": config.train.seed, "data": config.data.name, "inputs": inputs}
         try:
             task = build_task(config, source, networks, device, micro_batch)
             if rank == 0:
@@ -144,7 +142,10 @@ def start(config: RunConfig, out: Path, micro_batch: int, command: str) -> int:
 
 
 def inputs_of(config: RunConfig) -> dict[str, str]:
-    """Setting -> checksum of the weights or the dataset that it names; without digits that are still to be prepared."""
+    """Setting -> checksum of the weights, the class map or the dataset that it names; without digits that are still to be prepared."""
+    from train.class_map import FRESH
+    from train.encoders import VAE_WEIGHTS, find_vae
+    from train.files import checksum
     from train.weights import find_weights, sha256
 
     model = config.model
@@ -154,11 +155,14 @@ def inputs_of(config: RunConfig) -> dict[str, str]:
     else:
         named["model.posterior.weights"] = model.posterior.weights
     inputs = {key: sha256(find_weights(name)) for key, name in named.items() if name is not None}
+    files = {"model.class_map": Path(model.class_map)} if model.class_map not in (None, FRESH) else {}
+    if isinstance(model, DiffusionModel) and model.vae is not None:
+        files["model.vae"] = find_vae(model.vae) / VAE_WEIGHTS
     for key, path in (("data.path", config.data.path), ("objective.generated", config.objective.generated)):
         # which holds the checksums of the shards
         if path is not None and (file := Path(path) / "dataset.json").exists():
-            inputs[key] = hashlib.sha256(file.read_bytes()).hexdigest()
-    return inputs
+            files[key] = file
+    return inputs | {key: checksum(file) for key, file in files.items()}
 
 
 def describe(config: RunConfig, ranks: int, micro_batch: int, net: Any = None) -> str:
@@ -181,24 +185,27 @@ def describe(config: RunConfig, ranks: int, micro_batch: int, net: Any = None) -
     # null rows; every condition of the posterior by Bayes' rule; all rows again through the reference
     free = 1 if objective.contrast == "null" else config.data.num_classes if tokens and objective.needs_posterior else 0
     free += most if objective.needs_reference else 0
-    # fp32: weights and gradients; average, reference; two moments, and with ZeRO a master copy and gradients of this rank's share
-    copies = 2 + bool(settings.ema_std) + objective.needs_reference + (2 if zero == 0 else 4 * share)
+    averages = {settings.ema_std, *(settings.snapshot_stds if settings.snapshot_every else ())} - {0.0}
+    # fp32: weights and gradients; averages, reference; two moments, and with ZeRO a master copy and gradients of this rank's share
+    copies = 2 + len(averages) + objective.needs_reference + (2 if zero == 0 else 4 * share)
     lam, schedule = config.objective.lam, config.objective.schedule.kind
     table = schedule_table("lam", objective.lam, net.config.patch_nums if tokens else None)
     budget = f", or until the compute of {settings.mle_images} images of mle is spent" if settings.mle_images else ""
+    vae = config.model.vae if isinstance(config.model, DiffusionModel) else None
     source = f"weights {config.model.weights}" if config.model.weights else "no weights given (--init): from scratch"
     return "\n".join(
         [
             f"model      {config.model.name} ({config.model.paradigm}), {count / 1e6:.2f}M parameters, {source}",
             f"objective  {config.objective.name}, contrast {objective.contrast}, lam {lam} ({schedule})",
             *table,
-            f"data       {config.data.name}: {config.data.num_classes} classes, {config.data.channels} x {config.data.resolution}^2",
+            f"data       {config.data.name}: {config.data.num_classes} classes, {config.data.channels} x {config.data.resolution}^2"
+            + (f", latents {net.config.img_channels} x {net.config.img_resolution}^2 of {vae}" if vae else ""),
             f"engine     {config.engine.here()}, ZeRO {zero}, {config.engine.precision}, {ranks} rank(s), "
             f"{per_step // ranks} x {micro_batch} images per rank and step",
             f"rows       {settings.batch} samples per step, at most {most * settings.batch} rows with gradient, "
             f"{free * settings.batch} without",
-            f"memory     {count * 4 * copies / 2**20:.0f} MiB per rank for weights, gradients, moments, average and reference; activations "
-            f"of up to {most * micro_batch} rows come on top (train.micro_batch)",
+            f"memory     {count * 4 * copies / 2**20:.0f} MiB per rank for weights, gradients, moments, averages and reference; "
+            f"activations of up to {most * micro_batch} rows come on top (train.micro_batch)",
             f"length     {settings.images} images = {-(-settings.images // settings.batch)} steps{budget}",
         ]
     )

@@ -54,15 +54,15 @@ class Task:
             batches.append(self.generated.batch(first, count))
         draws = Draws(self.seed, keys, self.device)
         flips = (draws.uniform() < 0.5).split(count) if self.flip else [None] * len(batches)
-        x_P = torch.cat([self.encode(*each) for each in zip(batches, flips, strict=True)])
+        stored_P = torch.cat([self.encode(*each) for each in zip(batches, flips, strict=True)])
         true_c_P = torch.cat([batch.c_B for batch in batches]).to(self.device)
         dropped_P = draws.uniform() < self.drop_condition
         # a generated sample keeps the condition it was drawn for
         dropped_P[count:] = False
-        return x_P, torch.where(dropped_P, self.null, true_c_P), true_c_P, draws
+        return self.encoder.draw(stored_P, draws), torch.where(dropped_P, self.null, true_c_P), true_c_P, draws
 
     def encode(self, batch: Batch, flip_B: Tensor | None = None) -> Tensor:
-        """What the paradigm models of a batch, its images mirrored where flip_B says so.
+        """What the encoder may store of a batch, its images mirrored where flip_B says so.
 
         Drawn tokens are taken as they are: decoded, rounded and encoded again most of them would be others.
         """

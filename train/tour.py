@@ -23,6 +23,7 @@ from mclr.errors import UserError
 from models.features import ImageClassifier
 from train.cli import Parser, run
 from train.data import load_split
+from train.encoders import ROUNDING
 from train.evaluate import judge
 from train.files import write_file, write_json
 from train.prepare import prepare_digits
@@ -48,7 +49,7 @@ JUDGE = {
     "lam of the mclr row": "fixed in the preset beforehand",
     "equal compute": "forward and backward FLOPs of fine-tuning, the posterior classifier's included; the control trains on more images",
     "not counted": "the bundled posterior classifier was fitted once beforehand, at the cost of some 68,000 images of maximum likelihood",
-    "rounding": "uint8 = round(127.5 x + 127.5)",
+    "rounding": ROUNDING,
 }
 
 

@@ -1,9 +1,10 @@
-"""Weights folders: model.safetensors beside config.json, which rebuilds the network; bundled ones go by name."""
+"""Weights folders: model.safetensors, config.json, which rebuilds the network, and README.md; where they come from, how they load."""
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import models
+from configs import schema
 from mclr.errors import UserError
+from models.conditions import Sources, map_conditions
 from models.edm2 import EDM2, EDM2Config
 from models.features import ImageClassifier, ImageClassifierConfig, NoiseClassifier, NoiseClassifierConfig
 from models.var import VAR, VARConfig
 from models.vqvae import VQVAE, VQVAEConfig
-from train.files import new_folder, write_json
+from train.card import card
+from train.files import checksum, lock, new_folder, write_file, write_json
+from train.hub import SCHEME, fetch
+from train.published import TRAINING, read_published
 
 KINDS: dict[str, tuple[type, type]] = {
     "edm2": (EDM2Config, EDM2),
@@ -27,35 +33,118 @@ KINDS: dict[str, tuple[type, type]] = {
     "image_classifier": (ImageClassifierConfig, ImageClassifier),
     "noise_classifier": (NoiseClassifierConfig, NoiseClassifier),
 }
+PARADIGMS = {"edm2": "diffusion", "var": "next_scale"}
 BUNDLED = Path(models.__file__).parent / "weights"
+OWN = ("kind", "config", "parameters")  # entries of config.json that follow from the network; the others are notes
+MOST = 3  # differences that an error names
+IMAGES = "give data of their images by --data"
+TOKENS = "give the tokenizer that they were trained with, model.tokenizer=WEIGHTS"
+# what to do about a setting that the preset's network does not decide
+WAYS_OUT = {
+    "num_classes": "give the data they were trained on, or start from them with model.class_map=fresh, or with a JSON file "
+    "{class here: condition there, or null}",
+    "img_resolution": IMAGES,
+    "img_channels": IMAGES,
+    "patch_nums": TOKENS,
+    "vocab_size": TOKENS,
+    "z_channels": TOKENS,
+    "sigma_data": "give theirs, model.sigma_data=",
+}
 
 
 def save_weights(
-    folder: str | Path, net: nn.Module, weights: Mapping[str, Tensor] | None = None, half: bool = False, **notes: Any
+    folder: str | Path,
+    net: nn.Module,
+    weights: Mapping[str, Tensor] | None = None,
+    half: bool = False,
+    replace: bool = False,
+    **notes: Any,
 ) -> None:
     """Write a weights folder, whole or not at all. weights: replace the network's own parameters (an average, masters).
 
-    half: store fp16. notes: what made them (command, seed, images seen), kept in config.json.
+    half: store fp16. replace: what is there. notes: what made them (command, seed, images seen), kept in config.json and told in
+    README.md.
     """
-    kind = next(name for name, (_, cls) in KINDS.items() if cls is type(net))
     tensors = dict(net.state_dict()) | dict(weights or {})
     dtype = torch.float16 if half else torch.float32
-    with new_folder(folder) as temporary:
+    config = dataclasses.asdict(net.config)  # type: ignore[call-overload]
+    size = sum(p.numel() for p in net.parameters())
+    description = {"kind": kind_of(net), "config": config, "parameters": size, **notes}
+    with new_folder(folder, replace) as temporary:
         try:
             save_file({k: t.detach().to(dtype).cpu().contiguous() for k, t in tensors.items()}, temporary / "model.safetensors")
         except SafetensorError as error:
             raise UserError(f"cannot write {folder} ({error}): make room, or choose another place") from error
-        config = dataclasses.asdict(net.config)  # type: ignore[call-overload]
-        write_json(temporary / "config.json", {"kind": kind, "config": config, **notes})
+        write_json(temporary / "config.json", description)
+        write_file(temporary / "README.md", card(read_config(temporary)).encode())
 
 
 def find_weights(name: str) -> Path:
-    """The folder of bundled weights `name`, or `name` itself as a folder. Raises UserError when there is neither."""
-    for folder in (BUNDLED / name, Path(name)):
+    """The weights folder of a bundled name, a folder, a published file (converted once), or hf://ORG/REPO[/FILE][@REV] of either.
+
+    Raises UserError when there is none, or when it cannot be fetched or converted.
+    """
+    found = fetch(name)
+    for folder in (BUNDLED / name, found):
         if (folder / "config.json").is_file():
             return folder
+    if found.is_file():
+        return converted(name)
     known = ", ".join(sorted(f.name for f in BUNDLED.iterdir() if f.is_dir()))
-    raise UserError(f"no weights at {name}: give a folder with config.json and model.safetensors, or a bundled name ({known})")
+    raise UserError(
+        f"no weights at {name}: give a folder with config.json and model.safetensors, a published file, {SCHEME}ORG/REPO[/FILE], "
+        f"or a bundled name ({known})"
+    )
+
+
+def converted(name: str) -> Path:
+    """The weights folder of a published file, made on first use in the user's cache, where the checksum of the file names it.
+
+    Safe with several processes at once. Raises UserError as convert_published does.
+    """
+    file = fetch(name)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mclr")
+    folder = cache / f"{file.stem}-{checksum(file)[:16]}"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        held, _ = lock(cache / "lock", wait=True)
+    except OSError as error:
+        raise UserError(f"cannot write {cache} ({error.strerror}): set XDG_CACHE_HOME to a folder with room to spare") from error
+    with held:
+        if not folder.is_dir():
+            convert_published(name, folder)
+            # not among what a program prints as its answer
+            print(f"{name}: converted once, into {folder}", file=sys.stderr)
+    return folder
+
+
+def convert_published(
+    name: str, folder: Path, settings: Sequence[str] = (), replace: bool = False
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Published file, also hf://ORG/REPO/FILE -> weights folder, in fp16 where that loses nothing; (network, what the file says beside it).
+
+    Raises UserError, with nothing written, for a file that is no whole known network.
+    """
+    file = fetch(name)
+    net, notes = read_published(file, settings)
+    base = name if name.startswith(SCHEME) else file.name
+    made_by = " ".join(["mclr convert", name, str(folder), *settings])
+    half = all(torch.equal(t.half().float(), t) for t in net.state_dict().values())
+    save_weights(folder, net, half=half, replace=replace, made_by=made_by, base=base, **notes)
+    return net, notes
+
+
+def notes_of(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says beside the network."""
+    return {key: value for key, value in description.items() if key not in OWN}
+
+
+def inherited(name: str | None) -> dict[str, Any]:
+    """Notes that weights trained from `name` must keep: its licence and its base."""
+    if name is None:
+        return {}
+    description = ({"base": name} if name.startswith(SCHEME) else {}) | read_config(find_weights(name))
+    return {key: description[key] for key in ("licence", "base") if key in description}
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -81,11 +170,31 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def sha256(weights: Path) -> str:
     """Checksum of a weights folder's tensors: what tells two weights apart wherever they lie."""
-    try:
-        with open(weights / "model.safetensors", "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read {weights / 'model.safetensors'} ({error.strerror}): copy the folder again") from error
+    return checksum(weights / "model.safetensors")
+
+
+def kind_of(net: nn.Module) -> str:
+    return next(name for name, (_, cls) in KINDS.items() if cls is type(net))
+
+
+def settings_of(description: Mapping[str, Any]) -> dict[str, Any]:
+    """The network's settings in config.json, with tuples for lists."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in description["config"].items()}
+
+
+def presets_of(description: Mapping[str, Any]) -> list[str]:
+    """The model presets whose networks have the size of these weights."""
+    found, settings = [], settings_of(description)
+    for path in sorted((schema.PRESETS / "model").glob("*.yaml")):
+        model = schema.read_preset("model", path.stem)["model"]
+        if model["paradigm"] != PARADIGMS.get(description["kind"]):
+            continue
+        net: Any = schema.MODELS[model["paradigm"]].model_fields["net"].annotation
+        same = all(settings.get(k) == v for k, v in net.model_validate(model["net"]).model_dump().items() if k not in TRAINING)
+        latents = settings.get("img_channels") == 4
+        if same and latents == bool(model.get("vae")):
+            found.append(path.stem)
+    return found
 
 
 def load_net(name: str, kind: str) -> nn.Module:
@@ -95,35 +204,51 @@ def load_net(name: str, kind: str) -> nn.Module:
     if described["kind"] != kind:
         raise UserError(f"weights {name} hold a network of kind {described['kind']}, not {kind}: choose other weights")
     config_class, net_class = KINDS[kind]
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in described["config"].items()}
     try:
-        net = net_class(config_class(**fields))
+        net = net_class(config_class(**settings_of(described)))
     except TypeError as error:
         raise UserError(f"{folder / 'config.json'} does not describe a {kind} ({error}): choose other weights") from error
     load_into(net, folder)
     return net.eval()
 
 
-def load_into(net: nn.Module, folder: Path) -> None:
-    """Copy a weights folder into a network of the same architecture. Raises UserError naming the first difference."""
-    described, own = read_config(folder), dataclasses.asdict(net.config)  # type: ignore[call-overload]
-    theirs = {k: tuple(v) if isinstance(v, list) else v for k, v in described["config"].items()}
-    kind = next(name for name, (_, cls) in KINDS.items() if cls is type(net))
-    if described["kind"] != kind:
-        raise UserError(f"weights {folder.name} hold a network of kind {described['kind']}, not {kind}: give others by --init")
-    # dropout is a property of training, not of the weights
-    differing = [k for k in own if not k.startswith("drop") and theirs.get(k, own[k]) != own[k]]
-    if differing:
-        k = differing[0]
-        raise UserError(
-            f"weights {folder.name} have {k} {theirs[k]}, this run has {own[k]}: give fitting weights by --init, or change {k}"
-        )
+def load_into(net: nn.Module, folder: Path, sources: Sources | None = None) -> None:
+    """Copy a weights folder into a network of the same architecture. Raises UserError naming the first differences.
+
+    sources: the weights' condition for each of the network's (models/conditions.py); None: the same ones.
+    """
+    _refuse_other(net, folder, any_conditions=sources is not None)
     tensors, state = read_tensors(folder), net.state_dict()
+    if sources is not None:
+        tensors = map_conditions(tensors, state, sources)
     wrong = sorted(
         k for k in state.keys() | tensors.keys() if k not in state or k not in tensors or state[k].shape != tensors[k].shape
     )
     if wrong:
-        raise UserError(
-            f"weights {folder.name} do not fit the network: {wrong[0]} and {len(wrong) - 1} more differ; choose other weights"
-        )
+        more = f" and {len(wrong) - MOST} more" if len(wrong) > MOST else ""
+        raise UserError(f"weights {folder.name} do not fit the network in {', '.join(wrong[:MOST])}{more}: choose other weights")
     net.load_state_dict(tensors)
+
+
+def _refuse_other(net: nn.Module, folder: Path, any_conditions: bool) -> None:
+    """Raises UserError where weights are of another kind or size than the network."""
+    described, own = read_config(folder), dataclasses.asdict(net.config)  # type: ignore[call-overload]
+    theirs = settings_of(described)
+    if described["kind"] != kind_of(net):
+        way_out = _preset_to_give(described) or "give others by --init"
+        raise UserError(f"weights {folder.name} hold a network of kind {described['kind']}, not {kind_of(net)}: {way_out}")
+    checked = [k for k in own if not (k in TRAINING or (any_conditions and k == "num_classes"))]
+    differing = [k for k in checked if theirs.get(k, own[k]) != own[k]]
+    if differing:
+        size = [k for k in differing if k not in WAYS_OUT]
+        first, *others = (size or differing)[:MOST]
+        listed = f"{first} {theirs[first]}, this run has {own[first]}" + "".join(
+            f"; {k} {theirs[k]}, not {own[k]}" for k in others
+        )
+        way_out = (_preset_to_give(described) or "give fitting weights by --init, or change that") if size else WAYS_OUT[first]
+        raise UserError(f"weights {folder.name} have {listed}: {way_out}")
+
+
+def _preset_to_give(described: Mapping[str, Any]) -> str | None:
+    presets = presets_of(described)
+    return f"these look like {' or '.join(presets)}, give --model {presets[0]}" if presets else None

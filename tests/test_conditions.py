@@ -1,0 +1,85 @@
+"""models/conditions.py: what a mapped, a fresh and the null condition become, and how far EDM2's rows are rescaled."""
+
+import pytest
+import torch
+
+from models.blocks import normalize
+from models.conditions import EDM2_LAYER, VAR_LAYER, map_columns, map_conditions, map_rows
+from models.edm2 import EDM2, EDM2Config
+from models.var import VAR, VARConfig
+
+
+def edm2(num_classes, seed):
+    torch.manual_seed(seed)
+    sizes = {"model_channels": 8, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,), "channels_per_head": 8}
+    net = EDM2(EDM2Config(8, 1, num_classes, **sizes, logvar_channels=8))
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if p.ndim == 0:
+                p.fill_(0.7)
+            # an average of weights is shorter than they are
+            p.mul_(0.6 if name == EDM2_LAYER else 1)
+    return net
+
+
+def var(num_classes, seed):
+    torch.manual_seed(seed)
+    return VAR(VARConfig(num_classes, depth=1, embed_dim=16, num_heads=2, patch_nums=(1, 2), vocab_size=8, z_channels=4))
+
+
+def carried(old, new, sources):
+    new.load_state_dict(map_conditions(old.state_dict(), new.state_dict(), sources))
+    return new
+
+
+def test_rows_are_copied_fresh_ones_start_as_the_null_row_which_stays_last():
+    old_KD = torch.arange(8.0).reshape(4, 2)  # 3 conditions and the null condition
+    assert torch.equal(map_rows(old_KD, [2, None, 0, 2]), old_KD[[2, 3, 0, 2, 3]])
+
+
+def test_a_mapped_var_answers_as_before_and_a_fresh_condition_as_without_condition():
+    old = var(3, 0)
+    new = carried(old, var(4, 1), [2, None, 0, 1])
+    teacher = torch.linspace(-1, 1, 4 * 4).reshape(1, 4, 4)
+    for here, there in ((0, 2), (1, 3), (2, 0), (3, 1), (4, 3)):
+        assert torch.equal(new(teacher, torch.tensor([here])), old(teacher, torch.tensor([there])))
+
+
+def test_columns_come_from_the_unit_magnitude_weight_and_fresh_ones_as_given():
+    torch.manual_seed(0)
+    old_EK, fresh_Ek = 0.3 * torch.randn(6, 3), torch.randn(6, 4)
+    new_Ek = map_columns(old_EK, fresh_Ek, [1, None, 1, 0])
+    assert torch.equal(new_Ek[:, [0, 2, 3]], normalize(old_EK)[:, [1, 1, 0]])
+    assert torch.equal(new_Ek[:, 1], fresh_Ek[:, 1])
+
+
+def test_a_mapped_edm2_embedding_is_divided_by_the_row_rms_and_null_stays_null():
+    old = edm2(3, 0)
+    new = carried(old, edm2(5, 1), [2, None, 0, None, None])
+    # what training does first; the network itself divides by the same RMS
+    r_E = new.state_dict()[EDM2_LAYER].square().mean(1).sqrt()
+    assert (r_E - 1).abs().max() > 0.1
+    columns = {c: torch.eye(5)[[c]] * 5**0.5 for c in range(5)}
+    for here, there in ((0, 2), (2, 0)):
+        before = old.condition_linear(torch.eye(3)[[there]] * 3**0.5)[0]
+        torch.testing.assert_close(new.condition_linear(columns[here])[0], before / r_E, rtol=1e-3, atol=0)
+    x, sigma = torch.ones(1, 1, 8, 8), torch.ones(1)
+    for after, before in zip(new(x, sigma, torch.tensor([5])), old(x, sigma, torch.tensor([3])), strict=True):
+        assert torch.equal(after, before)
+
+
+def test_a_permutation_changes_nothing_but_the_order():
+    old = edm2(3, 0)
+    new = carried(old, edm2(3, 1), [2, 0, 1])
+    x, sigma = torch.ones(1, 1, 8, 8), torch.ones(1)
+    for here, there in enumerate([2, 0, 1]):
+        after, before = (net(x, sigma, torch.tensor([c]))[0] for net, c in ((new, here), (old, there)))
+        torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("net", "layer"), [(edm2, EDM2_LAYER), (var, VAR_LAYER)])
+def test_nothing_else_is_touched(net, layer):
+    old, fresh = net(3, 0).state_dict(), net(4, 1).state_dict()
+    mapped = map_conditions(old, fresh, [None] * 4)
+    assert mapped.keys() == fresh.keys() and mapped[layer].shape == fresh[layer].shape != old[layer].shape
+    assert all(torch.equal(mapped[name], old[name]) for name in old if name != layer)

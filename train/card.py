@@ -1,0 +1,119 @@
+"""README.md of a weights folder, its model card: front matter as the Hugging Face hub reads it, then what the weights are, in words."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from configs.schema import RunConfig
+from train.files import write_file
+
+NETWORKS = {
+    "edm2": "An EDM2 diffusion network",
+    "var": "A VAR next-scale network",
+    "vqvae": "A multi-scale VQVAE, the tokenizer of VAR networks",
+    "image_classifier": "A classifier of images, the judge of samples",
+    "noise_classifier": "A classifier of noisy images, the posterior of diffusion runs",
+}
+USES = {
+    "edm2": "mclr sample FOLDER --model {model} --data {data} --out samples/mine",
+    "var": "mclr sample FOLDER --model {model} --data {data} --out samples/mine model.tokenizer={tokenizer}",
+    "vqvae": "mclr train --model MODEL --data {data} model.tokenizer=FOLDER",
+    "image_classifier": "mclr evaluate SAMPLES --reference {data} --judge FOLDER",
+    "noise_classifier": "mclr train --model MODEL --data {data} model.posterior.weights=FOLDER",
+}
+METRICS = ("loss", "value", "ratio", "posterior_ece", "mle_loss", "mle_loss_val")  # of training, those that tell how it went
+FEW = 20  # class names that a card lists
+NO_LICENCE = "None is recorded: that of the data and of the weights it was trained from."
+
+
+def run_notes(config: RunConfig) -> dict[str, Any]:
+    """What the description of a run's weights says of its settings."""
+    model = config.model
+    notes: dict[str, Any] = {"model": model.name, "objective": config.objective.model_dump(mode="json", exclude_defaults=True)}
+    if model.paradigm == "next_scale":
+        notes["tokenizer"] = model.tokenizer
+    return notes | {"ema_std": config.train.ema_std, "seed": config.train.seed, "data": config.data.name}
+
+
+def card(description: Mapping[str, Any]) -> str:
+    """The card of weights. description: config.json of their folder; `evaluation` in it: the result of `mclr evaluate`."""
+    parts = [_front_matter(description), f"# {_title(description)}", _network(description), *_training(description)]
+    names = {key: description.get(key, key.upper()) for key in ("model", "data", "tokenizer")}
+    parts += [*_scores(description), f"## Use\n```\n{USES[description['kind']].format(**names)}\n```"]
+    return "\n\n".join([*parts, f"## Licence\n{description.get('licence', NO_LICENCE)}"]) + "\n"
+
+
+def add_scores(folder: Path, result: Mapping[str, Any]) -> None:
+    """Write the card of a weights folder again, with scores. result: what `mclr evaluate` writes to evaluation.json."""
+    description = json.loads((folder / "config.json").read_text())
+    write_file(folder / "README.md", card(description | {"evaluation": result}).encode())
+
+
+def _front_matter(description: Mapping[str, Any]) -> str:
+    licence = description.get("licence")
+    name = "unknown" if licence is None else "cc-by-nc-sa-4.0" if "CC BY-NC-SA 4.0" in licence else "other"
+    lines = [f"license: {name}", "library_name: mclr", f"tags: [mclr, {description['kind']}, image-generation]"]
+    # the repository that the weights were fetched from, or that their base was
+    places = [str(description.get(key)) for key in ("init", "base")]
+    lines += [f"base_model: {'/'.join(place[5:].split('@')[0].split('/')[:2])}" for place in places if place.startswith("hf://")][
+        :1
+    ]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _title(description: Mapping[str, Any]) -> str:
+    objective = description.get("objective", {}).get("name")
+    names = (description.get("model", description["kind"]), objective, description.get("data"))
+    return "-".join(name for name in names if name)
+
+
+def _network(description: Mapping[str, Any]) -> str:
+    config = description["config"]
+    size = f", {description['parameters'] / 1e6:.2f}M parameters" if "parameters" in description else ""
+    conditions = f", {config['num_classes']} conditions" if "num_classes" in config else ""
+    return f"{NETWORKS[description['kind']]}{size}{conditions}: {_settings(config)}."
+
+
+def _training(description: Mapping[str, Any]) -> list[str]:
+    facts = {
+        "objective": _settings(description.get("objective", {})),
+        "data": _data(description),
+        "images seen": f"{description['images_seen']:,}" if "images_seen" in description else "",
+        "average of the weights": f"of relative width {description['ema_std']}" if description.get("ema_std") else "",
+        "started from": description.get("init") or "",
+        "base": description.get("base", ""),
+        "result": description.get("result", ""),
+        "last metrics": _settings({k: v for k, v in description.get("metrics", {}).items() if k in METRICS}),
+        "command": f"`{command}`" if (command := description.get("command") or description.get("made_by")) else "",
+    }
+    lines = [f"- {name}: {fact}" for name, fact in facts.items() if fact]
+    return ["## Training\n" + "\n".join(lines)] if lines else []
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {_settings(value) if isinstance(value, dict) else value}" for key, value in settings.items())
+
+
+def _data(description: Mapping[str, Any]) -> str:
+    classes, images = description.get("classes", ()), description.get("data_images")
+    listed = ", ".join(classes[:FEW]) + (", ..." if len(classes) > FEW else "")
+    facts = [f"{images:,} images" if images else "", f"{len(classes)} classes ({listed})" if classes else ""]
+    return ", ".join(fact for fact in (description.get("data", ""), *facts) if fact)
+
+
+def _scores(description: Mapping[str, Any]) -> list[str]:
+    result = description.get("evaluation")
+    if result is None:
+        return []
+    icr = {name: value for name, value in result.get("icr", {}).items() if name.startswith("icr")}
+    rows = [f"| {name} | {value:.4g} |" for name, value in (result["scores"] | icr).items()]
+    samples, real, judge = result["samples"], result["real"], result["judge"]
+    gamma = (samples["made"] or {}).get("sample.gamma", "unknown")
+    number, splits = format(real["count"], ",") if real["count"] else "unknown number of", " and ".join(real["splits"] or ())
+    how = (
+        f"{samples['count']:,} samples, guidance weight {gamma}, against {number} images of {real['data']}{splits and f' ({splits})'}, "
+        f"in the features of {judge['name']} (sha256 {judge['sha256'][:16]})."
+    )
+    notes = [f"- {note}" for note in result.get("notes", ())]
+    return ["\n".join(["## Scores", how, "", "| score | value |", "| --- | ---: |", *rows, *([""] if notes else []), *notes])]

@@ -1,0 +1,44 @@
+"""hf://ORG/REPO[/FILE][@REV]: weights on the Hugging Face hub, fetched into its client's own cache."""
+
+import re
+from functools import lru_cache
+from pathlib import Path
+
+from mclr.errors import UserError
+
+SCHEME = "hf://"
+FORM = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:/([^@]+))?(?:@([^@]+))?")
+FOLDER = ("config.json", "model.safetensors")
+
+
+@lru_cache
+def fetch(name: str) -> Path:
+    """The local copy of FILE, or without FILE the folder of a repository that holds weights of ours; any other name as a path.
+
+    Asked once per process, so that a branch that moves meanwhile does not change the answer. Raises UserError when it cannot be had.
+    """
+    if not name.startswith(SCHEME):
+        return Path(name)
+    # slow to import and used here alone
+    from huggingface_hub import hf_hub_download, hf_hub_url
+
+    match = FORM.fullmatch(name)
+    try:
+        if match is None:
+            raise ValueError(name)
+        repo, file, revision = match.groups()
+        files = (file,) if file else FOLDER
+        urls = [hf_hub_url(repo, each, revision=revision) for each in files]
+    except ValueError:
+        form = "hf://ORG/REPO[/FILE][@REV], as in hf://FoundationVision/var/var_d16.pth"
+        raise UserError(f"{name} is no place on the hub: give {form}") from None
+    try:
+        paths = [Path(hf_hub_download(repo, each, revision=revision)) for each in files]
+    # the client and what it stands on raise nearly anything
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        where, path = " and ".join(urls), "its path" if file else "the path of the folder that holds both"
+        raise UserError(
+            f"cannot fetch {' and '.join(files)} of {repo} ({reason}): download {where}, and give {path} instead"
+        ) from error
+    return paths[0] if file else paths[0].parent
