@@ -122,6 +122,7 @@ class Posterior(Section):
     backbone: str | None = None  # timm's name of a ConvNeXt, for images of 16 pixels or more; None: our small network
     channels: Count = 32  # of our small network
     lr: Positive = 0.001
+    warmup_images: Annotated[int, Field(ge=0)] = 0  # images that it learns from before there is any ratio
 
     @model_validator(mode="after")
     def _check(self) -> "Posterior":
@@ -136,7 +137,7 @@ class DiffusionModel(Section):
     net: DiffusionNet
     weights: str | None = None  # what train/weights.py finds by name; None: from scratch
     class_map: str | None = None  # weights of other conditions: JSON file {name here: condition there}, or fresh; None: refused
-    vae: str | None = None  # folder or hub name of a diffusers AutoencoderKL, for latents; None: pixels
+    vae: str | None = None  # folder of a diffusers AutoencoderKL, or hf://ORG/REPO, for latents; None: pixels
     noise_mean: float = -0.4  # of ln sigma in training
     noise_std: Positive = 1.0
     sigma_data: Positive = 0.5
@@ -511,6 +512,11 @@ def _conflicts(config: RunConfig) -> Iterator[str]:
                 yield f"sample.{key}={value} has no effect: {model.name} is a {model.paradigm} model, this is for {paradigm}"
     if model.class_map is not None and model.weights is None:
         yield f"model.class_map={model.class_map} has no effect without weights; give them by --init"
+    if isinstance(model, DiffusionModel) and objective.contrast in ("posterior", "weighted"):
+        warmup, images = model.posterior.warmup_images, config.train.images
+        if warmup >= images:
+            way_out = f"set it to a third of that, model.posterior.warmup_images={images // 3}"
+            yield f"model.posterior.warmup_images={warmup} leaves nothing of train.images={images} to the ratio; {way_out}"
     if isinstance(model, DiffusionModel):
         yield from _net_conflicts(model, data)
 

@@ -274,3 +274,14 @@ def test_a_step_that_is_not_finite_ends_the_run_before_it_is_saved(what, start, 
 def test_a_real_divergence_is_noticed(start, capsys):
     assert start(MODELS[0], STEPS, "train.lr=1e30", "train.weight_decay=0.0")[0] == 2
     assert "is nan" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_ratio_waits_for_a_classifier_that_starts_from_scratch(start):
+    status, run = start("edm2-digits", 6, f"model.posterior.warmup_images={3 * BATCH}", "objective.lam=1")
+    assert status == 0
+    shares = [line["contrast_share"] for line in metrics(run)]
+    assert shares[:3] == [0, 0, 0] and min(shares[3:]) > 0
+    rows = [line["rows"] for line in metrics(run)]
+    assert rows[2] == 3 * BATCH and rows[3] > 4 * BATCH
+    # it learns meanwhile
+    assert all(line["posterior_flops"] > 0 for line in metrics(run))

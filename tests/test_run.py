@@ -251,6 +251,7 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(model, here, tokenizer, cap
     paradigm = ["model.weights=null"] + [f"model.tokenizer={tokenizer}"] * model.startswith("var")
     data = [f"data.resolution={side}" for part, side in (("32px", 32), ("img64", 64), ("img512", 64)) if part in model]
     data += ["model.vae=null"] * ("img512" in model)
+    data += ["model.posterior.warmup_images=300"] * model.startswith("edm2")
     assert main(["train", "--model", model, "--dry-run", *paradigm, *data, "train.images=1000", "train.batch=100"]) == 0
     assert os.listdir(here) == []
     out = capsys.readouterr().out
@@ -258,6 +259,7 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(model, here, tokenizer, cap
     assert yaml.safe_load(settings)["train"]["batch"] == 100
     assert "M parameters" in cost and " rows with gradient" in cost and " MiB per rank" in cost
     assert cost.rstrip().endswith("1000 images = 10 steps")
+    assert ("alone for the first 300 images" in cost) == model.startswith("edm2")
     # lam rises with the scale in the token presets, and is constant in the others
     assert ("\n  scale  " in cost and "\n  lam  " in cost) == model.startswith("var") and "\n  sigma  " not in cost
 

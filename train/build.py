@@ -304,6 +304,7 @@ def build_task(config: RunConfig, source: Source, networks: Networks, device: to
         posterior=posterior,
         posterior_engine=posterior_engine,
         posterior_lr=model.posterior.lr if isinstance(model, DiffusionModel) else 0.0,
+        posterior_warmup=model.posterior.warmup_images if isinstance(model, DiffusionModel) else 0,
         reference=reference,
         generated=networks.generated,
         null=config.data.num_classes,

@@ -35,6 +35,7 @@ STYLES = {
     "base": ("#9CA3AF", "D"),
     "mclr-posterior": (MCLR, "s"),
     "mclr-posterior-scratch": (MCLR, "D"),
+    "mclr-posterior-warmup": (MCLR, "H"),
     "mclr-null": (MCLR, "o"),
     "mclr-weighted": ("#E69F00", "v"),
     "mclr-uniform": ("#E69F00", "X"),
@@ -57,8 +58,8 @@ sampled once: mean ± standard deviation. † A value of it is at the end of its
 
 Every fine-tuning starts from the same base, at the one learning rate that was chosen for MCLR, and costs the same: forward 1x,
 backward 2x, rows without gradient, the posterior classifier's steps and the drawing of ddo's samples counted. Not counted: the bundled
-posterior classifier was fitted beforehand, for about as much as the whole budget ("once for its posterior"); mclr-posterior-scratch begins
-without it. unlearn, cc_dpo, cca and ddo were tried in one variant each, MCLR in several.
+posterior classifier was fitted beforehand, for about as much as the whole budget ("once for its posterior"); mclr-posterior-scratch and
+-warmup begin without it. unlearn, cc_dpo, cca and ddo were tried in one variant each, MCLR in several.
 
 Gap closed: (control - method) / (control - cfg) in class-wise FD, each the mean of the training seeds that all three have, ± the deviation
 of the seeds' own shares; – where cfg gains nothing. Images x cost: what fine-tuning saw, and what an image cost in images of maximum

@@ -191,13 +191,23 @@ def describe(config: RunConfig, ranks: int, micro_batch: int, net: Any = None) -
     lam, schedule = config.objective.lam, config.objective.schedule.kind
     table = schedule_table("lam", objective.lam, net.config.patch_nums if tokens else None)
     budget = f", or until the compute of {settings.mle_images} images of mle is spent" if settings.mle_images else ""
-    vae = config.model.vae if isinstance(config.model, DiffusionModel) else None
+    vae, classifier = None, []
+    if isinstance(config.model, DiffusionModel):
+        vae, posterior = config.model.vae, config.model.posterior
+        if objective.needs_posterior:
+            warmup = (
+                f"alone for the first {posterior.warmup_images} images" if posterior.warmup_images else "with a ratio at once"
+            )
+            if not (posterior.weights or posterior.warmup_images):
+                warmup += ": that diverged on the digits, set model.posterior.warmup_images"
+            classifier = [f"posterior  {f'weights {posterior.weights}' if posterior.weights else 'from scratch'}, {warmup}"]
     source = f"weights {config.model.weights}" if config.model.weights else "no weights given (--init): from scratch"
     return "\n".join(
         [
             f"model      {config.model.name} ({config.model.paradigm}), {count / 1e6:.2f}M parameters, {source}",
             f"objective  {config.objective.name}, contrast {objective.contrast}, lam {lam} ({schedule})",
             *table,
+            *classifier,
             f"data       {config.data.name}: {config.data.num_classes} classes, {config.data.channels} x {config.data.resolution}^2"
             + (f", latents {net.config.img_channels} x {net.config.img_resolution}^2 of {vae}" if vae else ""),
             f"engine     {config.engine.here()}, ZeRO {zero}, {config.engine.precision}, {ranks} rank(s), "

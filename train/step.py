@@ -1,7 +1,7 @@
 """One training step: it never learns which paradigm, objective or engine runs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mclr.likelihood import Draws, Paradigm, score
 from mclr.objective import Objective
 from mclr.posterior import NoisyPosterior, PrefixPosterior, calibration
+from mclr.schedule import NONE
 from models.blocks import normalize
 from train.data import Batch, Source
 from train.encoders import Encoder, from_uint8, mirrored
@@ -24,6 +25,7 @@ class Task:
 
     normalised: weights kept at unit magnitude (EDM2's forced weight normalisation). reference: the network as it was before
     fine-tuning; generated: samples drawn from it; both None where the objective asks for none. null: index of the null condition.
+    posterior_warmup: images that the classifier learns from before there is any ratio.
     """
 
     source: Source
@@ -35,6 +37,7 @@ class Task:
     posterior: NoisyPosterior | PrefixPosterior | None
     posterior_engine: Engine | None
     posterior_lr: float
+    posterior_warmup: int
     reference: Frozen | None
     generated: Source | None
     null: int
@@ -89,9 +92,11 @@ def train_step(
         probe = task.paradigm.probe(x_P, draws)
 
         posterior_BTK, posterior_loss_B = task.posterior(probe, true_c_P) if task.posterior else (None, None)
-        rows = task.objective.rows(probe, c_P, task.null, draws, posterior_BTK)
+        # a classifier that knows nothing yet draws any condition: that ratio has no bound, and the network would not recover
+        objective = task.objective if first >= task.posterior_warmup else replace(task.objective, lam=NONE)
+        rows = objective.rows(probe, c_P, task.null, draws, posterior_BTK)
         scores = score(task.paradigm, task.engine, probe, rows, task.null, task.reference)
-        loss_B, metrics = task.objective(scores, rows)
+        loss_B, metrics = objective(scores, rows)
         task.engine.backward(loss_B.mean())
         metrics["loss"] = loss_B.detach().mean()
         if posterior_BTK is not None:

@@ -132,6 +132,14 @@ FAMILY: dict[str, tuple[Method, ...]] = {
             ("objective.contrast=posterior", "model.posterior.weights=null"),
             over(LAM, 0.75, 1.5, 3),
         ),
+        # the same, but the classifier learns alone for the first third of the budget
+        Method(
+            "mclr-posterior-warmup",
+            "tune",
+            "mclr",
+            ("objective.contrast=posterior", "model.posterior.weights=null", "model.posterior.warmup_images=19200"),
+            over(LAM, 0.75, 1.5, 3),
+        ),
         tune("cca", "cca", "", over(RATIO, (0.02, 1), (0.1, 1), (0.1, 4))),
         tune("ddo", "ddo", "", over(RATIO, (0.02, 1), (0.1, 1), (0.1, 4))),
         tune("cc_dpo", "cc_dpo", "", over("objective.beta", 0.005, 0.02, 0.1)),
