@@ -255,6 +255,8 @@ class Sample(Section):
             raise ValueError(f"guide={self.guide} has no effect with gamma=0.0; set sample.gamma, or sample.guide=null")
         if self.churn and self.solver != "heun":
             raise ValueError(f"churn={self.churn} needs solver=heun")
+        if self.churn_max is not None and self.churn_min >= self.churn_max:
+            raise ValueError(f"churn_min={self.churn_min} must be below churn_max={self.churn_max}")
         for key in ("churn_min", "churn_max", "churn_noise"):
             if not self.churn and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key}={getattr(self, key)} has no effect with churn=0.0")

@@ -5,13 +5,15 @@ A feature is whatever the judge says it is; distances carry its units, every oth
 All of them raise ValueError for arrays of the wrong shape, non-finite entries or too few rows.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 # Rows of a distance matrix held at once: 256 x 50,000 float64 values are 0.1 GB, of which finding neighbours takes some copies.
 CHUNK = 256
+NEIGHBOURS = (3, 5)  # k of precision and recall, k of density and coverage
+Progress = Callable[[list[slice]], Iterable[slice]]  # hands on the chunks of a pass one by one, as tqdm does
 Gaussian = tuple[Tensor, Tensor]  # mean [D] and covariance [D, D]
 
 
@@ -47,7 +49,7 @@ def moments(features_ND: Tensor) -> Gaussian:
     """Mean [D] and unbiased covariance [D, D] of the rows, float64. N >= 2."""
     _checked(features_ND, "features", rows=2)
     running = Moments()
-    for (rows,) in _chunks(features_ND):
+    for rows in features_ND.split(CHUNK):
         running.add(rows)
     return running.gaussian()
 
@@ -82,26 +84,59 @@ def class_frechet_distance(a: Mapping[int, Gaussian], b: Mapping[int, Gaussian])
     return sum(frechet_from_moments(*a[c], *b[c]) for c in sorted(a)) / len(a)
 
 
-def precision_recall(real_ND: Tensor, fake_MD: Tensor, k: int = 3) -> tuple[float, float]:
-    """Share of the fake rows on the real manifold, and of the real rows on the fake one; both in [0, 1].
+def neighbour_radii(features_ND: Tensor, k: tuple[int, ...] = NEIGHBOURS, progress: Progress = iter) -> Tensor:
+    """Distance of every row to its k-th neighbour, float64 [N, len(k)], for every k in one pass. N > k; as exact as one distance.
 
-    A manifold is the union of closed balls that reach to each row's k-th neighbour. N, M > k.
-    Source: Kynkäänniemi et al. 2019 (arXiv 1904.06991), eq. 1 and 2. One outlier owns a huge ball: see density_coverage.
+    progress: wraps the chunks of each pass, for a progress bar.
     """
-    real_ND, fake_MD = _checked_pair(real_ND, fake_MD, rows=k + 1)
-    return _share_inside(fake_MD, real_ND, _radii(real_ND, k)), _share_inside(real_ND, fake_MD, _radii(fake_MD, k))
+    features_ND = _checked(features_ND, "features", rows=max(k) + 1)
+    radii_NK = torch.empty(len(features_ND), len(k), dtype=torch.float64, device=features_ND.device)
+    # a row is its own nearest
+    most = max(k) + 1
+    for rows, square_BN, slack in _squares(features_ND, features_ND, progress):
+        farthest_B1 = square_BN.topk(most, largest=False).values[:, -1:]
+        _recompute(square_BN, square_BN <= farthest_B1 + slack, features_ND[rows], features_ND)
+        radii_NK[rows] = square_BN.topk(most, largest=False).values[:, list(k)].sqrt()
+    return radii_NK
 
 
-def density_coverage(real_ND: Tensor, fake_MD: Tensor, k: int = 5) -> tuple[float, float]:
-    """Density: real balls around a fake row, mean over rows, divided by k (may exceed 1). Coverage: share of real balls hit.
+def neighbour_scores(
+    real_ND: Tensor,
+    fake_MD: Tensor,
+    k: tuple[int, int] = NEIGHBOURS,
+    real_radii_N2: Tensor | None = None,
+    progress: Progress = iter,
+) -> dict[str, float]:
+    """precision, recall, density and coverage, in one pass over the distances beside those for radii. N, M > k.
 
-    The balls reach to the k-th real neighbour and are open, so that a set has density exactly 1 with itself. N, M > k.
+    precision: share of the fake rows on the real manifold; recall: of the real rows on the fake one. A manifold is the union of closed
+    balls that reach to each row's k[0]-th neighbour. Source: Kynkäänniemi et al. 2019 (arXiv 1904.06991), eq. 1 and 2. One outlier
+    owns a huge ball, which does not matter to the other two.
+    density: real balls around a fake row, mean over rows, divided by k[1] (may exceed 1); coverage: share of real balls hit. These
+    balls reach to the k[1]-th real neighbour and are open, so that a set has density exactly 1 with itself.
     Source: Naeem et al. 2020 (arXiv 2002.09797), section 3.2.
+    real_radii: neighbour_radii(real, k), where they are known. Every comparison is that of distances computed as differences.
     """
-    real_ND, fake_MD = _checked_pair(real_ND, fake_MD, rows=k + 1)
-    radius_N = _radii(real_ND, k)
-    hits_N = torch.cat([(_distances(rows, fake_MD) < r[:, None]).sum(1) for rows, r in _chunks(real_ND, radius_N)])
-    return hits_N.sum().item() / (k * len(fake_MD)), (hits_N > 0).double().mean().item()
+    real_ND, fake_MD = _checked_pair(real_ND, fake_MD, rows=max(k) + 1)
+    real_N2 = (neighbour_radii(real_ND, k, progress) if real_radii_N2 is None else real_radii_N2).square()
+    fake_1M = neighbour_radii(fake_MD, k[:1], progress).square().T
+    on_real_M = torch.zeros(len(fake_MD), dtype=torch.bool, device=fake_MD.device)
+    on_fake_N, hits_N = real_N2.new_empty(len(real_ND), dtype=torch.bool), real_N2.new_empty(len(real_ND), dtype=torch.int64)
+    for rows, square_BM, slack in _squares(real_ND, fake_MD, progress):
+        closed_B1, open_B1 = real_N2[rows].split(1, dim=1)
+        close_BM = torch.zeros_like(square_BM, dtype=torch.bool)
+        for bound in (closed_B1, open_B1, fake_1M):
+            close_BM |= (square_BM - bound).abs_() <= slack
+        _recompute(square_BM, close_BM, real_ND[rows], fake_MD)
+        on_real_M |= (square_BM <= closed_B1).any(0)
+        on_fake_N[rows] = (square_BM <= fake_1M).any(1)
+        hits_N[rows] = (square_BM < open_B1).sum(1)
+    return {
+        "precision": on_real_M.double().mean().item(),
+        "recall": on_fake_N.double().mean().item(),
+        "density": hits_N.sum().item() / (k[1] * len(fake_MD)),
+        "coverage": (hits_N > 0).double().mean().item(),
+    }
 
 
 def class_accuracy(prediction: Tensor, c_N: Tensor) -> float:
@@ -156,28 +191,34 @@ def _square_root(cov_DD: Tensor) -> Tensor:
     return vector_DD * value_D.where(value_D > rounding, 0).sqrt() @ vector_DD.T
 
 
-def _radii(features_ND: Tensor, k: int) -> Tensor:
-    """Distance of every row to its k-th neighbour [N]; k + 1 because a row is its own nearest."""
-    return torch.cat([_distances(rows, features_ND).kthvalue(k + 1, dim=1).values for (rows,) in _chunks(features_ND)])
+def _squares(a_ND: Tensor, b_MD: Tensor, progress: Progress) -> Iterator[tuple[slice, Tensor, float]]:
+    """CHUNK rows of a at a time: which, their squared distances to b in float64 [B, M], and twice a bound on the error of these.
+
+    |a|^2 + |b|^2 - 2 ab by a matrix product, around the mean of a. With X the largest |x|^2, the error is about 1e-14 X as measured at
+    D = 1024, and never above 2 (D + 8) eps X: (D + 3) eps / 2 (|a| + |b|)^2 of sums over D, the rest of centring and norms (derived).
+    Not clamped at 0: it is recomputed (_recompute) where an error of that size matters.
+    """
+    # copies that are centred in place: a difference would hold three sets in float64 for a moment
+    a_ND, b_MD = (rows.to(torch.float64, copy=True) for rows in (a_ND, b_MD))
+    centre_D = a_ND.mean(0)
+    a_ND -= centre_D
+    b_MD -= centre_D
+    a_N, b_M = (torch.linalg.vector_norm(rows, dim=1).square() for rows in (a_ND, b_MD))
+    slack = 4 * (len(centre_D) + 8) * torch.finfo(torch.float64).eps * max(a_N.max().item(), b_M.max().item())
+    for rows in progress([slice(first, first + CHUNK) for first in range(0, len(a_ND), CHUNK)]):
+        yield rows, torch.addmm(b_M, a_ND[rows], b_MD.T, alpha=-2).add_(a_N[rows, None]), slack
 
 
-def _share_inside(query_ND: Tensor, centre_MD: Tensor, radius_M: Tensor) -> float:
-    """Share of the query rows inside at least one closed ball."""
-    inside_N = torch.cat([(_distances(rows, centre_MD) <= radius_M).any(1) for (rows,) in _chunks(query_ND)])
-    return inside_N.double().mean().item()
+def _recompute(square_BM: Tensor, close_BM: Tensor, a_BD: Tensor, b_MD: Tensor) -> None:
+    """Squared distances as differences, in place, at least where `close` says that the rounding error of the product could decide.
 
-
-def _distances(a_ND: Tensor, b_MD: Tensor) -> Tensor:
-    """Euclidean [N, M] float64, as differences: the usual matrix product loses the distances between near-duplicates."""
-    a_ND = a_ND.double()
-    # piece by piece: copies of whole sets in float64 would take twice the memory of the sets
-    pieces = [torch.cdist(a_ND, b.double(), compute_mode="donot_use_mm_for_euclid_dist") for b in b_MD.split(32 * CHUNK)]
-    return torch.cat(pieces, dim=1)
-
-
-def _chunks(*arrays: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Matching pieces of CHUNK rows."""
-    return zip(*(array.split(CHUNK) for array in arrays), strict=True)
+    These are duplicates, near-duplicates and ties: few, unless the features are degenerate; then it takes long, and is right.
+    """
+    # few rows at a time: what is close to one of them is recomputed for all
+    for square, close, a in zip(*(rows.split(16) for rows in (square_BM, close_BM, a_BD)), strict=True):
+        for j_P in close.any(0).nonzero()[:, 0].split(32 * CHUNK):
+            distance = torch.cdist(a.double(), b_MD[j_P].double(), compute_mode="donot_use_mm_for_euclid_dist")
+            square[:, j_P] = distance.square()
 
 
 def _same_rows(features: Tensor, c_N: Tensor) -> None:

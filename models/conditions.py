@@ -37,7 +37,7 @@ def map_columns(old_EK: Tensor, fresh_Ek: Tensor, sources: Sources) -> Tensor:
     r_e = 1; of the new one r_e is the RMS of the k entries put here. So a mapped condition's embedding is divided by r_e, entry by
     entry: by 1 for a permutation, by 1 +- O(1 / sqrt(k)) elsewhere.
     """
-    unit_EK, new_Ek = normalize(old_EK), fresh_Ek.clone()
+    unit_EK, new_Ek = normalize(old_EK.float()), fresh_Ek.clone()
     for c, source in enumerate(sources):
         if source is not None:
             new_Ek[:, c] = unit_EK[:, source]

@@ -55,7 +55,7 @@ def test_a_run_is_described():
         "- images seen: 2,000,000\n",
         "- average of the weights: of relative width 0.1\n",
         "- command: `mclr train --model edm2-img64-s`\n",
-        "```\nmclr sample FOLDER --model edm2-img64-s --data pets --out samples/mine\n```",
+        "```\nmclr sample FOLDER --model edm2-img64-s --data DATA --out samples/mine\n```",
         "## Licence\npublished EDM2 weights and all weights made from them: CC BY-NC-SA 4.0, not for commercial use\n",
     ):
         assert fact in text, fact
@@ -90,12 +90,12 @@ def test_many_classes_are_not_all_listed():
 @pytest.mark.parametrize(
     ("net", "use"),
     [
-        (ImageClassifier(ImageClassifierConfig(1, 3)), "mclr evaluate SAMPLES --reference pets --judge FOLDER"),
+        (ImageClassifier(ImageClassifierConfig(1, 3)), "mclr evaluate SAMPLES --reference DATA --judge FOLDER"),
         (
             VQVAE(
                 VQVAEConfig(img_channels=1, ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=4, vocab_size=16, scales=(1, 2))
             ),
-            "mclr train --model MODEL --data pets model.tokenizer=FOLDER",
+            "mclr train --model MODEL --data DATA model.tokenizer=FOLDER",
         ),
     ],
 )
@@ -106,7 +106,7 @@ def test_save_weights_writes_it(net, use, tmp_path):
     assert "- result: accuracy 1\n- command: `mclr prepare`\n" in text
 
 
-def test_scores_are_added_and_replaced(tmp_path):
+def test_scores_are_added_one_table_per_judge(tmp_path):
     torch.manual_seed(0)
     folder = tmp_path / "weights"
     save_weights(folder, ImageClassifier(ImageClassifierConfig(1, 3)), licence=RUN["licence"])
@@ -124,5 +124,11 @@ def test_scores_are_added_and_replaced(tmp_path):
     add_scores(folder, RESULT | {"real": RESULT["real"] | {"count": None, "splits": None}, "notes": ["few images"]})
     text = (folder / "README.md").read_text()
     assert "against unknown number of images of pets, in" in text and "| icr | 0.5 |\n\n- few images\n" in text
+    judge = RESULT["judge"] | {"name": "dinov2"}
+    add_scores(folder, RESULT | {"scores": {"fd": 3.0}, "judge": judge})
+    text = (folder / "README.md").read_text()
+    assert "## Scores by dinov2" in text and "## Scores by pets-classifier" in text and "| fd | 3 |" in text
+    # copies of the weights keep them
+    assert read_config(folder)["evaluations"].keys() == {"pets-classifier", "dinov2"}
     save_weights(folder, ImageClassifier(ImageClassifierConfig(1, 3)), replace=True, licence=RUN["licence"])
     assert (folder / "README.md").read_text() == before

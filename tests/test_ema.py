@@ -122,8 +122,8 @@ def test_an_average_made_afterwards_is_the_one_that_was_tracked(digits, tmp_path
     times = [44, 84, 128, 168, 212, 252, 296, 336, 380, 420, 464, 480]
     assert [path.name for path in paths] == [f"{n:012d}-{std}.safetensors" for n in times for std in ("0.050", "0.100")]
     tracked = load_file(run / "weights" / "model.safetensors")
-    made = reconstruct(run, 0.075)
-    assert all(t.dtype == torch.float32 for t in made.values()) and tracked.keys() >= made.keys()
+    made, images = reconstruct(run, 0.075)
+    assert images == 480 and all(t.dtype == torch.float32 for t in made.values()) and tracked.keys() >= made.keys()
     off, nearest = relative_rms(made, tracked), min(relative_rms(load_file(path), tracked) for path in paths)
     rounding = relative_rms({name: tracked[name].half() for name in made}, tracked)
     assert off < 1.1 * rounding and nearest > 5 * off
@@ -155,7 +155,7 @@ def test_a_snapshot_is_small_and_says_what_it_is(run):
 def test_widths_within_and_beyond_those_of_the_snapshots(std, run):
     folder, walk = run
     shares = torch.from_numpy(profile(std, [1] * 120)).float()
-    made = reconstruct(folder, std)
+    made, _ = reconstruct(folder, std)
     tolerance = {"rtol": 0, "atol": 0.02 if std in (0.03, 0.2) else 2e-3}
     torch.testing.assert_close(made["w"], shares @ walk, **tolerance)
     torch.testing.assert_close(made["gain"], shares @ walk[:, 0], **tolerance)
@@ -166,7 +166,7 @@ def test_it_stands_at_the_newest_snapshot(run):
     rewind_snapshots(folder, 100)
     assert max(path.name for path in (folder / "snapshots").iterdir()) == "000000000100-0.100.safetensors"
     shares = torch.from_numpy(profile(0.075, [1] * 100)).float()
-    torch.testing.assert_close(reconstruct(folder, 0.075)["w"], shares @ walk[:100], rtol=0, atol=2e-3)
+    torch.testing.assert_close(reconstruct(folder, 0.075)[0]["w"], shares @ walk[:100], rtol=0, atol=2e-3)
 
 
 HARMS = {

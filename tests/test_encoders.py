@@ -138,24 +138,22 @@ def test_a_vae_that_is_not_there_is_one_line(vae, tmp_path, monkeypatch):
     def out_of_reach(*args, **options):
         raise ConnectionError("a network, in a test")
 
-    monkeypatch.setattr("train.encoders.snapshot_download", out_of_reach)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", out_of_reach)
+    with pytest.raises(
+        UserError, match=rf"^cannot fetch config.json and {VAE_WEIGHTS} of some/vae \(a network.*that holds both instead$"
+    ):
+        find_vae("hf://some/vae")
     (tmp_path / "half" / "config.json").parent.mkdir()
     (tmp_path / "half" / "config.json").write_text((vae / "config.json").read_text())
     for name in ("stabilityai/sd-vae-ft-mse", str(tmp_path / "half")):
         with pytest.raises(UserError) as refused:
             find_vae(name)
         assert str(refused.value) == (
-            f"model.vae={name} is no folder with config.json and {VAE_WEIGHTS}, nor within reach on the hub: put those two files of "
-            "stabilityai/sd-vae-ft-mse into a folder, give model.vae=FOLDER"
+            f"model.vae={name} is no folder with config.json and {VAE_WEIGHTS}: give one, or hf://stabilityai/sd-vae-ft-mse"
         )
     (tmp_path / "half" / VAE_WEIGHTS).write_bytes(b"cut short")
     with pytest.raises(UserError, match=r"half is no readable AutoencoderKL \(\w+\): copy stabilityai/sd-vae-ft-mse again$"):
         load_vae(str(tmp_path / "half"), CPU)
-
-
-def test_a_name_that_no_hub_could_have_is_one_line():
-    with pytest.raises(UserError, match=r"^model\.vae=no/such/folder is no folder with "):
-        find_vae("no/such/folder")
 
 
 def test_without_diffusers_the_way_to_it_is_named(vae, monkeypatch):

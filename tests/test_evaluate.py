@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from configs.schema import dump, load
-from mclr.metrics import density_coverage, precision_recall
+from mclr import metrics
+from mclr.metrics import neighbour_radii, neighbour_scores
 from models.features import ImageClassifier, ImageClassifierConfig
 from train import evaluate, image_sets, judges, references, sample, scores
 from train.build import build_encoder, build_net
@@ -264,18 +265,16 @@ def test_images_are_read_a_batch_at_a_time(home, real, tmp_path, monkeypatch, ca
 
 def test_neighbours_are_looked_for_among_a_limited_number_of_real_images(home, real, tmp_path, monkeypatch):
     folder = write_samples(tmp_path / "samples", real[0].flip(-1), real[1])
-    seen = {}
-    for name in ("precision_recall", "density_coverage"):
-        function = getattr(scores, name)
+    seen = []
 
-        def watched(real_ND, fake_MD, name=name, function=function):
-            seen[name] = len(real_ND), len(fake_MD)
-            return function(real_ND, fake_MD)
+    def watched(real_ND, fake_MD, **rest):
+        seen.append((len(real_ND), len(fake_MD)))
+        return neighbour_scores(real_ND, fake_MD, **rest)
 
-        monkeypatch.setattr(scores, name, watched)
+    monkeypatch.setattr(scores, "neighbour_scores", watched)
     monkeypatch.setattr(references, "MOST", 25)
     assert evaluate_(folder, "--reference", home / "data", "--judge", home / "judge") == 0
-    assert seen == {"precision_recall": (25, 25), "density_coverage": (25, 25)}
+    assert seen == [(25, 25)]
     written = json.loads((folder / "evaluation.json").read_text())["real"]
     assert (written["count"], written["neighbours"]) == (60, 25)
 
@@ -331,9 +330,8 @@ def test_images_without_conditions_are_scored_as_by_hand(inception, real, tmp_pa
         assert result["scores"][name] == pytest.approx(expected, rel=1e-5)
     expected = np.exp((prob * (np.log(prob) - np.log(prob.mean(0)))).sum(1).mean())
     assert result["scores"]["is"] == pytest.approx(expected, rel=1e-6)
-    pair = torch.from_numpy(a), torch.from_numpy(b)
-    near = [*precision_recall(*pair), *density_coverage(*pair)]
-    assert list(result["scores"].values())[3:] == pytest.approx(near)
+    near = neighbour_scores(torch.from_numpy(a), torch.from_numpy(b))
+    assert {name: result["scores"][name] for name in near} == pytest.approx(near)
     assert result["judge"] == {"name": "inception", "sha256": "0123", "features": "projections", "fd": "FID"}
     assert result["real"] | {"sha256": ""} == {
         "data": str(reference),
@@ -420,6 +418,10 @@ def test_what_the_judge_saw_of_a_reference_is_kept(inception, home, real, tmp_pa
     assert evaluate_(folder, *options) == 0
     assert sum(seen) == 60 and written_by(folder) == first
     assert f"statistics of the reference: reused from {kept}" in capsys.readouterr().out
+    with np.load(kept) as file:
+        torch.testing.assert_close(
+            torch.from_numpy(file["radii"]), neighbour_radii(torch.from_numpy(file["near"])), rtol=0, atol=0
+        )
     # what was kept is itself a reference, as others store them
     assert evaluate_(folder, "--reference", kept, *inception) == 0
     assert written_by(folder)["scores"] == first["scores"]
@@ -429,9 +431,28 @@ def test_what_the_judge_saw_of_a_reference_is_kept(inception, home, real, tmp_pa
     assert len(list(cache.iterdir())) == 2
     assert evaluate_(write_samples(tmp_path / "named", *real), "--reference", home / "data", "--judge", "dinov2") == 0
     assert len(list(cache.iterdir())) == 3
+    # and so are other radii
+    monkeypatch.setattr(references, "NEIGHBOURS", (3, 4))
+    assert evaluate_(folder, *options) == 0
+    assert len(list(cache.iterdir())) == 4
     monkeypatch.setenv("XDG_CACHE_HOME", str(reference / "00/cat_0000.png"))
     assert evaluate_(folder, *options) == 0
     assert "measured now, and not kept (" in capsys.readouterr().out
+
+
+def test_neighbours_among_the_real_images_are_looked_for_once(inception, real, tmp_path, monkeypatch):
+    folder, reference = write_plain(tmp_path / "fake", real[0][:24].flip(-1)), write_plain(tmp_path / "real", real[0])
+    seen = []
+
+    def watched(features_ND, *args, **rest):
+        seen.append(len(features_ND))
+        return neighbour_radii(features_ND, *args, **rest)
+
+    for module in (metrics, references):
+        monkeypatch.setattr(module, "neighbour_radii", watched)
+    for _ in range(2):
+        assert evaluate_(folder, "--reference", reference, *inception, "--ranges", "3") == 0
+    assert seen == [60] + 6 * [8]
 
 
 def test_a_kept_reference_of_a_classifier_scores_the_same(home, real, tmp_path):
@@ -534,12 +555,10 @@ def read(first, end):
 images = ImageSet("random", N, (1, 8, 8), read, str)
 net = torch.nn.Linear(64, 1024)
 judge = judges.Judge("tiny", "", "FD", "", net, lambda net, x: judges.Answer(net(x.float().flatten(1))), batch=256)
-# one chunk of a distance matrix takes as much memory as all of them, and all take an hour
-chunks = metrics._chunks
-metrics._chunks = lambda *arrays: iter([next(iter(chunks(*arrays)))])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 real, fake = (references.measure(judge, images) for _ in range(2))
-metrics.density_coverage(real.near_ND, fake.near_ND)
+# one chunk of a distance matrix takes as much memory as all of them, and all take minutes
+metrics.neighbour_scores(real.near_ND, fake.near_ND, progress=lambda chunks: chunks[:1])
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
 """
 

@@ -168,7 +168,7 @@ def test_inception_is_read_from_the_port_s_file(inception, tmp_path):
 
 
 def test_missing_and_foreign_weights_are_one_line(small_dinov2, inception, tmp_path, monkeypatch):
-    def offline(*args):
+    def offline(*args, **options):
         raise ConnectionError("no route")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
@@ -177,7 +177,7 @@ def test_missing_and_foreign_weights_are_one_line(small_dinov2, inception, tmp_p
     short = tmp_path / "short.pth"
     torch.save({name: t for name, t in inception.net.state_dict().items() if name != "fc.weight"}, short)
     for name, weights, message in [
-        ("dinov2", None, r"dinov2_vitl14_pretrain.pth elsewhere \(https://\S*\), give it by --judge-weights FILE"),
+        ("dinov2", None, r"\(no route\): download https://\S*, and give its path instead by --judge-weights \(or https://\S*\)$"),
         (
             "inception",
             None,

@@ -12,13 +12,13 @@ from mclr.metrics import (
     Moments,
     class_accuracy,
     class_frechet_distance,
-    density_coverage,
     frechet_distance,
     frechet_from_moments,
     icr,
     inception_score,
     moments,
-    precision_recall,
+    neighbour_radii,
+    neighbour_scores,
 )
 
 
@@ -130,43 +130,75 @@ def test_manifold_metrics_equal_brute_force(k, monkeypatch):
     # The chunks are uneven on purpose.
     monkeypatch.setattr(metrics, "CHUNK", 7)
     real, fake = draw(30, 3), 1.3 * draw(23, 3, seed=1) + 0.2
-    expected = brute_force(real, fake, k)
-    assert precision_recall(real, fake, k) == pytest.approx((expected["precision"], expected["recall"]))
-    assert density_coverage(real, fake, k) == pytest.approx((expected["density"], expected["coverage"]))
+    assert neighbour_scores(real, fake, (k, k)) == pytest.approx(brute_force(real, fake, k), rel=1e-12)
+    both, other = neighbour_scores(real, fake, (k, 2), neighbour_radii(real, (k, 2))), brute_force(real, fake, 2)
+    assert both == pytest.approx({**brute_force(real, fake, k), "density": other["density"], "coverage": other["coverage"]})
+
+
+def test_radii_for_several_k_are_those_of_each():
+    rows = draw(30, 3)
+    apart = (rows[:, None] - rows).norm(dim=-1).sort(1).values
+    torch.testing.assert_close(neighbour_radii(rows, (5, 1, 29)), apart[:, [5, 1, 29]], rtol=1e-14, atol=0)
 
 
 def test_manifold_metrics_of_identical_and_disjoint_sets():
     rows = draw(40, 8)
-    assert precision_recall(rows, rows) == (1, 1)
-    assert density_coverage(rows, rows) == (1, 1)
-    assert precision_recall(rows, rows + 100) == (0, 0)
-    assert density_coverage(rows, rows + 100) == (0, 0)
+    assert set(neighbour_scores(rows, rows).values()) == {1}
+    assert set(neighbour_scores(rows, rows + 100).values()) == {0}
 
 
 def test_dropped_mode_costs_recall_and_coverage_alone():
     two_modes = torch.cat([draw(50, 2), draw(50, 2, seed=1) + 50])
-    precision, recall = precision_recall(two_modes, two_modes[:50])
-    assert precision == 1 and recall == 0.5
-    density, coverage = density_coverage(two_modes, two_modes[:50])
-    assert density == 1 and coverage == 0.5
+    expected = {"precision": 1, "recall": 0.5, "density": 1, "coverage": 0.5}
+    assert neighbour_scores(two_modes, two_modes[:50]) == expected
 
 
 def test_outlier_fools_precision_but_not_density():
     # One real outlier's ball spans the gap, where all the fake rows lie: precision 1, although nothing real is there.
     real = torch.cat([draw(50, 2), torch.full((1, 2), 100.0)])
     fake = draw(50, 2, seed=1) + 50
-    assert precision_recall(real, fake)[0] == 1
-    assert density_coverage(real, fake)[0] <= 1 / 5
+    scores = neighbour_scores(real, fake)
+    assert scores["precision"] == 1 and scores["density"] <= 1 / 5
     # One fake outlier fools recall in the same way; coverage, whose balls are real, does not move.
     fake = torch.cat([draw(50, 2) + 100, torch.full((1, 2), -100.0)])
-    assert precision_recall(draw(50, 2), fake)[1] == 1
-    assert density_coverage(draw(50, 2), fake)[1] == 0
+    scores = neighbour_scores(draw(50, 2), fake)
+    assert scores["recall"] == 1 and scores["coverage"] == 0
 
 
 def test_manifold_metrics_survive_duplicates():
-    # Far from the origin: the product form of the distance would not see that these rows coincide.
-    rows = (draw(10, 4) + 1e6).repeat(4, 1)
-    assert precision_recall(rows, rows) == (1, 1)
+    # Far from the origin and from each other: the product form of the distance would not see that these rows coincide.
+    rows = (1e6 * draw(10, 64) + 1e6).repeat(4, 1)
+    scores = neighbour_scores(rows, rows)
+    assert scores["precision"] == scores["recall"] == 1
+    assert neighbour_radii(rows)[:, 0].tolist() == 40 * [0]
+
+
+def test_near_duplicates_in_single_precision_are_told_apart(monkeypatch):
+    # copies of few images that differ in the last bits, as the same image in other batches does: rounding of |x|^2 is larger than that
+    def copies(count: int, seed: int) -> torch.Tensor:
+        rows = (20 * draw(5, 64) + 3).repeat(count, 1).float()
+        flips = draw(*rows.shape, seed=seed) > 2.3
+        return torch.where(flips, rows.nextafter(torch.tensor(math.inf)), rows)
+
+    real, fake = copies(8, seed=1), copies(7, seed=2)
+    expected = {**brute_force(real, fake, 3), **{name: brute_force(real, fake, 5)[name] for name in ("density", "coverage")}}
+    assert all(0 < value < 1 for value in expected.values())
+    assert neighbour_scores(real, fake) == pytest.approx(expected, rel=1e-12)
+    # one of each image, so that the fake balls alone are small
+    few = torch.cat([real[:5], real[:1] + 9])
+    assert neighbour_scores(few, fake)["recall"] == brute_force(few, fake, 3)["recall"]
+    monkeypatch.setattr(metrics, "_recompute", lambda *args: None)
+    wrong = neighbour_scores(real, fake)
+    assert all(wrong[name] != pytest.approx(value, rel=0.01) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("scale", [0, 1, 1e9])
+def test_error_of_squared_distances_is_bounded(scale):
+    a, b = draw(30, 512) + 1e3, draw(20, 512, seed=1) + 1e3
+    b[0] *= 1 + scale
+    ((_, square, slack),) = metrics._squares(a, b, iter)
+    exact = torch.tensor([[math.dist(x, y) ** 2 for y in b.tolist()] for x in a.tolist()], dtype=torch.float64)
+    assert 0 < (square - exact).abs().max() < slack / 2
 
 
 def test_class_accuracy():
@@ -239,10 +271,11 @@ BROKEN[3, 1] = math.nan
             lambda: frechet_from_moments(torch.ones(2), torch.eye(2) / 0, torch.ones(2), torch.eye(2)),
             "covariances are not finite",
         ),
-        (lambda: precision_recall(GOOD, GOOD[:3]), "3 rows of fake features; at least 4"),
-        (lambda: precision_recall(BROKEN, GOOD), "real features are not finite"),
-        (lambda: density_coverage(GOOD[:5], GOOD), "5 rows of real features; at least 6"),
-        (lambda: density_coverage(GOOD, GOOD[:, :2]), "3 and 2 features"),
+        (lambda: neighbour_scores(GOOD, GOOD[:3], (3, 2)), "3 rows of fake features; at least 4"),
+        (lambda: neighbour_scores(BROKEN, GOOD), "real features are not finite"),
+        (lambda: neighbour_scores(GOOD[:5], GOOD), "5 rows of real features; at least 6"),
+        (lambda: neighbour_scores(GOOD, GOOD[:, :2]), "3 and 2 features"),
+        (lambda: neighbour_radii(GOOD[:5]), "5 rows of features; at least 6"),
         (lambda: class_accuracy(GOOD, C[:3]), "one per row is needed"),
         (lambda: class_accuracy(BROKEN, C), "non-finite"),
         (lambda: inception_score(GOOD), "softmax"),

@@ -156,6 +156,7 @@ HOSTILE = {
     "import.pkl": (op(named("importlib", "import_module"), text("antigravity"), b"\x85R"), CODE_REFUSED),
     "partial.pkl": (dumped(functools.partial(os.system, CODE)), CODE_REFUSED),
     "methodcaller.pkl": (dumped(operator.methodcaller("system", CODE)), CODE_REFUSED),
+    "many_arguments.pkl": (op(named("torch", "device"), b"(", b"N" * 9, b"tR"), "more arguments than any takes"),
     "copyreg.pkl": (op(named("copyreg", "_reconstructor"), named("builtins", "object"), b"\x85R"), CODE_REFUSED),
     "numpy_objects.pkl": (dumped(np.array([Call(os.system, CODE)], dtype=object)), CODE_REFUSED),
     "numpy_load.pkl": (op(named("numpy", "load"), text("x"), b"\x85R"), CODE_REFUSED),

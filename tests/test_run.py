@@ -100,7 +100,7 @@ def edm2_argv(data, *more):
         ),
         (
             ["--model", "var-digits", "data.resolution=16", "--dry-run"],
-            "fit one by `mclr prepare tokenizer WEIGHTS --data data/digits`",
+            "for your own one by `mclr prepare tokenizer WEIGHTS --data data/digits`",
         ),
         (["--model", "edm2-digits", "--engine", "zero1"], "engine.kind=deepspeed needs a launcher"),
         (["--model", "edm2-digits", "data.name=mine", "data.path=nowhere", *EDM2_TINY], "no dataset folder at nowhere"),
@@ -264,6 +264,20 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(model, here, tokenizer, cap
     assert ("\n  scale  " in cost and "\n  lam  " in cost) == model.startswith("var") and "\n  sigma  " not in cost
 
 
+def test_a_dry_run_looks_at_the_weights(here, tokenizer, capsys):
+    argv = ["train", "--model", "var-digits", "--dry-run", "--init"]
+    for weights, line in [
+        ("nowhere", "no weights at nowhere"),
+        ("edm2-digits", "hold a network of kind edm2, not var: these look like edm2-digits, give --model edm2-digits"),
+    ]:
+        assert main([*argv, weights]) == 2
+        assert line in capsys.readouterr().err
+    assert main([*argv, "var-digits", "model.net.depth=3"]) == 2
+    assert "depth 4, this run has 3" in capsys.readouterr().err
+    assert main([*argv, "var-digits", "model.class_map=nowhere.json"]) == 2
+    assert "cannot read model.class_map=nowhere.json" in capsys.readouterr().err
+
+
 def test_a_dry_run_of_a_large_model_needs_no_memory(here, tokenizer):
     """310M parameters would be 1.2 GB more than the small model's."""
     program = (
@@ -271,7 +285,7 @@ def test_a_dry_run_of_a_large_model_needs_no_memory(here, tokenizer):
     )
     peaks = []  # kB
     for model, size in (("var-digits", "(next_scale), 0"), ("var-d16", "(next_scale), 30")):
-        argv = ["train", "--model", model, "--dry-run", f"model.tokenizer={tokenizer}"]
+        argv = ["train", "--model", model, "--init", "none", "--dry-run", f"model.tokenizer={tokenizer}"]
         ran = subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True, cwd=ROOT, timeout=120)
         assert ran.returncode == 0 and size in ran.stdout, ran.stderr
         peaks.append(int(ran.stdout.split()[-1]))

@@ -47,7 +47,8 @@ def build_encoder(config: RunConfig, device: torch.device) -> Encoder:
     if read != (data.channels, data.resolution):
         raise UserError(
             f"model.tokenizer={config.model.tokenizer} is for {read[0]} x {read[1]}^2 images, {data.name} has {data.channels} x "
-            f"{data.resolution}^2: fit one by `mclr prepare tokenizer WEIGHTS --data {data.path}`, give model.tokenizer=WEIGHTS"
+            f"{data.resolution}^2: for published weights give model.tokenizer= the converted vae_ch160v4096z32.pth (at 512 pixels with "
+            f"its scales, `mclr convert --help`), for your own one by `mclr prepare tokenizer WEIGHTS --data {data.path}`"
         )
     return Tokens(tokenizer.to(device))
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from configs.schema import RunConfig
-from train.files import write_file
+from configs.schema import PRESETS, RunConfig
+from train.files import write_file, write_json
 
 NETWORKS = {
     "edm2": "An EDM2 diffusion network",
@@ -37,22 +37,30 @@ def run_notes(config: RunConfig) -> dict[str, Any]:
 
 
 def card(description: Mapping[str, Any]) -> str:
-    """The card of weights. description: config.json of their folder; `evaluation` in it: the result of `mclr evaluate`."""
+    """The card of weights. description: config.json of their folder."""
     parts = [_front_matter(description), f"# {_title(description)}", _network(description), *_training(description)]
     names = {key: description.get(key, key.upper()) for key in ("model", "data", "tokenizer")}
-    parts += [*_scores(description), f"## Use\n```\n{USES[description['kind']].format(**names)}\n```"]
+    for key in ("model", "data"):
+        # one that is no preset was a file or a folder, and those move
+        names[key] = names[key] if (PRESETS / key / f"{names[key]}.yaml").exists() else key.upper()
+    parts += map(_scores, description.get("evaluations", {}).values())
+    if use := USES.get(description["kind"]):
+        parts.append(f"## Use\n```\n{use.format(**names)}\n```")
     return "\n\n".join([*parts, f"## Licence\n{description.get('licence', NO_LICENCE)}"]) + "\n"
 
 
 def add_scores(folder: Path, result: Mapping[str, Any]) -> None:
-    """Write the card of a weights folder again, with scores. result: what `mclr evaluate` writes to evaluation.json."""
+    """Add scores to the description and the card of a weights folder. result: what `mclr evaluate` writes; one is kept per judge."""
     description = json.loads((folder / "config.json").read_text())
-    write_file(folder / "README.md", card(description | {"evaluation": result}).encode())
+    description["evaluations"] = description.get("evaluations", {}) | {result["judge"]["name"]: result}
+    write_json(folder / "config.json", description)
+    write_file(folder / "README.md", card(description).encode())
 
 
 def _front_matter(description: Mapping[str, Any]) -> str:
     licence = description.get("licence")
-    name = "unknown" if licence is None else "cc-by-nc-sa-4.0" if "CC BY-NC-SA 4.0" in licence else "other"
+    known = {"CC BY-NC-SA 4.0": "cc-by-nc-sa-4.0", "Apache-2.0": "apache-2.0"}
+    name = next((name for words, name in known.items() if words in (licence or "")), "other" if licence else "unknown")
     lines = [f"license: {name}", "library_name: mclr", f"tags: [mclr, {description['kind']}, image-generation]"]
     # the repository that the weights were fetched from, or that their base was
     places = [str(description.get(key)) for key in ("init", "base")]
@@ -72,7 +80,7 @@ def _network(description: Mapping[str, Any]) -> str:
     config = description["config"]
     size = f", {description['parameters'] / 1e6:.2f}M parameters" if "parameters" in description else ""
     conditions = f", {config['num_classes']} conditions" if "num_classes" in config else ""
-    return f"{NETWORKS[description['kind']]}{size}{conditions}: {_settings(config)}."
+    return f"{NETWORKS.get(description['kind'], description['kind'])}{size}{conditions}: {_settings(config)}."
 
 
 def _training(description: Mapping[str, Any]) -> list[str]:
@@ -92,7 +100,10 @@ def _training(description: Mapping[str, Any]) -> list[str]:
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {_settings(value) if isinstance(value, dict) else value}" for key, value in settings.items())
+    def text(value: Any) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else _settings(value) if isinstance(value, dict) else str(value)
+
+    return ", ".join(f"{key} {text(value)}" for key, value in settings.items())
 
 
 def _data(description: Mapping[str, Any]) -> str:
@@ -102,18 +113,19 @@ def _data(description: Mapping[str, Any]) -> str:
     return ", ".join(fact for fact in (description.get("data", ""), *facts) if fact)
 
 
-def _scores(description: Mapping[str, Any]) -> list[str]:
-    result = description.get("evaluation")
-    if result is None:
-        return []
+def _scores(result: Mapping[str, Any]) -> str:
+    """The section of one judge. result: what `mclr evaluate` writes."""
     icr = {name: value for name, value in result.get("icr", {}).items() if name.startswith("icr")}
     rows = [f"| {name} | {value:.4g} |" for name, value in (result["scores"] | icr).items()]
     samples, real, judge = result["samples"], result["real"], result["judge"]
     gamma = (samples["made"] or {}).get("sample.gamma", "unknown")
     number, splits = format(real["count"], ",") if real["count"] else "unknown number of", " and ".join(real["splits"] or ())
+    parts = len(result.get("ranges", ())) or 1
+    each = f"mean over {parts} seed ranges of {samples['count'] // parts:,}" if parts > 1 else f"{samples['count']:,}"
     how = (
-        f"{samples['count']:,} samples, guidance weight {gamma}, against {number} images of {real['data']}{splits and f' ({splits})'}, "
+        f"{each} samples, guidance weight {gamma}, against {number} images of {real['data']}{splits and f' ({splits})'}, "
         f"in the features of {judge['name']} (sha256 {judge['sha256'][:16]})."
     )
     notes = [f"- {note}" for note in result.get("notes", ())]
-    return ["\n".join(["## Scores", how, "", "| score | value |", "| --- | ---: |", *rows, *([""] if notes else []), *notes])]
+    heading = f"## Scores by {judge['name']}"
+    return "\n".join([heading, how, "", "| score | value |", "| --- | ---: |", *rows, *([""] if notes else []), *notes])

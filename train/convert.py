@@ -9,17 +9,15 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import nn
 
-from configs.schema import FILE, load_resolved
+from configs.schema import FILE
 from mclr.errors import UserError
 from models.convert import to_published
-from train.card import run_notes
 from train.cli import Parser, run
 from train.ema import reconstruct
 from train.files import write_file
 from train.published import FAMILIES, READABLE, SCALES_512, SUFFIXES, TRAINING, Shapes
-from train.weights import convert_published, find_weights, inherited, load_net, notes_of, read_config, save_weights
+from train.weights import convert_published, find_weights, load_net, notes_of, read_config, save_weights
 
 EXAMPLE = f"""examples:
   mclr convert var_d16.pth weights/var-d16                  published -> ours
@@ -53,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     check_target(args.dst, args.force, folder=copied)
     if args.settings and (copied or args.dst.suffix in SUFFIXES):
         raise UserError(f"{args.settings[0]} has no effect: the settings of a weights folder stand in its config.json")
+    if args.ema_std is None and (Path(args.src) / FILE).is_file():
+        raise UserError(f"{args.src} is a run: give {args.src}/weights, or the width of an average by --ema-std")
     if args.half:
         to_half(args.src, args.dst, args.force)
     elif args.ema_std is not None:
@@ -101,28 +101,15 @@ def to_average(run: Path, dst: Path, std: float, force: bool) -> None:
 
     Raises UserError for a folder that is no run, and as train.ema.reconstruct does.
     """
-    net, notes = network_of(run)
-    average = reconstruct(run, std)
+    if not (run / "weights" / "config.json").is_file():
+        raise UserError(f"{run} is no finished run: --ema-std needs the folder that `mclr train` made, with its weights")
+    described = read_config(run / "weights")
+    net = load_net(str(run / "weights"), described["kind"])
+    average, images = reconstruct(run, std)
     if {name: p.shape for name, p in net.named_parameters()} != {name: t.shape for name, t in average.items()}:
         raise UserError(f"the snapshots of {run} are of another network than its weights: give a whole run folder")
-    newest = max(int(path.name.partition("-")[0]) for path in (run / "snapshots").glob("*.safetensors"))
-    save_weights(dst, net, average, replace=force, **notes | {"images_seen": newest, "ema_std": std})
-    print(f"{dst}: {net.__class__.__name__}, average of relative width {std} at {newest} images of {run}")
-
-
-def network_of(run: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """(network, notes) of a run folder: of its weights or, where it has not finished, as it began."""
-    if (run / "weights" / "config.json").is_file():
-        described = read_config(run / "weights")
-        return load_net(str(run / "weights"), described["kind"]), notes_of(described)
-    if not (run / FILE).is_file():
-        raise UserError(f"{run} is no run: --ema-std needs the folder that `mclr train` made")
-    # slow to import and used here alone
-    from train.build import build_networks
-
-    config = load_resolved(run)
-    notes = {"init": config.model.weights} | run_notes(config) | inherited(config.model.weights)
-    return build_networks(config, torch.device("cpu")).net, notes
+    save_weights(dst, net, average, replace=force, **notes_of(described) | {"images_seen": images, "ema_std": std})
+    print(f"{dst}: {net.__class__.__name__}, average of relative width {std} at {images} images of {run}")
 
 
 def to_file(src: str, dst: Path) -> None:

@@ -83,7 +83,10 @@ def averages_of(weights: dict[str, Tensor], settings: Train) -> dict[str, EMA]:
 def write_snapshot(run: Path, ema: EMA, images_seen: int) -> None:
     """Write RUN/snapshots/IMAGES-STD.safetensors: the average in fp16, both numbers beside it; whole or not at all."""
     folder = run / "snapshots"
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {folder} ({error.strerror}): make room there, the same command goes on") from error
     tensors = {name: t.half().cpu().contiguous() for name, t in ema.average.items()}
     data = save(tensors, {"images_seen": str(images_seen), "std": str(ema.std)})
     write_file(folder / f"{images_seen:012d}-{ema.std:.3f}.safetensors", data)
@@ -97,8 +100,8 @@ def rewind_snapshots(run: Path, images_seen: int) -> None:
             path.unlink()
 
 
-def reconstruct(run: Path, std: float) -> dict[str, Tensor]:
-    """The average of relative width `std` at the newest snapshot of a run folder, from all of its snapshots: name -> fp32.
+def reconstruct(run: Path, std: float) -> tuple[dict[str, Tensor], int]:
+    """The average of relative width `std` at the newest snapshot of a run folder, from all of its snapshots: (name -> fp32, images seen).
 
     Needs the memory of one network. Weights that are not trained (buffers) are not among them.
     Raises UserError when std is not in 0.01 .. 0.25, when the snapshots are damaged or of several networks, or when they are too few,
@@ -110,12 +113,7 @@ def reconstruct(run: Path, std: float) -> dict[str, Tensor]:
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise UserError(f"{folder} holds no snapshots: train with train.snapshot_every=IMAGES, or choose another run folder")
-    taken = []
-    for path in paths:
-        with _opened(path) as snapshot:
-            about = snapshot.metadata()
-            taken.append((int(about["images_seen"]), float(about["std"])))
-    t_K, std_K = np.array(taken, dtype=np.float64).T
+    t_K, std_K = np.array([_about(path) for path in paths], dtype=np.float64).T
     x_K, distance = coefficients(t_K, std_K, t_K.max(), std)
     if distance > FARTHEST:
         theirs = ", ".join(str(each) for each in sorted(set(std_K.tolist())))
@@ -132,7 +130,17 @@ def reconstruct(run: Path, std: float) -> dict[str, Tensor]:
                 raise UserError(f"{path} is of another network than {paths[0]}: keep the snapshots of one run there")
             for name, total in average.items():
                 total.add_(snapshot.get_tensor(name), alpha=x)
-    return average
+    return average, int(t_K.max())
+
+
+def _about(path: Path) -> tuple[int, float]:
+    """(images seen, relative width) of a snapshot."""
+    with _opened(path) as snapshot:
+        try:
+            about = snapshot.metadata()
+            return int(about["images_seen"]), float(about["std"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(path, error) from error
 
 
 @contextmanager
@@ -141,5 +149,9 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as snapshot:
             yield snapshot
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"snapshot {path} is damaged ({error}): remove it, the others will do") from error
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"snapshot {path} is damaged ({error}): remove it, the others will do")

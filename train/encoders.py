@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 
 from configs.schema import VAE_FACTOR, Data
 from mclr.errors import UserError
 from mclr.likelihood import Draws
 from models.vqvae import VQVAE
+from train.hub import fetch
 
 VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
 VAE_BATCH = 8  # images that go through a VAE at a time
@@ -114,21 +113,12 @@ class Latents:
 
 
 def find_vae(name: str) -> Path:
-    """The folder of model.vae=name: config.json and VAE_WEIGHTS, here or of the Hugging Face hub (kept in its cache).
-
-    Raises UserError where there is none.
-    """
-    files = ["config.json", VAE_WEIGHTS]
-    try:
-        folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=files))
-        if all((folder / file).is_file() for file in files):
-            return folder
-    except (OSError, HFValidationError):  # out of reach; no name that the hub could have
-        pass
-    raise UserError(
-        f"model.vae={name} is no folder with {' and '.join(files)}, nor within reach on the hub: put those two files of "
-        "stabilityai/sd-vae-ft-mse into a folder, give model.vae=FOLDER"
-    )
+    """The folder of model.vae=name: config.json and VAE_WEIGHTS, here or by hf://ORG/REPO. Raises UserError where there is none."""
+    files = ("config.json", VAE_WEIGHTS)
+    folder = fetch(name, files)
+    if not all((folder / file).is_file() for file in files):
+        raise UserError(f"model.vae={name} is no folder with {' and '.join(files)}: give one, or hf://stabilityai/sd-vae-ft-mse")
+    return folder
 
 
 def load_vae(name: str, device: torch.device) -> Any:

@@ -73,6 +73,11 @@ def _digest(path: Path, size: int, changed: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept between programs: converted weights, statistics of references. Never emptied by us."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mclr")
+
+
 def write_json(path: str | Path, obj: Any) -> None:
     """Write `obj` as indented JSON, by write_file."""
     write_file(path, (json.dumps(obj, indent=2) + "\n").encode())
@@ -99,6 +104,8 @@ def new_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
         yield temporary
         for folder, _, names in os.walk(temporary):
             for name in names:
+                # safetensors lets the owner alone read; as open to others as the folder is
+                os.chmod(Path(folder, name), temporary.stat().st_mode & 0o666)
                 _sync(Path(folder, name))
             _sync(Path(folder))
         if replace and path.exists():

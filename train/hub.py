@@ -8,26 +8,32 @@ from mclr.errors import UserError
 
 SCHEME = "hf://"
 FORM = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:/([^@]+))?(?:@([^@]+))?")
-FOLDER = ("config.json", "model.safetensors")
+FOLDER = ("config.json", "model.safetensors")  # weights of ours
 
 
 @lru_cache
-def fetch(name: str) -> Path:
-    """The local copy of FILE, or without FILE the folder of a repository that holds weights of ours; any other name as a path.
+def fetch(name: str, folder: tuple[str, ...] = FOLDER) -> Path:
+    """The local copy of FILE, or without FILE a folder with the files of the repository named in `folder`; any other name as a path.
 
     Asked once per process, so that a branch that moves meanwhile does not change the answer. Raises UserError when it cannot be had.
     """
+    if name.startswith(("https://", "http://")):
+        raise UserError(f"{name} is an address: download it, or give what is on the hub as hf://ORG/REPO[/FILE][@REV]")
     if not name.startswith(SCHEME):
         return Path(name)
     # slow to import and used here alone
     from huggingface_hub import hf_hub_download, hf_hub_url
+    from huggingface_hub.utils import logging
+
+    # every attempt would be a warning
+    logging.set_verbosity_error()
 
     match = FORM.fullmatch(name)
     try:
         if match is None:
             raise ValueError(name)
         repo, file, revision = match.groups()
-        files = (file,) if file else FOLDER
+        files = (file,) if file else folder
         urls = [hf_hub_url(repo, each, revision=revision) for each in files]
     except ValueError:
         form = "hf://ORG/REPO[/FILE][@REV], as in hf://FoundationVision/var/var_d16.pth"

@@ -17,12 +17,13 @@ from models.features import ImageClassifier
 from models.inception import Inception
 from train.encoders import from_uint8
 from train.files import checksum
+from train.hub import fetch
 from train.published import read_state_dict
 from train.weights import find_weights, load_net, sha256
 
 PUBLISHED = ("dinov2", "inception")
 BATCH = 256  # images per forward of a classifier
-DINOV2_HUB = ("timm/vit_large_patch14_dinov2.lvd142m", "model.safetensors")
+DINOV2 = "hf://timm/vit_large_patch14_dinov2.lvd142m/model.safetensors"
 DINOV2_FILE = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
 INCEPTION_FILE = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's images in [0, 1]
@@ -162,15 +163,7 @@ def _fill(net: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _fetch_dinov2() -> Path:
-    """timm's file in the cache of the hub, downloaded where it is not there yet."""
-    # takes a while, and most evaluations do without
-    from huggingface_hub import hf_hub_download
-
     try:
-        return Path(hf_hub_download(*DINOV2_HUB))
-    # offline is reported by whichever layer notices it first
-    except Exception as error:
-        raise UserError(
-            f"the weights of judge dinov2 are not in the hub's cache and cannot be downloaded ({type(error).__name__}): download "
-            f"{DINOV2_FILE.rpartition('/')[2]} elsewhere ({DINOV2_FILE}), give it by --judge-weights FILE"
-        ) from error
+        return fetch(DINOV2)
+    except UserError as error:
+        raise UserError(f"judge dinov2: {error} by --judge-weights (or {DINOV2_FILE})") from error

@@ -60,7 +60,8 @@ def train(
     started. Raises UserError when the loss is not finite; the newest checkpoint then still stands.
     """
     rank, _, ranks = world()
-    averages = averages_of(task.engine.weights(), settings)
+    # the only rank that writes
+    averages = averages_of(task.engine.weights(), settings) if rank == 0 else {}
     with together():
         progress = resume(task, averages, path, rank)
     if add_up({"images": progress.images}, task.device)["images"] != ranks * progress.images:

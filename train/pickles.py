@@ -20,6 +20,7 @@ from torch import Tensor
 
 SCRIPT = 1 << 20  # bytes of a file beside its storages; the largest published file has about a fifth
 LINE = 256  # bytes of a name
+ARGUMENTS = 8  # of a call; numpy and torch pass 7 at most
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # torch.save's, before zip archives
 DTYPES = {
     "torch.HalfStorage": torch.float16,
@@ -263,6 +264,9 @@ class Machine:
             refuse("calls what is no function")
         if function.text.startswith(PARTS) and arguments == ():
             return Module(function.text, {})
+        # copied at every call
+        if len(arguments) > ARGUMENTS:
+            refuse(f"calls {function.text!r} with more arguments than any takes")
         if function.text not in self.calls:
             refuse(f"calls {function.text!r} where no published network does")
         return self.calls[function.text](*arguments)

@@ -61,6 +61,8 @@ def read_published(src: Path, settings: Sequence[str] = ()) -> tuple[nn.Module, 
         raise UserError(f"{src}: {error}") from error
     except (LookupError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{src} is no whole {kind}: {error}; copy it again, or give another file") from error
+    if pickled is not None and settings and family.kind == "edm2":
+        raise UserError(f"{src} records the options of its network: leave out {settings[0]}")
     for setting in settings:
         config = changed(config, setting)
     if isinstance(config, VARConfig | VQVAEConfig):

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from configs.schema import PRESETS, load_data
 from mclr.errors import UserError
-from mclr.metrics import Gaussian, Moments
+from mclr.metrics import NEIGHBOURS, Gaussian, Moments, neighbour_radii
 from train.data import DatasetInfo, permutation
-from train.files import checksum, in_memory, write_file
+from train.files import cache_folder, checksum, in_memory, write_file
 from train.image_sets import ImageSet, npz_names, open_folder, open_npz, open_splits
 from train.judges import Judge
 from train.loop import progress_bar
@@ -34,13 +35,14 @@ MOST = 50_000  # images of a set that the scores by neighbours look at: what the
 class Statistics:
     """near: the rows that the scores by neighbours look at; prob: class probabilities of every row, of samples alone.
 
-    count and near are None where others have stored mu and sigma alone.
+    count and near are None where others have stored mu and sigma alone. radii: neighbour_radii(near), of references that are kept.
     """
 
     features: Gaussian
     spatial: Gaussian | None = None
     count: int | None = None
     near_ND: Tensor | None = None
+    radii_N2: Tensor | None = None
     of_condition: Mapping[int, Gaussian] = field(default_factory=dict)
     prob_NK: Tensor | None = None
     c_N: Tensor | None = None
@@ -78,11 +80,17 @@ def measure(judge: Judge, images: ImageSet, part: range | None = None, with_prob
         features.gaussian(),
         spatial.gaussian() if spatial.count else None,
         len(part),
-        torch.cat(near),
-        {c: each.gaussian() for c, each in sorted(of_condition.items()) if each.count > 1},
-        torch.cat(prob) if prob else None,
-        c_N,
+        near_ND=torch.cat(near),
+        of_condition={c: each.gaussian() for c, each in sorted(of_condition.items()) if each.count > 1},
+        prob_NK=torch.cat(prob) if prob else None,
+        c_N=c_N,
     )
+
+
+def neighbour_bar(chunks: list[slice]) -> tqdm:
+    """Of a pass over the distances between 50,000 images, which takes minutes without a GPU."""
+    # beside a terminal alone, as in measure()
+    return tqdm(chunks, "neighbours", unit="chunk", disable=not os.isatty(2))
 
 
 @dataclass(frozen=True)
@@ -145,12 +153,13 @@ def reference_statistics(judge: Judge, reference: Reference) -> tuple[Statistics
 
 
 def _kept(judge: Judge, images: ImageSet) -> tuple[Statistics, str]:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    key = json.dumps([images.checksum(), judge.sha256, judge.features, images.c_N is not None, MOST])
-    path = home / "mclr" / f"{hashlib.sha256(key.encode()).hexdigest()}.npz"
+    key = json.dumps([images.checksum(), judge.sha256, judge.features, images.c_N is not None, MOST, NEIGHBOURS])
+    path = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.npz"
     if path.is_file():
         return read_statistics(path, judge.device), f"reused from {path}"
     statistics = measure(judge, images)
+    assert statistics.near_ND is not None
+    statistics = replace(statistics, radii_N2=neighbour_radii(statistics.near_ND, progress=neighbour_bar))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, in_memory(np.savez, **_arrays(statistics)))
@@ -166,6 +175,8 @@ def _arrays(statistics: Statistics) -> dict[str, np.ndarray]:
         tensors |= zip(("mu_s", "sigma_s"), statistics.spatial, strict=True)
     if statistics.near_ND is not None:
         tensors |= {"near": statistics.near_ND, "count": torch.tensor(statistics.count)}
+    if statistics.radii_N2 is not None:
+        tensors["radii"] = statistics.radii_N2
     if statistics.of_condition:
         means, covariances = zip(*statistics.of_condition.values(), strict=True)
         conditions = torch.tensor(list(statistics.of_condition))
@@ -187,6 +198,7 @@ def read_statistics(path: Path, device: torch.device) -> Statistics:
             (tensors["mu_s"], tensors["sigma_s"]) if "mu_s" in tensors else None,
             int(tensors["count"]) if "count" in tensors else None,
             tensors.get("near"),
+            tensors.get("radii"),
             {c: (tensors["mu_c"][i], tensors["sigma_c"][i]) for i, c in enumerate(conditions)},
         )
     # a decoder that meets damaged bytes raises nearly anything

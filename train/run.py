@@ -166,15 +166,23 @@ def inputs_of(config: RunConfig) -> dict[str, str]:
 
 
 def describe(config: RunConfig, ranks: int, micro_batch: int, net: Any = None) -> str:
-    """The run in a few lines: what is trained, on what, how, at what cost. net: built on the meta device when not given."""
+    """The run in a few lines: what is trained, on what, how, at what cost. net: built on the meta device when not given.
+
+    Raises UserError, when no net is given, where the weights to start from do not fit it.
+    """
     import torch
 
     from train.build import build_encoder, build_net, build_objective, schedule_table
+    from train.class_map import class_map
+    from train.weights import find_weights, refuse_misfit
 
     if net is None:
         encoder = build_encoder(config, torch.device("cpu"))
         with torch.device("meta"):
             net = build_net(config, encoder)
+        if config.model.weights:
+            weights = find_weights(config.model.weights)
+            refuse_misfit(net, weights, any_conditions=class_map(config, weights) is not None)
     count = sum(p.numel() for p in net.parameters())
     objective, settings, zero = build_objective(config), config.train, config.engine.zero
     per_step, share = settings.batch // micro_batch, 1 / ranks

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+import zipfile
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor
 # other distributions own packages named `models` or `kernels`, and an editable install comes after them
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from configs.schema import FILE, PRESETS, NextScaleModel, RunConfig, load
+from configs.schema import FILE, PRESETS, NextScaleModel, RunConfig, Sample, load
 from mclr.errors import UserError
 from mclr.guidance import Guidance
 from mclr.likelihood import Draws, Net, Paradigm
@@ -49,6 +50,7 @@ The images are DIR/images/SEED-CONDITION.png; seeds count from --seed, condition
 them, DIR/sample.json says how they were made. Guidance is off unless sample.gamma is set; sample.guide lets another network be
 the guide. Running the same command again draws what is missing; a larger --count adds images."""
 
+CHUNK = 1024  # images read at a time
 SAMPLING = 2**63  # seed of all sampling: beyond those of training, whose random numbers no image must repeat
 
 
@@ -180,9 +182,9 @@ def load_generator(config: RunConfig, weights: Path, device: torch.device) -> tu
 
 
 def parse_classes(text: str | None, num_classes: int) -> list[int]:
-    """ "0,3,7" -> conditions; None: all of them (of an unconditional model the null condition alone)."""
+    """ "0,3,7" -> conditions; None: all of them."""
     if text is None:
-        return list(range(max(num_classes, 1)))
+        return list(range(num_classes))
     try:
         conditions = [int(part) for part in text.split(",")]
     except ValueError:
@@ -212,14 +214,14 @@ def draw(
     """
     if count < 1 or seed < 0:
         raise UserError(f"{count} images from seed {seed}: there must be at least one, and seeds start at 0")
-    record = recipe(config, weights, conditions, seed, count)
     paths = {s: out / "images" / f"{s:06d}-{conditions[s % len(conditions)]}.png" for s in range(seed, seed + count)}
     rank, _, ranks = world() if shared else (0, 0, 1)
     agree = together if shared else nullcontext
-    missing: dict[int, Path] = {}
+    record, missing = {}, {}
     with agree():
         # others might look when there are new images already
         if rank == 0:
+            record = record_of(config, weights, conditions, seed, count)
             refuse_other(out, record, read_record(out))
             missing = {s: p for s, p in paths.items() if not p.exists() or (keep_tokens and not token_path(p).exists())}
     if shared:
@@ -235,7 +237,7 @@ def draw(
         net, paradigm, encoder, guidance = load_generator(config, weights, device)
     with agree():
         if rank == 0:
-            open_folder(out, record, keep_tokens)
+            make_folder(out, record, keep_tokens)
 
     batch = config.sample.batch
     wanted: dict[int, list[int]] = {}  # seeds of each micro-batch
@@ -250,9 +252,12 @@ def draw(
                 for block in turn[rank : rank + 1]:
                     seeds = range(block * batch, (block + 1) * batch)
                     c_N = torch.tensor([conditions[s % len(conditions)] for s in seeds])
-                    with torch.autocast(device.type, torch.bfloat16, enabled=config.engine.precision == "bf16"):
-                        x_N = generate(paradigm, net, guidance, c_N, list(seeds), batch, device)
-                    images_NCHW = to_images(encoder, x_N, batch).numpy()
+                    try:
+                        with torch.autocast(device.type, torch.bfloat16, enabled=config.engine.precision == "bf16"):
+                            x_N = generate(paradigm, net, guidance, c_N, list(seeds), batch, device)
+                        images_NCHW = to_images(encoder, x_N, batch).numpy()
+                    except torch.OutOfMemoryError as error:
+                        raise UserError(f"out of GPU memory: lower sample.batch (now {batch})") from error
                     for s in wanted[block]:
                         if keep_tokens:
                             write_file(token_path(missing[s]), in_memory(np.save, arr=x_N[s - seeds[0]].cpu().numpy()))
@@ -275,7 +280,7 @@ def draw(
     print("".join(f"{line}\n" for line in schedule_table("gamma", gamma, scales)), end="")
 
 
-def recipe(config: RunConfig, weights: Path, conditions: list[int], seed: int, count: int) -> dict[str, Any]:
+def record_of(config: RunConfig, weights: Path, conditions: list[int], seed: int, count: int) -> dict[str, Any]:
     """sample.json as long as nothing is drawn. settings: all that decides an image, which one folder has one of."""
     guide = find_weights(config.sample.guide) if config.sample.guide else None
     tokenizer = vae = None
@@ -305,7 +310,7 @@ def recipe(config: RunConfig, weights: Path, conditions: list[int], seed: int, c
     }
 
 
-def open_folder(out: Path, record: dict[str, Any], keep_tokens: bool) -> None:
+def make_folder(out: Path, record: dict[str, Any], keep_tokens: bool) -> None:
     """Make the folder ready for images, and take away what was made of fewer of them."""
     try:
         for folder in ("images", "tokens") if keep_tokens else ("images",):
@@ -320,13 +325,15 @@ def open_folder(out: Path, record: dict[str, Any], keep_tokens: bool) -> None:
 def refuse_other(out: Path, record: dict[str, Any], there: dict[str, Any] | None) -> None:
     """Raises UserError where the folder holds images that were not made by these settings, or more of them."""
     if there is None:
-        if out.is_dir() and any((out / "images").glob("*")):
-            raise UserError(f"{out / 'images'} holds files of unknown origin: choose another folder with --out")
+        if out.is_dir() and any(out.iterdir()):
+            raise UserError(f"{out} holds files of unknown origin: choose another folder with --out")
         return
     way_out = "remove it, or choose another folder"
+    # settings that are newer than the folder had their defaults
+    before = {f"sample.{key}": field.default for key, field in Sample.model_fields.items()} | there["settings"]
     for key, value in record["settings"].items():
-        if there["settings"].get(key) != value:
-            raise UserError(f"{out} holds images of {key}={_short(there['settings'].get(key))}: {way_out}")
+        if before.get(key) != value:
+            raise UserError(f"{out} holds images of {key}={_short(before.get(key))}: {way_out}")
     if there["count"] > record["count"]:
         raise UserError(f"{out} holds {there['count']} images, more than {record['count']}: {way_out}")
 
@@ -388,12 +395,22 @@ def contact_sheet(paths: list[Path], columns: int) -> bytes:
 def write_npz(folder: Path) -> None:
     """samples.npz beside the images: arr_0 uint8 [N, H, W, C], arr_1 conditions, as ADM's evaluator reads them."""
     paths = image_paths(folder)
-    images_NHWC, c_N = read_images(paths).transpose(0, 2, 3, 1), np.array([condition_of(path) for path in paths])
+    C, H, W = read_images(paths[:1]).shape[1:]
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), H, W, C)}
     temporary = folder / f".tmp-{os.getpid()}.npz"
     try:
-        # np.savez streams; a whole copy in memory would not fit for many images
         with open(temporary, "wb") as file:
-            np.savez(file, images_NHWC, c_N)
+            with zipfile.ZipFile(file, "w") as archive:
+                # no time stamps: the same images give the same file; chunk by chunk: many images do not fit in memory
+                with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
+                    np.lib.format.write_array_header_1_0(member, header)
+                    for first in range(0, len(paths), CHUNK):
+                        # beside the first image, whose shape is the header's
+                        chunk = read_images([paths[0], *paths[first : first + CHUNK]])[1:]
+                        member.write(chunk.transpose(0, 2, 3, 1).tobytes())
+                archive.writestr(
+                    zipfile.ZipInfo("arr_1.npy"), in_memory(np.save, arr=np.array([condition_of(path) for path in paths]))
+                )
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, folder / "samples.npz")

@@ -3,16 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from mclr.metrics import (
-    class_accuracy,
-    class_frechet_distance,
-    density_coverage,
-    frechet_from_moments,
-    inception_score,
-    precision_recall,
-)
+from mclr.metrics import class_accuracy, class_frechet_distance, frechet_from_moments, inception_score, neighbour_scores
 from train.judges import Judge
-from train.references import Statistics
+from train.references import Statistics, neighbour_bar
 
 SCORES = {
     "accuracy": "↑ class accuracy: share of samples that the judge puts under their condition",
@@ -57,8 +50,7 @@ def score(by: Judge, real: Statistics, fake: Statistics) -> dict[str, float]:
     if real.of_condition and fake.of_condition:
         scores["cfd"] = class_frechet_distance(real.of_condition, fake.of_condition)
     if real.near_ND is not None and fake.near_ND is not None:
-        scores["precision"], scores["recall"] = precision_recall(real.near_ND, fake.near_ND)
-        scores["density"], scores["coverage"] = density_coverage(real.near_ND, fake.near_ND)
+        scores |= neighbour_scores(real.near_ND, fake.near_ND, real_radii_N2=real.radii_N2, progress=neighbour_bar)
     return scores
 
 

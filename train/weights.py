@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ from models.features import ImageClassifier, ImageClassifierConfig, NoiseClassif
 from models.var import VAR, VARConfig
 from models.vqvae import VQVAE, VQVAEConfig
 from train.card import card
-from train.files import checksum, lock, new_folder, write_file, write_json
+from train.files import cache_folder, checksum, lock, new_folder, write_file, write_json
 from train.hub import SCHEME, fetch
 from train.published import TRAINING, read_published
 
@@ -103,7 +103,7 @@ def converted(name: str) -> Path:
     Safe with several processes at once. Raises UserError as convert_published does.
     """
     file = fetch(name)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mclr")
+    cache = cache_folder()
     folder = cache / f"{file.stem}-{checksum(file)[:16]}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -128,7 +128,7 @@ def convert_published(
     file = fetch(name)
     net, notes = read_published(file, settings)
     base = name if name.startswith(SCHEME) else file.name
-    made_by = " ".join(["mclr convert", name, str(folder), *settings])
+    made_by = shlex.join(["mclr", "convert", name, str(folder), *settings])
     half = all(torch.equal(t.half().float(), t) for t in net.state_dict().values())
     save_weights(folder, net, half=half, replace=replace, made_by=made_by, base=base, **notes)
     return net, notes
@@ -161,9 +161,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """model.safetensors of a weights folder, fp32. Raises UserError when it is missing or damaged."""
+    """model.safetensors of a weights folder, as it is stored. Raises UserError when it is missing or damaged."""
     try:
-        return {name: t.float() for name, t in load_file(folder / "model.safetensors").items()}
+        return load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / 'model.safetensors'} cannot be read ({error}): copy the folder again") from error
 
@@ -217,7 +217,7 @@ def load_into(net: nn.Module, folder: Path, sources: Sources | None = None) -> N
 
     sources: the weights' condition for each of the network's (models/conditions.py); None: the same ones.
     """
-    _refuse_other(net, folder, any_conditions=sources is not None)
+    refuse_misfit(net, folder, any_conditions=sources is not None)
     tensors, state = read_tensors(folder), net.state_dict()
     if sources is not None:
         tensors = map_conditions(tensors, state, sources)
@@ -230,7 +230,7 @@ def load_into(net: nn.Module, folder: Path, sources: Sources | None = None) -> N
     net.load_state_dict(tensors)
 
 
-def _refuse_other(net: nn.Module, folder: Path, any_conditions: bool) -> None:
+def refuse_misfit(net: nn.Module, folder: Path, any_conditions: bool) -> None:
     """Raises UserError where weights are of another kind or size than the network."""
     described, own = read_config(folder), dataclasses.asdict(net.config)  # type: ignore[call-overload]
     theirs = settings_of(described)
