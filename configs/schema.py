@@ -122,7 +122,8 @@ class Posterior(Section):
     backbone: str | None = None  # timm's name of a ConvNeXt, for images of 16 pixels or more; None: our small network
     channels: Count = 32  # of our small network
     lr: Positive = 0.001
-    warmup_images: Annotated[int, Field(ge=0)] = 0  # images that it learns from before there is any ratio
+    # from scratch: images that it learns from before there is any ratio; the network learns by maximum likelihood meanwhile
+    warmup_images: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _check(self) -> "Posterior":
@@ -514,7 +515,7 @@ def _conflicts(config: RunConfig) -> Iterator[str]:
                 yield f"sample.{key}={value} has no effect: {model.name} is a {model.paradigm} model, this is for {paradigm}"
     if model.class_map is not None and model.weights is None:
         yield f"model.class_map={model.class_map} has no effect without weights; give them by --init"
-    if isinstance(model, DiffusionModel) and objective.contrast in ("posterior", "weighted"):
+    if isinstance(model, DiffusionModel) and objective.contrast in ("posterior", "weighted") and not model.posterior.weights:
         warmup, images = model.posterior.warmup_images, config.train.images
         if warmup >= images:
             way_out = f"set it to a third of that, model.posterior.warmup_images={images // 3}"

@@ -228,11 +228,6 @@ def test_a_folder_that_is_no_dataset_is_refused(text, problem, tmp_path):
         ("train.micro_batch=0", "train.micro_batch=0 is out of range: must be > 0"),
         ("train.betas=[0.9, 1.0]", "train.betas[1]=1.0 is out of range: must be >= 0 and < 1"),
         ("train.drop_condition=1.5", "train.drop_condition=1.5 is out of range: must be >= 0 and <= 1"),
-        (
-            "model.posterior.warmup_images=38400",
-            "model.posterior.warmup_images=38400 leaves nothing of train.images=38400 to the ratio; set it to a third of that, "
-            "model.posterior.warmup_images=12800",
-        ),
         ("train.ema_std=0.5", "train.ema_std=0.5 is out of range: must be 0 (no average), or >= 0.01 and <= 0.25"),
         ("engine.zero=3", "engine.zero=3 is out of range: must be >= 0 and <= 2"),
         ("objective.truncate=0.5", "objective.truncate=0.5 is out of range: must be >= 0 and < 0.5"),
@@ -313,6 +308,9 @@ def test_an_override_is_refused_in_one_line(override, message):
          "objective.schedule.low=0.5 must be below high=0.2"),
         (["objective.bound=3", "objective.contrast=null"], {"model": "var-digits"},
          "objective.bound=3.0 needs mclr, a next_scale model and the contrast uniform, weighted or posterior"),
+        (["model.posterior.weights=null", "model.posterior.warmup_images=38400"], {},
+         "model.posterior.warmup_images=38400 leaves nothing of train.images=38400 to the ratio; set it to a third of that, "
+         "model.posterior.warmup_images=12800"),
         (["model.posterior.backbone=convnext_tiny", "model.posterior.channels=64"], {},
          "model.posterior.channels=64 has no effect with backbone=convnext_tiny, which has its own widths"),
         (["data.resolution=500", "data.channels=3"], {"model": "edm2-img512-s"},

@@ -544,7 +544,8 @@ def test_misused_references_are_one_line(inception, home, real, tmp_path, capsys
 
 
 MEMORY = """
-import resource, torch
+import torch
+from train.bench_pair import peak_memory
 from train import judges, references
 from train.image_sets import ImageSet
 from mclr import metrics
@@ -555,11 +556,12 @@ def read(first, end):
 images = ImageSet("random", N, (1, 8, 8), read, str)
 net = torch.nn.Linear(64, 1024)
 judge = judges.Judge("tiny", "", "FD", "", net, lambda net, x: judges.Answer(net(x.float().flatten(1))), batch=256)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# not getrusage, whose peak is inherited from the process that starts this one
+before = peak_memory()
 real, fake = (references.measure(judge, images) for _ in range(2))
 # one chunk of a distance matrix takes as much memory as all of them, and all take minutes
 metrics.neighbour_scores(real.near_ND, fake.near_ND, progress=lambda chunks: chunks[:1])
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+print(peak_memory() - before)
 """
 
 

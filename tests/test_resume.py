@@ -277,11 +277,22 @@ def test_a_real_divergence_is_noticed(start, capsys):
 
 
 def test_the_ratio_waits_for_a_classifier_that_starts_from_scratch(start):
-    status, run = start("edm2-digits", 6, f"model.posterior.warmup_images={3 * BATCH}", "objective.lam=1")
-    assert status == 0
-    shares = [line["contrast_share"] for line in metrics(run)]
+    """For whole steps, whatever the micro-batch; it learns meanwhile."""
+    runs = {}
+    for name, overrides in {"warm": (), "halves": ("train.micro_batch=2",)}.items():
+        status, runs[name] = start("edm2-digits", 6, f"model.posterior.warmup_images={2 * BATCH + 5}", *overrides, out=name)
+        assert status == 0
+    lines = metrics(runs["warm"])
+    shares = [line["contrast_share"] for line in lines]
     assert shares[:3] == [0, 0, 0] and min(shares[3:]) > 0
-    rows = [line["rows"] for line in metrics(run)]
-    assert rows[2] == 3 * BATCH and rows[3] > 4 * BATCH
-    # it learns meanwhile
-    assert all(line["posterior_flops"] > 0 for line in metrics(run))
+    assert lines[2]["rows"] == 3 * BATCH and lines[3]["rows"] > 4 * BATCH
+    assert shares == [line["contrast_share"] for line in metrics(runs["halves"])]
+    status, without = start("edm2-digits", 6, "objective.contrast=null", out="null")
+    untouched = start("edm2-digits", 6, "objective.contrast=null", "model.posterior.warmup_images=1000", out="null-warm")
+    assert status == untouched[0] == 0 and metrics(without) == metrics(untouched[1])
+
+
+def test_the_classifier_learns_before_there_is_a_ratio(start):
+    settings = (f"model.posterior.warmup_images={99 * BATCH}", "model.posterior.lr=0.01")
+    losses = [line["posterior_loss"] for line in metrics(start("edm2-digits", 100, *settings)[1])]
+    assert sum(losses[-20:]) < 0.9 * sum(losses[:20])

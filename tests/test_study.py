@@ -199,6 +199,19 @@ def test_what_decides_a_unit_makes_it_another(tiny, tmp_path, monkeypatch, setti
     assert other.folder(control, ()) != study.folder(control, ())
 
 
+def test_a_setting_that_came_since_had_its_default(tiny):
+    study, _ = tiny
+    control = study.units()[0]
+    path = study.store / f"{control.name}.json"
+    kept = path.read_bytes()
+    record = json.loads(kept)
+    del record["settings"]["train.eps"]
+    path.write_text(json.dumps(record))
+    assert study.record(control) == record
+    assert replace(study, overrides=(*TINY, "train.eps=0.1")).record(control) is None
+    path.write_bytes(kept)
+
+
 def test_what_decides_nothing_changes_nothing(tiny):
     study, _ = tiny
     other = replace(study, overrides=(*TINY, "train.log_every=7", "data.path=elsewhere"))

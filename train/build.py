@@ -223,6 +223,17 @@ def open_generated(config: RunConfig) -> Source:
     return source
 
 
+def posterior_warmup(config: RunConfig) -> int:
+    """Images seen before there is any ratio: of a posterior classifier that starts from scratch, in whole steps; else 0.
+
+    Whole steps, so that neither micro-batches nor ranks decide which samples have one.
+    """
+    model, batch = config.model, config.train.batch
+    if not isinstance(model, DiffusionModel) or model.posterior.weights or not build_objective(config).needs_posterior:
+        return 0
+    return -(-model.posterior.warmup_images // batch) * batch
+
+
 @dataclass(frozen=True)
 class Networks:
     """What a run trains and trains with, before any engine. classifier: of the posterior; reference: the network before
@@ -305,7 +316,7 @@ def build_task(config: RunConfig, source: Source, networks: Networks, device: to
         posterior=posterior,
         posterior_engine=posterior_engine,
         posterior_lr=model.posterior.lr if isinstance(model, DiffusionModel) else 0.0,
-        posterior_warmup=model.posterior.warmup_images if isinstance(model, DiffusionModel) else 0,
+        posterior_warmup=posterior_warmup(config),
         reference=reference,
         generated=networks.generated,
         null=config.data.num_classes,

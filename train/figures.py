@@ -265,12 +265,15 @@ def forwards_figure(rows: dict[str, list[Row]]) -> Figure:
             scores = list(row.scored().values())
             forwards, cfd = scores[0]["forwards_per_image"], statistics.mean(s["cfd"] for s in scores)
             axes.barh(place, forwards, color=STYLES[row.name][0], height=0.7)
-            axes.text(forwards, place, f" {forwards:g}, class-wise FD {cfd:.3g}", va="center", fontsize=8, color=INK)
+            axes.text(forwards, place, f" {forwards:g}, class-wise FD {cfd:#.3g}", va="center", fontsize=8, color=INK)
         axes.set_yticks(range(len(shown)), [row.name for row in reversed(shown)])
         axes.set_title(model, fontsize=10, color=INK)
         axes.margins(x=0.45)
         axes.set_xlim(left=0)
+        axes.set_xlabel("network forwards per image")
         _plain(axes)
+        # they would cross the texts
+        axes.grid(False)
     return figure
 
 

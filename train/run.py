@@ -172,7 +172,7 @@ def describe(config: RunConfig, ranks: int, micro_batch: int, net: Any = None) -
     """
     import torch
 
-    from train.build import build_encoder, build_net, build_objective, schedule_table
+    from train.build import build_encoder, build_net, build_objective, posterior_warmup, schedule_table
     from train.class_map import class_map
     from train.weights import find_weights, refuse_misfit
 
@@ -201,14 +201,12 @@ def describe(config: RunConfig, ranks: int, micro_batch: int, net: Any = None) -
     budget = f", or until the compute of {settings.mle_images} images of mle is spent" if settings.mle_images else ""
     vae, classifier = None, []
     if isinstance(config.model, DiffusionModel):
-        vae, posterior = config.model.vae, config.model.posterior
+        vae, fitted = config.model.vae, config.model.posterior.weights
         if objective.needs_posterior:
-            warmup = (
-                f"alone for the first {posterior.warmup_images} images" if posterior.warmup_images else "with a ratio at once"
-            )
-            if not (posterior.weights or posterior.warmup_images):
-                warmup += ": that diverged on the digits, set model.posterior.warmup_images"
-            classifier = [f"posterior  {f'weights {posterior.weights}' if posterior.weights else 'from scratch'}, {warmup}"]
+            warmup = f"from scratch, no ratio for the first {posterior_warmup(config)} images"
+            if not posterior_warmup(config):
+                warmup = "from scratch, with a ratio at once: that diverged on the digits, set model.posterior.warmup_images"
+            classifier = [f"posterior  {f'weights {fitted}' if fitted else warmup}"]
     source = f"weights {config.model.weights}" if config.model.weights else "no weights given (--init): from scratch"
     return "\n".join(
         [

@@ -132,7 +132,7 @@ FAMILY: dict[str, tuple[Method, ...]] = {
             ("objective.contrast=posterior", "model.posterior.weights=null"),
             over(LAM, 0.75, 1.5, 3),
         ),
-        # the same, but the classifier learns alone for the first third of the budget
+        # the same, but maximum likelihood alone while the classifier sees its first images: 43 % of the compute
         Method(
             "mclr-posterior-warmup",
             "tune",
@@ -282,8 +282,11 @@ class Study:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is no record of a unit ({error}): remove it, and the unit is done again") from error
         now = self.decided_by(unit, point)
-        # a setting that came or went since did not exist for both
+        # a setting that went since says nothing; one that came since had its default
         same = all(now["settings"].get(key, value) == value for key, value in made["settings"].items())
+        came = now["settings"].keys() - made["settings"].keys()
+        default = flatten(load(unit.model, "mle", "digits", "local", [])) if came else {}
+        same = same and all(now["settings"][key] == default[key] for key in came)
         return record if same and made["weights"] == now["weights"] else None
 
     def point(self, unit: Unit) -> Point | None:
