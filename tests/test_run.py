@@ -274,6 +274,8 @@ def test_a_dry_run_looks_at_the_weights(here, tokenizer, capsys):
         assert line in capsys.readouterr().err
     assert main([*argv, "var-digits", "model.net.depth=3"]) == 2
     assert "depth 4, this run has 3" in capsys.readouterr().err
+    assert main([*argv, "var-digits", "sample.gamma=1", "sample.guide=nowhere"]) == 2
+    assert "no weights at nowhere" in capsys.readouterr().err
     assert main([*argv, "var-digits", "model.class_map=nowhere.json"]) == 2
     assert "cannot read model.class_map=nowhere.json" in capsys.readouterr().err
 
@@ -281,7 +283,8 @@ def test_a_dry_run_looks_at_the_weights(here, tokenizer, capsys):
 def test_a_dry_run_of_a_large_model_needs_no_memory(here, tokenizer):
     """310M parameters would be 1.2 GB more than the small model's."""
     program = (
-        "import resource, sys; from train.cli import main; main(); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        # not getrusage, whose peak is inherited from the process that starts this one
+        "from train.bench_pair import peak_memory; from train.cli import main; main(); print(int(peak_memory() * 2**20))"
     )
     peaks = []  # kB
     for model, size in (("var-digits", "(next_scale), 0"), ("var-d16", "(next_scale), 30")):

@@ -180,6 +180,10 @@ def describe(config: RunConfig, ranks: int, micro_batch: int, net: Any = None) -
         encoder = build_encoder(config, torch.device("cpu"))
         with torch.device("meta"):
             net = build_net(config, encoder)
+        fitted = config.model.posterior.weights if isinstance(config.model, DiffusionModel) else None
+        for name in (fitted, config.sample.guide):
+            if name:
+                find_weights(name)
         if config.model.weights:
             weights = find_weights(config.model.weights)
             refuse_misfit(net, weights, any_conditions=class_map(config, weights) is not None)
