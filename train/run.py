@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 # other distributions own packages named `models` or `kernels`, and an editable install comes after them
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from configs.schema import DiffusionModel, NextScaleModel, RunConfig, dump, load
+from configs.schema import DiffusionModel, RunConfig, dump, flatten, load
 from mclr.errors import UserError
 from train.cli import Parser, run
 from train.ranks import Interrupt, group, on_signals, one_voice, own_device, together, world
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
             micro_batch = micro_batch_of(config, ranks)
             if args.dry_run:
                 if rank == 0:
-                    print(dump(config) + describe(config, ranks, micro_batch))
+                    print(dump(config) + describe(config, ranks, micro_batch, planned(config)))
                 return 0
         out = args.out or Path("runs") / "-".join(Path(name).stem for name in (args.model, args.objective, args.data))
         given = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank")]
@@ -146,15 +146,11 @@ def inputs_of(config: RunConfig) -> dict[str, str]:
     from train.class_map import FRESH
     from train.encoders import VAE_WEIGHTS, find_vae
     from train.files import checksum
-    from train.weights import find_weights, sha256
+    from train.weights import find_weights, named_weights, sha256
 
-    model = config.model
-    named = {"model.weights": model.weights}
-    if isinstance(model, NextScaleModel):
-        named["model.tokenizer"] = model.tokenizer
-    else:
-        named["model.posterior.weights"] = model.posterior.weights
-    inputs = {key: sha256(find_weights(name)) for key, name in named.items() if name is not None}
+    model, named = config.model, named_weights(flatten(config))
+    # how a run is sampled decides nothing of it
+    inputs = {key: sha256(find_weights(name)) for key, name in named.items() if key != "sample.guide"}
     files = {"model.class_map": Path(model.class_map)} if model.class_map not in (None, FRESH) else {}
     if isinstance(model, DiffusionModel) and model.vae is not None:
         files["model.vae"] = find_vae(model.vae) / VAE_WEIGHTS
@@ -165,28 +161,27 @@ def inputs_of(config: RunConfig) -> dict[str, str]:
     return inputs | {key: checksum(file) for key, file in files.items()}
 
 
-def describe(config: RunConfig, ranks: int, micro_batch: int, net: Any = None) -> str:
-    """The run in a few lines: what is trained, on what, how, at what cost. net: built on the meta device when not given.
-
-    Raises UserError, when no net is given, where the weights to start from do not fit it.
-    """
+def planned(config: RunConfig) -> Any:
+    """The network of a run, without memory. Raises UserError where weights that the run names are missing, or do not fit it."""
     import torch
 
-    from train.build import build_encoder, build_net, build_objective, posterior_warmup, schedule_table
+    from train.build import build_encoder, build_net
     from train.class_map import class_map
-    from train.weights import find_weights, refuse_misfit
+    from train.weights import find_weights, named_weights, refuse_misfit
 
-    if net is None:
-        encoder = build_encoder(config, torch.device("cpu"))
-        with torch.device("meta"):
-            net = build_net(config, encoder)
-        fitted = config.model.posterior.weights if isinstance(config.model, DiffusionModel) else None
-        for name in (fitted, config.sample.guide):
-            if name:
-                find_weights(name)
-        if config.model.weights:
-            weights = find_weights(config.model.weights)
-            refuse_misfit(net, weights, any_conditions=class_map(config, weights) is not None)
+    encoder = build_encoder(config, torch.device("cpu"))
+    with torch.device("meta"):
+        net = build_net(config, encoder)
+    folders = {key: find_weights(name) for key, name in named_weights(flatten(config)).items()}
+    if weights := folders.get("model.weights"):
+        refuse_misfit(net, weights, any_conditions=class_map(config, weights) is not None)
+    return net
+
+
+def describe(config: RunConfig, ranks: int, micro_batch: int, net: Any) -> str:
+    """The run in a few lines: what is trained, on what, how, at what cost."""
+    from train.build import build_objective, posterior_warmup, schedule_table
+
     count = sum(p.numel() for p in net.parameters())
     objective, settings, zero = build_objective(config), config.train, config.engine.zero
     per_step, share = settings.batch // micro_batch, 1 / ranks
@@ -207,10 +202,10 @@ def describe(config: RunConfig, ranks: int, micro_batch: int, net: Any = None) -
     if isinstance(config.model, DiffusionModel):
         vae, fitted = config.model.vae, config.model.posterior.weights
         if objective.needs_posterior:
-            warmup = f"from scratch, no ratio for the first {posterior_warmup(config)} images"
-            if not posterior_warmup(config):
-                warmup = "from scratch, with a ratio at once: that diverged on the digits, set model.posterior.warmup_images"
-            classifier = [f"posterior  {f'weights {fitted}' if fitted else warmup}"]
+            how = f"weights {fitted}" if fitted else f"from scratch, no ratio for the first {posterior_warmup(config)} images"
+            if not (fitted or posterior_warmup(config)):
+                how = "from scratch, with a ratio at once: that diverged on the digits, set model.posterior.warmup_images"
+            classifier = [f"posterior  {how}"]
     source = f"weights {config.model.weights}" if config.model.weights else "no weights given (--init): from scratch"
     return "\n".join(
         [

@@ -27,7 +27,7 @@ from train.loop import NotFinite
 from train.report import image_grid
 from train.sample import read_record
 from train.tour import GAMMAS, JUDGE_WEIGHTS, Arm, Judge, digits_judge, fine_tune
-from train.weights import find_weights, sha256
+from train.weights import find_weights, named_weights, sha256
 
 # What a fine-tuning may cost, as images of plain maximum likelihood: about what the preset's own mclr run costs
 # (mclr train --model MODEL --objective mclr; `mle_images` in the last line of metrics.jsonl).
@@ -42,8 +42,6 @@ FIRST_GENERATED = 100_000_000
 GENERATED_COST = {"edm2-digits": 11_500, "var-digits": 500}
 # settings that a run folder may change, but that decide a unit
 DECIDES = ("sample.", "train.images", "train.mle_images")
-# settings that name weights
-WEIGHTS = ("model.weights", "model.tokenizer", "model.posterior.weights", "sample.guide")
 
 Point = tuple[str, ...]  # settings, as in ("objective.beta=0.1", "objective.lam=1")
 
@@ -226,8 +224,14 @@ def decided_by(model: str, objective: str, overrides: Point) -> dict[str, Any]:
     """All that decides a unit, as its record keeps it: settings without those that change nothing, checksums of weights."""
     config = flatten(load(model, objective, "digits", "local", list(overrides)))
     settings = {key: value for key, value in config.items() if key.startswith(DECIDES) or not key.startswith(FREE)}
-    named = {key: settings[key] for key in WEIGHTS if settings.get(key)} | {"judge": JUDGE_WEIGHTS}
+    named = named_weights(settings) | {"judge": JUDGE_WEIGHTS}
     return {"settings": settings, "weights": {key: sha256(find_weights(name)) for key, name in named.items()}}
+
+
+@cache
+def preset(model: str) -> dict[str, Any]:
+    """The settings of a model preset that nothing was changed of."""
+    return flatten(load(model, "mle", "digits", "local", []))
 
 
 @dataclass
@@ -285,8 +289,7 @@ class Study:
         # a setting that went since says nothing; one that came since had its default
         same = all(now["settings"].get(key, value) == value for key, value in made["settings"].items())
         came = now["settings"].keys() - made["settings"].keys()
-        default = flatten(load(unit.model, "mle", "digits", "local", [])) if came else {}
-        same = same and all(now["settings"][key] == default[key] for key in came)
+        same = same and all(now["settings"][key] == preset(unit.model)[key] for key in came)
         return record if same and made["weights"] == now["weights"] else None
 
     def point(self, unit: Unit) -> Point | None:

@@ -36,6 +36,7 @@ KINDS: dict[str, tuple[type, type]] = {
 PARADIGMS = {"edm2": "diffusion", "var": "next_scale"}
 BUNDLED = Path(models.__file__).parent / "weights"
 OWN = ("kind", "config", "parameters")  # entries of config.json that follow from the network; the others are notes
+WEIGHTS = ("model.weights", "model.tokenizer", "model.posterior.weights", "sample.guide")  # settings that name weights
 MOST = 3  # differences that an error names
 IMAGES = "give data of their images by --data"
 TOKENS = "give the tokenizer that they were trained with, model.tokenizer=WEIGHTS"
@@ -171,6 +172,11 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 def sha256(weights: Path) -> str:
     """Checksum of a weights folder's tensors: what tells two weights apart wherever they lie."""
     return checksum(weights / "model.safetensors")
+
+
+def named_weights(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Those of WEIGHTS that are given. settings: dotted key -> value, as configs.schema.flatten makes them."""
+    return {key: settings[key] for key in WEIGHTS if settings.get(key)}
 
 
 def kind_of(net: nn.Module) -> str:
