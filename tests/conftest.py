@@ -1,13 +1,18 @@
 """Every test runs with uninitialised memory poisoned: what `torch.empty` gives is NaN, so reading it before writing shows.
 
+Triton kernels run in Triton's interpreter, which must be said before they are imported.
+
 Also here: what the tests of training read, the digits and a tokenizer that has learned nothing.
 """
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.cpp_extension import get_default_build_root
+
+os.environ["TRITON_INTERPRET"] = "1"
 
 from models.vqvae import VQVAE, VQVAEConfig
 from train.prepare import prepare_digits

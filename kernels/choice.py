@@ -1,0 +1,55 @@
+"""Which operations run as Triton kernels: `auto` where a measurement on this GPU says that they win, `torch` never, `triton` always."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+MODES = ("auto", "torch", "triton")
+RESULTS = Path(__file__).parent / "RESULTS.json"
+_mode = "auto"
+
+
+def use(mode: str) -> None:
+    """Decide for the whole process. Raises ValueError for another word than those of MODES."""
+    global _mode
+    if mode not in MODES:
+        raise ValueError(f"kernels: {mode!r} is not one of {', '.join(MODES)}")
+    _mode = mode
+
+
+@contextmanager
+def using(mode: str) -> Iterator[None]:
+    before = _mode
+    use(mode)
+    try:
+        yield
+    finally:
+        use(before)
+
+
+def family(device: torch.device) -> str:
+    """The GPU family that measurements hold for: its compute capability, as sm_90."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@cache
+def winners(gpu: str) -> frozenset[str]:
+    """The operations that won on this GPU family, by kernels/RESULTS.json."""
+    return frozenset(json.loads(RESULTS.read_text())["winners"].get(gpu, ()))
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET=1 before the first import of kernels."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def runs_triton(op: str, like: Tensor) -> bool:
+    """Whether this operation runs as a Triton kernel on the device of `like`."""
+    return _mode == "triton" or (_mode == "auto" and like.is_cuda and op in winners(family(like.device)))

@@ -1,0 +1,125 @@
+"""Every operation: Triton (in its interpreter) and torch against the definition in fp64, its gradients, strides, compilation."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from test_house import ROOT
+
+from kernels.choice import use, using
+from kernels.op import as_tuple, check, compare, leaves, moved, results
+from kernels.registry import OPS
+
+CASES = [pytest.param(op, shape, id=f"{op.name}, {name}") for op in OPS.values() for name, shape in op.tiny.items()]
+# of the dtypes that the interpreter computes rightly: in bf16 it is silently wrong
+INTERPRETED = (torch.float32, torch.float16)
+per_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+
+
+def first(op, dtype=torch.float32):
+    """Inputs of an operation's first tiny size."""
+    return op.draw(next(iter(op.tiny.values())), dtype, torch.Generator().manual_seed(3))
+
+
+def doubled(t):
+    return t.double() if t.is_floating_point() else t
+
+
+def scattered(t):
+    """The same numbers, no two of them neighbours in memory."""
+    wide = t.new_full((*t.shape, 2), torch.nan if t.is_floating_point() else 0)
+    wide[..., 0] = t
+    return wide[..., 0]
+
+
+@pytest.mark.parametrize("dtype", INTERPRETED, ids=str)
+@pytest.mark.parametrize(("op", "shape"), CASES)
+def test_triton_is_the_definition(op, shape, dtype):
+    errors = check(op, "cpu", dtype, shape)
+    assert errors and all(error.ok for error in errors), errors
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, *INTERPRETED, torch.bfloat16), ids=str)
+@pytest.mark.parametrize(("op", "shape"), CASES)
+def test_torch_is_the_definition(op, shape, dtype):
+    if dtype == torch.float64:
+        inputs = op.draw(shape, torch.float32, torch.Generator().manual_seed(0))
+        errors = compare(op, moved(inputs, doubled), dtype, "torch")
+    else:
+        errors = check(op, "cpu", dtype, shape, "torch")
+    assert errors and all(error.ok for error in errors), errors
+
+
+@per_op
+def test_the_gradients_of_the_definition_are_finite_differences(op):
+    inputs = moved(first(op), doubled)
+
+    def of_leaves(*values):
+        # gradcheck hands over copies of the leaves
+        given = iter(values)
+
+        def fill(value):
+            if isinstance(value, list):
+                return [fill(each) for each in value]
+            return next(given) if torch.is_tensor(value) and value.requires_grad else value
+
+        return as_tuple(op.reference(**{name: fill(value) for name, value in inputs.items()}))
+
+    assert torch.autograd.gradcheck(of_leaves, tuple(leaves(inputs).values()))
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@per_op
+def test_inputs_may_have_any_strides(op, kernels):
+    errors = compare(op, moved(first(op), scattered), torch.float32, kernels)
+    assert all(error.ok for error in errors), errors
+
+
+@per_op
+def test_two_runs_are_bit_equal(op):
+    with using("triton"):
+        one, two = (results(op.run, first(op)) for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@per_op
+def test_torch_compile_sees_one_graph(op):
+    inputs = first(op)
+    with using("triton"):
+        compiled = torch.compile(op.run, backend="aot_eager", fullgraph=True)
+        eager, traced = results(op.run, inputs), results(compiled, inputs)
+    assert all(torch.equal(eager[name], traced[name]) for name in eager)
+
+
+@per_op
+def test_a_wrong_result_is_found(op):
+    def skewed(**inputs):
+        head, *rest = as_tuple(op.run(**inputs))
+        return (head * (1 + 1e-4), *rest)
+
+    errors = compare(replace(op, run=skewed), first(op), torch.float32)
+    assert not all(error.ok for error in errors)
+    nan = compare(
+        replace(op, run=lambda **inputs: [out * torch.nan for out in as_tuple(op.run(**inputs))]), first(op), torch.float32
+    )
+    assert not any(error.ok for error in nan)
+
+
+def compiler(*arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "kernels.compile", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def test_every_kernel_compiles_for_a_hopper_gpu_in_bf16():
+    done = compiler("--arch", "90", "--dtype", "bf16")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(f"| {name} |" in done.stdout for name in OPS)
+
+
+def test_modes_are_words_that_exist():
+    with pytest.raises(ValueError, match="kernels: 'fast' is not one of auto, torch, triton"):
+        use("fast")
