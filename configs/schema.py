@@ -216,6 +216,8 @@ class Engine(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_clipping: NotNegative = 0.0  # norm; 0: none
     compile: bool = False
+    # fused operations: auto, Triton where it won on this GPU (kernels/RESULTS.json); torch, never; triton, always
+    kernels: Literal["auto", "torch", "triton"] = "auto"
 
     @model_validator(mode="after")
     def _check(self) -> "Engine":

@@ -90,12 +90,15 @@ def refuse_unlike(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]
     """
     device = next(iter(tensors.values())).device
     for name, t in tensors.items():
-        refuse(name, tuple(t.shape) != shapes[name], f"shape {tuple(t.shape)}, not {shapes[name]}")
-        refuse(name, t.numel() == 0, f"shape {tuple(t.shape)} holds nothing")
-        refuse(name, t.device != device, f"on {t.device}, not on {device} as {next(iter(tensors))}")
-        refuse(
-            name, t.is_floating_point() and t.dtype not in dtypes, f"dtype {t.dtype}, not one of {', '.join(map(str, dtypes))}"
-        )
+        # messages are written only where they are needed: this runs before every call
+        if tuple(t.shape) != shapes[name]:
+            refuse(name, True, f"shape {tuple(t.shape)}, not {shapes[name]}")
+        if t.numel() == 0:
+            refuse(name, True, f"shape {tuple(t.shape)} holds nothing")
+        if t.device != device:
+            refuse(name, True, f"on {t.device}, not on {device} as {next(iter(tensors))}")
+        if t.is_floating_point() and t.dtype not in dtypes:
+            refuse(name, True, f"dtype {t.dtype}, not one of {', '.join(map(str, dtypes))}")
 
 
 def refuse_index(name: str, index: Tensor, limit: int) -> None:
@@ -141,7 +144,8 @@ class Op:
         inputs = self.draw(shape | self.narrow, dtype, torch.Generator().manual_seed(0))
         with recording() as launches, using("triton"):
             outputs = as_tuple(self.run(**inputs))
-            torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
+            if leaves(inputs):
+                torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
         return launches
 
 

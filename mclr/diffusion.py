@@ -1,6 +1,8 @@
 """The EDM paradigm: noise law, denoising surrogate of the log-likelihood, sampling.
 
-B samples; R scored rows; C, H, W image; T = 1 term per row. The network: net(noisy_RCHW, sigma_R, c_R) -> (denoised_RCHW, logvar_R).
+B samples; R scored rows; C, H, W image; T = 1 term per row. The network: net(noisy_BCHW, sigma_B, c_R, index_R) -> (raw_RCHW,
+logvar_R). Row r is sample index_R[r] under condition c_R[r]; without index_R rows are samples. raw: its answer, of unit variance, from
+which the denoised image is made (Diffusion.denoised).
 """
 
 import math
@@ -9,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.denoising_value import denoising_value
 from mclr.guidance import Guidance, mix
 from mclr.likelihood import Draws, LogLik, Net, Probe
 from mclr.solvers import SOLVERS, churned_heun, sigma_grid
@@ -62,28 +65,56 @@ class Diffusion:
         noisy = x_B + sigma_B[:, None, None, None] * draws.normal(*self.shape)
         return Probe({"x": x_B, "noisy": noisy, "sigma": sigma_B}, progress_of(sigma_B)[:, None])
 
+    def scales(self, sigma_B: Tensor) -> tuple[Tensor, Tensor]:
+        """(c_skip, c_out), [B, 1, 1, 1]: denoised = c_skip noisy + c_out raw (EDM, arXiv 2206.00364, table 1)."""
+        sigma_B111 = sigma_B[:, None, None, None]
+        norm_B111 = (sigma_B111**2 + self.sigma_data**2).sqrt()
+        return self.sigma_data**2 / norm_B111**2, sigma_B111 * self.sigma_data / norm_B111
+
+    def denoised(self, raw_BCHW: Tensor, noisy_BCHW: Tensor, sigma_B: Tensor) -> Tensor:
+        """The denoised images of a network's answers, fp32."""
+        c_skip, c_out = self.scales(sigma_B)
+        return c_skip * noisy_BCHW + c_out * raw_BCHW.float()
+
+    def of_denoiser(self, denoiser: Net) -> Net:
+        """The network that a denoiser is: denoiser(noisy_RCHW, sigma_R, c_R) -> (denoised_RCHW, logvar_R)."""
+
+        def net(noisy: Tensor, sigma: Tensor, c_R: Tensor, index_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            if index_R is not None:
+                noisy, sigma = noisy[index_R], sigma[index_R]
+            denoised, logvar_R = denoiser(noisy, sigma, c_R)
+            c_skip, c_out = self.scales(sigma)
+            return (denoised - c_skip * noisy) / c_out, logvar_R
+
+        return net
+
     def predict(self, net: Net, probe: Probe, index_R: Tensor, c_R: Tensor, terms: int | None = None) -> tuple[Tensor, Tensor]:
-        """(denoised_RCHW, logvar_R): the image that guidance mixes, and the learned log-variance u. There is one term."""
-        return net(probe.inputs["noisy"][index_R], probe.inputs["sigma"][index_R], c_R)
+        """(raw_RCHW, logvar_R): the answer, whose mixture makes the mixture of denoised images, and the learned log-variance u."""
+        return net(probe.inputs["noisy"], probe.inputs["sigma"], c_R, index_R)
 
     def log_likelihood(
-        self, prediction: tuple[Tensor, Tensor], probe: Probe, index_R: Tensor, mixed: Tensor | None = None
+        self,
+        prediction: tuple[Tensor, Tensor],
+        probe: Probe,
+        index_R: Tensor,
+        guide: Tensor | None = None,
+        mix_RT: Tensor | None = None,
     ) -> LogLik:
         """-(weighted squared error) exp(-u) with u held constant; u is calibrated by aux alone, on the matched rows.
 
         err = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 * mean over dimensions of (D - x)^2. -value + aux has exactly the
         gradient of EDM2's loss (eq. 21); the split is derived: with u inside the value a ratio could drive u to -infinity.
         """
-        denoised, logvar_R = prediction
-        x, sigma_R = probe.inputs["x"][index_R], probe.inputs["sigma"][index_R]
-        weight_R = (sigma_R**2 + self.sigma_data**2) / (sigma_R * self.sigma_data) ** 2
+        raw, logvar_R = prediction
+        given = (probe.inputs["x"], probe.inputs["noisy"], probe.inputs["sigma"], index_R, self.sigma_data)
+        value_R = denoising_value(raw, *given)
+        err_R = -value_R.detach()
+        if guide is not None and mix_RT is not None:
+            value_R = denoising_value(mix(raw, guide, mix_RT), *given)
+        return LogLik((value_R * (-logvar_R.detach()).exp())[:, None], err_R * (-logvar_R).exp() + logvar_R)
 
-        def err_R(image: Tensor) -> Tensor:
-            return weight_R * (image.float() - x).square().flatten(1).mean(1)
-
-        own_R = err_R(denoised)
-        value_R = -(own_R if mixed is None else err_R(mixed)) * (-logvar_R.detach()).exp()
-        return LogLik(value_R[:, None], own_R.detach() * (-logvar_R).exp() + logvar_R)
+    def compared(self, value_RT: Tensor, prediction: tuple[Tensor, Tensor], frozen: tuple[Tensor, Tensor]) -> Tensor:
+        return value_RT * (prediction[1].detach() - frozen[1]).exp()[:, None]
 
     @torch.no_grad()
     def sample(self, net: Net, c_B: Tensor, guidance: Guidance, draws: Draws) -> Tensor:
@@ -94,10 +125,10 @@ class Diffusion:
             sigma_B = torch.full((len(x),), sigma, device=x.device)
             pred = net(x, sigma_B, c_B)[0]
             weight = guidance.gamma.at(float(progress_of(torch.tensor(sigma))))
-            if weight == 0:
-                return pred
-            guide = net(x, sigma_B, null_B)[0] if guidance.guide is None else guidance.guide(x, sigma_B, c_B)[0]
-            return mix(pred, guide, weight)
+            if weight != 0:
+                guide = net(x, sigma_B, null_B)[0] if guidance.guide is None else guidance.guide(x, sigma_B, c_B)[0]
+                pred = mix(pred, guide, weight)
+            return self.denoised(pred, x, sigma_B)
 
         def noise() -> Tensor:
             return draws.normal(*self.shape)

@@ -10,9 +10,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
-
-from mclr.guidance import mix
 
 Net = Callable[..., Any]
 
@@ -73,12 +70,21 @@ class Rows:
 
     @property
     def terms(self) -> int:
-        """How many leading terms the rows beside the matched ones are scored on: up to the last one with a ratio.
+        """How many leading terms have a ratio: up to the last one, for any sample."""
+        ratio_T = self.lam_BT.ne(0).any(0)
+        return int(ratio_T.nonzero().max()) + 1 if ratio_T.any() else 0
+
+    @property
+    def terms_R(self) -> Tensor:
+        """How many leading terms each row is scored on: a matched one on all, another up to the last one whose contrast it is.
 
         Coarser scales do not see finer ones, so a token row cut short there is exact; its cost is its share of the tokens.
         """
-        ratio_T = self.lam_BT.ne(0).any(0)
-        return int(ratio_T.nonzero().max()) + 1 if ratio_T.any() else 0
+        batch, terms = self.lam_BT.shape
+        number_BT = torch.arange(1, terms + 1, device=self.index_R.device).expand(batch, -1)
+        terms_R = torch.zeros_like(self.index_R).scatter_reduce(0, self.contrast_BT.flatten(), number_BT.flatten(), "amax")
+        terms_R[:batch] = terms
+        return terms_R
 
 
 @dataclass(frozen=True)
@@ -107,24 +113,35 @@ class Paradigm(Protocol):
     def probe(self, x_B: Tensor, draws: Draws) -> Probe: ...
 
     def predict(self, net: Net, probe: Probe, index_R: Tensor, c_R: Tensor, terms: int | None = None) -> tuple[Tensor, Any]:
-        """The network's answer for these rows: what guidance mixes (denoised image or logits), and the rest.
+        """The network's answer for these rows: what guidance mixes (only something affine comes after it), and the rest.
 
-        terms: how many leading terms are wanted; None: all of them.
+        The network gets what rows share once per sample, and index_R. terms: how many leading terms are wanted; None: all of them.
         """
 
     def log_likelihood(
-        self, prediction: tuple[Tensor, Any], probe: Probe, index_R: Tensor, mixed: Tensor | None = None
+        self,
+        prediction: tuple[Tensor, Any],
+        probe: Probe,
+        index_R: Tensor,
+        guide: Tensor | None = None,
+        mix_RT: Tensor | None = None,
     ) -> LogLik:
-        """Values and aux of these rows. mixed: what the values are taken of instead of the prediction, which keeps its aux."""
+        """Values and aux of these rows. guide, mix_RT: the values are those of prediction + mix (prediction - guide), aux is not.
+
+        guide: as the first of a prediction, taken as a constant.
+        """
+
+    def compared(self, value_RT: Tensor, prediction: tuple[Tensor, Any], frozen: tuple[Tensor, Any]) -> Tensor:
+        """A prediction's values as they can be compared with the reference's: under the uncertainty that its prediction has."""
 
     def sample(self, net: Net, c_B: Tensor, guidance: Any, draws: Draws) -> Tensor: ...
 
 
 def score(paradigm: Paradigm, net: Net, probe: Probe, rows: Rows, null: int, reference: Net | None = None) -> Scores:
-    """Values of all rows in one forward with gradient; with `mix_BT` or a reference, a second forward without.
+    """Values of all rows, with gradient; with `mix_BT` or a reference, a second forward without.
 
-    Where the ratio ends before the last term, the rows beside the matched ones are forwarded by themselves, cut short there; the
-    null forward covers only samples whose mixing weight is not 0. aux comes from the unmixed prediction.
+    One forward, or one for every number of terms that rows are scored on, cut short there (up to one per scale). The null forward
+    covers only samples whose mixing weight is not 0. aux comes from the unmixed prediction.
     """
     index_R, c_R = rows.index_R, rows.c_R
     if rows.mix_BT is not None:
@@ -137,16 +154,19 @@ def score(paradigm: Paradigm, net: Net, probe: Probe, rows: Rows, null: int, ref
             with torch.no_grad():
                 null_pred = paradigm.predict(net, probe, guided_R, torch.full_like(guided_R, null), rows.terms)[0]
                 guide[guided_R, : null_pred.shape[1]] = null_pred
-        own = paradigm.log_likelihood(prediction, probe, index_R, mixed=mix(pred, guide, rows.mix_BT))
+        own = paradigm.log_likelihood(prediction, probe, index_R, guide, rows.mix_BT)
         return Scores(own.value_RT, own.aux_R)
     batch, all_terms = rows.lam_BT.shape
-    # rows.terms waits for a GPU: not where nothing can be cut short
-    if reference is None and len(index_R) > batch and all_terms > 1 and 0 < (terms := rows.terms) < all_terms:
-        matched, others = index_R[:batch], index_R[batch:]
-        own = paradigm.log_likelihood(paradigm.predict(net, probe, matched, c_R[:batch]), probe, matched)
-        short = paradigm.log_likelihood(paradigm.predict(net, probe, others, c_R[batch:], terms), probe, others)
-        value_RT = torch.cat([own.value_RT, pad(short.value_RT, (0, all_terms - terms))])
-        return Scores(value_RT, torch.cat([own.aux_R, short.aux_R]))
+    # terms_R waits for a GPU: not where nothing can be cut short
+    if reference is None and len(index_R) > batch and all_terms > 1:
+        terms_R = rows.terms_R
+        value_RT, aux_R = rows.lam_BT.new_zeros(len(index_R), all_terms), rows.lam_BT.new_zeros(len(index_R))
+        for terms in terms_R.unique(sorted=True).flip(0).tolist():
+            cut = (terms_R == terms).nonzero()[:, 0]
+            prediction = paradigm.predict(net, probe, index_R[cut], c_R[cut], terms)
+            some = paradigm.log_likelihood(prediction, probe, index_R[cut])
+            value_RT[cut, :terms], aux_R[cut] = some.value_RT, some.aux_R
+        return Scores(value_RT, aux_R)
     prediction = paradigm.predict(net, probe, index_R, c_R)
     own = paradigm.log_likelihood(prediction, probe, index_R)
     if reference is None:
@@ -155,5 +175,5 @@ def score(paradigm: Paradigm, net: Net, probe: Probe, rows: Rows, null: int, ref
         frozen = paradigm.predict(reference, probe, index_R, c_R)
         reference_RT = paradigm.log_likelihood(frozen, probe, index_R).value_RT
     # both under the reference's uncertainty: with each network's own, an error halved alone would show as a ratio of 0 (derived)
-    policy_RT = paradigm.log_likelihood((prediction[0], frozen[1]), probe, index_R).value_RT
+    policy_RT = paradigm.compared(own.value_RT, prediction, frozen)
     return Scores(own.value_RT, own.aux_R, paradigm.dims * (policy_RT - reference_RT).mean(1))

@@ -1,7 +1,10 @@
 """The VAR paradigm: exact log-likelihood of tokens, coarse-to-fine sampling.
 
 B samples; R scored rows; L tokens of all scales, the terms of a row (T = L); l tokens of one scale; V codes; E code dimensions.
-The network: net(teacher_RlE, c_R, cache) -> logits_RlV; the tokenizer turns tokens into the teacher inputs of the next scale.
+The network: net(teacher_BlE, c_R, index_R, cache) -> (h_RlD, head). Row r is sample index_R[r] under condition c_R[r]; without
+index_R rows are samples. head(h_RlD) -> logits_RlV, affine in h; head(h_RlD, tokens_Bl, index_R, guide_RlD, mix_Rl) -> log p of the
+tokens [R, l], under the logits z + mix (z - sg z_guide) where a guide's h is given.
+The tokenizer turns tokens into the teacher inputs of the next scale.
 """
 
 from collections.abc import Sequence
@@ -83,23 +86,30 @@ class NextScale:
             teacher = self.tokenizer.teacher(x_B)
         return Probe({"tokens": x_B, "teacher": teacher}, progress_L.expand(len(x_B), -1))
 
-    def predict(self, net: Net, probe: Probe, index_R: Tensor, c_R: Tensor, terms: int | None = None) -> tuple[Tensor, None]:
-        """(logits of the first `terms` tokens [R, terms, V], None): the logits that guidance mixes; tokens need no calibration.
+    def predict(self, net: Net, probe: Probe, index_R: Tensor, c_R: Tensor, terms: int | None = None) -> tuple[Tensor, Any]:
+        """(h of the first `terms` tokens [R, terms, D], head): a mixture of h makes the same mixture of logits.
 
         terms: tokens of whole scales.
         """
         # the first token has no teacher input
         last = None if terms is None else terms - 1
-        return net(probe.inputs["teacher"][index_R, :last], c_R), None
+        return net(probe.inputs["teacher"][:, :last], c_R, index_R)
 
     def log_likelihood(
-        self, prediction: tuple[Tensor, None], probe: Probe, index_R: Tensor, mixed: Tensor | None = None
+        self,
+        prediction: tuple[Tensor, Any],
+        probe: Probe,
+        index_R: Tensor,
+        guide: Tensor | None = None,
+        mix_RT: Tensor | None = None,
     ) -> LogLik:
-        """log p(token | coarser scales, c) of every token, exact, in nats."""
-        logits = prediction[0] if mixed is None else mixed
-        tokens = probe.inputs["tokens"][index_R, : logits.shape[1]]
-        value_RL = logits.float().log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+        """log p(token | coarser scales, c) of every token, exact, in nats; tokens need no calibration."""
+        h, head = prediction
+        value_RL = head(h, probe.inputs["tokens"][:, : h.shape[1]], index_R, guide, mix_RT)
         return LogLik(value_RL, value_RL.new_zeros(len(value_RL)))
+
+    def compared(self, value_RT: Tensor, prediction: tuple[Tensor, Any], frozen: tuple[Tensor, Any]) -> Tensor:
+        return value_RT
 
     @torch.no_grad()
     def sample(self, net: Any, c_B: Tensor, guidance: Guidance, draws: Draws) -> Tensor:
@@ -116,13 +126,14 @@ class NextScale:
         teacher = f_hat.new_zeros(len(c_B), 0, f_hat.shape[1])
         unseen, tokens = [], []
         for k, side in enumerate(self.scales):
-            logits = net(teacher, c_B, cache)
+            h, head = net(teacher, c_B, cache=cache)
+            logits = head(h)
             unseen.append(teacher)
             if weights[k] != 0:
                 if guide_cache is None:
                     guide_cache = guide_net.new_cache(len(c_B))
-                guide = guide_net(torch.cat(unseen, 1), guide_c_B, guide_cache)[:, -side * side :]
-                logits, unseen = mix(logits, guide, weights[k]), []
+                guide_h, guide_head = guide_net(torch.cat(unseen, 1), guide_c_B, cache=guide_cache)
+                logits, unseen = mix(logits, guide_head(guide_h[:, -side * side :]), weights[k]), []
             if self.more_smooth:
                 codes = blend(logits, draws.uniform(side * side, logits.shape[-1]), self.top_k, self.top_p, progress[k])
             else:

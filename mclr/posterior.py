@@ -33,7 +33,8 @@ class NoisyPosterior:
 class PrefixPosterior:
     """p(c | coarser scales) by Bayes' rule from the network's own values: exact for the model, K rows per sample without gradient.
 
-    Every token of a scale shares the posterior given the scales before it; the prior over the classes is uniform.
+    Every token of a scale shares the posterior given the scales before it; the prior over the classes is uniform. So nothing is asked
+    about the last scale, and rows end before it.
     """
 
     paradigm: Paradigm
@@ -45,17 +46,16 @@ class PrefixPosterior:
         """(posterior [B, L, K], None): nothing is trained, the true conditions c_B are not looked at."""
         batch, K = len(probe.progress_BT), self.num_classes
         index = torch.arange(batch, device=probe.progress_BT.device)
-        total_BLK = []
-        for c in range(K):
-            prediction = self.paradigm.predict(self.net, probe, index, torch.full_like(index, c))
-            value_BL = self.paradigm.log_likelihood(prediction, probe, index).value_RT
-            total_BLK.append(value_BL.double().cumsum(1))
-        total = torch.stack(total_BLK, -1)
         # tokens before the first of each token's own scale: the prefix that its logits were computed from
-        progress = probe.progress_BT[0]
-        first_L = torch.searchsorted(progress.contiguous(), progress.contiguous())
-        before = torch.cat([torch.zeros_like(total[:, :1]), total], 1)[:, first_L]
-        return before.softmax(-1).float(), None
+        progress_L = probe.progress_BT[0].contiguous()
+        first_L = torch.searchsorted(progress_L, progress_L)
+        terms = int(first_L[-1])
+        total_BLK = torch.zeros(batch, terms + 1, K, dtype=torch.float64, device=index.device)
+        for c in range(K if terms else 0):
+            prediction = self.paradigm.predict(self.net, probe, index, torch.full_like(index, c), terms)
+            value_BL = self.paradigm.log_likelihood(prediction, probe, index).value_RT
+            total_BLK[:, 1:, c] = value_BL.double().cumsum(1)
+        return total_BLK[:, first_L].softmax(-1).float(), None
 
 
 def calibration(posterior_BTK: Tensor, c_B: Tensor, truncate: float) -> dict[str, Tensor]:

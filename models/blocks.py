@@ -1,6 +1,7 @@
 """Magnitude-preserving building blocks: unit-variance inputs give unit-variance outputs (Karras et al. 2024, arXiv 2312.02696).
 
-Equations are that paper's. Weights and statistics are computed in fp32 whatever the dtype of the activations.
+Equations are that paper's; normalize, mp_silu and mp_sum are in kernels/magnitude.py. Weights and statistics are computed in fp32
+whatever the dtype of the activations.
 """
 
 import math
@@ -9,29 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-EPS = 1e-4  # beside every RMS; not a mere guard: published weights were trained with it and answer differently without
-
-
-def normalize(x: Tensor, dim: int | None = None) -> Tensor:
-    """x / (1e-4 + rms(x)), in x's dtype; the RMS over `dim` (Eq. 30, pixel norm), or over all but the first (Eq. 47, a weight).
-
-    As a projection of stored weights onto unit magnitude this is forced weight normalisation (Eq. 66); the trainer applies it.
-    """
-    over = tuple(range(1, x.ndim)) if dim is None else (dim,)
-    # Of a norm the gradient is finite at x = 0, of sqrt(mean(x^2)) it is not.
-    norm = torch.linalg.vector_norm(x, dim=over, keepdim=True, dtype=torch.float32)
-    rms = norm * math.sqrt(norm.numel() / x.numel())
-    return x / (EPS + rms).to(x.dtype)
-
-
-def mp_silu(x: Tensor) -> Tensor:
-    """SiLU over .596, the RMS of its output for unit normal inputs (Eq. 81)."""
-    return F.silu(x) / 0.596
-
-
-def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """Interpolate from a to b and keep the variance of independent inputs (Eq. 88)."""
-    return a.lerp(b, t) / math.hypot(1 - t, t)
+from kernels.weight_norm import used_weights
 
 
 def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
@@ -57,27 +36,33 @@ class MPConv(nn.Module):
     """Bias-free convolution (linear where `kernel` is 0) whose used weight has rows of norm 1 (Eq. 47), times an optional gain.
 
     The stored weight is never written in training: normalising it as well, after every optimizer step, is the trainer's part.
-    folded: the stored weight is the used one, gain included.
+    used: the used weight where somebody made it already, gain included. folded: the stored weight is the used one.
     """
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int = 0):
         super().__init__()
         shape = (channels_out, channels_in, kernel, kernel) if kernel else (channels_out, channels_in)
         self.weight = nn.Parameter(torch.empty(shape).normal_())
+        self.used: Tensor | None = None
         self.folded = False
 
-    def used_weight(self, gain: Tensor | float = 1.0) -> Tensor:
-        """What the input is multiplied by, fp32."""
-        fan_in = self.weight[0].numel()
-        return normalize(self.weight.float()) * (gain / math.sqrt(fan_in))
+    def used_weight(self, gain: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """What the input is multiplied by."""
+        gains_1 = self.weight.new_ones(1) if gain is None else gain.reshape(1)
+        return used_weights([self.weight], gains_1, dtype)[0]
 
     @torch.no_grad()
-    def fold(self, gain: Tensor | float = 1.0) -> None:
+    def fold(self, gain: Tensor | None = None) -> None:
         """Store the used weight under this gain, once and for all: no forward computes it again, and each ignores its gain."""
-        self.weight.copy_(self.used_weight(gain))
+        self.weight.copy_(self.used_weight(gain, self.weight.dtype))
         self.folded = True
 
-    def forward(self, x: Tensor, gain: Tensor | float = 1.0) -> Tensor:
+    def forward(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
         """[R, in] -> [R, out], or [R, in, H, W] -> [R, out, H, W], in x's dtype."""
-        weight = (self.weight if self.folded else self.used_weight(gain)).to(x.dtype)
-        return F.conv2d(x, weight, padding="same") if weight.ndim == 4 else F.linear(x, weight)
+        if self.folded:
+            weight = self.weight.to(x.dtype)
+        else:
+            weight = self.used_weight(gain, x.dtype) if self.used is None else self.used
+        if weight.ndim == 2:
+            return F.linear(x, weight)
+        return F.conv2d(x, weight.contiguous(memory_format=torch.channels_last), padding="same")

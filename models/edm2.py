@@ -1,15 +1,18 @@
 """EDM2: the diffusion U-Net of Karras et al. 2024 (arXiv 2312.02696), written from the paper.
 
-In this order: the options, the preconditioned network, its residual block, its attention, the published names.
-R rows; C H W image; E embedding; K conditions; N channels of an activation; h heads of d channels.
+In this order: the options, the network, its residual block, its attention, the published names.
+B samples; R rows; C H W image; E embedding; K conditions; N channels of an activation; h heads of d channels.
 
-Precision: the trunk (U-Net) computes in the dtype that an enclosing torch.autocast announces, else in fp32. The noisy image is
-cast where it enters the trunk, the answer is cast back where it leaves. Preconditioning, embedding, log-variance, weight
-normalisation and all RMS statistics are fp32, and so are the attention logits (accumulated inside the fused attention).
+What rows share is computed once per sample, up to where the condition enters: the first convolution and half of the first block.
+
+Precision: the trunk (U-Net) computes in the dtype that an enclosing torch.autocast announces, else in fp32, and answers in it.
+Input scaling, embedding, log-variance, weight normalisation and all RMS statistics are fp32, and so are the attention logits
+(accumulated inside the fused attention).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +21,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from kernels.magnitude import mp_silu, mp_sum, norm_silu, normalize, scale_silu, sum_clip
+from kernels.weight_norm import used_weights
 from mclr.errors import UserError
-from models.blocks import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalize
+from models.blocks import MPConv, MPFourier, mp_cat
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class EDM2Config:
     # Regularity
     dropout:            float           = 0.0           # in the residual branch; 0.1 from size M up
     clip_act:           float           = 256.0         # activations are clipped to +-clip_act after every block
-    # Preconditioning (Karras et al. 2022, Table 1) and learned uncertainty (Eq. 21)
+    # Input scaling (Karras et al. 2022, Table 1) and learned uncertainty (Eq. 21)
     sigma_data:         float           = 0.5           # standard deviation of the data
     logvar_channels:    int             = 128           # width of the noise features of the log-variance
     # fmt: on
@@ -58,7 +63,7 @@ class EDM2Config:
 
 
 class EDM2(nn.Module):
-    """Noisy image, noise level, condition -> denoised image, log-variance of its error (Figure 21, preconditioned as in EDM)."""
+    """Noisy image, noise level, condition -> what the denoised image is made of, log-variance of its error (Figure 21)."""
 
     def __init__(self, config: EDM2Config):
         super().__init__()
@@ -107,30 +112,54 @@ class EDM2(nn.Module):
         self.logvar_fourier = MPFourier(config.logvar_channels)
         self.logvar_linear = MPConv(config.logvar_channels, 1)
 
-    def forward(self, x_RCHW: Tensor, sigma_R: Tensor, c_R: Tensor) -> tuple[Tensor, Tensor]:
-        """Noisy images, their sigma > 0, int64 conditions -> (denoised_RCHW, logvar_R), both fp32.
+        gained = {block.emb_linear: (block, "emb_gain") for block in self.modules() if isinstance(block, Block)}
+        gained[self.out_conv] = (self, "out_gain")
+        trunk = {layer for part in (self.encoder, self.decoder, self.out_conv) for layer in part.modules()}
+        layers = [(layer, *gained.get(layer, (self, None))) for layer in self.modules() if isinstance(layer, MPConv)]
+        # layers of the trunk, and those that are always fp32; with each the module that has its gain, and the gain's name
+        self.inside: list[tuple[MPConv, nn.Module, str | None]] = [each for each in layers if each[0] in trunk]
+        self.outside: list[tuple[MPConv, nn.Module, str | None]] = [each for each in layers if each[0] not in trunk]
 
-        c == num_classes is the null condition (an all-zero one-hot); an unconditional network does not look at c.
+    def forward(self, noisy_BCHW: Tensor, sigma_B: Tensor, c_R: Tensor, index_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Noisy images, their sigma > 0, int64 conditions of the rows, sample of each row -> (raw_RCHW, logvar_R).
+
+        raw: of unit variance, in the trunk's dtype; mclr.diffusion makes the denoised image of it. logvar: fp32. index_R: None where
+        rows are samples. c == num_classes is the null condition (an all-zero one-hot); an unconditional network does not look at c.
         """
-        device = x_RCHW.device.type
+        device = noisy_BCHW.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
         # Autocast tells the dtype and no more: every cast of this network is written out.
-        with torch.autocast(device, enabled=False):
-            x_RCHW, sigma_R = x_RCHW.float(), sigma_R.float()
-            sigma_data, sigma_R111 = self.config.sigma_data, sigma_R[:, None, None, None]
-            norm_R111 = (sigma_R111**2 + sigma_data**2).sqrt()
-            c_skip, c_out, c_in = sigma_data**2 / norm_R111**2, sigma_R111 * sigma_data / norm_R111, 1 / norm_R111
-            c_noise_R = sigma_R.log() / 4
+        with torch.autocast(device, enabled=False), self.weights_in_use(dtype):
+            sigma_B = sigma_B.float()
+            c_in_B = 1 / (sigma_B**2 + self.config.sigma_data**2).sqrt()
+            c_noise_B = sigma_B.log() / 4
+            emb_RE = self.embed(c_noise_B, c_R, index_R)
+            scaled_BCHW = c_in_B[:, None, None, None] * noisy_BCHW.float()
+            raw_RCHW = self.trunk(scaled_BCHW.to(dtype), emb_RE.to(dtype), index_R)
+            logvar_B = self.logvar_linear(self.logvar_fourier(c_noise_B)).squeeze(1)
+            return raw_RCHW, gathered(logvar_B, index_R)
 
-            emb_RE = self.embed(c_noise_R, c_R)
-            trunk_RCHW = self.trunk((c_in * x_RCHW).to(dtype), emb_RE.to(dtype))
-            denoised_RCHW = c_skip * x_RCHW + c_out * trunk_RCHW.float()
-            logvar_R = self.logvar_linear(self.logvar_fourier(c_noise_R)).squeeze(1)
-            return denoised_RCHW, logvar_R
+    @contextmanager
+    def weights_in_use(self, dtype: torch.dtype) -> Iterator[None]:
+        """Inside, every layer has the weight it uses, all made at once: those of the trunk in its dtype, the others in fp32."""
+        if self.out_conv.folded:
+            yield
+            return
+        for layers, of in ((self.inside, dtype), (self.outside, torch.float32)):
+            one = self.out_gain.new_ones(())
+            gains = torch.stack([one if name is None else getattr(owner, name) for _, owner, name in layers])
+            made = used_weights([layer.weight for layer, _, _ in layers], gains, of)
+            for (layer, _, _), used in zip(layers, made, strict=True):
+                layer.used = used
+        try:
+            yield
+        finally:
+            for layer, _, _ in [*self.inside, *self.outside]:
+                layer.used = None
 
-    def embed(self, c_noise_R: Tensor, c_R: Tensor) -> Tensor:
+    def embed(self, c_noise_B: Tensor, c_R: Tensor, index_R: Tensor | None = None) -> Tensor:
         """Noise level and condition -> emb_RE, fp32."""
-        emb_RE = self.noise_linear(self.noise_fourier(c_noise_R))
+        emb_RE = gathered(self.noise_linear(self.noise_fourier(c_noise_B)), index_R)
         conditions = self.config.num_classes
         if conditions:
             # The null condition is the column cut off; sqrt(K) gives a one-hot vector of K entries unit RMS.
@@ -138,14 +167,20 @@ class EDM2(nn.Module):
             emb_RE = mp_sum(emb_RE, self.condition_linear(one_hot_RK.to(emb_RE.dtype)), self.config.label_balance)
         return mp_silu(emb_RE)
 
-    def trunk(self, x_RCHW: Tensor, emb_RE: Tensor) -> Tensor:
-        """The U-Net: an image of unit variance -> c_out's share of the answer, also of unit variance; both [R, C, H, W]."""
+    def trunk(self, x_BCHW: Tensor, emb_RE: Tensor, index_R: Tensor | None = None) -> Tensor:
+        """The U-Net: images of unit variance -> c_out's share of the answer, also of unit variance, [R, C, H, W]."""
         # A channel of ones stands in for the biases that no layer has.
-        x = torch.cat([x_RCHW, torch.ones_like(x_RCHW[:, :1])], dim=1)
+        x = torch.cat([x_BCHW, torch.ones_like(x_BCHW[:, :1])], dim=1)
+        # channels last from here to the answer: convolutions need no reordering, on CPUs and GPUs
+        x = x.contiguous(memory_format=torch.channels_last)
         skips = []
-        for name, block in self.encoder.items():
-            x = block(x) if name.endswith("_conv") else block(x, emb_RE)
-            skips.append(x)
+        for block in self.encoder.values():
+            if not skips:
+                x = block(x)
+                skips.append(gathered(x, index_R))
+            else:
+                x = block(x, emb_RE, index_R if len(skips) == 1 else None)
+                skips.append(x)
         for name, block in self.decoder.items():
             if "_block" in name:
                 x = mp_cat(x, skips.pop(), self.config.concat_balance)
@@ -153,7 +188,7 @@ class EDM2(nn.Module):
         return self.out_conv(x, self.out_gain)
 
     def magnitude_preserving(self) -> list[nn.Parameter]:
-        """The weights on which forced weight normalisation acts (blocks.normalize, before training and after every step)."""
+        """The weights on which forced weight normalisation acts (kernels.weight_norm, before training and after every step)."""
         return [module.weight for module in self.modules() if isinstance(module, MPConv)]
 
     def fold(self) -> None:
@@ -162,12 +197,9 @@ class EDM2(nn.Module):
         There is no way back: a folded network is neither trained nor saved.
         """
         self.eval().requires_grad_(False)
-        gains = {self.out_conv: self.out_gain}
-        gains |= {block.emb_linear: block.emb_gain for block in self.modules() if isinstance(block, Block)}
-        for module in self.modules():
-            if isinstance(module, MPConv):
-                assert not module.folded, "folded twice"
-                module.fold(gains.get(module, 1.0))
+        for layer, owner, name in [*self.inside, *self.outside]:
+            assert not layer.folded, "folded twice"
+            layer.fold(None if name is None else getattr(owner, name))
 
     def train(self, mode: bool = True) -> "EDM2":
         assert not (mode and self.out_conv.folded), "a folded network cannot be trained"
@@ -203,25 +235,29 @@ class Block(nn.Module):
         self.conv_res1 = MPConv(channels_out, channels_out, kernel=3)
         self.attention = Attention(channels_out, config.channels_per_head) if attention else None
 
-    def forward(self, x: Tensor, emb_RE: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb_RE: Tensor, index_R: Tensor | None = None) -> Tensor:
+        """index_R: of an encoder block whose x is still one per sample."""
         config = self.config
         if self.resample is not None:
             x = self.resample(x)
-        if not self.decoder:
-            x = normalize(self.conv_skip(x), dim=1)
+        if self.decoder:
+            active = mp_silu(x)
+        else:
+            x, active = norm_silu(self.conv_skip(x))
 
         scale_RN = 1 + self.emb_linear(emb_RE, self.emb_gain)
-        branch = self.conv_res0(mp_silu(x))
-        branch = mp_silu(branch * scale_RN[:, :, None, None])
+        branch = self.conv_res0(active)
+        x, branch = gathered(x, index_R), gathered(branch, index_R)
+        branch = scale_silu(branch, scale_RN)
         branch = F.dropout(branch, config.dropout, self.training)
         branch = self.conv_res1(branch)
 
         if self.decoder:
             x = self.conv_skip(x)
-        x = mp_sum(x, branch, config.res_balance)
-        if self.attention is not None:
-            x = mp_sum(x, self.attention(x), config.attn_balance)
-        return x.clip(-config.clip_act, config.clip_act)
+        if self.attention is None:
+            return sum_clip(x, branch, config.res_balance, config.clip_act)
+        x = sum_clip(x, branch, config.res_balance, math.inf)
+        return sum_clip(x, self.attention(x), config.attn_balance, config.clip_act)
 
 
 class Attention(nn.Module):
@@ -238,11 +274,17 @@ class Attention(nn.Module):
         self.proj = MPConv(channels, channels, kernel=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # q, k, v vary fastest along the channels: the layout of the published weights.
-        qkv = rearrange(self.qkv(x), "R (h d three) H W -> three R h (H W) d", h=self.heads, three=3)
+        # q, k, v vary fastest along the channels: the layout of the published weights. Fused attention wants d to be last in memory.
+        qkv = rearrange(self.qkv(x), "R (h d three) H W -> three R h (H W) d", h=self.heads, three=3).contiguous()
         q, k, v = normalize(qkv, dim=-1)
         y = F.scaled_dot_product_attention(q, k, v)  # logits q.k / sqrt(d)
-        return self.proj(rearrange(y, "R h (H W) d -> R (h d) H W", H=x.shape[2]))
+        # channels last in memory
+        return self.proj(rearrange(y, "R h (H W) d -> R H W (h d)", H=x.shape[2]).movedim(-1, 1))
+
+
+def gathered(x_B: Tensor, index_R: Tensor | None) -> Tensor:
+    """What samples have, for every row."""
+    return x_B if index_R is None else x_B[index_R]
 
 
 def halve(x: Tensor) -> Tensor:

@@ -12,17 +12,21 @@ Precision, one rule: parameters are fp32 and the caller may run the network unde
 trunk are bf16, while the residual stream, the statistics of the norms, the normalisation of queries and keys, the attention
 logits and their softmax (SDPA's accumulators) and the last Linear with its logits are fp32.
 
-Legend: R rows, L tokens of all scales, l tokens of one call, E code channels, D width, H heads, d head width, K scales, V codes.
+Legend: B samples, R rows, L tokens of all scales, l tokens of one call, E code channels, D width, H heads, d head width, K scales, V codes.
 """
 
 import math
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from kernels.modulated_norm import gated_norm, modulated_norm
+from kernels.token_logp import token_logp
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,34 @@ class KVCache:
         return k_RHLd, v_RHLd
 
 
-def modulated_norm(x_RlD: Tensor, scale_R1D: Tensor, shift_R1D: Tensor, eps: float) -> Tensor:
-    """LayerNorm without parameters of its own, then the condition's scale and shift; statistics in fp32."""
-    return F.layer_norm(x_RlD.float(), x_RlD.shape[-1:], eps=eps) * (1 + scale_R1D) + shift_R1D
+class Stream(NamedTuple):
+    """The residual stream x + gate y, a sum that the next norm takes in passing.
+
+    x: one per row, fp32; or, before the condition has entered, one per sample (index_R: of each row), and token 0 of each row.
+    """
+
+    x: Tensor
+    index_R: Tensor | None = None
+    first_RD: Tensor | None = None
+    y_RlD: Tensor | None = None
+    gate_RD: Tensor | None = None
+
+    def norm(self, scale_RD: Tensor, shift_RD: Tensor, eps: float, dtype: torch.dtype) -> tuple["Stream", Tensor]:
+        """(the stream, its tokens normalised, scaled and shifted, [R, l, D] in `dtype`)."""
+        x, index_R, first_RD, y_RlD, gate_RD = self
+        if y_RlD is None or gate_RD is None:
+            return self, modulated_norm(x, scale_RD, shift_RD, eps, dtype, index_R, first_RD)
+        x_RlD, h_RlD = gated_norm(x, y_RlD, gate_RD, scale_RD, shift_RD, eps, dtype, index_R, first_RD)
+        return Stream(x_RlD), h_RlD
+
+    def plus(self, y_RlD: Tensor, gate_RD: Tensor) -> "Stream":
+        return self._replace(y_RlD=y_RlD, gate_RD=gate_RD)
+
+
+def trunk_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the matrix products: the one that an enclosing torch.autocast announces, else that of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class Attention(nn.Module):
@@ -106,34 +135,56 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.ffn = nn.Sequential(nn.Linear(D, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, D))
 
-    def forward(self, x_RlD: Tensor, condition: Tensor, mask_lL: Tensor | None, block: int, cache: KVCache | None) -> Tensor:
-        """condition: SiLU of the embedded condition [R, 1, D], or with shared_aln the shared modulation [R, 1, 6, D]."""
+    def forward(self, stream: Stream, condition: Tensor, mask_lL: Tensor | None, block: int, cache: KVCache | None) -> Stream:
+        """condition: SiLU of the embedded condition [R, D], or with shared_aln the shared modulation [R, 6, D]."""
         if self.config.shared_aln:
-            modulation = condition + self.modulation
+            modulation = condition + self.modulation[0]
         else:
             modulation = self.modulation(condition).unflatten(-1, (6, -1))
-        gate_attn, gate_ffn, scale_attn, scale_ffn, shift_attn, shift_ffn = modulation.unbind(2)
-        eps = self.config.norm_eps
-        attended = self.attention(modulated_norm(x_RlD, scale_attn, shift_attn, eps), mask_lL, block, cache)
-        x_RlD = x_RlD + self.keep_path(x_RlD) * gate_attn * attended
-        return x_RlD + self.keep_path(x_RlD) * gate_ffn * self.ffn(modulated_norm(x_RlD, scale_ffn, shift_ffn, eps))
+        gate_attn, gate_ffn, scale_attn, scale_ffn, shift_attn, shift_ffn = modulation.unbind(1)
+        eps, dtype = self.config.norm_eps, trunk_dtype(stream.x)
+        stream, h_RlD = stream.norm(scale_attn, shift_attn, eps, dtype)
+        stream = stream.plus(self.attention(h_RlD, mask_lL, block, cache), self.kept(gate_attn))
+        stream, h_RlD = stream.norm(scale_ffn, shift_ffn, eps, dtype)
+        return stream.plus(self.ffn(h_RlD), self.kept(gate_ffn))
 
-    def keep_path(self, x_RlD: Tensor) -> Tensor | float:
-        """Stochastic depth: 0 or 1 / (1 - drop_path) for each row while training."""
+    def kept(self, gate_RD: Tensor) -> Tensor:
+        """Stochastic depth: while training each row's gate is 0, or the larger by 1 / (1 - drop_path)."""
         if not (self.training and self.drop_path):
-            return 1.0
-        return F.dropout(x_RlD.new_ones(len(x_RlD), 1, 1), self.drop_path)
+            return gate_RD
+        return gate_RD * F.dropout(gate_RD.new_ones(len(gate_RD), 1), self.drop_path)
+
+
+class Head(nn.Linear):
+    """The last Linear: hidden states -> logits, or log-probabilities of given tokens, both fp32."""
+
+    def forward(
+        self,
+        h_RlD: Tensor,
+        tokens_Bl: Tensor | None = None,
+        index_R: Tensor | None = None,
+        guide_RlD: Tensor | None = None,
+        mix_Rl: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [R, l, V]; with tokens, held once per sample, and the sample of each row: log p of its tokens [R, l].
+
+        guide, mix: under the logits z + mix (z - sg z_guide).
+        """
+        with torch.autocast(h_RlD.device.type, enabled=False):
+            if tokens_Bl is None:
+                return super().forward(h_RlD)
+            return token_logp(h_RlD, self.weight, self.bias, tokens_Bl, index_R, guide_RlD, mix_Rl)
 
 
 class VAR(nn.Module):
-    """(teacher inputs, condition) -> logits of every token given all coarser scales. Null condition: index num_classes."""
+    """(teacher inputs, condition) -> what predicts every token given all coarser scales. Null condition: index num_classes."""
 
     def __init__(self, config: VARConfig):
         super().__init__()
         self.config = config
         D, sides = config.embed_dim, config.patch_nums
         self.ends = list(accumulate(side**2 for side in sides))  # tokens up to and including each scale
-        L = self.ends[-1]
+        L = self.tokens = self.ends[-1]
         self.embed_code = nn.Linear(config.z_channels, D)
         self.embed_condition = nn.Embedding(config.num_classes + 1, D)
         self.embed_scale = nn.Embedding(len(sides), D)
@@ -144,53 +195,55 @@ class VAR(nn.Module):
         rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
         self.head_modulation = nn.Linear(D, 2 * D)
-        self.head = nn.Linear(D, config.vocab_size)
+        self.head = Head(D, config.vocab_size)
         scale_L = torch.tensor([k for k, side in enumerate(sides) for _ in range(side**2)])
         self.register_buffer("scale_L", scale_L, persistent=False)
         self.register_buffer("mask_LL", scale_L[:, None] >= scale_L[None, :], persistent=False)
         self.init_weights()
 
-    def forward(self, teacher_RlE: Tensor, c_R: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Logits [R, l, V], fp32; arguments as those of hidden()."""
-        h_RlD = self.hidden(teacher_RlE, c_R, cache)
-        with torch.autocast(h_RlD.device.type, enabled=False):
-            return self.head(h_RlD)
+    def forward(
+        self, teacher_BlE: Tensor, c_R: Tensor, index_R: Tensor | None = None, cache: KVCache | None = None
+    ) -> tuple[Tensor, Head]:
+        """(h_RlD fp32, the head): head(h) are the logits of every token of this call, head(h, tokens, index_R) their log p.
 
-    def hidden(self, teacher_RlE: Tensor, c_R: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The input h_RlD of the last Linear `head`, fp32, for kernels that fuse that Linear with the likelihood.
-
-        teacher_RlE: teacher inputs of the tokens of this call; token 0 has none, so the call that begins there brings one fewer
-        than it has tokens ([R, L-1, E] for all scales, [R, 0, E] for the first alone). c_R: int64 in 0..num_classes.
-        cache: None, or the tokens before this call; the call then begins at token cache.length and extends the cache.
-        A call holds whole scales, one or several.
+        teacher_BlE: teacher inputs of the tokens of this call; token 0 has none, so the call that begins there brings one fewer
+        than it has tokens ([B, L-1, E] for all scales, [B, 0, E] for the first alone). c_R: int64 in 0..num_classes. index_R: sample
+        of each row; None where rows are samples. cache: None, or the tokens before this call, which then begins at token cache.length
+        and extends the cache. A call holds whole scales, one or several.
         """
         start = cache.length if cache else 0
-        end = start + teacher_RlE.shape[1] + (start == 0)
+        end = start + teacher_BlE.shape[1] + (start == 0)
         assert start in [0, *self.ends] and end in self.ends, f"tokens {start}..{end} are not whole scales of {self.ends}"
-        condition_R1D = self.embed_condition(c_R)[:, None]
-        x_RlD = self.embed_code(teacher_RlE)
-        if start == 0:
-            x_RlD = torch.cat((condition_R1D + self.first_token, x_RlD), dim=1)
-        x_RlD = x_RlD + self.embed_scale(self.scale_L[start:end]) + self.position[:, start:end]
+        condition_RD = self.embed_condition(c_R)
+        first_RD = condition_RD + self.first_token[0]
+        place_lD = self.embed_scale(self.scale_L[start:end]) + self.position[0, start:end]
+        x_BlD = self.embed_code(teacher_BlE)
+        if start == 0 and index_R is not None:
+            # row 0 of the place belongs to the token that each row brings itself
+            stream = Stream(F.pad(x_BlD, (0, 0, 1, 0)) + place_lD, index_R, first_RD + place_lD[0])
+        elif start == 0:
+            stream = Stream(torch.cat((first_RD[:, None], x_BlD), dim=1) + place_lD)
+        else:
+            stream = Stream((x_BlD if index_R is None else x_BlD[index_R]) + place_lD)
 
         # A single scale sees everything up to its own end, so it needs no mask (and attention can take its fastest path).
         one_scale = sum(start < scale_end <= end for scale_end in self.ends) == 1
         mask_lL = None if one_scale else self.mask_LL[start:end, :end]
-        active_R1D = F.silu(condition_R1D)
-        condition = self.shared_modulation(active_R1D).unflatten(-1, (6, -1)) if self.config.shared_aln else active_R1D
+        active_RD = F.silu(condition_RD)
+        condition = self.shared_modulation(active_RD).unflatten(-1, (6, -1)) if self.config.shared_aln else active_RD
         for i, block in enumerate(self.blocks):
-            x_RlD = block(x_RlD, condition, mask_lL, i, cache)
+            stream = block(stream, condition, mask_lL, i, cache)
         if cache:
             cache.length = end
-        scale_R1D, shift_R1D = self.head_modulation(active_R1D).chunk(2, dim=-1)
-        return modulated_norm(x_RlD, scale_R1D, shift_R1D, self.config.norm_eps)
+        scale_RD, shift_RD = self.head_modulation(active_RD).chunk(2, dim=-1)
+        _, h_RlD = stream.norm(scale_RD, shift_RD, self.config.norm_eps, stream.x.dtype)
+        return h_RlD, self.head
 
     def new_cache(self, rows: int) -> KVCache:
         """An empty cache for `rows` rows; create it under the autocast setting of the calls that use it."""
         config, device = self.config, self.position.device
         shape = (config.depth, 2, rows, config.num_heads, self.ends[-1], config.embed_dim // config.num_heads)
-        autocast = torch.is_autocast_enabled(device.type)
-        return KVCache(shape, device, torch.get_autocast_dtype(device.type) if autocast else self.position.dtype)
+        return KVCache(shape, device, trunk_dtype(self.position))
 
     @torch.no_grad()
     def init_weights(self) -> None:

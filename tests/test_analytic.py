@@ -90,7 +90,11 @@ def test_it_is_a_network_and_a_classifier_of_the_paradigm():
     paradigm = Diffusion(oracle.shape, oracle.null)
     noisy, sigma_B, c_B = wave(4, 8, 1, 1), torch.tensor([0.1, 0.5, 2.0, 9.0], dtype=torch.float64), torch.tensor([0, 1, 2, 3])
     probe = Probe({"x": noisy, "noisy": noisy, "sigma": sigma_B}, torch.zeros(4, 1))
-    denoised, logvar = paradigm.predict(oracle.net, probe, torch.arange(4), c_B)
-    assert torch.equal(denoised.flatten(1), oracle.denoisers(noisy, sigma_B)[torch.arange(4), c_B]) and logvar.eq(0).all()
+    raw, logvar = paradigm.predict(paradigm.of_denoiser(oracle.net), probe, torch.arange(4), c_B)
+    denoised = paradigm.denoised(raw, noisy, sigma_B).flatten(1)
+    assert (
+        torch.allclose(denoised.double(), oracle.denoisers(noisy, sigma_B)[torch.arange(4), c_B], atol=1e-6)
+        and logvar.eq(0).all()
+    )
     posterior_B1K, _ = NoisyPosterior(oracle.log_joint)(probe, c_B.clamp(max=2))
     assert torch.allclose(posterior_B1K[:, 0].double(), oracle.posterior(noisy, sigma_B), atol=1e-6)

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from test_data import edit_json
 
 from configs.schema import load
+from kernels.magnitude import normalize
 from mclr.errors import UserError
-from models.blocks import normalize
 from train.build import build_networks
 from train.class_map import class_map
 from train.cli import main

@@ -196,7 +196,7 @@ def test_a_folder_that_is_no_dataset_is_refused(text, problem, tmp_path):
         ("lam=1", "unknown key lam; did you mean objective.lam?"),
         ("objectiv.lam=1", "unknown key objectiv; did you mean objective?"),
         ("model.net.model_chanels=8", "unknown key model.net.model_chanels; did you mean model.net.model_channels?"),
-        ("engine.foo=1", "unknown key engine.foo; known in engine: kind, zero, precision, gradient_clipping, compile"),
+        ("engine.foo=1", "unknown key engine.foo; known in engine: kind, zero, precision, gradient_clipping, compile, kernels"),
         ("foo=1", "unknown key foo; known: model, data, objective, train, engine, sample"),
         ("model.net.depth=4", "unknown key model.net.depth; only next_scale models have it"),
         # types

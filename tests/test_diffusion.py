@@ -56,14 +56,16 @@ def test_the_surrogate():
     x = wave(2, *SHAPE)
     sigma, index_R = torch.tensor([0.3, 2.0]), torch.tensor([1, 0, 1])
     probe = Probe({"x": x, "noisy": x, "sigma": sigma}, torch.zeros(2, 1))
-    denoised, logvar = wave(3, *SHAPE, phase=1).requires_grad_(), wave(3, phase=2).requires_grad_()
-    scores = Diffusion(SHAPE, K, sigma_data=0.7).log_likelihood((denoised, logvar), probe, index_R)
+    paradigm = Diffusion(SHAPE, K, sigma_data=0.7)
+    raw, logvar = wave(3, *SHAPE, phase=1).requires_grad_(), wave(3, phase=2).requires_grad_()
+    denoised = paradigm.denoised(raw, x[index_R], sigma[index_R])
+    scores = paradigm.log_likelihood((raw, logvar), probe, index_R)
     for row, b in enumerate(index_R.tolist()):
         s, u = sigma[b].item(), logvar[row].item()
         err = (s**2 + 0.49) / (s * 0.7) ** 2 * (denoised[row] - x[b]).square().sum().item() / 4
         assert scores.value_RT[row].tolist() == pytest.approx([-err * math.exp(-u)], rel=1e-12)
         assert scores.aux_R[row].item() == pytest.approx(err * math.exp(-u) + u, rel=1e-12)
-    assert torch.autograd.grad(scores.aux_R.sum(), denoised, retain_graph=True, allow_unused=True) == (None,)
+    assert torch.autograd.grad(scores.aux_R.sum(), raw, retain_graph=True, allow_unused=True) == (None,)
     assert torch.autograd.grad(scores.value_RT.sum(), logvar, retain_graph=True, allow_unused=True) == (None,)
 
 
@@ -81,8 +83,8 @@ def test_the_guide_is_the_null_condition_or_another_network_under_the_same_condi
     paradigm = Diffusion(SHAPE, K, steps=1, solver="euler")
     net, other = ToyDenoiser(), ToyDenoiser(phase=1)
     sigma_B = torch.full((2,), 80.0)
-    pred = net(80 * noise, sigma_B, c_B)[0]
-    null, weak = net(80 * noise, sigma_B, torch.full((2,), K))[0], other(80 * noise, sigma_B, c_B)[0]
+    pred = net.denoise(80 * noise, sigma_B, c_B)[0]
+    null, weak = net.denoise(80 * noise, sigma_B, torch.full((2,), K))[0], other.denoise(80 * noise, sigma_B, c_B)[0]
     for guide, guided in ((None, null), (other, weak)):
         x = paradigm.sample(net, c_B, Guidance(Schedule("constant", 1.5), guide), Given(normals=noise))
         assert torch.allclose(x, pred + 1.5 * (pred - guided), rtol=1e-10)
@@ -109,7 +111,7 @@ def test_churn_is_that_of_the_solver():
     x = paradigm.sample(net, c_B, guidance, draws)
 
     def denoise(x, sigma):
-        pred, null = (net(x, torch.full((3,), sigma), c)[0] for c in (c_B, torch.full((3,), K)))
+        pred, null = (net.denoise(x, torch.full((3,), sigma), c)[0] for c in (c_B, torch.full((3,), K)))
         return mix(pred, null, guidance.gamma.at(progress_of(torch.tensor(sigma)).item()))
 
     noises, sigmas = Draws64(0, [4, 0, 9]), sigma_grid(8, 0.002, 80.0)

@@ -7,11 +7,12 @@ import pytest
 import torch
 from golden_weights import load_golden, relative_rms, rule_weights
 
+from kernels.magnitude import mp_silu, mp_sum, normalize
 from mclr.diffusion import Diffusion
 from mclr.errors import UserError
 from mclr.guidance import Guidance
 from mclr.schedule import Schedule
-from models.blocks import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, normalize
+from models.blocks import MPConv, MPFourier, mp_cat
 from models.convert import NAMED, load_published, published_entries, to_published
 from models.edm2 import EDM2, Block, EDM2Config, edm2_published_name
 from train.weights import save_weights
@@ -23,6 +24,7 @@ CONFIG = EDM2Config(
 )
 NOISY, SIGMA, CONDITION = ARRAYS["x_noisy"], ARRAYS["sigma"], ARRAYS["y"]
 NULL = torch.full_like(CONDITION, CONFIG.num_classes)
+PARADIGM = Diffusion(shape=(3, 16, 16), null=CONFIG.num_classes, sigma_data=CONFIG.sigma_data, steps=5)
 
 
 @pytest.fixture
@@ -43,8 +45,14 @@ def project(net: EDM2) -> None:
             weight.copy_(normalize(weight))
 
 
+def denoise(net, noisy, sigma, c):
+    """(denoised images, log-variances)."""
+    raw, logvar = net(noisy, sigma, c)
+    return PARADIGM.denoised(raw, noisy, sigma), logvar
+
+
 def loss_elementwise(net: EDM2) -> torch.Tensor:
-    denoised, logvar = net(NOISY, SIGMA, CONDITION)
+    denoised, logvar = denoise(net, NOISY, SIGMA, CONDITION)
     sigma, logvar = SIGMA[:, None, None, None], logvar[:, None, None, None]
     weight = (sigma**2 + CONFIG.sigma_data**2) / (sigma * CONFIG.sigma_data) ** 2
     return weight / logvar.exp() * (denoised - ARRAYS["x"]) ** 2 + logvar
@@ -62,16 +70,15 @@ class GoldenNoise:
 
 @torch.no_grad()
 def test_denoised_image_and_log_variance(net):
-    denoised, logvar = net(NOISY, SIGMA, CONDITION)
+    denoised, logvar = denoise(net, NOISY, SIGMA, CONDITION)
     assert relative_rms(denoised, ARRAYS["denoised"]) < 1e-5
     assert relative_rms(logvar, ARRAYS["logvar"]) < 1e-5
-    assert relative_rms(net(NOISY, SIGMA, NULL)[0], ARRAYS["denoised_null"]) < 1e-5
+    assert relative_rms(denoise(net, NOISY, SIGMA, NULL)[0], ARRAYS["denoised_null"]) < 1e-5
 
 
 @pytest.mark.parametrize("gamma, expected", [(0.0, "sample_plain"), (0.5, "sample_cfg1p5")])
 def test_sampler(net, gamma, expected):
-    diffusion = Diffusion(shape=(3, 16, 16), null=CONFIG.num_classes, sigma_data=CONFIG.sigma_data, steps=5)
-    sample = diffusion.sample(net, CONDITION, Guidance(Schedule("constant", gamma)), GoldenNoise())
+    sample = PARADIGM.sample(net, CONDITION, Guidance(Schedule("constant", gamma)), GoldenNoise())
     assert relative_rms(sample, ARRAYS[expected]) < 1e-5
 
 
@@ -101,7 +108,7 @@ def test_three_steps_with_forced_weight_normalisation(net):
         losses.append(loss.detach())
     assert relative_rms(torch.stack(losses), ARRAYS["losses"]) < 1e-4
     with torch.no_grad():
-        assert relative_rms(net.eval()(NOISY, SIGMA, CONDITION)[0], ARRAYS["denoised_after_training"]) < 1e-4
+        assert relative_rms(denoise(net.eval(), NOISY, SIGMA, CONDITION)[0], ARRAYS["denoised_after_training"]) < 1e-4
 
 
 # Names and sizes
@@ -177,11 +184,11 @@ def test_projection_gives_every_weight_row_unit_rms():
 def test_forward_leaves_weights_alone_and_ignores_their_scale(net):
     net.train()
     before = {name: entry.clone() for name, entry in net.state_dict().items()}
-    denoised = net(NOISY, SIGMA, CONDITION)[0]
+    denoised = denoise(net, NOISY, SIGMA, CONDITION)[0]
     assert all(torch.equal(entry, before[name]) for name, entry in net.state_dict().items())
     for weight in net.magnitude_preserving():
         weight.mul_(2)
-    assert relative_rms(net(NOISY, SIGMA, CONDITION)[0], denoised) < 1e-2
+    assert relative_rms(denoise(net, NOISY, SIGMA, CONDITION)[0], denoised) < 1e-2
 
 
 @torch.no_grad()
@@ -191,9 +198,9 @@ def test_a_folded_network_answers_the_same_and_normalises_no_weight(net, bf16, m
     folded = copy.deepcopy(net)
     folded.fold()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        expected = [net(NOISY, SIGMA, c) for c in (CONDITION, NULL)]
+        expected = [denoise(net, NOISY, SIGMA, c) for c in (CONDITION, NULL)]
         monkeypatch.delattr(MPConv, "used_weight")
-        found = [folded(NOISY, SIGMA, c) for c in (CONDITION, NULL)]
+        found = [denoise(folded, NOISY, SIGMA, c) for c in (CONDITION, NULL)]
     assert all(torch.equal(a, b) for x, y in zip(expected, found, strict=True) for a, b in zip(x, y, strict=True))
     assert not folded.training and not any(p.requires_grad for p in folded.parameters())
     assert sum(p.numel() for p in folded.parameters()) == sum(p.numel() for p in net.parameters())
@@ -221,7 +228,7 @@ def test_a_fresh_network_has_activations_of_unit_magnitude_and_denoises_by_c_ski
     x = torch.empty(8, 3, 16, 16).normal_(std=0.5)
     sigma = torch.logspace(-2, 1, 8)[:, None, None, None]
     noisy = x + sigma * torch.empty_like(x).normal_()
-    denoised, _ = net(noisy, sigma.flatten(), torch.arange(8))
+    denoised, _ = denoise(net, noisy, sigma.flatten(), torch.arange(8))
     assert len(magnitudes) == 21
     assert all(0.8 < magnitude < 1.25 for magnitude in magnitudes.values()), magnitudes
     assert torch.equal(denoised, 0.25 / (sigma**2 + 0.25).sqrt() ** 2 * noisy)
@@ -229,10 +236,10 @@ def test_a_fresh_network_has_activations_of_unit_magnitude_and_denoises_by_c_ski
 
 @torch.no_grad()
 def test_the_null_condition_is_the_zero_one_hot(net):
-    assert relative_rms(net(NOISY, SIGMA, CONDITION)[0], ARRAYS["denoised_null"]) > 1e-2
+    assert relative_rms(denoise(net, NOISY, SIGMA, CONDITION)[0], ARRAYS["denoised_null"]) > 1e-2
     net.condition_linear.weight.zero_()
-    assert torch.equal(net(NOISY, SIGMA, CONDITION)[0], net(NOISY, SIGMA, NULL)[0])
-    assert relative_rms(net(NOISY, SIGMA, NULL)[0], ARRAYS["denoised_null"]) < 1e-5
+    assert torch.equal(denoise(net, NOISY, SIGMA, CONDITION)[0], denoise(net, NOISY, SIGMA, NULL)[0])
+    assert relative_rms(denoise(net, NOISY, SIGMA, NULL)[0], ARRAYS["denoised_null"]) < 1e-5
 
 
 def test_conditions_out_of_range_are_refused(net):
@@ -245,14 +252,27 @@ def test_an_unconditional_network_has_no_condition_embedding():
     net = fresh(num_classes=0)
     net.out_gain.fill_(1.0)
     assert "unet.emb_label.weight" not in published_entries(net, edm2_published_name)
-    assert torch.equal(net(NOISY, SIGMA, CONDITION)[0], net(NOISY, SIGMA, torch.zeros_like(CONDITION))[0])
+    assert torch.equal(denoise(net, NOISY, SIGMA, CONDITION)[0], denoise(net, NOISY, SIGMA, torch.zeros_like(CONDITION))[0])
 
 
 @torch.no_grad()
 def test_deterministic_and_rows_do_not_mix(net):
-    both = net(NOISY, SIGMA, CONDITION)[0]
-    assert torch.equal(both, net(NOISY, SIGMA, CONDITION)[0])
-    assert relative_rms(net(NOISY[1:], SIGMA[1:], CONDITION[1:])[0], both[1:]) < 1e-5
+    both = denoise(net, NOISY, SIGMA, CONDITION)[0]
+    assert torch.equal(both, denoise(net, NOISY, SIGMA, CONDITION)[0])
+    assert relative_rms(denoise(net, NOISY[1:], SIGMA[1:], CONDITION[1:])[0], both[1:]) < 1e-5
+
+
+def test_rows_of_a_sample_share_what_comes_before_the_condition(net):
+    """Rows by index answer as rows of copied samples do, and so do the gradients."""
+    index = torch.tensor([1, 0, 1, 1])
+    c = torch.arange(4)
+    copied, shared = net(NOISY[index], SIGMA[index], c), net(NOISY, SIGMA, c, index)
+    wanted = [p for p in net.parameters() if p.requires_grad]
+    upstream = [torch.linspace(-1, 1, out.numel()).reshape(out.shape) for out in shared]
+    for mine, theirs in zip(shared, copied, strict=True):
+        assert mine.shape == theirs.shape and relative_rms(mine, theirs) < 1e-5
+    for mine, theirs in zip(*(torch.autograd.grad(out, wanted, upstream) for out in (shared, copied)), strict=True):
+        assert relative_rms(mine, theirs) < 2e-5
 
 
 BALANCES = dict.fromkeys(["label_balance", "concat_balance", "res_balance", "attn_balance"], 0.4)
@@ -265,28 +285,29 @@ def test_every_option_reaches_the_network(option, value):
     usual, changed = fresh(), fresh(**{option: value})
     for gain in [weight for net in (usual, changed) for weight in net.parameters() if weight.ndim == 0]:
         gain.fill_(1.0)
-    assert relative_rms(changed(NOISY, SIGMA, CONDITION)[0], usual(NOISY, SIGMA, CONDITION)[0]) > 1e-3
+    assert relative_rms(denoise(changed, NOISY, SIGMA, CONDITION)[0], denoise(usual, NOISY, SIGMA, CONDITION)[0]) > 1e-3
 
 
 @torch.no_grad()
 def test_widths_of_noise_features_and_embedding():
     net = fresh(channel_mult_noise=3, channel_mult_emb=4)
     assert net.noise_linear.weight.shape == (128, 96) and net.condition_linear.weight.shape == (128, 10)
-    net(NOISY, SIGMA, CONDITION)
+    denoise(net, NOISY, SIGMA, CONDITION)
 
 
 @torch.no_grad()
 def test_dropout_acts_in_training_alone():
     net = fresh(dropout=0.5)
     net.out_gain.fill_(1.0)
-    still = net(NOISY, SIGMA, CONDITION)[0]
-    assert torch.equal(still, net(NOISY, SIGMA, CONDITION)[0])
-    assert relative_rms(net.train()(NOISY, SIGMA, CONDITION)[0], still) > 1e-2
+    still = denoise(net, NOISY, SIGMA, CONDITION)[0]
+    assert torch.equal(still, denoise(net, NOISY, SIGMA, CONDITION)[0])
+    assert relative_rms(denoise(net.train(), NOISY, SIGMA, CONDITION)[0], still) > 1e-2
 
 
-def test_bf16_trunk_answers_in_fp32(net):
+def test_bf16_trunk_answers_in_bf16(net):
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        denoised, logvar = net(NOISY, SIGMA, CONDITION)
+        assert net(NOISY, SIGMA, CONDITION)[0].dtype == torch.bfloat16
+        denoised, logvar = denoise(net, NOISY, SIGMA, CONDITION)
     assert denoised.dtype == logvar.dtype == torch.float32
     assert 1e-4 < relative_rms(denoised, ARRAYS["denoised"]) < 2e-2
     assert relative_rms(logvar, ARRAYS["logvar"]) < 1e-5
@@ -296,7 +317,7 @@ def test_bf16_trunk_answers_in_fp32(net):
 
 def test_compiles_without_a_graph_break(net):
     compiled = torch.compile(net, backend="eager", fullgraph=True)
-    assert relative_rms(compiled(NOISY, SIGMA, CONDITION)[0], ARRAYS["denoised"]) < 1e-5
+    assert relative_rms(denoise(compiled, NOISY, SIGMA, CONDITION)[0], ARRAYS["denoised"]) < 1e-5
 
 
 @pytest.mark.parametrize(

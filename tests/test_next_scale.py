@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from toy import SCALES, Given, K, V, float64, toy, wave
+from toy import SCALES, Given, K, V, float64, logits_of, toy, wave
 
 from mclr.guidance import Guidance, mix
 from mclr.likelihood import Draws
@@ -139,7 +139,7 @@ def test_log_likelihood_is_a_distribution_over_codes():
         probe.inputs["tokens"][:, 4] = code
         scores = case.paradigm.log_likelihood(prediction, probe, index_R)
         assert scores.value_RT.shape == (3, 14) and scores.aux_R.eq(0).all()
-        logits = case.net(probe.inputs["teacher"][index_R], c_R)[:, 4]
+        logits = logits_of(case.net, probe.inputs["teacher"], c_R, index_R)[:, 4]
         assert torch.allclose(scores.value_RT[:, 4], logits[:, code] - logits.logsumexp(-1), rtol=1e-12)
         total = total + scores.value_RT[:, 4].exp()
     assert torch.allclose(total, torch.ones(3))
@@ -176,7 +176,7 @@ def plain_sample(paradigm, net, guide, guide_c_B, weights, c_B, draws):
     for side, weight in zip(paradigm.scales, weights, strict=True):
         here = slice(start, start + side * side)
         teacher = paradigm.tokenizer.teacher(tokens_BL)
-        logits = mix(net(teacher, c_B)[:, here], guide(teacher, guide_c_B)[:, here], weight)
+        logits = mix(logits_of(net, teacher, c_B)[:, here], logits_of(guide, teacher, guide_c_B)[:, here], weight)
         tokens_BL[:, here] = pick(logits, draws.uniform(side * side), paradigm.top_k, paradigm.top_p)
         start = here.stop
     return tokens_BL
@@ -214,10 +214,10 @@ def test_sampling_with_shortcuts_equals_plain_sampling(real, name, autoguidance)
         def __init__(self, net, is_guide):
             self.net, self.is_guide, self.new_cache = net, is_guide, net.new_cache
 
-        def __call__(self, teacher_RlE, c_R, cache):
-            logits = self.net(teacher_RlE, c_R, cache)
-            asked[self.is_guide or K in c_R].append((c_R.tolist(), logits.shape[1]))
-            return logits
+        def __call__(self, teacher_BlE, c_R, cache):
+            h, head = self.net(teacher_BlE, c_R, cache=cache)
+            asked[self.is_guide or K in c_R].append((c_R.tolist(), h.shape[1]))
+            return h, head
 
     guidance = Guidance(schedule, Watched(other, True) if autoguidance else None)
     paradigm.sample(Watched(net, False), c_B, guidance, Draws(0, positions))
@@ -279,11 +279,11 @@ def test_greedy_codes_are_those_without_skipping(deep, name, autoguidance):
     class Watched:
         new_cache = staticmethod(guide.new_cache)
 
-        def __call__(self, teacher_RlE, c_R, cache):
+        def __call__(self, teacher_BlE, c_R, cache):
             before = cache.length
-            logits = guide(teacher_RlE, guide_c_B, cache)
+            answer = guide(teacher_BlE, guide_c_B, cache=cache)
             asked.append(cache.length - before)
-            return logits
+            return answer
 
     assert torch.equal(paradigm.sample(net, c_B, Guidance(gamma, Watched()), draws), expected)
     assert asked == blocks
@@ -324,7 +324,7 @@ def test_smooth_samples_against_plain_sampling(real):
     null_B, draws = torch.full_like(c_B, K), Draws(0, seeds)
     f_hat, teacher = tokenizer.start(6), torch.zeros(6, 0, 4)
     for k, side in enumerate(SCALES):
-        logits = mix(net(teacher, c_B), net(teacher, null_B), weights[k])[:, -side * side :]
+        logits = mix(logits_of(net, teacher, c_B), logits_of(net, teacher, null_B), weights[k])[:, -side * side :]
         shares = blend(logits, draws.uniform(side * side, 16), paradigm.top_k, paradigm.top_p, k / 2)
         f_hat, following = tokenizer.advance(f_hat, shares, k)
         if following is not None:
@@ -356,7 +356,7 @@ def test_unguided_samples_follow_the_likelihood(real):
     paradigm, N = NextScale(SCALES, K, paradigm.tokenizer), 4000
     c_N = torch.ones(N).long()
     first = paradigm.sample(net, c_N, Guidance(), Draws(0, list(range(N))))[:, 0]
-    prob = net(torch.zeros(1, 0, 4), c_N[:1])[0, 0].softmax(-1)
+    prob = logits_of(net, torch.zeros(1, 0, 4), c_N[:1])[0, 0].softmax(-1)
     error = 5 * (prob * (1 - prob) / N).sqrt() + 1 / N
     assert ((first.bincount(minlength=16) / N - prob).abs() < error).all()
     assert math.isclose(prob.sum().item(), 1, rel_tol=1e-5) and prob.max() < 0.95

@@ -6,6 +6,7 @@
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ from toy import (
     ToyTokenizer,
     V,
     float64,
+    logits_of,
+    own_logits,
     toy,
     wave,
 )
@@ -61,7 +64,7 @@ def test_mle_has_exactly_edm2s_gradients():
     case = toy("diffusion")
     probe, _ = case.ask(MLE)
     x, sigma, net = probe.inputs["x"], probe.inputs["sigma"], case.net
-    denoised, u = net(probe.inputs["noisy"], sigma, case.c_B)
+    denoised, u = net.denoise(probe.inputs["noisy"], sigma, case.c_B)
     weight = (sigma**2 + 0.5**2) / (sigma * 0.5) ** 2
     err = weight * (denoised - x).square().mean((1, 2, 3))
     edm2 = err * (-u).exp() + u
@@ -76,7 +79,7 @@ def test_mle_has_exactly_edm2s_gradients():
 def test_mle_of_tokens_is_cross_entropy():
     case = toy("tokens")
     probe, _ = case.ask(MLE)
-    logits = case.net(probe.inputs["teacher"], case.c_B)
+    logits = logits_of(case.net, probe.inputs["teacher"], case.c_B)
     expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), case.x_B, reduction="none").mean(1)
     assert close(case.loss(MLE), expected)
 
@@ -175,13 +178,14 @@ def test_rows_are_cut_short_after_the_last_scale_with_a_ratio(high, terms, contr
     case, objective = toy("tokens"), Objective(contrast, Schedule("interval", 0.7, high=high), truncate=0.0)
     lengths = []
 
-    def counted(teacher_RlE, c_R, net=case.net):
-        lengths.append((torch.is_grad_enabled(), teacher_RlE.shape[1] + 1, len(c_R)))
-        return net(teacher_RlE, c_R)
+    def counted(teacher_BlE, c_R, index_R, net=case.net):
+        lengths.append((torch.is_grad_enabled(), teacher_BlE.shape[1] + 1, len(c_R)))
+        return net(teacher_BlE, c_R, index_R)
 
     loss, gradients = case.loss(objective), case.gradients(objective)
     with monkeypatch.context() as patch:
         patch.setattr(Rows, "terms", 14)
+        patch.setattr(Rows, "terms_R", property(lambda rows: torch.full_like(rows.index_R, 14)))
         whole, expected = case.loss(objective), case.gradients(objective)
     assert close(loss, whole)
     for name, grad in gradients.items():
@@ -189,13 +193,13 @@ def test_rows_are_cut_short_after_the_last_scale_with_a_ratio(high, terms, contr
     _, rows = case.ask(objective)
     assert rows.terms == terms
     score(case.paradigm, counted, case.ask(objective)[0], rows, K)
-    others = len(rows.c_R) - 8
     if contrast == "null":
         assert lengths == [(True, 14, 8), (False, terms, 7)]
-    elif terms == 14:
-        assert lengths == [(True, 14, 8 + others)]
-    else:
-        assert lengths == [(True, 14, 8), (True, terms, others)] and others > 0
+        return
+    last_R = [14] * 8 + [1 + max(t for b, t in (rows.contrast_BT == row).nonzero().tolist()) for row in range(8, len(rows.c_R))]
+    assert lengths == [(True, end, last_R.count(end)) for end in (14, 5, 1) if end in last_R]
+    # uniform and weighted draw once per sample, the posterior at every scale
+    assert max(last_R[8:]) == terms and (len(set(last_R[8:])) > 1) == (contrast == "posterior" and high == 1.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -211,7 +215,7 @@ def test_coinciding_draws_cost_no_rows_and_cancel_exactly(kind):
 
 @float64()
 def test_posterior_scores_only_the_draws_that_differ():
-    """One forward of 8 matched rows and the distinct mismatched pairs."""
+    """8 matched rows and the distinct mismatched pairs, in one forward per length."""
     for kind in KINDS:
         for seed in range(5):
             case, objective = toy(kind), Objective("posterior", constant(0.5), truncate=0.0)
@@ -224,7 +228,8 @@ def test_posterior_scores_only_the_draws_that_differ():
             case.net = Counted(case.net)
             rows = objective.rows(probe, case.c_B, K, Given(u_B), p_BTK)
             score(case.paradigm, case.net, probe, rows, K)
-            assert case.net.calls == [(8 + len(pairs), True)]
+            assert all(grad for _, grad in case.net.calls) and len(case.net.calls) <= (3 if kind == "tokens" else 1)
+            assert sum(count for count, _ in case.net.calls) == 8 + len(pairs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -298,10 +303,11 @@ def test_null_loss_is_mle_through_inverse_guidance(lam):
         strength = lam * probe.progress_BT * (case.c_B != K)[:, None]
         if kind == "tokens":
             b = 1 / (1 + strength[..., None])
-            value_BT = (b * pred + (1 - b) * null).log_softmax(-1).gather(-1, case.x_B[..., None])[..., 0]
+            value_BT = (b * extra(pred) + (1 - b) * extra(null)).log_softmax(-1).gather(-1, case.x_B[..., None])[..., 0]
             expected = (-(1 + strength) * value_BT).mean(1)
         else:
             b = 1 / (1 + strength[..., None, None])
+            pred, null = (case.paradigm.denoised(raw, probe.inputs["noisy"], probe.inputs["sigma"]) for raw in (pred, null))
             err = (b * pred + (1 - b) * null - case.x_B).square().mean((1, 2, 3))
             sigma = probe.inputs["sigma"]
             weight = (sigma**2 + 0.5**2) / (sigma * 0.5) ** 2
@@ -326,8 +332,8 @@ class Table:
     def __init__(self, logits_KV: Tensor):
         self.logits_KV = logits_KV
 
-    def __call__(self, teacher_RlE: Tensor, c_R: Tensor) -> Tensor:
-        return self.logits_KV[c_R][:, None]
+    def __call__(self, teacher_BlE: Tensor, c_R: Tensor, index_R: Tensor) -> tuple[Tensor, Any]:
+        return self.logits_KV[c_R][:, None], own_logits
 
 
 def null_losses(logits_KV: Tensor, lam: float) -> Tensor:
@@ -361,10 +367,10 @@ def log_ratio(case, probe: Probe, c: int) -> Tensor:
     """log p(x|c) of the network minus that of the reference, [B], by the definition of each paradigm."""
     c_B = torch.full((len(probe.progress_BT),), c)
     if isinstance(case.paradigm, NextScale):
-        logits, frozen = (net(probe.inputs["teacher"], c_B).log_softmax(-1) for net in (case.net, case.reference))
+        logits, frozen = (logits_of(net, probe.inputs["teacher"], c_B).log_softmax(-1) for net in (case.net, case.reference))
         return (logits - frozen).gather(-1, probe.inputs["tokens"][..., None])[..., 0].sum(1)
     x, noisy, sigma = (probe.inputs[name] for name in ("x", "noisy", "sigma"))
-    (denoised, _), (frozen, u) = (net(noisy, sigma, c_B) for net in (case.net, case.reference))
+    (denoised, _), (frozen, u) = (net.denoise(noisy, sigma, c_B) for net in (case.net, case.reference))
     gain = (frozen - x).square().sum((1, 2, 3)) - (denoised - x).square().sum((1, 2, 3))
     return (sigma**2 + 0.5**2) / (sigma * 0.5) ** 2 * gain * (-u).exp()
 
@@ -420,15 +426,14 @@ def test_the_family_is_the_published_formulas(name, kind):
 def test_the_ratio_to_the_reference_sees_an_error_that_shrank():
     """Half the error, and an uncertainty that followed: with each network's own uncertainty the ratio would be 0."""
 
-    class Frozen:
-        def __call__(self, noisy, sigma_R, c_R):
-            denoised, logvar_R = case.net(noisy, sigma_R, c_R)
-            x = probe.inputs["x"]
-            return x + 2**0.5 * (denoised - x), logvar_R + torch.tensor(2.0).log()
+    def frozen(noisy, sigma_R, c_R):
+        denoised, logvar_R = case.net.denoise(noisy, sigma_R, c_R)
+        x = probe.inputs["x"]
+        return x + 2**0.5 * (denoised - x), logvar_R + torch.tensor(2.0).log()
 
     case = toy("diffusion")
     probe, rows = case.ask(MLE)
-    scores = score(case.paradigm, case.net, probe, rows, K, Frozen())
+    scores = score(case.paradigm, case.net, probe, rows, K, case.paradigm.of_denoiser(frozen))
     # err exp(-u) of the reference, halved by the network
     expected = -0.5 * case.paradigm.dims * scores.value_RT[:, 0]
     assert close(scores.delta_R, expected) and (scores.delta_R > 0).all()

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from toy import K, ToyClassifier, ToyTokenizer, ToyTokens, V, float64, toy, wave
+from toy import K, ToyClassifier, ToyTokenizer, ToyTokens, V, float64, logits_of, toy, wave
 
 from mclr.contrast import draw_posterior
 from mclr.likelihood import Probe
@@ -25,7 +25,7 @@ def test_prefix_posterior_is_bayes_rule_by_enumeration(scales):
     everyone = torch.arange(len(tokens_NL))
     joint = []
     for c in range(K):
-        logits = net(probe.inputs["teacher"], torch.full_like(everyone, c))
+        logits = logits_of(net, probe.inputs["teacher"], torch.full_like(everyone, c))
         joint.append(logits.softmax(-1).gather(-1, tokens_NL[..., None])[..., 0].prod(1) / K)
     joint_NK = torch.stack(joint, 1)
     assert torch.allclose(joint_NK.sum(0), torch.full((K,), 1 / K))

@@ -24,7 +24,7 @@ import train.build
 import train.ranks
 import train.run
 from configs.schema import load
-from models.blocks import normalize
+from kernels.magnitude import normalize
 from models.edm2 import EDM2, EDM2Config
 from models.features import NoiseClassifier, NoiseClassifierConfig
 from train.cli import main

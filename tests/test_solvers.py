@@ -175,11 +175,12 @@ def test_the_last_step_goes_to_the_denoised_image():
 def sampled(schedule: Schedule, steps: int, solver: str = "heun", sigma_max: float = 80.0) -> tuple[float, float]:
     """(mean, variance / c) of the class's samples, exactly."""
 
-    def net(x, sigma_B, c_B):
+    def denoiser(x, sigma_B, c_B):
         conditional, marginal = (gaussian(m, v)(x, sigma_B[0]) for m, v in ((MU, C), (0.0, U)))
         return torch.where(c_B[:, None, None, None] == 0, conditional, marginal), None
 
     paradigm = Diffusion((1, 1, 1), null=1, steps=steps, solver=solver, sigma_max=sigma_max)
+    net = paradigm.of_denoiser(denoiser)
     return moments(paradigm.sample(net, torch.zeros(steps + 1).long(), Guidance(schedule), UnitNoises(steps)))
 
 

@@ -8,11 +8,12 @@ K conditions (the null condition is index K); D dimensions; L tokens, V codes, S
 import itertools
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from toy import Draws64, Given, float64, wave
+from toy import Draws64, Given, float64, own_logits, wave
 
 from mclr.analytic import Mixture
 from mclr.contrast import draw_any, paired_rows
@@ -64,7 +65,7 @@ class Points:
         """Samples of that mean and spread at the points. A table stands for the network: it sees the number of the sample."""
         at = (self.point_B, self.c_B)
         x_B, sigma_B = (mean_PKD[at] + self.sign_B1 * spread_PKD[at])[..., None, None], self.sigma_P[self.point_B]
-        number_B = torch.arange(len(x_B)).view(-1, 1, 1, 1)
+        number_B = torch.arange(len(x_B)).view(-1, 1, 1, 1).expand_as(x_B)
         return Probe({"x": x_B, "noisy": number_B, "sigma": sigma_B}, progress_of(sigma_B)[:, None])
 
     def rows(self, objective: Objective, posterior_PK: Tensor | None = None) -> Rows:
@@ -83,12 +84,12 @@ class Points:
 
         def gradient(D: Tensor, objective: Objective, rows: Rows, probe: Probe) -> Tensor:
             def net(number_R: Tensor, sigma_R: Tensor, c_R: Tensor) -> tuple[Tensor, Tensor]:
-                b_R = number_R.flatten()
+                b_R = number_R[:, 0, 0, 0]
                 own_R, null_R = D[self.point_B[b_R], c_R % K], guide_PKD[self.point_B[b_R], self.c_B[b_R]]
                 return torch.where(c_R[:, None] == K, null_R, own_R)[..., None, None], torch.zeros_like(sigma_R)
 
             D.requires_grad_()
-            loss_B, _ = objective(score(self.paradigm, net, probe, rows, K), rows)
+            loss_B, _ = objective(score(self.paradigm, self.paradigm.of_denoiser(net), probe, rows, K), rows)
             return torch.autograd.grad(self.chance_B @ loss_B, D)[0]
 
         def curvature(start: Tensor, *question) -> tuple[Tensor, Tensor]:
@@ -165,10 +166,10 @@ def test_coinciding_draws_cancel_row_by_row():
 
     def loss(objective: Objective, rows: Rows) -> Tensor:
         def net(number_R: Tensor, sigma_R: Tensor, c_R: Tensor) -> tuple[Tensor, Tensor]:
-            image_RCHW = wave(len(here.c_B), *oracle.shape, phase=5)[number_R.flatten()] + c_R.view(-1, 1, 1, 1)
+            image_RCHW = wave(len(here.c_B), *oracle.shape, phase=5)[number_R[:, 0, 0, 0]] + c_R.view(-1, 1, 1, 1)
             return image_RCHW, wave(len(c_R), phase=6)
 
-        return objective(score(here.paradigm, net, here.probe, rows, K), rows)[0]
+        return objective(score(here.paradigm, here.paradigm.of_denoiser(net), here.probe, rows, K), rows)[0]
 
     rows = here.rows(objective)
     coincide_B = rows.contrast_BT[:, 0] == torch.arange(len(here.c_B))
@@ -344,13 +345,15 @@ class Table:
     def new_cache(self, rows: int) -> list[int]:
         return []
 
-    def __call__(self, teacher_RlE: Tensor, c_R: Tensor, cache: list[int] | None = None) -> Tensor:
-        prefix_Rl = teacher_RlE[..., 0].long()
+    def __call__(
+        self, teacher_BlE: Tensor, c_R: Tensor, index_R: Tensor | None = None, cache: list[int] | None = None
+    ) -> tuple[Tensor, Any]:
+        prefix_Rl = (teacher_BlE if index_R is None else teacher_BlE[index_R])[..., 0].long()
         if not cache:
             prefix_Rl = torch.nn.functional.pad(prefix_Rl, (1, 0))
         if cache is not None:
             cache.append(prefix_Rl.shape[1])
-        return self.logits_KSV[c_R[:, None], prefix_Rl]
+        return self.logits_KSV[c_R[:, None], prefix_Rl], own_logits
 
 
 class Language:
@@ -576,7 +579,7 @@ def test_training_internalises_the_guided_sampler(kind):
         x_B, c_B = oracle.sample(draws)
         probe = paradigm.probe(x_B, draws)
         rows = objective.rows(probe, c_B, K, draws, posterior(probe, c_B)[0])
-        loss_B, _ = objective(score(paradigm, net, probe, rows, K), rows)
+        loss_B, _ = objective(score(paradigm, paradigm.of_denoiser(net), probe, rows, K), rows)
         optimizer.zero_grad()
         loss_B.mean().backward()
         optimizer.step()
@@ -596,8 +599,8 @@ def test_training_internalises_the_guided_sampler(kind):
     assert off(mine) < 0.02 and off(conditional) > 0.2
 
     c_B = torch.arange(K).repeat_interleave(20_001 // K)
-    mine = paradigm.sample(net, c_B, Guidance(), QuasiRandom(1, 20_001)).view(K, -1)
-    guided = paradigm.sample(oracle.net, c_B, Guidance(schedule), QuasiRandom(1, 20_001)).view(K, -1)
+    mine = paradigm.sample(paradigm.of_denoiser(net), c_B, Guidance(), QuasiRandom(1, 20_001)).view(K, -1)
+    guided = paradigm.sample(paradigm.of_denoiser(oracle.net), c_B, Guidance(schedule), QuasiRandom(1, 20_001)).view(K, -1)
     separation = mean_K.diff().min()
     assert (mine.mean(1) - guided.mean(1)).abs().max() < 0.03 * separation
     assert (mine.var(1) / guided.var(1) - 1).abs().max() < 0.05

@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from golden_weights import load_golden, relative_rms, rule_weights
+from toy import logits_of
 
 from mclr.guidance import Guidance
 from mclr.likelihood import Draws
@@ -39,17 +41,17 @@ def published(request):
 
 
 def log_likelihood(net, arrays, condition):
-    logits = net(arrays["teacher_input"], arrays[condition])
+    logits = logits_of(net, arrays["teacher_input"], arrays[condition])
     return logits.log_softmax(-1).gather(-1, arrays["codes"][..., None])[..., 0]
 
 
 @torch.no_grad()
 def test_logits(published, tokenizer):
     net, arrays = published
-    logits = net(arrays["teacher_input"], arrays["y"])
+    logits = logits_of(net, arrays["teacher_input"], arrays["y"])
     assert logits.dtype == torch.float32
     assert relative_rms(logits, arrays["logits_matched"]) < 1e-5
-    from_codes = net(tokenizer.teacher(arrays["codes"]), arrays["y"])
+    from_codes = logits_of(net, tokenizer.teacher(arrays["codes"]), arrays["y"])
     assert relative_rms(from_codes, arrays["logits_matched"]) < 1e-5
 
 
@@ -98,27 +100,27 @@ def test_cached_decoding_equals_teacher_forcing(tiny, calls):
     net, teacher, c = tiny
     cache, parts, start = net.new_cache(rows=3), [], 0
     for end in calls:
-        parts.append(net(teacher[:, max(start - 1, 0) : end - 1], c, cache))
+        parts.append(logits_of(net, teacher[:, max(start - 1, 0) : end - 1], c, cache=cache))
         assert cache.length == end and parts[-1].shape == (3, end - start, 64)
         start = end
-    assert relative_rms(torch.cat(parts, 1), net(teacher, c)) < 1e-5
+    assert relative_rms(torch.cat(parts, 1), logits_of(net, teacher, c)) < 1e-5
 
 
 @torch.no_grad()
 def test_prefix_equals_the_whole(tiny):
     net, teacher, c = tiny
-    assert relative_rms(net(teacher[:, :13], c), net(teacher, c)[:, :14]) < 1e-5
+    assert relative_rms(logits_of(net, teacher[:, :13], c), logits_of(net, teacher, c)[:, :14]) < 1e-5
 
 
 @torch.no_grad()
 def test_block_causality(tiny):
     """What a scale reads changes its own logits, all of them, and those of finer scales; never those of coarser ones."""
     net, teacher, c = tiny
-    logits = net(teacher, c)
+    logits = logits_of(net, teacher, c)
     for start, end in zip(ENDS, ENDS[1:], strict=False):
         changed = teacher.clone()
         changed[:, start - 1] += 1  # read by the scale's first token alone
-        difference = (net(changed, c) - logits).abs().amax(-1)
+        difference = (logits_of(net, changed, c) - logits).abs().amax(-1)
         assert difference[:, :start].max() == 0
         assert difference[:, start:end].min() > 1e-5
         assert difference[:, end:].numel() == 0 or difference[:, end:].min() > 1e-5
@@ -127,11 +129,11 @@ def test_block_causality(tiny):
 @torch.no_grad()
 def test_tokens_of_a_scale_change_no_logits_up_to_it(published, tokenizer):
     net, arrays = published
-    logits = net(arrays["teacher_input"], arrays["y"])
+    logits = logits_of(net, arrays["teacher_input"], arrays["y"])
     for start, end in zip([0, *ENDS], ENDS, strict=False):
         codes = arrays["codes"].clone()
         codes[:, start:end] = (codes[:, start:end] + 1) % 64
-        difference = (net(tokenizer.teacher(codes), arrays["y"]) - logits).abs().amax(-1)
+        difference = (logits_of(net, tokenizer.teacher(codes), arrays["y"]) - logits).abs().amax(-1)
         assert difference[:, :end].max() < 1e-5
         assert difference[:, end:].numel() == 0 or difference[:, end:].min() > 1e-3
 
@@ -139,7 +141,7 @@ def test_tokens_of_a_scale_change_no_logits_up_to_it(published, tokenizer):
 @torch.no_grad()
 def test_condition_reaches_every_token(tiny):
     net, teacher, _ = tiny
-    a, b = (net(teacher[:1], torch.tensor([c])) for c in (3, 10))
+    a, b = (logits_of(net, teacher[:1], torch.tensor([c])) for c in (3, 10))
     assert (a - b).abs().amax(-1).min() > 1e-3
 
 
@@ -168,19 +170,35 @@ def test_attention_is_its_definition(l2_norm):
 @torch.no_grad()
 def test_hidden_is_the_input_of_head(tiny):
     net, teacher, c = tiny
-    hidden = net.hidden(teacher, c)
+    hidden, head = net(teacher, c)
     assert hidden.shape == (3, 30, 64) and hidden.dtype == torch.float32
-    assert torch.equal(net.head(hidden), net(teacher, c))
+    assert head is net.head and torch.equal(F.linear(hidden, head.weight, head.bias), head(hidden))
+
+
+def test_rows_of_a_sample_share_what_comes_before_the_condition(tiny):
+    """Rows by index answer as rows of copied samples do, and so do the gradients; a sample without a row has none."""
+    net, teacher, c = tiny
+    index = torch.tensor([1, 0, 1, 1])
+    teacher = teacher.clone().requires_grad_()
+    copied, shared = logits_of(net, teacher[index], c[index]), logits_of(net, teacher, c[index], index)
+    assert relative_rms(shared, copied) < 1e-5
+    upstream = torch.linspace(-1, 1, shared.numel()).reshape(shared.shape)
+    wanted = [teacher, *(p for p in net.parameters() if p.requires_grad)]
+    for mine, theirs in zip(*(torch.autograd.grad(out, wanted, upstream) for out in (shared, copied)), strict=True):
+        assert relative_rms(mine, theirs) < 2e-5
+    assert torch.autograd.grad(logits_of(net, teacher, c[index], index).sum(), teacher)[0][2].eq(0).all()
 
 
 @torch.no_grad()
 def test_bf16_autocast(tiny):
     """The trunk is bf16, the logits are fp32 and not rounded; a cache made under autocast is bf16 and serves as well."""
     net, teacher, c = tiny
-    reference = net(teacher, c)
+    reference = logits_of(net, teacher, c)
     with torch.autocast("cpu", torch.bfloat16):
-        logits, cache = net(teacher, c), net.new_cache(3)
-        cached = torch.cat([net(teacher[:, max(s - 1, 0) : e - 1], c, cache) for s, e in zip([0, *ENDS], ENDS, strict=False)], 1)
+        logits, cache = logits_of(net, teacher, c), net.new_cache(3)
+        cached = torch.cat(
+            [logits_of(net, teacher[:, max(s - 1, 0) : e - 1], c, cache=cache) for s, e in zip([0, *ENDS], ENDS, strict=False)], 1
+        )
     assert logits.dtype == torch.float32 and cache.kv.dtype == torch.bfloat16
     assert (logits.bfloat16().float() != logits).float().mean() > 0.9
     assert 1e-4 < relative_rms(logits, reference) < 3e-2
@@ -211,7 +229,7 @@ def test_initialisation(shared_aln):
     assert net.blocks[1].attention.log_temperature.exp().sub(4).abs().max() < 1e-5
     assert all(parameter.abs().max() == 0 for name, parameter in net.named_parameters() if name.endswith("bias"))
     teacher, c = torch.randn(4, 29, 8), torch.arange(4)
-    first_loss = -net(teacher, c).log_softmax(-1).mean()
+    first_loss = -logits_of(net, teacher, c).log_softmax(-1).mean()
     assert abs(first_loss - torch.tensor(64.0).log()) < 0.05
     again = torch.manual_seed(0) and VAR(net.config)
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
@@ -220,11 +238,11 @@ def test_initialisation(shared_aln):
 def test_stochastic_depth_drops_whole_branches_in_training_alone():
     torch.manual_seed(0)
     net = VAR(replace(TINY, drop_path=0.5))
-    x = torch.zeros(4000, 1, 1)
-    kept = net.blocks[2].keep_path(x)
-    assert kept.shape == (4000, 1, 1) and set(kept.unique().tolist()) == {0.0, 2.0}
-    assert abs(kept.mean() - 1) < 0.1
-    assert net.blocks[0].keep_path(x) == 1 and net.eval().blocks[2].keep_path(x) == 1
+    gate_RD = torch.ones(4000, 3)
+    kept_RD = net.blocks[2].kept(gate_RD)
+    assert set(kept_RD.unique().tolist()) == {0.0, 2.0} and torch.equal(kept_RD, kept_RD[:, :1].expand(-1, 3))
+    assert abs(kept_RD.mean() - 1) < 0.1
+    assert net.blocks[0].kept(gate_RD) is gate_RD and net.eval().blocks[2].kept(gate_RD) is gate_RD
 
 
 def test_part_of_a_scale_is_refused():

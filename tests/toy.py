@@ -13,7 +13,9 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from kernels.token_logp import token_logp
 from mclr.diffusion import Diffusion
+from mclr.guidance import mix
 from mclr.likelihood import Draws, LogLik, Paradigm, Probe, Rows, Scores, score
 from mclr.next_scale import NextScale
 from mclr.objective import Objective
@@ -70,16 +72,31 @@ class Given:
         return self.normals
 
 
+def logits_of(net: Any, *inputs: Any, **cache: Any) -> Tensor:
+    """All logits of a token network."""
+    h, head = net(*inputs, **cache)
+    return head(h)
+
+
+def own_logits(logits: Tensor, tokens: Any = None, index_R: Any = None, guide: Any = None, mix_Rl: Any = None) -> Tensor:
+    """The head of a network whose hidden states are logits."""
+    if tokens is None:
+        return logits
+    mixed = logits if guide is None else mix(logits, guide, mix_Rl)
+    return mixed.log_softmax(-1).gather(-1, tokens[index_R][..., None])[..., 0]
+
+
 class Counted:
     """A network that writes down, for every forward, its rows and whether it carries gradient."""
 
     def __init__(self, net: Any):
         self.net, self.calls, self.conditions = net, [], []
 
-    def __call__(self, first: Tensor, *rest: Any) -> Any:
-        self.calls.append((len(first), torch.is_grad_enabled()))
-        self.conditions.append(next(r for r in rest if not r.is_floating_point()).tolist())
-        return self.net(first, *rest)
+    def __call__(self, *inputs: Any, **cache: Any) -> Any:
+        c_R = next(each for each in inputs if not each.is_floating_point())
+        self.calls.append((len(c_R), torch.is_grad_enabled()))
+        self.conditions.append(c_R.tolist())
+        return self.net(*inputs, **cache)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.net, name)
@@ -92,9 +109,12 @@ class ToyDenoiser(nn.Module):
         self.shift = nn.Parameter(wave(K + 1, *SHAPE, phase=phase + 1))
         self.uncertainty = nn.Parameter(torch.tensor([0.3, -0.2], dtype=torch.float64))
 
-    def forward(self, noisy_RCHW: Tensor, sigma_R: Tensor, c_R: Tensor) -> tuple[Tensor, Tensor]:
+    def denoise(self, noisy_RCHW: Tensor, sigma_R: Tensor, c_R: Tensor) -> tuple[Tensor, Tensor]:
         logvar_R = self.uncertainty[0] + self.uncertainty[1] * sigma_R.log()
         return (self.slope[c_R] * noisy_RCHW + self.shift[c_R]).tanh(), logvar_R
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return Diffusion(SHAPE, K).of_denoiser(self.denoise)(*inputs)
 
 
 class ToyClassifier(nn.Module):
@@ -125,10 +145,14 @@ class ToyTokens(nn.Module):
         self.place = nn.Parameter(wave(sum(side * side for side in scales), E, phase=phase + 6))
         self.head = nn.Parameter(2 * wave(E, V, phase=phase + 7))
 
-    def forward(self, teacher_RlE: Tensor, c_R: Tensor) -> Tensor:
+    def read(self, h_RlE: Tensor, *scored: Any) -> Tensor:
+        return token_logp(h_RlE, self.head.T, self.head.new_zeros(V), *scored) if scored else h_RlE @ self.head
+
+    def forward(self, teacher_BlE: Tensor, c_R: Tensor, index_R: Tensor | None = None) -> tuple[Tensor, Any]:
+        teacher_RlE = teacher_BlE if index_R is None else teacher_BlE[index_R]
         first_R1E = teacher_RlE.new_zeros(len(teacher_RlE), 1, E)
         h_RLE = torch.cat([first_R1E, teacher_RlE], 1) + self.condition[c_R][:, None]
-        return (h_RLE + self.place[: h_RLE.shape[1]]).tanh() @ self.head
+        return (h_RLE + self.place[: h_RLE.shape[1]]).tanh(), self.read
 
 
 @dataclass

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from configs.schema import load
+from kernels.weight_norm import force_weights
 from mclr.guidance import Guidance
 from mclr.likelihood import Draws, Net, Paradigm, Probe, Rows, Scores, score
 from mclr.next_scale import NextScale
 from mclr.objective import Objective
 from mclr.schedule import NONE, Schedule
-from models.blocks import normalize
 from models.edm2 import EDM2
 from models.vqvae import VQVAE, VQVAEConfig
 from train.build import build_net, build_objective, build_paradigm
@@ -98,7 +98,8 @@ def train_once(full: FullSize, bf16: bool, paired: bool) -> tuple[dict[str, floa
     engine.backward(loss_B.mean())
     clock.append(now(net))
     engine.step(full.lr)
-    engine.project(full.normalised, normalize)
+    if full.normalised:
+        engine.project(full.normalised, force_weights)
     clock.append(now(net))
     return {phase: end - begin for phase, (begin, end) in zip(PHASES, pairwise(clock), strict=True)}, loss_B.mean().item()
 

@@ -11,6 +11,9 @@ from torch import nn
 
 from configs.schema import DiffusionModel, NextScaleModel, RunConfig
 from configs.schema import Schedule as ScheduleConfig
+from kernels.choice import interpreting, runs_triton, use
+from kernels.registry import OPS
+from kernels.weight_norm import force_weights
 from mclr.diffusion import Diffusion, sigma_of
 from mclr.errors import UserError
 from mclr.guidance import Guidance
@@ -19,7 +22,6 @@ from mclr.next_scale import NextScale, scale_progress
 from mclr.objective import Objective
 from mclr.posterior import NoisyPosterior, PrefixPosterior
 from mclr.schedule import Schedule
-from models.blocks import normalize
 from models.edm2 import EDM2, EDM2Config
 from models.features import CONVNEXT_SMALLEST, NoiseClassifier, NoiseClassifierConfig, channel_mult_for
 from models.var import VAR, VARConfig
@@ -34,6 +36,17 @@ from train.weights import find_weights, load_into, load_net, read_config, sha256
 
 # fp32 means fp32: convolutions on CUDA would default to TF32
 torch.backends.cudnn.allow_tf32 = False
+
+
+def choose_kernels(config: RunConfig, device: torch.device) -> str:
+    """Decide which operations this process runs as Triton kernels; says so in a line. Raises UserError where that takes a GPU."""
+    mode = config.engine.kernels
+    if mode == "triton" and device.type != "cuda" and not interpreting():
+        raise UserError("engine.kernels=triton needs a GPU: use auto")
+    use(mode)
+    fused = [name for name in OPS if runs_triton(name, torch.empty(0, device=device))]
+    plain = "none of them, plain torch" if mode == "torch" or device.type != "cuda" else "none of them, none has won on this GPU"
+    return f"kernels    {mode}: Triton runs {', '.join(fused) or plain}"
 
 
 def build_encoder(config: RunConfig, device: torch.device) -> Encoder:
@@ -268,8 +281,8 @@ def build_networks(config: RunConfig, device: torch.device) -> Networks:
 def project(net: nn.Module) -> list[nn.Parameter]:
     """The weights under forced normalisation, brought to unit magnitude; of an EDM2 alone."""
     normalised = net.magnitude_preserving() if isinstance(net, EDM2) else []
-    for p in normalised:
-        p.copy_(normalize(p))
+    if normalised:
+        force_weights(normalised)
     return normalised
 
 

@@ -3,12 +3,16 @@
 Both keep fp32 weights (bf16 runs the forward under autocast), and save and load one state that knows nothing of ranks or stages.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
+# rows of a forward are filled up to a multiple, with rows of condition 0 whose answers nobody sees: what libraries and compilers
+# prepare for each shape (oneDNN's primitives took a quarter of a step on the digits) is then prepared for few
+MULTIPLE = 8
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -26,8 +30,8 @@ class Engine(Protocol):
     def step(self, lr: float) -> Tensor:
         """One optimizer step at this learning rate; the gradient's norm before clipping, 0-d."""
 
-    def project(self, weights: Iterable[nn.Parameter], projection: Callable[[Tensor], Tensor]) -> None:
-        """Replace these weights by their projections."""
+    def project(self, weights: list[nn.Parameter], projection: Callable[[Sequence[Tensor]], None]) -> None:
+        """Have these weights projected, in place."""
 
     def weights(self) -> dict[str, Tensor]:
         """The fp32 weights by name: views, whole on every rank."""
@@ -51,7 +55,9 @@ def make_optimizer(
         decays = name.endswith("weight") and p.ndim >= 2 and id(p) not in embeddings
         (decaying if decays else free).append(p)
     groups = [{"params": g, "weight_decay": d} for g, d in ((decaying, weight_decay), (free, 0.0)) if g]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
+    # on CPUs torch fuses only when told to
+    fused = True if next(net.parameters()).device.type == "cpu" else None
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
 
 
 def start_moments(optimizer: torch.optim.Optimizer) -> None:
@@ -77,13 +83,23 @@ class _RowCounter:
     def __init__(self, net: nn.Module) -> None:
         self.net = net
         self.rows = {"grad": 0.0, "no_grad": 0.0}
-        self.tokens = 1  # of a whole row; a step begins with one
+        self.tokens = getattr(net, "tokens", 1)  # of a whole row
+
+    def answer(self, forward: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Any:
+        """What the network answers to these rows, which are counted."""
+        self.count(inputs)
+        rows, extra = len(inputs[-1]), -len(inputs[-1]) % MULTIPLE
+        # only an objective asks for rows by condition and sample, in any number
+        if not extra or any(each.is_floating_point() for each in inputs[-2:]):
+            return forward(*inputs)
+        answer = forward(*inputs[:-2], *(pad(each, (0, extra)) for each in inputs[-2:]))
+        return tuple(each[:rows] if isinstance(each, Tensor) else each for each in answer)
 
     def count(self, inputs: tuple[Tensor, ...]) -> None:
-        # teacher inputs [R, L-1, E]: a row cut short after a scale counts by its share of the tokens
+        # teacher inputs [B, L-1, E]: a row cut short after a scale counts by its share of the tokens
         tokens = inputs[0].shape[1] + 1 if inputs[0].ndim == 3 else 1
-        self.tokens = max(self.tokens, tokens)
-        self.rows["grad" if torch.is_grad_enabled() else "no_grad"] += len(inputs[0]) * tokens / self.tokens
+        # what comes first may be held once per sample; what comes last has an entry for every row
+        self.rows["grad" if torch.is_grad_enabled() else "no_grad"] += len(inputs[-1]) * tokens / self.tokens
         # rows without gradient are answers to compare with: no dropout in them
         self.net.train(torch.is_grad_enabled())
 
@@ -97,9 +113,8 @@ class Frozen(_RowCounter):
 
     @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> Any:
-        self.count(inputs)
         with self.autocast:
-            return self.net(*inputs)
+            return self.answer(self.net, inputs)
 
 
 class LocalEngine(_RowCounter):
@@ -112,9 +127,8 @@ class LocalEngine(_RowCounter):
         start_moments(optimizer)
 
     def __call__(self, *inputs: Tensor) -> Any:
-        self.count(inputs)
         with self.autocast:
-            return self.net(*inputs)
+            return self.answer(self.net, inputs)
 
     def backward(self, loss: Tensor) -> None:
         (loss / self.accumulation).backward()
@@ -127,10 +141,8 @@ class LocalEngine(_RowCounter):
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    @torch.no_grad()
-    def project(self, weights: Iterable[nn.Parameter], projection: Callable[[Tensor], Tensor]) -> None:
-        for p in weights:
-            p.copy_(projection(p))
+    def project(self, weights: list[nn.Parameter], projection: Callable[[Sequence[Tensor]], None]) -> None:
+        projection(weights)
 
     def weights(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.net.named_parameters()}
@@ -195,8 +207,7 @@ class DeepSpeedEngine(_RowCounter):
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def __call__(self, *inputs: Tensor) -> Any:
-        self.count(inputs)
-        return self.engine(*inputs)
+        return self.answer(self.engine, inputs)
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
@@ -213,9 +224,10 @@ class DeepSpeedEngine(_RowCounter):
         return torch.as_tensor(self.engine.get_global_grad_norm() if norm is None else norm)
 
     @torch.no_grad()
-    def project(self, weights: Iterable[nn.Parameter], projection: Callable[[Tensor], Tensor]) -> None:
+    def project(self, weights: list[nn.Parameter], projection: Callable[[Sequence[Tensor]], None]) -> None:
+        projection(weights)
         for p in weights:
-            self._set_weight(p, projection(p))
+            self._set_weight(p, p)
 
     def weights(self) -> dict[str, Tensor]:
         # of fp32 networks ZeRO leaves a copy of the masters, just gathered from the ranks, in the network

@@ -14,6 +14,7 @@ from train.files import lock, write_file, write_json
 FREE = (
     "data.path",
     "engine.compile",
+    "engine.kernels",
     "engine.kind",
     "engine.zero",
     "sample.",

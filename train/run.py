@@ -100,7 +100,7 @@ def start(config: RunConfig, out: Path, micro_batch: int, command: str) -> int:
     """Read what the run reads, meet the other ranks, build and train. Returns what train() returns."""
     import torch
 
-    from train.build import build_networks, build_task, open_source
+    from train.build import build_networks, build_task, choose_kernels, open_source
     from train.card import run_notes
     from train.log import RunFolder
     from train.loop import train
@@ -109,6 +109,7 @@ def start(config: RunConfig, out: Path, micro_batch: int, command: str) -> int:
 
     rank, _, ranks = world()
     device = own_device()
+    kernels = choose_kernels(config, device)
     run_folder, notes = None, {"init": config.model.weights, "command": command, "out": str(out)} | run_notes(config)
     if rank == 0:
         # all that the run reads is found good before anything is written and before the ranks meet
@@ -131,7 +132,7 @@ def start(config: RunConfig, out: Path, micro_batch: int, command: str) -> int:
         try:
             task = build_task(config, source, networks, device, micro_batch)
             if rank == 0:
-                print(describe(config, ranks, micro_batch, task.engine.net))
+                print(describe(config, ranks, micro_batch, task.engine.net), kernels, sep="\n")
             return train(task, config.train, micro_batch, out, run_folder, interrupt, notes)
         except torch.OutOfMemoryError as error:
             smaller = f"halve train.micro_batch (now {micro_batch}), which leaves the result as it is"

@@ -30,7 +30,7 @@ from mclr.guidance import Guidance
 from mclr.likelihood import Draws, Net, Paradigm
 from mclr.next_scale import NextScale
 from models.edm2 import EDM2
-from train.build import build_encoder, build_guidance, build_guide, build_net, build_paradigm, schedule_table
+from train.build import build_encoder, build_guidance, build_guide, build_net, build_paradigm, choose_kernels, schedule_table
 from train.cli import Parser, run
 from train.encoders import ROUNDING, VAE_WEIGHTS, Encoder, find_vae, to_uint8
 from train.files import checksum, in_memory, write_file, write_json
@@ -61,10 +61,10 @@ class WorkCounter:
         self.net, self.sums = net, sums or self
         self.work = 0  # rows of all calls; of a token model rows times tokens
 
-    def __call__(self, *inputs: Any) -> Any:
-        answer = self.net(*inputs)
-        # logits [R, l, V] of l new tokens, or (denoised [R, C, H, W], log-variance)
-        self.sums.work += answer.shape[0] * answer.shape[1] if isinstance(answer, Tensor) else len(answer[0])
+    def __call__(self, *inputs: Any, **cache: Any) -> Any:
+        answer = self.net(*inputs, **cache)
+        # hidden states [R, l, D] of l new tokens, or answers [R, C, H, W]
+        self.sums.work += answer[0].shape[0] * (answer[0].shape[1] if answer[0].ndim == 3 else 1)
         return answer
 
     def new_cache(self, rows: int) -> Any:
@@ -167,6 +167,7 @@ def load_generator(config: RunConfig, weights: Path, device: torch.device) -> tu
 
     The network also counts the work of the guide. Raises UserError where weights or guide do not fit the config.
     """
+    choose_kernels(config, device)
     encoder = build_encoder(config, device)
     net = build_net(config, encoder)
     load_into(net, weights)

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from kernels.weight_norm import force_weights
 from mclr.likelihood import Draws, Paradigm, score
 from mclr.objective import Objective
 from mclr.posterior import NoisyPosterior, PrefixPosterior, calibration
 from mclr.schedule import NONE
-from models.blocks import normalize
 from train.data import Batch, Source
 from train.encoders import Encoder, from_uint8, mirrored
 from train.engine import Engine, Frozen
@@ -108,7 +108,8 @@ def train_step(
             totals[name] = totals.get(name, 0) + value * micro_batch / len(positions)
 
     totals["gradient_norm"] = task.engine.step(lr)
-    task.engine.project(task.normalised, normalize)
+    if task.normalised:
+        task.engine.project(task.normalised, force_weights)
     if task.posterior_engine is not None:
         task.posterior_engine.step(task.posterior_lr)
     return totals

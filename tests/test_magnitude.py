@@ -1,0 +1,170 @@
+"""EDM2's fused activations: zeros, large numbers, the clip, layouts, what is refused. Formulas and gradients: test_kernels.py."""
+
+import math
+
+import pytest
+import torch
+
+from kernels.choice import using
+from kernels.magnitude import EPS, NORM_SILU, SCALE_SILU, SILU, SUM_CLIP, mp_sum, norm_silu, scale_silu, sum_clip
+from kernels.op import as_tuple, compare, poisoned
+
+both = pytest.mark.parametrize("kernels", ["torch", "triton"])
+LAST = torch.channels_last
+
+
+def image(*shape, seed=0, scale=1.0, dtype=torch.float32):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+    return x.to(dtype).requires_grad_()
+
+
+@both
+def test_zeros_have_a_finite_gradient(kernels):
+    x = image(2, 5, 2, 3)
+    with torch.no_grad():
+        x[0, :, 1, 2] = 0
+    with using(kernels), poisoned():
+        n, s = norm_silu(x)
+        dn, ds = image(*x.shape, seed=1), image(*x.shape, seed=2)
+        (dx,) = torch.autograd.grad((n, s), x, (dn, ds))
+    assert (n[0, :, 1, 2] == 0).all() and (s[0, :, 1, 2] == 0).all() and dx.isfinite().all()
+    # silu'(0) = 1/2; no direction to project out
+    torch.testing.assert_close(dx[0, :, 1, 2], (dn + ds / (2 * SILU))[0, :, 1, 2] / EPS)
+    with using(kernels):
+        nothing = torch.zeros(1, 3, 2, 2, requires_grad=True)
+        out = scale_silu(nothing, torch.zeros(1, 3, requires_grad=True))
+    (dx,) = torch.autograd.grad(out.sum(), nothing)
+    assert (out == 0).all() and (dx == 0).all()
+
+
+@both
+@pytest.mark.parametrize("scale", [1e-3, 1e4])
+@pytest.mark.parametrize("op", [NORM_SILU, SCALE_SILU, SUM_CLIP], ids=lambda op: op.name)
+def test_small_and_large_numbers(op, scale, kernels):
+    inputs = op.draw(op.tiny["odd sizes"], torch.float32, torch.Generator().manual_seed(4))
+    inputs = {
+        name: (t.detach() * scale).requires_grad_() if name != "scale_RN" and torch.is_tensor(t) else t
+        for name, t in inputs.items()
+    }
+    if "clip" in inputs:
+        inputs["clip"] = math.inf
+    errors = compare(op, inputs, torch.float32, kernels)
+    assert all(error.ok for error in errors), errors
+
+
+@both
+def test_a_single_channel_is_its_sign(kernels):
+    x = image(2, 1, 3, 2)
+    with using(kernels), poisoned():
+        n, s = norm_silu(x)
+        (dx,) = torch.autograd.grad((n, s), x, (torch.ones_like(n), torch.ones_like(s)))
+    torch.testing.assert_close(n, x.detach() / (EPS + x.detach().abs()))
+    h = n.detach().double().requires_grad_()
+    (slope,) = torch.autograd.grad((torch.nn.functional.silu(h) / SILU).sum(), h)
+    # of 1 + slope next to nothing is left: the sign does not move
+    torch.testing.assert_close(dx, ((1 + slope) * EPS / (EPS + x.detach().abs()) ** 2).float(), rtol=0, atol=1e-5)
+
+
+@both
+def test_normalised_pixels_have_unit_rms(kernels):
+    with using(kernels):
+        n, _ = norm_silu(image(2, 16, 3, 3, scale=5.0))
+    torch.testing.assert_close(n.square().mean(1), torch.ones(2, 3, 3), rtol=0, atol=1e-3)
+
+
+@both
+def test_either_output_may_go_unused(kernels):
+    x = image(2, 6, 2, 2)
+    with using(kernels):
+        parts = [torch.autograd.grad(norm_silu(x)[i].square().sum(), x)[0] for i in range(2)]
+        n, s = norm_silu(x)
+        (whole,) = torch.autograd.grad(n.square().sum() + s.square().sum(), x)
+    torch.testing.assert_close(parts[0] + parts[1], whole)
+
+
+@both
+@pytest.mark.parametrize("op", [NORM_SILU, SCALE_SILU, SUM_CLIP], ids=lambda op: op.name)
+def test_the_layout_stays(op, kernels):
+    """channels_last in, channels_last out, gradients too; and the numbers are those of NCHW."""
+    inputs = op.draw(op.tiny["odd sizes"], torch.float32, torch.Generator().manual_seed(0))
+    found = []
+    for form in (torch.contiguous_format, LAST):
+        given = {
+            k: v.detach().contiguous(memory_format=form).requires_grad_() if k[1:] == "_RNHW" else v for k, v in inputs.items()
+        }
+        with using(kernels):
+            outputs = as_tuple(op.run(**given))
+        images = [v for k, v in given.items() if k[1:] == "_RNHW"]
+        grads = torch.autograd.grad(sum(out.square().sum() for out in outputs), images)
+        assert all(t.is_contiguous(memory_format=form) for t in (*outputs, *grads))
+        found.append((*outputs, *grads))
+    for nchw, last in zip(*found, strict=True):
+        torch.testing.assert_close(nchw, last)
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_the_gradient_passes_up_to_the_clip_and_at_it(dtype, kernels):
+    above = torch.nextafter(torch.tensor(256.0, dtype=dtype), torch.tensor(math.inf, dtype=dtype)).item()
+    values = [0.0, 255.0, 256.0, -256.0, above, -above, 1e4, -1e4]
+    a = torch.tensor(values, dtype=dtype).view(1, 8, 1, 1).requires_grad_()
+    b = torch.zeros_like(a, requires_grad=True)
+    with using(kernels), poisoned():
+        # t = 0: nothing is rounded
+        out = sum_clip(a, b, 0.0, 256.0)
+        da, db = torch.autograd.grad(out, (a, b), torch.ones_like(a))
+    assert out.flatten().tolist() == [0.0, 255.0, 256.0, -256.0, 256.0, -256.0, 256.0, -256.0]
+    assert da.flatten().tolist() == [1.0] * 4 + [0.0] * 4 and (db == 0).all()
+
+
+@both
+def test_without_a_clip_it_is_the_sum_at_its_magnitude(kernels):
+    a, b = image(2, 3, 4, 5, scale=1e3), image(2, 3, 4, 5, seed=1, scale=1e3)
+    for t in (0.0, 0.3, 0.8, 1.0):
+        with using(kernels), poisoned():
+            out = sum_clip(a, b, t, math.inf)
+            grads = torch.autograd.grad(out.sum(), (a, b))
+        torch.testing.assert_close(out, mp_sum(a, b, t), rtol=1e-5, atol=1e-3)
+        for grad, share in zip(grads, (1 - t, t), strict=True):
+            torch.testing.assert_close(grad, torch.full_like(a, share / math.hypot(1 - t, t)))
+
+
+@both
+def test_nan_is_not_clipped_away(kernels):
+    a = torch.tensor([math.nan, 1.0]).view(1, 2, 1, 1)
+    with using(kernels):
+        out = sum_clip(a, torch.zeros_like(a), 0.3, 0.5).flatten()
+    assert out[0].isnan() and out[1] == 0.5
+
+
+def test_fp64_is_for_torch():
+    x = image(1, 2, 2, 2, dtype=torch.float64)
+    with using("triton"), pytest.raises(ValueError, match=r"x: dtype torch\.float64"):
+        norm_silu(x)
+
+
+X = torch.ones(2, 3, 4, 5)
+
+
+@both
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: norm_silu(X[0]), "x: 3 dimensions, not 4"),
+        (lambda: norm_silu(X.int()), "x: dtype torch.int32"),
+        (lambda: norm_silu(X[:0]), r"x: shape \(0, 3, 4, 5\) holds nothing"),
+        (lambda: scale_silu(X[0], X[0]), "x: 3 dimensions, not 4"),
+        (lambda: scale_silu(X, X[0, 0]), r"scale: shape \(4, 5\), not \(2, 3\)"),
+        (lambda: scale_silu(X.half(), X[..., 0, 0]), r"scale: dtype torch\.float32, not one of torch\.float16"),
+        (lambda: scale_silu(X, torch.ones(2, 3, device="meta")), "scale: on meta, not on cpu as x"),
+        (lambda: sum_clip(X, X[:1], 0.3, 1.0), r"b: shape \(1, 3, 4, 5\), not \(2, 3, 4, 5\)"),
+        (lambda: sum_clip(X, X.half(), 0.3, 1.0), r"b: dtype torch\.float16, not one of torch\.float32"),
+        (lambda: sum_clip(X, X, 1.1, 1.0), r"t: 1\.1 is not in \[0, 1\]"),
+        (lambda: sum_clip(X, X, math.nan, 1.0), "t: nan is not in"),
+        (lambda: sum_clip(X, X, 0.3, 0.0), r"clip: 0\.0 is not above 0"),
+        (lambda: sum_clip(X, X, 0.3, math.nan), "clip: nan is not above 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused(call, says, kernels):
+    with using(kernels), pytest.raises(ValueError, match=says):
+        call()

@@ -1,0 +1,243 @@
+"""modulated_norm and gated_norm: extreme tokens, rows that share a sample's tokens, one gradient alone, refusals."""
+
+import pytest
+import torch
+
+from kernels.choice import using
+from kernels.modulated_norm import GATED_NORM, MODULATED_NORM, gated_norm, modulated_norm
+from kernels.op import as_tuple, compare, leaves, moved, results
+
+both = pytest.mark.parametrize("kernels", ["torch", "triton"])
+per_op = pytest.mark.parametrize("op", [MODULATED_NORM, GATED_NORM], ids=lambda op: op.name)
+
+
+def drawn(op, dtype=torch.float32, **shape):
+    return op.draw({"B": 3, "R": 3, "L": 5, "D": 6} | shape, dtype, torch.Generator().manual_seed(0))
+
+
+def with_tokens(inputs, change):
+    """The inputs, x and first changed."""
+    changed = {name: change(inputs[name].detach()).requires_grad_() for name in ("x", "first_RD") if name in inputs}
+    return inputs | changed
+
+
+def double(inputs):
+    return moved(inputs, lambda t: t.double() if t.is_floating_point() else t)
+
+
+def equal(op, inputs, kernels, dtype=torch.float32):
+    errors = compare(op, inputs, dtype, kernels)
+    return all(error.ok for error in errors) or errors
+
+
+@both
+@per_op
+def test_a_constant_token_becomes_the_shift(op, kernels):
+    inputs = with_tokens(drawn(op, D=7), lambda t: torch.full_like(t, 3.0))
+    if op is GATED_NORM:
+        inputs["y_RLD"] = torch.zeros_like(inputs["y_RLD"]).requires_grad_()
+    assert equal(op, inputs, kernels) is True
+    with using(kernels):
+        h = as_tuple(op.run(**inputs))[-1]
+    assert torch.equal(h, inputs["shift_RD"][:, None].expand_as(h))
+
+
+@both
+@pytest.mark.parametrize("factor", [1e4, 1e-4])
+@per_op
+def test_large_and_small_tokens(op, factor, kernels):
+    inputs = with_tokens(drawn(op, indexed=1, R=6, D=33), lambda t: t * factor)
+    assert equal(op, inputs, kernels) is True
+
+
+@both
+@pytest.mark.parametrize(("offset", "spread"), [(1e4, 1.0), (1e-4, 1e-8), (-300.0, 0.01)])
+def test_tokens_far_from_zero_lose_what_their_mean_rounds_off(offset, spread, kernels):
+    inputs = with_tokens(drawn(MODULATED_NORM, D=50), lambda t: offset + spread * t) | {"eps": 1e-30}
+    expected = results(MODULATED_NORM.reference, double(inputs))
+    with using(kernels):
+        found = results(MODULATED_NORM.run, inputs)
+    for name, true in expected.items():
+        lost = 4 * 2**-24 * abs(offset) / spread
+        assert (found[name] - true).norm() <= lost * true.norm(), name
+
+
+@both
+@pytest.mark.parametrize("index", [[0, 1, 2, 0, 1, 2], [2, 0, 2, 2, 0], [1], [1, 1, 1, 1]], ids=str)
+@pytest.mark.parametrize("sizes", [{"L": 1}, {"D": 1}, {"L": 9, "D": 11}], ids=str)
+@per_op
+def test_rows_read_the_tokens_of_their_sample(op, sizes, index, kernels):
+    inputs = drawn(op, indexed=1, R=len(index), **sizes) | {"index_R": torch.tensor(index)}
+    assert equal(op, inputs, kernels) is True
+    gathered = {name: value for name, value in inputs.items() if name not in ("index_R", "first_RD")}
+    with using(kernels):
+        shared = results(op.run, inputs)
+        gathered["x"] = torch.cat((inputs["first_RD"][:, None], inputs["x"][index][:, 1:]), 1).detach().requires_grad_()
+        separate = results(op.run, gathered)
+    for name, value in separate.items():
+        if name == "gradient of x":
+            value, x = torch.zeros_like(shared[name]), value
+            value[:, 1:].index_add_(0, torch.tensor(index), x[:, 1:])
+            assert torch.equal(shared["gradient of first_RD"], x[:, 0])
+        torch.testing.assert_close(shared[name], value, rtol=1e-6, atol=1e-6)
+    unread = [sample for sample in range(3) if sample not in index]
+    assert not shared["gradient of x"][:, 0].any() and not shared["gradient of x"][unread].any()
+
+
+@pytest.mark.parametrize("indexed", [0, 1])
+@per_op
+def test_large_rows_in_torch(op, indexed):
+    inputs = drawn(op, torch.bfloat16, indexed=indexed, B=2, R=2, L=40, D=1024)
+    assert equal(op, inputs, "torch", torch.bfloat16) is True
+    assert equal(op, double(inputs), "torch", torch.float64) is True
+
+
+@both
+@per_op
+def test_token_0_of_a_sample_is_not_read(op, kernels):
+    inputs = drawn(op, indexed=1, R=6)
+    with using(kernels):
+        clean = results(op.run, inputs)
+        spoilt = results(
+            op.run, with_tokens(inputs, lambda t: torch.where(torch.arange(5)[:, None] > 0, t, torch.nan) if t.ndim == 3 else t)
+        )
+    assert all(torch.equal(clean[name], spoilt[name]) for name in clean)
+
+
+@both
+def test_gated_norm_is_modulated_norm_of_the_sum(kernels):
+    inputs = drawn(GATED_NORM, D=20)
+
+    def in_steps(x, y_RLD, gate_RD, **rest):
+        x = x + gate_RD[:, None] * y_RLD
+        return x, modulated_norm(x, **rest)
+
+    with using(kernels):
+        one, two = results(gated_norm, inputs), results(in_steps, inputs)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-6)
+
+
+@both
+@pytest.mark.parametrize("indexed", [0, 1])
+@pytest.mark.parametrize("output", [0, 1])
+def test_one_gradient_alone(output, indexed, kernels):
+    inputs = drawn(GATED_NORM, indexed=indexed)
+    wide = double(inputs)
+
+    def gradients(function, inputs):
+        out = function(**inputs)[output]
+        upstream = torch.linspace(-1, 2, out.numel()).view_as(out).to(out)
+        found = torch.autograd.grad(out, list(leaves(inputs).values()), upstream, materialize_grads=True)
+        return dict(zip(leaves(inputs), found, strict=True))
+
+    expected = gradients(GATED_NORM.reference, wide)
+    with using(kernels):
+        found = gradients(gated_norm, inputs)
+        outputs = gated_norm(**inputs)
+        upstream = [torch.zeros_like(out) for out in outputs]
+        upstream[output] = torch.linspace(-1, 2, outputs[output].numel()).view_as(outputs[output])
+        beside_zeros = torch.autograd.grad(outputs, list(leaves(inputs).values()), upstream)
+    for (name, grad), zeros in zip(found.items(), beside_zeros, strict=True):
+        torch.testing.assert_close(grad.double(), expected[name], rtol=1e-5, atol=1e-5)
+        assert torch.equal(grad, zeros), name
+
+
+@both
+def test_slices_of_one_tensor_get_their_gradients_in_it(kernels):
+    inputs = drawn(GATED_NORM, D=10)
+    six_R6D = torch.randn(3, 6, 10, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+    def run(function, six_R6D, **inputs):
+        gate, _, scale, _, shift, _ = six_R6D.unbind(1)
+        return function(**inputs | {"gate_RD": gate, "scale_RD": scale, "shift_RD": shift})
+
+    rest = {name: value for name, value in inputs.items() if name not in ("gate_RD", "scale_RD", "shift_RD")}
+    given = rest | {"six_R6D": six_R6D}
+    expected = results(lambda **inputs: run(GATED_NORM.reference, **inputs), double(given))
+    with using(kernels):
+        found = results(lambda **inputs: run(gated_norm, **inputs), given)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
+    assert not found["gradient of six_R6D"][:, 1::2].any()
+
+
+@both
+def test_every_tensor_may_have_its_own_dtype(kernels):
+    inputs = drawn(GATED_NORM) | {"dtype": torch.float16}
+    for name in ("y_RLD", "scale_RD"):
+        inputs[name] = inputs[name].detach().half().requires_grad_()
+    assert equal(GATED_NORM, inputs, kernels, torch.float16) is True
+    with using(kernels):
+        x, h = gated_norm(**inputs)
+        grads = torch.autograd.grad((x.sum(), h.sum()), list(leaves(inputs).values()))
+    assert (x.dtype, h.dtype) == (torch.float32, torch.float16)
+    assert [grad.dtype for grad in grads] == [t.dtype for t in leaves(inputs).values()]
+
+
+@pytest.mark.parametrize("indexed", [0, 1])
+@per_op
+def test_cost_counts_the_tokens_read_and_written(op, indexed):
+    shape = {"B": 2, "R": 4, "L": 3, "D": 5, "indexed": indexed}
+    inputs = op.draw(shape, torch.float16, torch.Generator())
+    outputs = as_tuple(op.reference(**inputs))
+    gradients = torch.autograd.grad(outputs, inputs["x"], [torch.ones_like(out) for out in outputs])
+    read = [inputs[name] for name in ("x", "y_RLD") if name in inputs]
+
+    def size(*tensors):
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    cost = op.cost(shape, torch.float16)
+    assert cost.forward_bytes == size(*read, *outputs)
+    # backward reads what was normalised, which is the first output of gated_norm
+    normalised, y = (outputs[0], read[1:] * 2) if op is GATED_NORM else (inputs["x"], [])
+    assert cost.backward_bytes == size(normalised, *outputs, *y, *gradients)
+
+
+WRONG = {
+    "x: 2 dimensions, not 3": {"x": torch.zeros(3, 6)},
+    r"x: shape \(3, 0, 6\) holds nothing": {"x": torch.zeros(3, 0, 6)},
+    "x: dtype torch.bfloat16, not torch.float32": {"x": torch.zeros(3, 5, 6, dtype=torch.bfloat16)},
+    r"x: shape \(2, 5, 6\), not \(3, 5, 6\)": {"x": torch.zeros(2, 5, 6)},
+    r"scale: shape \(3, 1, 6\), not \(3, 6\)": {"scale_RD": torch.zeros(3, 1, 6)},
+    r"shift: shape \(3, 5\), not \(3, 6\)": {"shift_RD": torch.zeros(3, 5)},
+    "shift: on meta, not on cpu as x": {"shift_RD": torch.zeros(3, 6, device="meta")},
+    "dtype: torch.int64, not one of": {"dtype": torch.int64},
+    "first: goes with index: both or neither": {"first_RD": torch.zeros(3, 6)},
+    r"first: shape \(2, 6\), not \(3, 6\)": {"index_R": torch.zeros(3, dtype=torch.int64), "first_RD": torch.zeros(2, 6)},
+    "first: dtype torch.float16, not torch.float32": {
+        "index_R": torch.zeros(3, dtype=torch.int64),
+        "first_RD": torch.zeros(3, 6, dtype=torch.float16),
+    },
+    "index: dtype torch.int32, not torch.int64": {"index_R": torch.zeros(3, dtype=torch.int32), "first_RD": torch.zeros(3, 6)},
+    r"index: shape \(2,\), not \(3,\)": {"index_R": torch.zeros(2, dtype=torch.int64), "first_RD": torch.zeros(3, 6)},
+    r"index: holds 3, outside 0\.\.2": {"index_R": torch.tensor([0, 3, 1]), "first_RD": torch.zeros(3, 6)},
+    r"index: holds -1, outside 0\.\.2": {"index_R": torch.tensor([0, -1, 1]), "first_RD": torch.zeros(3, 6)},
+}
+
+
+@both
+@pytest.mark.parametrize("says", WRONG)
+@per_op
+def test_what_does_not_fit_is_refused_by_name(op, says, kernels):
+    with using(kernels), pytest.raises(ValueError, match=says):
+        op.run(**drawn(op) | WRONG[says])
+
+
+@both
+@pytest.mark.parametrize(
+    ("says", "wrong"),
+    [
+        (r"y: shape \(3, 4, 6\), not \(3, 5, 6\)", {"y_RLD": torch.zeros(3, 4, 6)}),
+        (r"gate: shape \(3, 1, 6\), not \(3, 6\)", {"gate_RD": torch.zeros(3, 1, 6)}),
+    ],
+)
+def test_what_is_added_must_fit(says, wrong, kernels):
+    with using(kernels), pytest.raises(ValueError, match=says):
+        gated_norm(**drawn(GATED_NORM) | wrong)
+
+
+@per_op
+def test_kernels_have_no_fp64(op):
+    with using("triton"), pytest.raises(ValueError, match=r"dtype torch.float64, not one of"):
+        op.run(**double(drawn(op)))

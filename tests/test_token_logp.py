@@ -1,0 +1,297 @@
+"""Log-probabilities of tokens without logits: extreme logits, odd sizes, guided rows, what is kept, what is refused."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from kernels import token_logp as module
+from kernels.choice import using
+from kernels.op import compare, moved, results
+from kernels.token_logp import OP, cost, draw, token_logp
+
+SHAPE = {"B": 3, "R": 4, "L": 5, "D": 20, "V": 37}
+both = pytest.mark.parametrize("kernels", ["torch", "triton"])
+
+
+@pytest.fixture(autouse=True)
+def many(monkeypatch):
+    """Some rows of logits are more than a cache holds: else torch takes the definition."""
+    monkeypatch.setattr(module, "CPU_LOGITS", 3 * SHAPE["V"])
+
+
+def drawn(dtype=torch.float32, **sizes):
+    return draw(SHAPE | sizes, dtype, torch.Generator().manual_seed(5))
+
+
+def guided(dtype=torch.float32):
+    """With a guide row and a weight g per token, as inverse guidance has them (-1 < g <= 0), and others."""
+    inputs, generator = drawn(dtype), torch.Generator().manual_seed(6)
+    mix = torch.rand(SHAPE["R"], SHAPE["L"], generator=generator) * 1.5 - 1
+    mix[:, 0] = 0
+    guide = torch.randn(inputs["hidden_RLD"].shape, generator=generator).to(dtype)
+    return inputs | {"guide_RLD": guide, "mix_RL": mix}
+
+
+def doubled(inputs):
+    return moved(inputs, lambda t: t.double() if t.is_floating_point() else t)
+
+
+def good(inputs, kernels, dtype=torch.float32):
+    errors = compare(OP, inputs, dtype, kernels)
+    assert len(errors) == 4 and all(error.ok for error in errors), errors
+    return True
+
+
+@both
+@pytest.mark.parametrize("V", [2, 37, 100, 300])
+def test_first_and_last_code_of_any_number_of_codes(kernels, V):
+    inputs = drawn(V=V)
+    inputs["tokens_BL"][:, ::2], inputs["tokens_BL"][:, 1::2] = 0, V - 1
+    assert good(inputs, kernels)
+
+
+@both
+@pytest.mark.parametrize("signs", ["all", "mixed"])
+def test_logits_of_ten_thousand(kernels, signs):
+    """+-1e4 + small integers, which fp32 holds: log-probabilities near -5 among logits of 1e4 keep their digits."""
+    V = 300
+    inputs, code = drawn(D=2, V=V), torch.arange(V)
+    with torch.no_grad():
+        inputs["hidden_RLD"][:, ::2], inputs["hidden_RLD"][:, 1::2] = torch.tensor([[1e4, 1.0], [-1e4, 1.0]]).unbind()
+        inputs["weight_VD"][:, 0] = torch.where((code % 7 == 0) & (signs == "mixed"), -1.0, 1.0)
+        inputs["weight_VD"][:, 1] = code % 5
+        inputs["bias_V"].zero_()
+    assert good(inputs, kernels)
+
+
+@both
+def test_a_certain_token(kernels):
+    """Its log p is 0 and has no gradient; that of another token is -1e4 and moves both."""
+    V, certain = 300, 299
+    inputs = drawn(V=V) | {"tokens_BL": torch.tensor([[certain, 0]]), "index_R": torch.tensor([0])}
+    inputs["hidden_RLD"] = torch.zeros(1, 2, SHAPE["D"], requires_grad=True)
+    inputs["bias_V"] = torch.full((V,), -1e4).index_fill(0, torch.tensor(certain), 0.0).requires_grad_()
+    with using(kernels):
+        value = token_logp(**inputs)
+        (grad,) = torch.autograd.grad(value.sum(), inputs["bias_V"])
+    assert value.tolist() == [[0.0, -1e4]]
+    assert grad.nonzero()[:, 0].tolist() == [0, certain] and grad[[0, certain]].tolist() == [1.0, -1.0]
+
+
+def test_an_almost_certain_token_keeps_its_gradient_in_half_precision():
+    """1 - p is not computed from a rounded p."""
+    bias = torch.tensor([0.0, -7.0], requires_grad=True)
+    hidden, weight = torch.zeros(1, 1, 1, dtype=torch.bfloat16), torch.zeros(2, 1)
+    zero = torch.zeros(1, 1, dtype=torch.int64)
+    (grad,) = torch.autograd.grad(token_logp(hidden, weight, bias, zero, zero[0]).sum(), bias)
+    assert grad[0].item() == pytest.approx(1 - torch.sigmoid(torch.tensor(7.0)).item(), rel=4e-3)
+
+
+@both
+@pytest.mark.parametrize("index", [[2], [1, 1, 0, 1], [0, 2, 1, 2, 2, 0]])
+def test_rows_name_their_samples(kernels, index):
+    assert good(drawn(R=len(index)) | {"index_R": torch.tensor(index)}, kernels)
+
+
+@both
+def test_values_are_log_probabilities(kernels):
+    V = 100
+    inputs = drawn(L=1, V=V)
+    every = inputs | {
+        "hidden_RLD": inputs["hidden_RLD"].expand(-1, V, -1),
+        "tokens_BL": torch.arange(V).expand(3, -1),
+    }
+    with using(kernels), torch.no_grad():
+        value_RV = token_logp(**every)
+    assert value_RV.dtype == torch.float32 and value_RV.max() <= 0
+    torch.testing.assert_close(value_RV.exp().sum(1), torch.ones(SHAPE["R"]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_hidden_states_with_a_linear_of_either_dtype(dtype):
+    for linear in (dtype, torch.float32):
+        inputs = drawn(dtype)
+        for name in ("weight_VD", "bias_V"):
+            inputs[name] = inputs[name].detach().to(linear).requires_grad_()
+        assert good(inputs, "torch", dtype)
+        value = token_logp(**inputs)
+        value.sum().backward()
+        assert value.dtype == torch.float32
+        assert all(t.grad.dtype == t.dtype for t in inputs.values() if t.requires_grad)
+
+
+def by_two_logits(hidden_RLD, weight_VD, bias_V, tokens_BL, index_R, guide_RLD, mix_RL):
+    """log softmax(b log p + (1 - b) sg log p_guide)[token], b = 1 + g."""
+    own = F.linear(hidden_RLD, weight_VD, bias_V).log_softmax(-1)
+    guide = F.linear(guide_RLD, weight_VD, bias_V).log_softmax(-1).detach()
+    share = 1 + mix_RL[..., None]
+    mixed = (share * own + (1 - share) * guide).log_softmax(-1)
+    return mixed.gather(-1, tokens_BL[index_R][..., None])[..., 0]
+
+
+def test_a_guided_row_is_the_linear_of_mixed_hidden_states():
+    inputs = doubled(guided())
+    expected, found = results(by_two_logits, inputs), results(token_logp, inputs)
+    assert len(found) == 4
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "dtype"),
+    [("triton", torch.float32), ("triton", torch.float16), ("torch", torch.float16), ("torch", torch.bfloat16)],
+)
+def test_a_guided_row_in_every_precision(kernels, dtype):
+    assert good(guided(dtype), kernels, dtype)
+
+
+def test_the_linear_of_a_mixture_has_another_gradient():
+    """The guide's logits hold the weight still: without that its gradient would be of the mixture."""
+    inputs = doubled(guided())
+    expected = results(by_two_logits, inputs)
+
+    def naive(hidden_RLD, guide_RLD, mix_RL, **others):
+        return token_logp(hidden_RLD + mix_RL[..., None] * (hidden_RLD - guide_RLD), **others)
+
+    found = results(naive, inputs)
+    for name in ("output 0", "gradient of hidden_RLD"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(found["gradient of weight_VD"], expected["gradient of weight_VD"], rtol=0.1)
+
+
+@both
+def test_a_guide_gets_no_gradient(kernels):
+    inputs = guided()
+    wanted = [inputs["guide_RLD"].requires_grad_(), inputs["mix_RL"].requires_grad_()]
+    with using(kernels):
+        assert torch.autograd.grad(token_logp(**inputs).sum(), wanted, allow_unused=True) == (None, None)
+
+
+def kept(inputs):
+    """The sizes of what is saved for the backward, beside the inputs."""
+    saved, known = [], {t.untyped_storage().data_ptr() for t in inputs.values()}
+
+    def note(t):
+        if t.untyped_storage().data_ptr() not in known:
+            saved.append(t.numel())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        token_logp(**inputs)
+    return saved
+
+
+def test_what_is_kept_for_the_backward():
+    inputs = drawn()
+    M = SHAPE["R"] * SHAPE["L"]
+    with using("triton"):
+        assert kept(inputs) == [2 * M]
+    assert kept(inputs) == [M * SHAPE["V"]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_logits_and_many_are_the_same(monkeypatch, dtype):
+    """In torch. Of half operands too the logits are fp32: the values agree better than half logits would."""
+    values = []
+    for rows in (1, 1000):
+        monkeypatch.setattr(module, "CPU_LOGITS", rows * SHAPE["V"])
+        assert good(guided(dtype), "torch", dtype)
+        values.append(token_logp(**guided(dtype)))
+    torch.testing.assert_close(*values, rtol=1e-5, atol=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor has that is made inside."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+        return out
+
+
+def test_without_gradient_there_are_never_all_logits(monkeypatch):
+    inputs = drawn(L=32, D=4, V=64)
+    whole = token_logp(**inputs)
+    monkeypatch.setattr(module, "CPU_LOGITS", 16 * 64)
+    with torch.no_grad(), Largest() as largest:
+        value = token_logp(**inputs)
+    assert largest.elements == 16 * 64
+    torch.testing.assert_close(value, whole.detach(), rtol=1e-6, atol=1e-6)
+
+
+@both
+def test_chunks_of_rows_do_not_show(monkeypatch, kernels):
+    """Some of them of unequal length, some of one row."""
+    for rows in (1, 3, 19):
+        monkeypatch.setattr(module, "CPU_LOGITS", rows * SHAPE["V"])
+        assert good(guided(), kernels)
+
+
+@both
+def test_autocast_does_not_change_the_dtype(kernels):
+    inputs = drawn()
+    with using(kernels):
+        value = token_logp(**inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(token_logp(**inputs), value)
+
+
+def test_torch_compile_sees_one_graph_of_torch_too():
+    inputs = guided()
+    compiled = torch.compile(token_logp, backend="aot_eager", fullgraph=True)
+    eager, traced = results(token_logp, inputs), results(compiled, inputs)
+    for name in eager:
+        torch.testing.assert_close(traced[name], eager[name], rtol=1e-5, atol=1e-6)
+
+
+REFUSALS = {
+    "hidden: 2 dimensions, not 3": {"hidden_RLD": torch.zeros(4, 20)},
+    "weight: 1 dimensions, not 2": {"weight_VD": torch.zeros(37)},
+    "tokens: 1 dimensions, not 2": {"tokens_BL": torch.zeros(3, dtype=torch.int64)},
+    r"weight: shape \(37, 19\), not \(37, 20\)": {"weight_VD": torch.zeros(37, 19)},
+    r"bias: shape \(36,\), not \(37,\)": {"bias_V": torch.zeros(36)},
+    r"tokens: shape \(3, 4\), not \(3, 5\)": {"tokens_BL": torch.zeros(3, 4, dtype=torch.int64)},
+    r"index: shape \(3,\), not \(4,\)": {"index_R": torch.zeros(3, dtype=torch.int64)},
+    r"hidden: shape \(0, 5, 20\) holds nothing": {"hidden_RLD": torch.zeros(0, 5, 20)},
+    "weight: on meta, not on cpu as hidden": {"weight_VD": torch.zeros(37, 20, device="meta")},
+    "tokens: on meta, not on cpu as hidden": {"tokens_BL": torch.zeros(3, 5, dtype=torch.int64, device="meta")},
+    "weight: dtype torch.float32, not torch.int64": {"hidden_RLD": torch.zeros(4, 5, 20, dtype=torch.int64)},
+    "weight: dtype torch.bfloat16, not torch.float32": {"weight_VD": torch.zeros(37, 20, dtype=torch.bfloat16)},
+    "bias: dtype torch.float16, not torch.float32": {"bias_V": torch.zeros(37, dtype=torch.float16)},
+    "weight: dtype torch.float32, not torch.float64": {"hidden_RLD": torch.zeros(4, 5, 20, dtype=torch.float64)},
+    "tokens: dtype torch.int32, not torch.int64": {"tokens_BL": torch.zeros(3, 5, dtype=torch.int32)},
+    r"tokens: holds 37, outside 0\.\.36": {"tokens_BL": torch.full((3, 5), 37)},
+    r"tokens: holds -1, outside 0\.\.36": {"tokens_BL": torch.full((3, 5), -1)},
+    r"index: holds 3, outside 0\.\.2": {"index_R": torch.full((4,), 3)},
+    "guide: guide and mix come together": {"guide_RLD": torch.zeros(4, 5, 20)},
+    r"mix: shape \(4,\), not \(4, 5\)": {"guide_RLD": torch.zeros(4, 5, 20), "mix_RL": torch.zeros(4)},
+    "guide: on meta, not on cpu": {"guide_RLD": torch.zeros(4, 5, 20, device="meta"), "mix_RL": torch.zeros(4, 5)},
+}
+
+
+@pytest.mark.parametrize("says", REFUSALS)
+def test_refusals(says):
+    with pytest.raises(ValueError, match=says):
+        token_logp(**drawn() | REFUSALS[says])
+
+
+def test_triton_refuses_double_precision():
+    with using("triton"), pytest.raises(ValueError, match=r"hidden: dtype torch\.float64, not one of"):
+        token_logp(**doubled(drawn()))
+
+
+def test_the_cost_counts_what_is_multiplied():
+    inputs = drawn()
+    with FlopCounterMode(display=False) as forward:
+        value = OP.reference(**inputs)
+    with FlopCounterMode(display=False) as backward:
+        value.sum().backward()
+    counted = cost(SHAPE, torch.float32)
+    assert counted.forward_flops == forward.get_total_flops()
+    # the logits a second time
+    assert counted.backward_flops == backward.get_total_flops() + forward.get_total_flops()
