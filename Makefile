@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: tour tour-full test test-slow format clean
+.PHONY: tour tour-full test test-slow test-compile format clean
 tour: .venv/ready
 	$(PY) -m train.tour --out runs/tour
 
@@ -15,6 +15,9 @@ test: .venv/ready
 
 test-slow: .venv/ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow
+
+test-compile: .venv/ready
+	$(PY) -m kernels.compile
 
 format: .venv/ready
 	.venv/bin/ruff check --fix . && .venv/bin/ruff format .

@@ -46,10 +46,13 @@ def reference(
     guide_RLD: Tensor | None = None,
     mix_RL: Tensor | None = None,
 ) -> Tensor:
-    logits = F.linear(hidden_RLD, weight_VD, bias_V)
+    linear = weight_VD.to(hidden_RLD.dtype), bias_V.to(hidden_RLD.dtype)
+    logits = F.linear(hidden_RLD, *linear)
     if guide_RLD is not None and mix_RL is not None:
-        logits = logits + mix_RL.detach()[..., None] * (logits - F.linear(guide_RLD, weight_VD, bias_V).detach())
-    return logits.log_softmax(-1).gather(-1, tokens_BL[index_R][..., None])[..., 0]
+        logits = logits + mix_RL.detach()[..., None] * (logits - F.linear(guide_RLD, *linear).detach())
+    # as autocast does
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return logits.log_softmax(-1, wide).gather(-1, tokens_BL[index_R][..., None])[..., 0]
 
 
 def _scored(hidden_RLD: Tensor, guide_RLD: Tensor | None, mix_RL: Tensor | None) -> Tensor:
@@ -67,8 +70,8 @@ def _chunks(rows: int, weight_VD: Tensor) -> Iterator[slice]:
     return (slice(first, first + step) for first in range(0, rows, step))
 
 
-def _linear(hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor) -> Tensor:
-    """Logits of operands in hidden's dtype, fp32 (fp64 of fp64)."""
+def wide_linear(hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor) -> Tensor:
+    """The Linear of operands in hidden's dtype with results in fp32 (fp64 of fp64), for use without gradient."""
     weight_VD = weight_VD.to(hidden_MD.dtype)
     if hidden_MD.dtype.itemsize > 2:
         return F.linear(hidden_MD, weight_VD, bias_V)
@@ -86,7 +89,7 @@ class _InTorch(torch.autograd.Function):
         kept = hidden.new_empty(len(scored), len(weight)) if keep else None
         value_M1 = torch.empty(target.shape, device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
         for rows in _chunks(len(scored), weight):
-            logits = _linear(scored[rows], weight, bias)
+            logits = wide_linear(scored[rows], weight, bias)
             prob = logits.softmax(-1)
             # the largest probability is 1 / sum exp(z - max z): log softmax without a second pass of exponentials
             value = logits.gather(-1, target[rows]) - logits.amax(-1, True) + prob.amax(-1, True).log()
@@ -112,9 +115,9 @@ class _InTorch(torch.autograd.Function):
 def in_torch(hidden_RLD, weight_VD, bias_V, tokens_BL, index_R, guide_RLD=None, mix_RL=None) -> Tensor:
     if not hidden_RLD.is_cuda and hidden_RLD[..., 0].numel() * len(weight_VD) <= CPU_LOGITS:
         # a cache holds all logits: nothing to save, and the definition takes fewer passes
-        wide, operands = torch.promote_types(hidden_RLD.dtype, torch.float32), (hidden_RLD, weight_VD.to(hidden_RLD.dtype), bias_V)
-        guide = guide_RLD if guide_RLD is None else guide_RLD.to(wide)
-        return reference(*(t.to(wide) for t in operands), tokens_BL, index_R, guide, mix_RL)
+        wide = torch.promote_types(hidden_RLD.dtype, torch.float32)
+        weight_VD, guide = weight_VD.to(hidden_RLD.dtype).to(wide), None if guide_RLD is None else guide_RLD.to(wide)
+        return reference(hidden_RLD.to(wide), weight_VD, bias_V.to(wide), tokens_BL, index_R, guide, mix_RL)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_RLD, weight_VD, bias_V))
     return _InTorch.apply(hidden_RLD, weight_VD, bias_V, tokens_BL, index_R, guide_RLD, mix_RL, keep)
 

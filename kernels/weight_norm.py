@@ -1,12 +1,11 @@
 """EDM2's weight normalisation, all weights of a network in one launch: the weights that are used, and those that are stored.
 
-    used_weights:   u = gain / sqrt(f) w / (1e-4 + rms(w)) per row (Eq. 47, 66 of Karras et al. 2024, arXiv 2312.02696)
+    used_weights:   u = w / (sqrt(f) (1e-4 + rms(w))) per row (Eq. 47, 66 of Karras et al. 2024, arXiv 2312.02696)
     force_weights:  w <- w / (1e-4 + rms(w)) per row, in place (Eq. 66)
 
 f is the fan-in: the elements of a row, which is an output channel. Backward, derived: rms = |w| / sqrt(f), so with
-M = |w| + 1e-4 sqrt(f) it is u = gain w / M and, for an upstream gradient G,
-
-    dw = gain / M (G - w <G, w> / (M |w|)),   dgain = sum over rows of <G, w> / M;   where w = 0, dw = gain / M G
+M = |w| + 1e-4 sqrt(f) it is u = w / M and, for an upstream gradient G, dw = (G - w <G, w> / (M |w|)) / M; where w = 0, dw = G / M.
+A layer's gain is left to its output, which is smaller than its weight (EDM2 has them on vectors and on the image alone).
 
 Bytes per element, used weights in bf16: forward 6, backward 10, force 8; statistics are computed again, nothing but the weights is kept.
 Floor at 4.3 TB/s: edm2-img64-s (280 M elements) 391 + 651 us, force 521; edm2-img512-l (778 M) 1,085 + 1,809 us, force 1,447. Both
@@ -22,6 +21,7 @@ and parameters cut from a flat buffer at any place, run the other.
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -39,12 +39,9 @@ def fan_in(w: Tensor) -> int:
     return w.numel() // len(w)
 
 
-def used_weights_reference(weights: list[Tensor], gains_n: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    gains = gains_n.unbind()
-    rms = [w.flatten(1).square().mean(1).sqrt() for w in weights]
-    scales = [gain / math.sqrt(fan_in(w)) / (EPS + r) for w, gain, r in zip(weights, gains, rms, strict=True)]
-    used = [w * _per_row(scale, w) for w, scale in zip(weights, scales, strict=True)]
-    return [u.to(_result(u, dtype)) for u in used]
+def used_weights_reference(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    norms = [math.sqrt(fan_in(w)) * (EPS + w.flatten(1).square().mean(1).sqrt()) for w in weights]
+    return [(w / _per_row(norm, w)).to(_result(w, dtype)) for w, norm in zip(weights, norms, strict=True)]
 
 
 def _result(w: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -56,27 +53,24 @@ class _UsedWeightsInTorch(torch.autograd.Function):
     """Forward and derived backward go over a weight 2 + 4 times, autograd some 4 + 10 times."""
 
     @staticmethod
-    def forward(ctx: Any, gains: Tensor, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
         norms = [torch.linalg.vector_norm(w.flatten(1), dim=1) for w in weights]
-        ctx.save_for_backward(gains, *weights, *norms)
+        ctx.save_for_backward(*weights, *norms)
         return tuple(
-            (w * _per_row(gain / (norm + EPS * math.sqrt(fan_in(w))), w)).to(_result(w, dtype))
-            for w, gain, norm in zip(weights, gains.unbind(), norms, strict=True)
+            (w / _per_row(norm + EPS * math.sqrt(fan_in(w)), w)).to(_result(w, dtype))
+            for w, norm in zip(weights, norms, strict=True)
         )
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gains, *saved = ctx.saved_tensors
-        weights, norms = saved[: len(upstream)], saved[len(upstream) :]
-        grads, gain_grads = [], []
-        for G, w, gain, norm in zip(upstream, weights, gains.unbind(), norms, strict=True):
+        weights, norms = ctx.saved_tensors[: len(upstream)], ctx.saved_tensors[len(upstream) :]
+        grads = []
+        for G, w, norm in zip(upstream, weights, norms, strict=True):
             G, M = G.to(w.dtype), norm + EPS * math.sqrt(fan_in(w))
-            along = (G * w).flatten(1).sum(1).div_(M)
-            gain_grads.append(along.sum())
-            # along is 0 where the norm is
-            shift = along / norm.clamp_min(torch.finfo(norm.dtype).tiny)
-            grads.append(torch.addcmul(G, w, _per_row(shift, w), value=-1).mul_(_per_row(gain / M, w)))
-        return torch.stack(gain_grads), None, *grads
+            # the product is 0 where the norm is
+            shift = (G * w).flatten(1).sum(1).div_(M * norm.clamp_min(torch.finfo(norm.dtype).tiny))
+            grads.append(torch.addcmul(G, w, _per_row(shift, w), value=-1).div_(_per_row(M, w)))
+        return None, *grads
 
 
 def _per_row(value: Tensor, w: Tensor) -> Tensor:
@@ -99,8 +93,8 @@ def _pointer(address, dtype: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @jit
-def _scale_row(w, u, dtype: tl.constexpr, fan_in, gain, extra, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
-    """u = gain w / (|w| + extra), of one row at these addresses."""
+def _scale_row(w, u, dtype: tl.constexpr, fan_in, size, extra, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """u = size w / (|w| + extra), of one row at these addresses."""
     w_ptr, u_ptr = _pointer(w, tl.float32, VECTOR), _pointer(u, dtype, VECTOR)
     # tells the compiler, which does not know the fan-in, that the mask changes at whole vectors alone
     fan_in = fan_in // VECTOR * VECTOR
@@ -110,7 +104,7 @@ def _scale_row(w, u, dtype: tl.constexpr, fan_in, gain, extra, BLOCK: tl.constex
         column = block * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(w_ptr + column, mask=column < fan_in, other=0.0)
         total += x * x
-    scale = gain / (tl.sqrt(tl.sum(total)) + extra)
+    scale = size / (tl.sqrt(tl.sum(total)) + extra)
     for block in range(blocks):
         column = (blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(w_ptr + column, mask=column < fan_in, other=0.0)
@@ -118,27 +112,24 @@ def _scale_row(w, u, dtype: tl.constexpr, fan_in, gain, extra, BLOCK: tl.constex
 
 
 @jit
-def _forward(table_ptr, owner_ptr, first_ptr, fan_in_ptr, gain_ptr, like_ptr, eps, BLOCK: tl.constexpr):
-    """table: addresses of weight and result, per weight. gain: None makes it sqrt(f). like: a result, for its dtype."""
+def _forward(table_ptr, owner_ptr, first_ptr, fan_in_ptr, like_ptr, eps, FORCE: tl.constexpr, BLOCK: tl.constexpr):
+    """table: addresses of weight and result, per weight. like: a result, for its dtype. FORCE: rows of RMS 1, else of norm 1."""
     weight, fan_in, before = _row(owner_ptr, first_ptr, fan_in_ptr)
     dtype: tl.constexpr = like_ptr.dtype.element_ty
     SIZE: tl.constexpr = dtype.primitive_bitwidth // 8
     w = tl.load(table_ptr + 2 * weight) + before * 4
     u = tl.load(table_ptr + 2 * weight + 1) + before * SIZE
     root = tl.sqrt(fan_in.to(tl.float32))
-    if gain_ptr is None:
-        gain = root
-    else:
-        gain = tl.load(gain_ptr + weight)
+    size = root if FORCE else 1.0
     if (w % 16 == 0) & (u % (4 * SIZE) == 0) & (fan_in % 4 == 0):
-        _scale_row(w, u, dtype, fan_in, gain, eps * root, BLOCK, 4)
+        _scale_row(w, u, dtype, fan_in, size, eps * root, BLOCK, 4)
     else:
-        _scale_row(w, u, dtype, fan_in, gain, eps * root, BLOCK, 1)
+        _scale_row(w, u, dtype, fan_in, size, eps * root, BLOCK, 1)
 
 
 @jit
-def _derive_row(G, w, dw, dtype: tl.constexpr, fan_in, gain, extra, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
-    """dw of one row at these addresses; returns <G, w> / M."""
+def _derive_row(G, w, dw, dtype: tl.constexpr, fan_in, extra, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """dw of one row at these addresses."""
     G_ptr, w_ptr, dw_ptr = _pointer(G, dtype, VECTOR), _pointer(w, tl.float32, VECTOR), _pointer(dw, tl.float32, VECTOR)
     fan_in = fan_in // VECTOR * VECTOR
     square = tl.zeros([BLOCK], tl.float32)
@@ -151,56 +142,38 @@ def _derive_row(G, w, dw, dtype: tl.constexpr, fan_in, gain, extra, BLOCK: tl.co
         square += x * x
         product += upstream * x
     norm = tl.sqrt(tl.sum(square))
-    along = tl.sum(product) / (norm + extra)
     # where the norm is 0 so is the product
-    shift = along / tl.maximum(norm, 1e-30)
-    scale = gain / (norm + extra)
+    shift = tl.sum(product) / (norm + extra) / tl.maximum(norm, 1e-30)
     for block in range(blocks):
         column = (blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(w_ptr + column, mask=column < fan_in, other=0.0)
         upstream = tl.load(G_ptr + column, mask=column < fan_in, other=0.0).to(tl.float32)
-        tl.store(dw_ptr + column, scale * (upstream - shift * x), mask=column < fan_in)
-    return along
+        tl.store(dw_ptr + column, (upstream - shift * x) / (norm + extra), mask=column < fan_in)
 
 
 @jit
-def _backward(table_ptr, owner_ptr, first_ptr, fan_in_ptr, gain_ptr, like_ptr, part_ptr, eps, BLOCK: tl.constexpr):
-    """table: addresses of upstream gradient, weight and its gradient, per weight. like: an upstream gradient, for its dtype.
-    part: every row's share of its gain's gradient."""
+def _backward(table_ptr, owner_ptr, first_ptr, fan_in_ptr, like_ptr, eps, BLOCK: tl.constexpr):
+    """table: addresses of upstream gradient, weight and its gradient, per weight. like: an upstream gradient, for its dtype."""
     weight, fan_in, before = _row(owner_ptr, first_ptr, fan_in_ptr)
     dtype: tl.constexpr = like_ptr.dtype.element_ty
     SIZE: tl.constexpr = dtype.primitive_bitwidth // 8
     G = tl.load(table_ptr + 3 * weight) + before * SIZE
     w = tl.load(table_ptr + 3 * weight + 1) + before * 4
     dw = tl.load(table_ptr + 3 * weight + 2) + before * 4
-    gain, extra = tl.load(gain_ptr + weight), eps * tl.sqrt(fan_in.to(tl.float32))
+    extra = eps * tl.sqrt(fan_in.to(tl.float32))
     if (G % (4 * SIZE) == 0) & ((w | dw) % 16 == 0) & (fan_in % 4 == 0):
-        along = _derive_row(G, w, dw, dtype, fan_in, gain, extra, BLOCK, 4)
+        _derive_row(G, w, dw, dtype, fan_in, extra, BLOCK, 4)
     else:
-        along = _derive_row(G, w, dw, dtype, fan_in, gain, extra, BLOCK, 1)
-    tl.store(part_ptr + tl.program_id(0), along)
-
-
-@jit
-def _sum_parts(part_ptr, first_ptr, grad_ptr, BLOCK: tl.constexpr):
-    weight = tl.program_id(0)
-    end = tl.load(first_ptr + weight + 1)
-    total = tl.zeros([BLOCK], tl.float32)
-    for first in range(tl.load(first_ptr + weight), end, BLOCK):
-        row = first + tl.arange(0, BLOCK)
-        total += tl.load(part_ptr + row, mask=row < end, other=0.0)
-    tl.store(grad_ptr + weight, tl.sum(total))
+        _derive_row(G, w, dw, dtype, fan_in, extra, BLOCK, 1)
 
 
 @lru_cache(maxsize=16)
 def _rows(shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """(weight of every row, first row of every weight and the end, fan-in of every weight), int32, from (rows, fan-in) per weight.
+    """(weight of every row, first row of every weight, fan-in of every weight), int32, from (rows, fan-in) per weight.
 
     Kept from call to call: it is a function of what it is looked up by.
     """
-    first = [0]
-    for rows, _ in shapes:
-        first.append(first[-1] + rows)
+    first = [0, *accumulate(rows for rows, _ in shapes)][:-1]
     owner = [weight for weight, (rows, _) in enumerate(shapes) for _ in range(rows)]
     owner_r, first_n, fan_in_n = (
         torch.tensor(each, dtype=torch.int32, device=device) for each in (owner, first, [f for _, f in shapes])
@@ -226,46 +199,41 @@ def _dense(weights: list[Tensor]) -> list[Tensor]:
 
 # a graph would replay the addresses of the call that it recorded
 @torch.library.custom_op("mclr::used_weights", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
-def _used(weights: list[Tensor], gains: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def _used(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     weights = _dense(weights)
     used = [torch.empty_like(w, dtype=dtype) for w in weights]
-    rows = _rows(_shapes(weights), gains.device)
-    launch(_forward, (len(rows[0]),), _table(weights, used), *rows, gains.contiguous(), used[0], EPS, BLOCK=BLOCK)
+    rows = _rows(_shapes(weights), weights[0].device)
+    launch(_forward, (len(rows[0]),), _table(weights, used), *rows, used[0], EPS, FORCE=False, BLOCK=BLOCK)
     return used
 
 
 @_used.register_fake
-def _(weights, gains, dtype):
+def _(weights, dtype):
     return [torch.empty_like(w, dtype=dtype, memory_format=layout(w)) for w in weights]
 
 
 @torch.library.custom_op("mclr::used_weights_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
-def _gradient(weights: list[Tensor], gains: Tensor, upstream: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+def _gradient(weights: list[Tensor], upstream: list[Tensor]) -> list[Tensor]:
     weights = _dense(weights)
     upstream = [G.contiguous(memory_format=layout(w)) for G, w in zip(upstream, weights, strict=True)]
-    grads, grad_of_gains = [torch.empty_like(w) for w in weights], torch.empty_like(gains.contiguous())
-    rows = _rows(_shapes(weights), gains.device)
-    parts = gains.new_empty(len(rows[0]))
-    given = (_table(upstream, weights, grads), *rows, gains.contiguous(), upstream[0], parts)
-    launch(_backward, (len(parts),), *given, EPS, BLOCK=BLOCK)
-    launch(_sum_parts, (len(weights),), parts, rows[1], grad_of_gains, BLOCK=BLOCK)
-    return grads, grad_of_gains
+    grads = [torch.empty_like(w) for w in weights]
+    rows = _rows(_shapes(weights), weights[0].device)
+    launch(_backward, (len(rows[0]),), _table(upstream, weights, grads), *rows, upstream[0], EPS, BLOCK=BLOCK)
+    return grads
 
 
 @_gradient.register_fake
-def _(weights, gains, upstream):
-    return [torch.empty_like(w, memory_format=layout(w)) for w in weights], torch.empty_like(gains.contiguous())
+def _(weights, upstream):
+    return [torch.empty_like(w, memory_format=layout(w)) for w in weights]
 
 
 def _save(ctx, inputs, output):
-    # nothing but the inputs: the norms are computed again
-    weights, gains, _ = inputs
-    ctx.save_for_backward(gains, *weights)
+    # nothing but the weights: the norms are computed again
+    ctx.save_for_backward(*inputs[0])
 
 
 def _derive(ctx, upstream):
-    gains, *weights = ctx.saved_tensors
-    return *_gradient(weights, gains, upstream), None
+    return _gradient(list(ctx.saved_tensors), upstream), None
 
 
 _used.register_autograd(_derive, setup_context=_save)
@@ -274,7 +242,7 @@ _used.register_autograd(_derive, setup_context=_save)
 @torch.library.custom_op("mclr::force_weights", mutates_args=("weights",), tags=(torch.Tag.cudagraph_unsafe,))
 def _force(weights: list[Tensor]) -> None:
     rows = _rows(_shapes(weights), weights[0].device)
-    launch(_forward, (len(rows[0]),), _table(weights, weights), *rows, None, weights[0], EPS, BLOCK=BLOCK)
+    launch(_forward, (len(rows[0]),), _table(weights, weights), *rows, weights[0], EPS, FORCE=True, BLOCK=BLOCK)
 
 
 @_force.register_fake
@@ -296,18 +264,14 @@ def _admit(op: str, weights: Sequence[Tensor]) -> bool:
     return triton
 
 
-def used_weights(weights: list[Tensor], gains_n: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Every weight as its layer uses it, in `dtype` and the layout of the weight: rows of norm `gain`, up to the 1e-4.
+def used_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Every weight as its layer uses it, in `dtype` and the layout of the weight: rows of norm 1, up to the 1e-4.
 
-    weights: fp32, [out, in] or [out, in, k, k]; gains: fp32, one per weight; all of them get gradients.
-    Raises ValueError naming an argument that does not fit.
+    weights: fp32, [out, in] or [out, in, k, k]; they get gradients. Raises ValueError naming an argument that does not fit.
     """
     triton = _admit("used_weights", weights)
-    refuse("gains", tuple(gains_n.shape) != (len(weights),), f"shape {tuple(gains_n.shape)}, not {(len(weights),)}")
-    refuse("gains", gains_n.device != weights[0].device, f"on {gains_n.device}, not on {weights[0].device} as weights[0]")
-    refuse("gains", gains_n.dtype != weights[0].dtype, f"dtype {gains_n.dtype}, not {weights[0].dtype} as weights[0]")
     refuse("dtype", dtype not in FLOATS, f"{dtype}, not one of {', '.join(map(str, FLOATS))}")
-    return _used(weights, gains_n, dtype) if triton else list(_UsedWeightsInTorch.apply(gains_n, dtype, *weights))
+    return _used(list(weights), dtype) if triton else list(_UsedWeightsInTorch.apply(dtype, *weights))
 
 
 @torch.no_grad()
@@ -379,8 +343,7 @@ def draw_forced(shape: Shape, dtype: torch.dtype, generator: torch.Generator) ->
 
 def draw_used(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> dict:
     weights = [w.requires_grad_() for w in draw_forced(shape, dtype, generator)["weights"]]
-    gains = torch.randn(len(weights), generator=generator).requires_grad_()
-    return {"weights": weights, "gains_n": gains, "dtype": dtype}
+    return {"weights": weights, "dtype": dtype}
 
 
 def force_copies(weights: list[Tensor]) -> list[Tensor]:

@@ -33,10 +33,10 @@ class MPFourier(nn.Module):
 
 
 class MPConv(nn.Module):
-    """Bias-free convolution (linear where `kernel` is 0) whose used weight has rows of norm 1 (Eq. 47), times an optional gain.
+    """Bias-free convolution (linear where `kernel` is 0) whose used weight has rows of norm 1 (Eq. 47).
 
     The stored weight is never written in training: normalising it as well, after every optimizer step, is the trainer's part.
-    used: the used weight where somebody made it already, gain included. folded: the stored weight is the used one.
+    used: the used weight, where somebody made it already. folded: the stored weight is the used one.
     """
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int = 0):
@@ -46,23 +46,17 @@ class MPConv(nn.Module):
         self.used: Tensor | None = None
         self.folded = False
 
-    def used_weight(self, gain: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """What the input is multiplied by."""
-        gains_1 = self.weight.new_ones(1) if gain is None else gain.reshape(1)
-        return used_weights([self.weight], gains_1, dtype)[0]
-
     @torch.no_grad()
-    def fold(self, gain: Tensor | None = None) -> None:
-        """Store the used weight under this gain, once and for all: no forward computes it again, and each ignores its gain."""
-        self.weight.copy_(self.used_weight(gain, self.weight.dtype))
+    def fold(self) -> None:
+        """Store the used weight, once and for all: no forward computes it again."""
+        self.weight.copy_(used_weights([self.weight], self.weight.dtype)[0])
         self.folded = True
 
-    def forward(self, x: Tensor, gain: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """[R, in] -> [R, out], or [R, in, H, W] -> [R, out, H, W], in x's dtype."""
-        if self.folded:
-            weight = self.weight.to(x.dtype)
-        else:
-            weight = self.used_weight(gain, x.dtype) if self.used is None else self.used
+        weight = self.weight.to(x.dtype) if self.folded else self.used
+        if weight is None:
+            (weight,) = used_weights([self.weight], x.dtype)
         if weight.ndim == 2:
             return F.linear(x, weight)
         return F.conv2d(x, weight.contiguous(memory_format=torch.channels_last), padding="same")

@@ -112,13 +112,9 @@ class EDM2(nn.Module):
         self.logvar_fourier = MPFourier(config.logvar_channels)
         self.logvar_linear = MPConv(config.logvar_channels, 1)
 
-        gained = {block.emb_linear: (block, "emb_gain") for block in self.modules() if isinstance(block, Block)}
-        gained[self.out_conv] = (self, "out_gain")
-        trunk = {layer for part in (self.encoder, self.decoder, self.out_conv) for layer in part.modules()}
-        layers = [(layer, *gained.get(layer, (self, None))) for layer in self.modules() if isinstance(layer, MPConv)]
-        # layers of the trunk, and those that are always fp32; with each the module that has its gain, and the gain's name
-        self.inside: list[tuple[MPConv, nn.Module, str | None]] = [each for each in layers if each[0] in trunk]
-        self.outside: list[tuple[MPConv, nn.Module, str | None]] = [each for each in layers if each[0] not in trunk]
+        self.trunk_layers = [
+            layer for part in (self.encoder, self.decoder, self.out_conv) for layer in part.modules() if isinstance(layer, MPConv)
+        ]
 
     def forward(self, noisy_BCHW: Tensor, sigma_B: Tensor, c_R: Tensor, index_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Noisy images, their sigma > 0, int64 conditions of the rows, sample of each row -> (raw_RCHW, logvar_R).
@@ -141,20 +137,17 @@ class EDM2(nn.Module):
 
     @contextmanager
     def weights_in_use(self, dtype: torch.dtype) -> Iterator[None]:
-        """Inside, every layer has the weight it uses, all made at once: those of the trunk in its dtype, the others in fp32."""
+        """Inside, the layers of the trunk have the weights they use, all made at once; the few others make theirs."""
         if self.out_conv.folded:
             yield
             return
-        for layers, of in ((self.inside, dtype), (self.outside, torch.float32)):
-            one = self.out_gain.new_ones(())
-            gains = torch.stack([one if name is None else getattr(owner, name) for _, owner, name in layers])
-            made = used_weights([layer.weight for layer, _, _ in layers], gains, of)
-            for (layer, _, _), used in zip(layers, made, strict=True):
-                layer.used = used
+        made = used_weights([layer.weight for layer in self.trunk_layers], dtype)
+        for layer, used in zip(self.trunk_layers, made, strict=True):
+            layer.used = used
         try:
             yield
         finally:
-            for layer, _, _ in [*self.inside, *self.outside]:
+            for layer in self.trunk_layers:
                 layer.used = None
 
     def embed(self, c_noise_B: Tensor, c_R: Tensor, index_R: Tensor | None = None) -> Tensor:
@@ -185,7 +178,7 @@ class EDM2(nn.Module):
             if "_block" in name:
                 x = mp_cat(x, skips.pop(), self.config.concat_balance)
             x = block(x, emb_RE)
-        return self.out_conv(x, self.out_gain)
+        return self.out_gain * self.out_conv(x)
 
     def magnitude_preserving(self) -> list[nn.Parameter]:
         """The weights on which forced weight normalisation acts (kernels.weight_norm, before training and after every step)."""
@@ -197,9 +190,10 @@ class EDM2(nn.Module):
         There is no way back: a folded network is neither trained nor saved.
         """
         self.eval().requires_grad_(False)
-        for layer, owner, name in [*self.inside, *self.outside]:
-            assert not layer.folded, "folded twice"
-            layer.fold(None if name is None else getattr(owner, name))
+        for module in self.modules():
+            if isinstance(module, MPConv):
+                assert not module.folded, "folded twice"
+                module.fold()
 
     def train(self, mode: bool = True) -> "EDM2":
         assert not (mode and self.out_conv.folded), "a folded network cannot be trained"
@@ -245,7 +239,7 @@ class Block(nn.Module):
         else:
             x, active = norm_silu(self.conv_skip(x))
 
-        scale_RN = 1 + self.emb_linear(emb_RE, self.emb_gain)
+        scale_RN = 1 + self.emb_gain * self.emb_linear(emb_RE)
         branch = self.conv_res0(active)
         x, branch = gathered(x, index_R), gathered(branch, index_R)
         branch = scale_silu(branch, scale_RN)

@@ -8,9 +8,9 @@ Features:
 - learned absolute positions and one learned vector per scale; no bias on the keys; tanh-GELU FFN; stochastic depth
 - an explicit KVCache; one cached call may process one scale or several
 
-Precision, one rule: parameters are fp32 and the caller may run the network under bf16 autocast. Then the matrix products of the
-trunk are bf16, while the residual stream, the statistics of the norms, the normalisation of queries and keys, the attention
-logits and their softmax (SDPA's accumulators) and the last Linear with its logits are fp32.
+Precision, one rule: parameters are fp32 and the caller may run the network under bf16 autocast. Then the operands of the matrix
+products are bf16, while the residual stream, the statistics of the norms, the normalisation of queries and keys, the attention
+logits and their softmax (SDPA's accumulators), and the results of the last Linear are fp32.
 
 Legend: B samples, R rows, L tokens of all scales, l tokens of one call, E code channels, D width, H heads, d head width, K scales, V codes.
 """
@@ -26,7 +26,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from kernels.modulated_norm import gated_norm, modulated_norm
-from kernels.token_logp import token_logp
+from kernels.token_logp import token_logp, wide_linear
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class Head(nn.Linear):
         """
         with torch.autocast(h_RlD.device.type, enabled=False):
             if tokens_Bl is None:
-                return super().forward(h_RlD)
+                return wide_linear(h_RlD.flatten(0, 1), self.weight, self.bias).unflatten(0, h_RlD.shape[:2])
             return token_logp(h_RlD, self.weight, self.bias, tokens_Bl, index_R, guide_RlD, mix_Rl)
 
 
@@ -204,7 +204,7 @@ class VAR(nn.Module):
     def forward(
         self, teacher_BlE: Tensor, c_R: Tensor, index_R: Tensor | None = None, cache: KVCache | None = None
     ) -> tuple[Tensor, Head]:
-        """(h_RlD fp32, the head): head(h) are the logits of every token of this call, head(h, tokens, index_R) their log p.
+        """(h_RlD in the trunk's dtype, the head): head(h) are the logits of every token of this call, head(h, tokens, index_R) their log p.
 
         teacher_BlE: teacher inputs of the tokens of this call; token 0 has none, so the call that begins there brings one fewer
         than it has tokens ([B, L-1, E] for all scales, [B, 0, E] for the first alone). c_R: int64 in 0..num_classes. index_R: sample
@@ -236,7 +236,7 @@ class VAR(nn.Module):
         if cache:
             cache.length = end
         scale_RD, shift_RD = self.head_modulation(active_RD).chunk(2, dim=-1)
-        _, h_RlD = stream.norm(scale_RD, shift_RD, self.config.norm_eps, stream.x.dtype)
+        _, h_RlD = stream.norm(scale_RD, shift_RD, self.config.norm_eps, trunk_dtype(stream.x))
         return h_RlD, self.head
 
     def new_cache(self, rows: int) -> KVCache:

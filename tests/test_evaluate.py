@@ -545,7 +545,7 @@ def test_misused_references_are_one_line(inception, home, real, tmp_path, capsys
 
 MEMORY = """
 import torch
-from train.bench_pair import peak_memory
+from train.bench_step import peak_memory
 from train import judges, references
 from train.image_sets import ImageSet
 from mclr import metrics

@@ -1,8 +1,9 @@
-"""kernels/bench.py: rows that can be gone on with, no time for what is wrong, and a list of winners that nothing else decides."""
+"""kernels/bench.py, arms.py, results.py: no time for what is wrong, rows that can be gone on with, winners that only times decide."""
 
 import json
 import re
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,20 +11,30 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from kernels import bench
+from kernels import arms, bench
+from kernels import results as becomes
+from kernels.arms import Arm
 from kernels.op import Cost, Op, results
 from kernels.registry import OPS
+from kernels.results import PASSES, dump, machine, winners
 
 NAME = "denoising_value"
-QUICK = ["--only", NAME, "--shapes", "img64", "--rounds", "3"]
-BOTH = {(arm, which) for arm in ("eager", "ours/torch") for which in bench.PASSES}
+QUICK = ["--only", NAME, "--shapes", "img64"]
+BOTH = {(arm, which) for arm in ("eager", "ours/torch") for which in PASSES}
+CPU = torch.device("cpu")
+PEAKS = {"copy_gbs": 1.0, "product_tflops": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(bench, "ROUNDS", 3)
+    monkeypatch.setattr(bench, "WARM_UP_MS", 1.0)
 
 
 @pytest.fixture
-def unchecked(monkeypatch):
+def timed_alone(monkeypatch):
     """The checks in the interpreter and the compiler take seconds; one test runs them."""
-    monkeypatch.setattr(bench, "interpreted", lambda names: True)
-    monkeypatch.setattr(bench, "compiled", lambda names: True)
+    monkeypatch.setattr(bench, "without_gpu", lambda names: True)
 
 
 def rows_in(path):
@@ -34,35 +45,50 @@ def test_a_run_without_a_gpu_says_so_checks_and_goes_on_where_it_ended(tmp_path,
     file, plots = tmp_path / "rows.json", tmp_path / "plots"
     assert bench.main([*QUICK, "--json", str(file), "--plot", str(plots)]) == 0
     out = capsys.readouterr().out
-    assert "No GPU" in out.splitlines()[0] and "sm_90" in out
-    assert all(line.count(f"| {NAME} |") <= 1 for line in out.splitlines()) and out.count(f"| {NAME} |") == 2
+    assert "No GPU" in out.splitlines()[0]
+    # checks in two sizes and dtypes or more, two kernels, nothing spilled
+    (checked,) = re.findall(rf"^\| {NAME} \| 12 \| 0\.\d\d \| 2 \| \d+ \| 0 \| \d+ \|$", out, re.M)
     rows = rows_in(file)
     assert {(row["arm"], row["pass"]) for row in rows} == BOTH and len(rows) == 4
     for row in rows:
-        assert 0 < row["p20"] <= row["ms"] <= row["p80"] and row["family"] == "cpu" and not row["red"]
-        assert row["gbs"] == pytest.approx(row["bytes"] / row["ms"] / 1e6)
-        assert row["of_copy"] == pytest.approx(row["gbs"] / row["copy_gbs"])
-        assert row["relative"] < 1e-5 and row["peak_bytes"] is None
+        assert 0 < row["p20"] <= row["ms"] <= row["p80"] and row["rounds"] == 3 and row["family"] == "cpu" and not row["red"]
+        assert row["floor_ms"] == pytest.approx(row["bytes"] / row["copy_gbs"] / 1e6)
+        assert row["error"] < 1e-5 and row["peak_bytes"] is None
+        assert f"{row['ms']:.3g} ({row['p20']:.3g}" in out.replace(checked, "")
     assert all(row["apart"] < 1e-4 for row in rows if row["arm"] == "ours/torch")
     for name in ("roofline.png", f"bars-{NAME}.png"):
         assert (plots / name).read_bytes().startswith(b"\x89PNG") and (plots / name).stat().st_size > 5000
 
-    monkeypatch.setattr(bench, "interpreted", lambda names: True)
+    monkeypatch.setattr(bench, "without_gpu", lambda names: True)
     with monkeypatch.context() as patch:
         patch.setattr(bench, "measure", None)
         before = file.read_bytes()
-        assert bench.main([*QUICK, "--no-compile", "--json", str(file)]) == 0
+        assert bench.main([*QUICK, "--json", str(file)]) == 0
         said = capsys.readouterr()
         assert file.read_bytes() == before and "0 shapes measured, 1 were there" in said.err
         assert all(f"{row['ms']:.3g} ({row['p20']:.3g}" in said.out for row in rows)
     # other code is another measurement; the old rows stay
-    monkeypatch.setattr(bench, "source", lambda: "other")
-    assert bench.main([*QUICK, "--no-compile", "--json", str(file)]) == 0
+    monkeypatch.setattr(becomes, "source", lambda: "other")
+    assert bench.main([*QUICK, "--json", str(file)]) == 0
     assert [row["source"] == "other" for row in rows_in(file)] == [False] * 4 + [True] * 4
 
 
-@pytest.mark.parametrize("factor", [1 + 1e-4, torch.nan])
-def test_a_red_operation_prints_no_time(unchecked, tmp_path, capsys, monkeypatch, factor):
+def test_what_is_wrong_without_a_gpu_is_red(capsys, monkeypatch):
+    def run(command, **options):
+        reports = f"| {NAME} | _forward | N=1 | bf16 | 90 | 4 | 40 | 8 | 32 |\n\n1 kernels compiled, 1 above the bounds\n"
+        done = {"-c": (0, json.dumps({NAME: (12, found, "pairs, fp16: output 0")}), ""), "-m": (compiler, reports, "")}
+        return bench.subprocess.CompletedProcess(command, *done[command[1]])
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    for found, compiler, reds in ((0.5, 0, 0), (1.5, 0, 1), (float("nan"), 0, 1), (0.5, 1, 1), (2.0, 1, 2)):
+        assert bench.without_gpu([NAME]) == (not reds)
+        out = capsys.readouterr().out
+        assert out.count("RED: ") == reds and f"| {NAME} | 12 | {found:.2f} | 1 | 40 | 8 | 32 |" in out
+        assert ("pairs, fp16: output 0 is" in out) == (not found <= 1) and ("1 above" in out) == bool(compiler)
+
+
+@pytest.mark.parametrize("factor", [1 + 1e-4, torch.nan, "crash"])
+def test_a_red_operation_prints_no_time(timed_alone, tmp_path, capsys, monkeypatch, factor):
     file, right = tmp_path / "rows.json", OPS[NAME]
     monkeypatch.setitem(bench.OPS, NAME, replace(right, run=lambda **inputs: right.run(**inputs) * factor))
     assert bench.main([*QUICK, "--json", str(file)]) == 1
@@ -70,27 +96,39 @@ def test_a_red_operation_prints_no_time(unchecked, tmp_path, capsys, monkeypatch
     assert {(row["arm"], row["pass"]) for row in rows} == BOTH and not any("ms" in row for row in rows)
     assert {row["arm"] for row in rows if row["red"]} == {"ours/torch"}
     out = capsys.readouterr().out
-    assert "RED: ours/torch: output 0 is" in out and "–" not in out.split("ours/torch |")[1]
+    says = "TypeError" if factor == "crash" else "output 0 is"
+    assert f"RED: ours/torch: {says}" in out and "–" not in out.split("ours/torch |")[1]
 
 
-def test_an_arm_that_computes_something_else_or_fails_has_a_reason_and_no_time(unchecked, capsys, monkeypatch):
+def test_an_arm_that_computes_something_else_or_fails_has_a_reason_and_no_time(timed_alone, capsys, monkeypatch):
     def fails(**inputs):
         raise RuntimeError("not this\nshape")
 
-    arms = {
-        "eager": bench.Arm(OPS[NAME].reference),
-        "half": bench.Arm(lambda **inputs: OPS[NAME].reference(**inputs) / 2, compiled=True),
-        "fails": bench.Arm(fails),
+    made = {
+        "eager": Arm(OPS[NAME].reference),
+        "half": Arm(lambda **inputs: OPS[NAME].reference(**inputs) / 2, compiled=True),
+        "fails": Arm(fails),
         "absent": None,
-        "ours/torch": bench.Arm(OPS[NAME].run),
+        "ours/torch": Arm(OPS[NAME].run),
     }
-    monkeypatch.setattr(bench, "arms", lambda op, gpu: arms)
+    monkeypatch.setattr(bench, "arms", lambda op, gpu: made)
     assert bench.main(QUICK) == 0
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| edm2")]
+    lines = capsys.readouterr().out.splitlines()
     says = {"half": "a result is 0.5 from the first arm's", "fails": "RuntimeError: not this shape", "absent": "not installed"}
-    for arm in arms:
+    for arm in made:
         (line,) = (line for line in lines if f"| {arm} |" in line)
         assert says.get(arm, "–") in line and (arm in says) == ("–" not in line), line
+
+
+def test_what_does_not_fit_is_not_wrong(monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    monkeypatch.setattr(bench, "samples", full)
+    rows = bench.measure(OPS[NAME], OPS[NAME].tiny["pairs"], torch.float32, CPU, PEAKS)
+    assert {(row["arm"], row["pass"], row["why"], row["red"]) for row in rows} == {
+        (*which, "OutOfMemoryError: tried to allocate", False) for which in BOTH
+    }
 
 
 def test_an_operation_without_gradients_is_timed_forward():
@@ -103,121 +141,109 @@ def test_an_operation_without_gradients_is_timed_forward():
         tiny={},
         cost=lambda shape, dtype: Cost(2 * shape["N"] * dtype.itemsize, 0),
     )
-    rows = bench.measure(op, {"N": 8}, torch.float32, torch.device("cpu"), 3, {"copy_gbs": 1.0, "product_tflops": 1.0})
+    rows = bench.measure(op, {"N": 8}, torch.float32, CPU, PEAKS)
     assert [(row["arm"], row["pass"], row["why"]) for row in rows] == [(arm, "forward", "") for arm in ("eager", "ours/torch")]
+
+
+def test_force_weights_is_timed_in_place_and_compared_on_fresh_weights(monkeypatch):
+    op = OPS["force_weights"]
+    weights = op.draw(op.tiny["one level"], torch.float32, torch.Generator().manual_seed(0))["weights"]
+    expected = op.reference(weights)
+    found = arms.arms(op, gpu=False)["ours/torch"].call(weights=weights)
+    assert all(a is b for a, b in zip(found, weights, strict=True))
+    assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(found, expected, strict=True))
+    # what another arm has forced before would be a percent off where rows had a magnitude of .01
+    monkeypatch.setattr(bench, "arms", lambda op, gpu: arms.arms(op, gpu) | {"again": Arm(arms.forced)})
+    rows = bench.measure(op, op.tiny["one level"], torch.float32, CPU, PEAKS)
+    assert [row["why"] for row in rows] == ["", "", ""] and all(row["apart"] < 1e-6 for row in rows[1:])
 
 
 def test_what_others_would_run_is_the_definition(monkeypatch):
     op = OPS["token_logp"]
-    monkeypatch.setattr(bench, "CHUNK", 4)
-    inputs = op.draw({"B": 2, "R": 3, "L": 5, "D": 6, "V": 7}, torch.float32, torch.Generator().manual_seed(0))
+    monkeypatch.setattr(arms, "CHUNK", 4)
+    sizes = {"B": 2, "R": 3, "L": 5, "D": 6, "V": 7}
+    inputs = op.draw(sizes, torch.float32, torch.Generator().manual_seed(0))
     true = results(op.reference, inputs)
-    for form in (bench.chunked, bench.autocast(op.reference)):
-        for name, found in results(form, inputs).items():
-            torch.testing.assert_close(found, true[name], rtol=1e-4, atol=1e-5)
-    # half activations beside an fp32 weight, as drawn
-    half = op.draw({"B": 2, "R": 3, "L": 5, "D": 6, "V": 7}, torch.bfloat16, torch.Generator().manual_seed(0))
-    for form in (bench.chunked, bench.autocast(op.reference)):
+    for name, found in results(arms.chunked, inputs).items():
+        torch.testing.assert_close(found, true[name], rtol=1e-4, atol=1e-5)
+    # half activations beside an fp32 weight, as drawn; the definition as a network under autocast computes it
+    half = op.draw(sizes, torch.bfloat16, torch.Generator().manual_seed(0))
+    for form in (arms.chunked, op.reference):
         for name, found in results(form, half).items():
             assert (found - true[name]).norm() < 0.05 * true[name].norm(), name
+    assert op.reference(**half).dtype == torch.float32
 
 
 def test_what_is_not_installed_is_an_arm_without_a_call(monkeypatch):
-    monkeypatch.setattr(bench, "triton", None)
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
-    found = bench.arms(OPS["token_logp"], gpu=True)
+    monkeypatch.setattr(arms, "triton", None)
+    monkeypatch.setattr(arms.importlib.util, "find_spec", lambda name: None)
+    found = arms.arms(OPS["token_logp"], gpu=True)
     assert [name for name, arm in found.items() if arm is None] == ["Liger", "ours/triton"]
-    assert list(found)[:2] == ["eager", "torch.compile"] and set(bench.arms(OPS["token_logp"], gpu=False)) == {
-        "eager",
-        "ours/torch",
-    }
+    assert list(found)[:2] == ["eager", "torch.compile"]
+    assert list(arms.arms(OPS["token_logp"], gpu=False)) == ["eager", "ours/torch"]
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_attention_over_scales_is_the_same_in_every_form():
-    op = bench.COMPARISONS["scale_attention"]
+    op = arms.COMPARISONS["scale_attention"]
     inputs = op.draw({"R": 1, "H": 1}, torch.float32, torch.Generator().manual_seed(0))
-    mask = bench.mask_LL(torch.device("cpu"))
+    mask = arms.mask_LL(CPU)
     assert mask.shape == (680, 680) and mask[0].sum() == 1 and mask[1].sum() == 5 and mask[-1].all()
     assert op.cost({"R": 1, "H": 1}, torch.float32).forward_flops == 4 * 64 * mask.sum()
-    masked, prefix = (results(form, inputs) for form in (bench.masked_attention, bench.prefix_attention))
+    masked, prefix = (results(form, inputs) for form in (arms.masked_attention, arms.prefix_attention))
     for name, true in masked.items():
         torch.testing.assert_close(prefix[name], true, rtol=1e-4, atol=1e-5)
     q, k, v = (t.detach() for t in inputs.values())
-    flexible = flex_attention(q, k, v, block_mask=bench.block_mask(q.device))
+    flexible = flex_attention(q, k, v, block_mask=arms.block_mask(q.device))
     torch.testing.assert_close(flexible.double(), masked["output 0"], rtol=1e-4, atol=1e-5)
 
 
-def test_when_the_minutes_are_over_no_shape_is_begun(unchecked, capsys, monkeypatch):
+def test_a_cpu_times_every_size_once():
+    op = replace(
+        OPS[NAME], shapes={"a, 8 pairs": {"B": 8, "C": 3}, "a, 32 pairs": {"B": 32, "C": 3}, "b, 8 pairs": {"B": 8, "C": 4}}
+    )
+    op = replace(op, narrow={"B": 2})
+    assert arms.sized(op, gpu=False) == {"a, cut to B=2": {"B": 2, "C": 3}, "b, cut to B=2": {"B": 2, "C": 4}}
+    assert arms.sized(op, gpu=True) == op.shapes
+
+
+def test_when_the_minutes_are_over_no_shape_is_begun(timed_alone, capsys, monkeypatch):
     monkeypatch.setattr(bench, "measure", None)
     assert bench.main([*QUICK, "--minutes", "0"]) == 0
     assert "1 shapes are left, since 0 minutes are over" in capsys.readouterr().out
-
-
-def test_another_checkout_is_an_arm(unchecked, tmp_path):
-    base, file = tmp_path / "base", tmp_path / "rows.json"
-    shutil.copytree(bench.ROOT / "kernels", base / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    with open(base / "kernels" / "op.py", "a") as op:
-        op.write("# another state\n")
-    args = bench.arguments([*QUICK, "--json", str(file), "--base", str(base)], gpu=False)[1]
-    mine = bench.measure_all([(OPS[NAME], *next(iter(bench.sized(OPS[NAME], False).items())))], args, torch.device("cpu"), 1e9)
-    rows = bench.base_rows(args, Path(f"{file}.base"), mine)
-    assert [(row["arm"], row["pass"]) for row in rows] == [("base", which) for which in bench.PASSES]
-    assert all(row["ms"] > 0 and row["control"] > 0 and row["source"] != bench.source() for row in rows)
-    assert "| base, control " in bench.tables([*mine, *rows])
 
 
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
         (["--only", "attention"], "invalid choice: 'attention'"),
-        (["--rounds", "2"], "--rounds 2: at least 3"),
         (["--dtype", "fp16"], "--dtype"),
         (["--shapes", "d99"], "--shapes d99: in no shape's name"),
         (["--json", "no/such/rows.json"], "--json no/such/rows.json: no such folder"),
         (["--json", "pyproject.toml"], "holds no rows of this program"),
-        (["--base", "tests"], "--base tests: no kernels/bench.py there"),
-        (["--plot", "README.md"], "--plot README.md: a file"),
-        (["--publish"], "--publish needs --json FILE"),
+        (["--plot", "README.md"], "README.md"),
     ],
 )
-def test_bad_arguments_are_one_line(unchecked, argv, says, capsys, monkeypatch):
-    monkeypatch.chdir(bench.ROOT)
+def test_bad_arguments_are_one_line(timed_alone, argv, says, capsys, monkeypatch):
+    monkeypatch.chdir(becomes.ROOT)
     with pytest.raises(SystemExit) as exit:
         bench.main(argv)
     err = capsys.readouterr().err
     assert exit.value.code == 2 and says in err and len(err.splitlines()) == 1
 
 
-def made_up(**changes):
-    """A GPU's rows of two operations, the first of which wins; changes: of those whose arm, shape or device is named in `of`."""
-    of = changes.pop("of", {})
+def made_up(of=(), **changes):
+    """A GPU's rows of two operations, the first of which wins; changes: of the rows that are as `of` says."""
+    where = {"device": "GPU", "family": "sm_90", "driver": "1", "torch": "2", "triton": "3", "liger": "", "source": "here"}
+    found = {"red": False, "why": "", "p20": 1.0, "p80": 3.0, "host_ms": 0.5, "floor_ms": 0.5}
     rows = []
     for op in ("first", "second"):
         for shape in ("small", "large"):
-            for which in bench.PASSES:
+            for which in PASSES:
                 for arm, ms in (("eager", 3.0), ("torch.compile", 2.0), ("ours/torch", 2.5), ("ours/triton", 1.0)):
-                    row = {
-                        "op": op,
-                        "shape": shape,
-                        "sizes": {},
-                        "dtype": "bf16",
-                        "arm": arm,
-                        "pass": which,
-                        "red": False,
-                        "why": "",
-                    }
-                    row |= {"device": "GPU", "family": "sm_90", "driver": "1", "torch": "2", "triton": "3", "threads": 1}
-                    row |= {"rounds": 20, "source": "here", "copy_gbs": 4000.0, "product_tflops": 700.0, "flops": 0}
-                    row |= {
-                        "ms": ms if op == "first" else 4 - ms,
-                        "p20": 1.0,
-                        "p80": 3.0,
-                        "host_ms": 0.5,
-                        "of_copy": 0.5,
-                        "of_product": 0.0,
-                    }
-                    rows.append(row | (changes if all(row[name] == value for name, value in of.items()) else {}))
+                    row = {"op": op, "shape": shape, "dtype": "bf16", "arm": arm, "pass": which} | where | PEAKS | found
+                    row["ms"] = ms if op == "first" else 4 - ms
+                    rows.append(row | (changes if dict(of).items() <= row.items() else {}))
     return rows
 
 
@@ -225,44 +251,43 @@ MADE_UP = {name: replace(OPS[NAME], name=name, shapes={"small": {}, "large": {}}
 SLOWER_THERE = {"op": "first", "shape": "large", "arm": "torch.compile", "pass": "forward+backward"}
 
 
+@pytest.fixture
+def two_operations(monkeypatch):
+    monkeypatch.setattr(becomes, "OPS", MADE_UP)
+
+
 @pytest.mark.parametrize(
     ("rows", "won"),
     [
         (made_up(), {"sm_90": ["first"]}),
-        (made_up(of=SLOWER_THERE, ms=0.9), {}),
+        (made_up(SLOWER_THERE, ms=0.9), {}),
         # a tie is no win, and neither is a shape without our time or without another's
-        (made_up(of=SLOWER_THERE, ms=1.0), {}),
-        (made_up(of=SLOWER_THERE | {"arm": "ours/triton"}, why="out of memory"), {}),
+        (made_up(SLOWER_THERE, ms=1.0), {}),
+        (made_up(SLOWER_THERE | {"arm": "ours/triton"}, why="out of memory"), {}),
         ([row for row in made_up() if row["shape"] == "small"], {}),
         ([row for row in made_up() if row["arm"] == "ours/triton"], {}),
-        # of fp32, of forward alone, of the kernels before, nothing is decided
-        (made_up(of=SLOWER_THERE, ms=0.9, dtype="fp32"), {"sm_90": ["first"]}),
-        (made_up(of=SLOWER_THERE | {"pass": "forward"}, ms=0.9), {"sm_90": ["first"]}),
-        (made_up(of=SLOWER_THERE, ms=0.9, arm="base"), {"sm_90": ["first"]}),
+        # of fp32 or of forward alone nothing is decided
+        (made_up() + made_up(SLOWER_THERE, ms=0.9, dtype="fp32"), {"sm_90": ["first"]}),
+        (made_up(SLOWER_THERE | {"pass": "forward"}, ms=0.9), {"sm_90": ["first"]}),
         ([row for row in made_up() if row["pass"] == "forward"], {"sm_90": ["first"]}),
         # every GPU of a family has to agree; another family decides for itself
-        (made_up() + [row | {"device": "slow"} for row in made_up(of=SLOWER_THERE, ms=0.9)], {}),
-        (
-            made_up() + [row | {"device": "old", "family": "sm_80"} for row in made_up(of=SLOWER_THERE, ms=0.9)],
-            {"sm_90": ["first"]},
-        ),
+        (made_up() + [row | {"device": "slow"} for row in made_up(SLOWER_THERE, ms=0.9)], {}),
+        (made_up() + [row | {"device": "old", "family": "sm_80"} for row in made_up(SLOWER_THERE, ms=0.9)], {"sm_90": ["first"]}),
     ],
 )
-def test_an_operation_wins_where_nothing_else_is_faster_anywhere(rows, won):
-    assert bench.winners(rows, MADE_UP) == won
+def test_an_operation_wins_where_nothing_else_is_faster_anywhere(two_operations, rows, won):
+    assert winners(rows) == won
 
 
 @pytest.fixture
-def published(tmp_path, monkeypatch):
+def published(two_operations, tmp_path, monkeypatch):
     """A copy of kernels/RESULTS.* that --publish writes to, in a tree that is a commit."""
     for kind in ("json", "md"):
-        shutil.copy(bench.RESULTS.with_suffix(f".{kind}"), tmp_path)
-    answers = {"rev-parse": "c0ffee", "status": "", "ls-files": ""}
-    monkeypatch.setattr(bench, "said", lambda *command: answers[command[1]])
-    monkeypatch.setattr(bench, "source", lambda: "here")
-    monkeypatch.setattr(bench, "OPS", MADE_UP)
-    monkeypatch.setattr(bench.winners, "__defaults__", (MADE_UP,))
-    monkeypatch.setattr(bench.publish, "__defaults__", (tmp_path / "RESULTS.json",))
+        shutil.copy(becomes.RESULTS.with_suffix(f".{kind}"), tmp_path)
+    answers = {"rev-parse": "c0ffee", "status": ""}
+    monkeypatch.setattr(becomes, "said", lambda *command: answers[command[1]])
+    monkeypatch.setattr(becomes, "source", lambda: "here")
+    monkeypatch.setattr(becomes, "RESULTS", tmp_path / "RESULTS.json")
     return tmp_path, answers
 
 
@@ -270,15 +295,16 @@ def test_publishing_replaces_what_the_same_gpu_said(published):
     folder, _ = published
     file, before = folder / "rows.json", (folder / "RESULTS.md").read_text()
     for device, ms in (("old", 1.0), ("GPU", 5.0), ("GPU", 1.0)):
-        rows = [row | {"device": device} for row in made_up(of=SLOWER_THERE | {"arm": "ours/triton"}, ms=ms)]
-        file.write_bytes(bench.dump([*rows, rows[0] | {"family": "cpu"}, rows[0] | {"arm": "base"}]))
-        assert bench.main(["--json", str(file), "--publish"]) == 0
+        rows = [row | {"device": device} for row in made_up(SLOWER_THERE | {"arm": "ours/triton"}, ms=ms)]
+        file.write_bytes(dump([*rows, rows[0] | {"family": "cpu"}]))
+        assert bench.main(["--publish", str(file)]) == 0
         done = json.loads((folder / "RESULTS.json").read_text())
         assert done["winners"] == ({} if ms == 5.0 else {"sm_90": ["first"]})
     assert list(done) == ["winners", "rows"] and len(done["rows"]) == 64
-    assert all(row["commit"] == "c0ffee" and row["family"] == "sm_90" and row["arm"] != "base" for row in done["rows"])
+    assert all(row["commit"] == "c0ffee" and row["family"] == "sm_90" for row in done["rows"])
     page = (folder / "RESULTS.md").read_text()
     assert page.count("### GPU (sm_90)") == page.count("### old (sm_90)") == 1 and "on sm_90 first." in page and "c0ffee" in page
+    assert page.count("| ours/triton | 1 (1–3) | 50 % | 1 (1–3) | 50 % |") == 4
     # the other sections stay as they are
     outside = [re.sub(r"(?ms)^## GPU$.*?^## ", "", text) for text in (before, page)]
     assert outside[0] == outside[1] and len(outside[0]) < len(before)
@@ -290,9 +316,8 @@ def test_publishing_replaces_what_the_same_gpu_said(published):
         ([row | {"family": "cpu"} for row in made_up()], {}, "holds no rows of a GPU"),
         ([], {}, "holds no rows of a GPU"),
         (made_up(source="before"), {}, "are of other code than this"),
-        (made_up(of=SLOWER_THERE, red=True, why="output 0"), {}, "1 rows are red, first first at large: output 0"),
-        (made_up(), {"status": "M kernels/op.py"}, "the tree is not what its commit says (M kernels/op.py)"),
-        (made_up(), {"ls-files": "kernels/new.py"}, "the tree is not what its commit says (kernels/new.py)"),
+        (made_up(SLOWER_THERE, red=True, why="output 0"), {}, "1 rows are red, first first at large: output 0"),
+        (made_up(), {"status": "M kernels/op.py"}, "kernels/ is not what its commit says (M kernels/op.py)"),
         (made_up(), {"rev-parse": ""}, "no git here"),
     ],
 )
@@ -300,9 +325,38 @@ def test_what_is_not_published(published, capsys, rows, answer, says):
     folder, answers = published
     answers.update(answer)
     file, before = folder / "rows.json", (folder / "RESULTS.json").read_bytes()
-    file.write_bytes(bench.dump(rows))
+    file.write_bytes(dump(rows))
     with pytest.raises(SystemExit) as exit:
-        bench.main(["--json", str(file), "--publish"])
+        bench.main(["--publish", str(file)])
     err = capsys.readouterr().err
     assert exit.value.code == 2 and says in err and len(err.splitlines()) == 1
     assert (folder / "RESULTS.json").read_bytes() == before
+
+
+def test_base_is_the_same_operation_of_another_checkout(tmp_path, capsys, monkeypatch, timed_alone):
+    """Asked with the same arguments; the eager arms of both say how steady the machine was."""
+    asked = []
+
+    def there(command, cwd, **_):
+        asked.append((cwd, command[command.index("--only") + 1 :]))
+        file = command[command.index("--json") + 1]
+        assert bench.main([*QUICK, "--json", file]) == 0
+        slower = [row | {"ms": 2 * row["ms"]} for row in rows_in(Path(file))]
+        Path(file).write_bytes(dump(slower))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/bench.py").touch()
+    here = bench.main
+    monkeypatch.setattr(bench, "machine", lambda device: machine(device) | {"source": "here"})
+    monkeypatch.setattr(bench.subprocess, "run", there)
+    assert here([*QUICK, "--base", str(tmp_path)]) == 0
+    assert asked == [(tmp_path, [NAME])]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "| base (control" in line]
+    assert len(lines) == 1
+
+
+def test_a_base_that_is_no_checkout_is_refused(tmp_path, capsys, timed_alone):
+    with pytest.raises(SystemExit) as stop:
+        bench.main([*QUICK, "--base", str(tmp_path)])
+    assert stop.value.code == 2 and "no checkout of this project" in capsys.readouterr().err

@@ -18,7 +18,6 @@ import train.weights
 from configs.schema import dump, load
 from mclr.diffusion import Diffusion
 from mclr.guidance import Guidance
-from models.blocks import MPConv
 from models.vqvae import VQVAE, VQVAEConfig
 from train import sample
 from train.build import build_encoder, build_net
@@ -149,7 +148,8 @@ def test_networks_are_folded_and_images_are_those_of_networks_that_are_not(diffu
     plain = replace(guidance, guide=load_net(str(guides["diffusion_run"]), "edm2"))
     arguments = (torch.arange(8), list(range(8)), 8, cpu)
     expected = sample.generate(paradigm, load_net(str(weights), "edm2"), plain, *arguments)
-    monkeypatch.delattr(MPConv, "used_weight")
+    monkeypatch.delattr("models.blocks.used_weights")
+    monkeypatch.delattr("models.edm2.used_weights")
     assert torch.equal(sample.generate(paradigm, net, guidance, *arguments), expected)
 
 

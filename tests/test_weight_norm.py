@@ -17,10 +17,9 @@ SHAPES = [(3, 1), (2, 7), (4, 4, 3, 3), (1, 128), (2, 30_000), (2, 2049), (3, 5,
 
 
 def drawn(shapes, seed=0):
-    """(weights of different magnitudes, gains), with gradient."""
+    """Weights of different magnitudes, with gradient."""
     generator = torch.Generator().manual_seed(seed)
-    weights = [torch.randn(shape, generator=generator).mul(10 ** (i % 3 - 1)).requires_grad_() for i, shape in enumerate(shapes)]
-    return weights, torch.randn(len(shapes), generator=generator).requires_grad_()
+    return [torch.randn(shape, generator=generator).mul(10 ** (i % 3 - 1)).requires_grad_() for i, shape in enumerate(shapes)]
 
 
 def upstream(outputs, seed=9):
@@ -32,73 +31,62 @@ def upstream(outputs, seed=9):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shapes", [SHAPES, SHAPES[2:3]], ids=["many", "one"])
 def test_all_kinds_of_shapes(shapes, dtype, kernels):
-    weights, gains = drawn(shapes)
-    errors = compare(USED_WEIGHTS, {"weights": weights, "gains_n": gains, "dtype": dtype}, dtype, kernels)
-    assert len(errors) == 2 * len(shapes) + 1 and all(error.ok for error in errors), errors
+    weights = drawn(shapes)
+    errors = compare(USED_WEIGHTS, {"weights": weights, "dtype": dtype}, dtype, kernels)
+    assert len(errors) == 2 * len(shapes) and all(error.ok for error in errors), errors
 
 
 @both
-def test_rows_have_the_norm_of_the_gain(kernels):
-    weights, gains = drawn(SHAPES)
+def test_rows_have_norm_1(kernels):
+    weights = drawn(SHAPES)
     with using(kernels):
-        used = used_weights(weights, gains, torch.float32)
-    for w, u, gain in zip(weights, used, gains, strict=True):
+        used = used_weights(weights, torch.float32)
+    for w, u in zip(weights, used, strict=True):
         rms = w.detach().flatten(1).square().mean(1).sqrt()
-        torch.testing.assert_close(u.detach().flatten(1).norm(dim=1), gain.abs() * rms / (EPS + rms), rtol=1e-5, atol=0)
+        torch.testing.assert_close(u.detach().flatten(1).norm(dim=1), rms / (EPS + rms), rtol=1e-5, atol=0)
 
 
 @both
 def test_the_gradient_is_orthogonal_to_the_row(kernels):
-    weights, gains = drawn(SHAPES[1:])
+    weights = drawn(SHAPES[1:])
     with using(kernels):
-        used = used_weights(weights, gains, torch.float32)
+        used = used_weights(weights, torch.float32)
         G = upstream(used)
         grads = torch.autograd.grad(used, weights, G)
-    for w, gain, g, dw in zip(weights, gains, G, grads, strict=True):
+    for w, g, dw in zip(weights, G, grads, strict=True):
         w, g, dw = (t.detach().flatten(1).double() for t in (w, g, dw))
         norm, extra = w.norm(dim=1), EPS * math.sqrt(w.shape[1])
         # what is left along w is the 1e-4: d u / d |w|
-        along = gain.double() * (g * w).sum(1) / norm * extra / (norm + extra) ** 2
+        along = (g * w).sum(1) / norm * extra / (norm + extra) ** 2
         noise = 1e-5 * dw.norm(dim=1).max()
         torch.testing.assert_close((dw * w).sum(1) / norm, along.detach(), rtol=0, atol=noise.item())
 
 
 @both
-def test_the_gradient_of_a_gain_is_that_of_a_factor(kernels):
-    weights, gains = drawn(SHAPES)
-    with using(kernels):
-        used = used_weights(weights, gains, torch.float32)
-        G = upstream(used)
-        (grad,) = torch.autograd.grad(used, gains, G)
-    expected = [(g * u).sum() / gain for g, u, gain in zip(G, used, gains, strict=True)]
-    torch.testing.assert_close(grad, torch.stack(expected).detach(), rtol=1e-4, atol=1e-5)
-
-
-@both
 def test_a_row_of_zeros_gives_zeros_and_a_finite_gradient(kernels):
-    weights, gains = drawn([(3, 8), (2, 7)])
+    weights = drawn([(3, 8), (2, 7)])
     with torch.no_grad():
         weights[0][1] = 0
     with using(kernels), poisoned():
-        used = used_weights(weights, gains, torch.float32)
+        used = used_weights(weights, torch.float32)
         G = upstream(used)
-        dw, dgain = torch.autograd.grad(used, (weights[0], gains), G)
-    assert (used[0][1] == 0).all() and dw.isfinite().all() and dgain.isfinite().all()
-    torch.testing.assert_close(dw[1], gains[0].detach() / (EPS * math.sqrt(8)) * G[0][1])
+        (dw,) = torch.autograd.grad(used, weights[:1], G)
+    assert (used[0][1] == 0).all() and dw.isfinite().all()
+    torch.testing.assert_close(dw[1], G[0][1] / (EPS * math.sqrt(8)))
 
 
 @both
 def test_an_unused_weight_gets_no_gradient(kernels):
-    weights, gains = drawn([(3, 8), (2, 7)])
+    weights = drawn([(3, 8), (2, 7)])
     with using(kernels):
-        used = used_weights(weights, gains, torch.float32)
+        used = used_weights(weights, torch.float32)
         used[0].sum().backward()
-    assert weights[0].grad.abs().sum() > 0 and (weights[1].grad == 0).all() and gains.grad[1] == 0
+    assert weights[0].grad.abs().sum() > 0 and (weights[1].grad == 0).all()
 
 
 def test_alignment_changes_no_bit():
     """Rows that begin anywhere run another copy of the code: weights cut from a flat buffer, as an engine may hold them."""
-    aligned, gains = drawn([(4, 8), (3, 4, 3, 3), (2, 2052)])
+    aligned = drawn([(4, 8), (3, 4, 3, 3), (2, 2052)])
     flat, cut = torch.zeros(1 + sum(w.numel() for w in aligned)), []
     for w in aligned:
         start = 1 + sum(c.numel() for c in cut)
@@ -108,19 +96,19 @@ def test_alignment_changes_no_bit():
     found = []
     with using("triton"):
         for weights in (aligned, cut):
-            used = used_weights(weights, gains, torch.float32)
-            found.append((*used, *torch.autograd.grad(used, [*weights, gains], upstream(used))))
+            used = used_weights(weights, torch.float32)
+            found.append((*used, *torch.autograd.grad(used, weights, upstream(used))))
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
 @both
 def test_channels_last_stays(kernels):
-    weights, gains = drawn([(3, 4, 3, 3), (2, 6)])
+    weights = drawn([(3, 4, 3, 3), (2, 6)])
     last = [weights[0].detach().contiguous(memory_format=torch.channels_last).requires_grad_(), weights[1]]
     found = []
     for given in (weights, last):
         with using(kernels):
-            used = used_weights(given, gains, torch.float32)
+            used = used_weights(given, torch.float32)
             grads = torch.autograd.grad(used, given, upstream(used))
         assert all(u.stride() == w.stride() for u, w in zip(used, given, strict=True))
         found.append((*used, *grads))
@@ -146,7 +134,7 @@ def test_forced_weights_are_the_definition(dtype, kernels):
 
 @both
 def test_forcing_is_in_place_and_twice_is_once(kernels):
-    weights, _ = drawn(SHAPES)
+    weights = drawn(SHAPES)
     given, before = list(weights), [w.detach().clone() for w in weights]
     with using(kernels):
         force_weights(weights)
@@ -170,30 +158,27 @@ def test_forcing_keeps_a_row_of_zeros_and_takes_channels_last():
 
 
 def test_forcing_is_traced():
-    weights = [w.detach() for w in drawn(SHAPES[:3])[0]]
+    weights = [w.detach() for w in drawn(SHAPES[:3])]
     with using("triton"):
         eager = force_copies(weights)
         traced = torch.compile(force_copies, backend="aot_eager", fullgraph=True)(weights)
     assert all(torch.equal(one, two) for one, two in zip(eager, traced, strict=True))
 
 
-W, GAIN = torch.ones(2, 3), torch.ones(1)
+W = torch.ones(2, 3)
 
 
 @both
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: used_weights([], torch.ones(0), torch.float32), "weights: there are none"),
-        (lambda: used_weights([W[0]], GAIN, torch.float32), r"weights\[0\]: 1 dimensions, not 2 or 4"),
-        (lambda: used_weights([W.half()], GAIN, torch.float32), r"weights\[0\]: dtype torch\.float16, not torch\.float32"),
-        (lambda: used_weights([W, W[:, :0]], GAIN, torch.float32), r"weights\[1\]: shape \(2, 0\) holds nothing"),
-        (lambda: used_weights([W, W.double()], GAIN, torch.float32), r"weights\[1\]: dtype torch\.float64, not torch\.float32"),
-        (lambda: used_weights([W, W.to("meta")], GAIN, torch.float32), r"weights\[1\]: on meta, not on cpu as weights\[0\]"),
-        (lambda: used_weights([W, W], GAIN, torch.float32), r"gains: shape \(1,\), not \(2,\)"),
-        (lambda: used_weights([W], GAIN.half(), torch.float32), r"gains: dtype torch\.float16, not torch\.float32"),
-        (lambda: used_weights([W], GAIN.to("meta"), torch.float32), "gains: on meta, not on cpu"),
-        (lambda: used_weights([W], GAIN, torch.int32), r"dtype: torch\.int32, not one of torch\.float32"),
+        (lambda: used_weights([], torch.float32), "weights: there are none"),
+        (lambda: used_weights([W[0]], torch.float32), r"weights\[0\]: 1 dimensions, not 2 or 4"),
+        (lambda: used_weights([W.half()], torch.float32), r"weights\[0\]: dtype torch\.float16, not torch\.float32"),
+        (lambda: used_weights([W, W[:, :0]], torch.float32), r"weights\[1\]: shape \(2, 0\) holds nothing"),
+        (lambda: used_weights([W, W.double()], torch.float32), r"weights\[1\]: dtype torch\.float64, not torch\.float32"),
+        (lambda: used_weights([W, W.to("meta")], torch.float32), r"weights\[1\]: on meta, not on cpu as weights\[0\]"),
+        (lambda: used_weights([W], torch.int32), r"dtype: torch\.int32, not one of torch\.float32"),
         (lambda: force_weights([]), "weights: there are none"),
         (lambda: force_weights([W.half()]), r"weights\[0\]: dtype torch\.float16"),
         (lambda: force_weights([W, torch.ones(3, 2).t()]), r"weights\[1\]: strides \(1, 2\) leave gaps"),
@@ -207,4 +192,4 @@ def test_what_does_not_fit_is_refused(call, says, kernels):
 
 def test_fp64_is_for_torch():
     with using("triton"), pytest.raises(ValueError, match=r"weights\[0\]: dtype torch\.float64"):
-        used_weights([W.double()], GAIN.double(), torch.float32)
+        used_weights([W.double()], torch.float32)

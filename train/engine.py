@@ -8,11 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
-# rows of a forward are filled up to a multiple, with rows of condition 0 whose answers nobody sees: what libraries and compilers
-# prepare for each shape (oneDNN's primitives took a quarter of a step on the digits) is then prepared for few
-MULTIPLE = 8
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -85,16 +81,6 @@ class _RowCounter:
         self.rows = {"grad": 0.0, "no_grad": 0.0}
         self.tokens = getattr(net, "tokens", 1)  # of a whole row
 
-    def answer(self, forward: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Any:
-        """What the network answers to these rows, which are counted."""
-        self.count(inputs)
-        rows, extra = len(inputs[-1]), -len(inputs[-1]) % MULTIPLE
-        # only an objective asks for rows by condition and sample, in any number
-        if not extra or any(each.is_floating_point() for each in inputs[-2:]):
-            return forward(*inputs)
-        answer = forward(*inputs[:-2], *(pad(each, (0, extra)) for each in inputs[-2:]))
-        return tuple(each[:rows] if isinstance(each, Tensor) else each for each in answer)
-
     def count(self, inputs: tuple[Tensor, ...]) -> None:
         # teacher inputs [B, L-1, E]: a row cut short after a scale counts by its share of the tokens
         tokens = inputs[0].shape[1] + 1 if inputs[0].ndim == 3 else 1
@@ -113,8 +99,9 @@ class Frozen(_RowCounter):
 
     @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> Any:
+        self.count(inputs)
         with self.autocast:
-            return self.answer(self.net, inputs)
+            return self.net(*inputs)
 
 
 class LocalEngine(_RowCounter):
@@ -127,8 +114,9 @@ class LocalEngine(_RowCounter):
         start_moments(optimizer)
 
     def __call__(self, *inputs: Tensor) -> Any:
+        self.count(inputs)
         with self.autocast:
-            return self.answer(self.net, inputs)
+            return self.net(*inputs)
 
     def backward(self, loss: Tensor) -> None:
         (loss / self.accumulation).backward()
@@ -207,7 +195,8 @@ class DeepSpeedEngine(_RowCounter):
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def __call__(self, *inputs: Tensor) -> Any:
-        return self.answer(self.engine, inputs)
+        self.count(inputs)
+        return self.engine(*inputs)
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
