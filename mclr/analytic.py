@@ -59,8 +59,8 @@ class Mixture:
         marginal_BD = (self.posterior(x_B, sigma_B)[..., None] * denoised_BKD).sum(1)
         return torch.cat([denoised_BKD, marginal_BD[:, None]], 1)
 
-    def net(self, noisy_RCHW: Tensor, sigma_R: Tensor, c_R: Tensor) -> tuple[Tensor, Tensor]:
-        """The perfectly trained network of the diffusion paradigm, its log-variance 0."""
+    def denoise(self, noisy_RCHW: Tensor, sigma_R: Tensor, c_R: Tensor) -> tuple[Tensor, Tensor]:
+        """(denoised_RCHW, log-variance 0): what a perfectly trained network makes of these rows."""
         denoised_RD = self.denoisers(noisy_RCHW, sigma_R)[torch.arange(len(c_R)), c_R]
         return denoised_RD.view_as(noisy_RCHW), torch.zeros_like(sigma_R)
 

@@ -76,18 +76,6 @@ class Diffusion:
         c_skip, c_out = self.scales(sigma_B)
         return c_skip * noisy_BCHW + c_out * raw_BCHW.float()
 
-    def of_denoiser(self, denoiser: Net) -> Net:
-        """The network that a denoiser is: denoiser(noisy_RCHW, sigma_R, c_R) -> (denoised_RCHW, logvar_R)."""
-
-        def net(noisy: Tensor, sigma: Tensor, c_R: Tensor, index_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
-            if index_R is not None:
-                noisy, sigma = noisy[index_R], sigma[index_R]
-            denoised, logvar_R = denoiser(noisy, sigma, c_R)
-            c_skip, c_out = self.scales(sigma)
-            return (denoised - c_skip * noisy) / c_out, logvar_R
-
-        return net
-
     def predict(self, net: Net, probe: Probe, index_R: Tensor, c_R: Tensor, terms: int | None = None) -> tuple[Tensor, Tensor]:
         """(raw_RCHW, logvar_R): the answer, whose mixture makes the mixture of denoised images, and the learned log-variance u."""
         return net(probe.inputs["noisy"], probe.inputs["sigma"], c_R, index_R)

@@ -12,7 +12,8 @@ from mclr.schedule import NONE, Schedule
 def mix(pred: Tensor, guide: Tensor, weight: Tensor | float) -> Tensor:
     """Classifier-free guidance (arXiv 2207.12598) of total weight 1 + weight.
 
-    pred, guide: denoised images [R, C, H, W] or logits [R, L, V]. weight: a number, or [R, T] (T = 1 or L); negative undoes guidance.
+    pred, guide: raw answers [R, C, H, W] or logits [R, l, V]; only something affine may follow.
+    weight: a number, or [R, T] (T = 1 or L); negative undoes guidance.
     """
     if isinstance(weight, Tensor):
         weight = weight.reshape(*weight.shape, *[1] * (pred.ndim - weight.ndim))
@@ -21,8 +22,8 @@ def mix(pred: Tensor, guide: Tensor, weight: Tensor | float) -> Tensor:
 
 @dataclass(frozen=True)
 class Guidance:
-    """gamma: extra weight over progress; where it is 0 the second forward is skipped. guide: another network, given the same
-    condition (autoguidance, arXiv 2406.02507); None = the same network under the null condition."""
+    """gamma: extra weight over progress; where it is 0 the second forward is skipped. guide: another network, of the same
+    sigma_data, given the same condition (autoguidance, arXiv 2406.02507); None = the same network under the null condition."""
 
     gamma: Schedule = NONE
     guide: Callable[..., Any] | None = None

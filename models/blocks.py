@@ -49,7 +49,8 @@ class MPConv(nn.Module):
     @torch.no_grad()
     def fold(self) -> None:
         """Store the used weight, once and for all: no forward computes it again."""
-        self.weight.copy_(used_weights([self.weight], self.weight.dtype)[0])
+        (used,) = used_weights([self.weight], self.weight.dtype)
+        self.weight.data = used if used.ndim == 2 else used.contiguous(memory_format=torch.channels_last)
         self.folded = True
 
     def forward(self, x: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ class EDM2(nn.Module):
         return mp_silu(emb_RE)
 
     def trunk(self, x_BCHW: Tensor, emb_RE: Tensor, index_R: Tensor | None = None) -> Tensor:
-        """The U-Net: images of unit variance -> c_out's share of the answer, also of unit variance, [R, C, H, W]."""
+        """The U-Net: images of unit variance -> raw_RCHW, also of unit variance."""
         # A channel of ones stands in for the biases that no layer has.
         x = torch.cat([x_BCHW, torch.ones_like(x_BCHW[:, :1])], dim=1)
         # channels last from here to the answer: convolutions need no reordering, on CPUs and GPUs

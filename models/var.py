@@ -184,7 +184,7 @@ class VAR(nn.Module):
         self.config = config
         D, sides = config.embed_dim, config.patch_nums
         self.ends = list(accumulate(side**2 for side in sides))  # tokens up to and including each scale
-        L = self.tokens = self.ends[-1]
+        L = self.tokens = self.ends[-1]  # of a whole row: engines count rows cut short by their share
         self.embed_code = nn.Linear(config.z_channels, D)
         self.embed_condition = nn.Embedding(config.num_classes + 1, D)
         self.embed_scale = nn.Embedding(len(sides), D)
@@ -224,7 +224,8 @@ class VAR(nn.Module):
         elif start == 0:
             stream = Stream(torch.cat((first_RD[:, None], x_BlD), dim=1) + place_lD)
         else:
-            stream = Stream((x_BlD if index_R is None else x_BlD[index_R]) + place_lD)
+            assert index_R is None, "rows of a cache are samples"
+            stream = Stream(x_BlD + place_lD)
 
         # A single scale sees everything up to its own end, so it needs no mask (and attention can take its fastest path).
         one_scale = sum(start < scale_end <= end for scale_end in self.ends) == 1

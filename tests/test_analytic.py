@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from toy import Draws64, wave
+from toy import Draws64, of_denoiser, wave
 
 from mclr.analytic import Mixture
 from mclr.diffusion import Diffusion
@@ -85,12 +85,12 @@ def test_samples_have_the_priors_means_and_variances(diagonal):
         assert ((mine.var(0) / variance_D - 1).abs() < 5 * math.sqrt(2 / n)).all()
 
 
-def test_it_is_a_network_and_a_classifier_of_the_paradigm():
+def test_it_is_a_denoiser_and_a_classifier_of_the_paradigm():
     oracle = mixture(8)
     paradigm = Diffusion(oracle.shape, oracle.null)
     noisy, sigma_B, c_B = wave(4, 8, 1, 1), torch.tensor([0.1, 0.5, 2.0, 9.0], dtype=torch.float64), torch.tensor([0, 1, 2, 3])
     probe = Probe({"x": noisy, "noisy": noisy, "sigma": sigma_B}, torch.zeros(4, 1))
-    raw, logvar = paradigm.predict(paradigm.of_denoiser(oracle.net), probe, torch.arange(4), c_B)
+    raw, logvar = paradigm.predict(of_denoiser(paradigm, oracle.denoise), probe, torch.arange(4), c_B)
     denoised = paradigm.denoised(raw, noisy, sigma_B).flatten(1)
     assert (
         torch.allclose(denoised.double(), oracle.denoisers(noisy, sigma_B)[torch.arange(4), c_B], atol=1e-6)

@@ -316,9 +316,11 @@ def test_bf16_trunk_answers_in_bf16(net):
     assert all(weight.grad.dtype == torch.float32 for name, weight in net.named_parameters() if "logvar" not in name)
 
 
-def test_compiles_without_a_graph_break(net):
+@pytest.mark.parametrize("index", [None, torch.tensor([1, 0])], ids=["samples", "rows by index"])
+def test_compiles_without_a_graph_break(net, index):
     compiled = torch.compile(net, backend="eager", fullgraph=True)
-    assert relative_rms(denoise(compiled, NOISY, SIGMA, CONDITION)[0], ARRAYS["denoised"]) < 1e-5
+    for mine, theirs in zip(compiled(NOISY, SIGMA, CONDITION, index), net(NOISY, SIGMA, CONDITION, index), strict=True):
+        assert relative_rms(mine, theirs) < 1e-5
 
 
 @pytest.mark.parametrize(

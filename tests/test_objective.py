@@ -26,6 +26,7 @@ from toy import (
     V,
     float64,
     logits_of,
+    of_denoiser,
     own_logits,
     toy,
     wave,
@@ -433,7 +434,7 @@ def test_the_ratio_to_the_reference_sees_an_error_that_shrank():
 
     case = toy("diffusion")
     probe, rows = case.ask(MLE)
-    scores = score(case.paradigm, case.net, probe, rows, K, case.paradigm.of_denoiser(frozen))
+    scores = score(case.paradigm, case.net, probe, rows, K, of_denoiser(case.paradigm, frozen))
     # err exp(-u) of the reference, halved by the network
     expected = -0.5 * case.paradigm.dims * scores.value_RT[:, 0]
     assert close(scores.delta_R, expected) and (scores.delta_R > 0).all()

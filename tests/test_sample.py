@@ -128,9 +128,9 @@ def test_order_and_neighbours_do_not_matter_to_generate(diffusion_run):
     [("edm2-digits", []), ("edm2-digits", ["sample.churn=10"]), ("var-digits", ["sample.gamma=1", "sample.top_k=20"])],
 )
 def test_the_size_of_the_micro_batch_hardly_matters(name, overrides):
-    """The bundled weights, before rounding: images to 1e-4, and the very same tokens, if no uniform lies on an edge of a CDF.
+    """The bundled weights, before rounding: images to 1e-4, and the very same tokens.
 
-    (Of the first 150 seeds 24 has one, 1e-7 off.)
+    Seeds from 32: of those from 0 to 149 only seed 24 draws a uniform so near the edge of a code's share (1e-7) that rounding decides.
     """
     cpu = torch.device("cpu")
     net, paradigm, _, guidance = sample.load_generator(*sample.find_generator(name, None, None, overrides), cpu)
@@ -302,6 +302,8 @@ def test_a_guide_that_does_not_fit_is_one_line(diffusion_run, token_run, guides,
     save_random(tmp_path / "three", config)
     config, _ = sample.find_generator(str(diffusion_run), None, None, ["data.resolution=16", "model.net.attn_resolutions=[]"])
     save_random(tmp_path / "large", config)
+    config, _ = sample.find_generator(str(diffusion_run), None, None, ["model.sigma_data=1.0"])
+    save_random(tmp_path / "louder", config)
     tokenizer = VQVAEConfig(
         img_channels=1, ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=8, vocab_size=32, scales=(1, 2, 4)
     )
@@ -315,6 +317,7 @@ def test_a_guide_that_does_not_fit_is_one_line(diffusion_run, token_run, guides,
         (token_run, guides["diffusion_run"], on, "hold a network of kind edm2, not var"),
         (diffusion_run, tmp_path / "three", on, "three has num_classes 3, edm2-digits has 10: give a guide for the same samples"),
         (diffusion_run, tmp_path / "large", on, "large has img_resolution 16, edm2-digits has 8: give a guide"),
+        (diffusion_run, tmp_path / "louder", on, "louder has sigma_data 1.0, edm2-digits has 0.5: give a guide"),
         (token_run, tmp_path / "tokens", on, "tokens has patch_nums (1, 2, 4), var-digits has (1, 2, 3, 4): give a guide"),
         (diffusion_run, 3, on, "sample.guide=3: expected text or null"),
         (diffusion_run, "edm2-digits", [], "sample.guide=edm2-digits has no effect with gamma=0.0; set sample.gamma"),

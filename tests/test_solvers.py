@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from toy import Counted, Given, float64
+from toy import Counted, Given, float64, of_denoiser
 
 from mclr.diffusion import Diffusion, progress_of
 from mclr.guidance import Guidance
@@ -180,7 +180,7 @@ def sampled(schedule: Schedule, steps: int, solver: str = "heun", sigma_max: flo
         return torch.where(c_B[:, None, None, None] == 0, conditional, marginal), None
 
     paradigm = Diffusion((1, 1, 1), null=1, steps=steps, solver=solver, sigma_max=sigma_max)
-    net = paradigm.of_denoiser(denoiser)
+    net = of_denoiser(paradigm, denoiser)
     return moments(paradigm.sample(net, torch.zeros(steps + 1).long(), Guidance(schedule), UnitNoises(steps)))
 
 

@@ -190,6 +190,14 @@ def test_rows_of_a_sample_share_what_comes_before_the_condition(tiny):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("index", [None, torch.tensor([1, 0, 1])], ids=["samples", "rows by index"])
+def test_compiles_without_a_graph_break(tiny, index):
+    net, teacher, c = tiny
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    assert relative_rms(compiled(teacher, c, index)[0], net(teacher, c, index)[0]) < 1e-5
+
+
+@torch.no_grad()
 def test_bf16_autocast(tiny):
     """The trunk is bf16, the logits are fp32 and not rounded; a cache made under autocast is bf16 and serves as well."""
     net, teacher, c = tiny

@@ -102,6 +102,19 @@ class Counted:
         return getattr(self.net, name)
 
 
+def of_denoiser(paradigm: Diffusion, denoise: Any) -> Any:
+    """The network that a denoiser is: denoise(noisy_RCHW, sigma_R, c_R) -> (denoised_RCHW, logvar_R)."""
+
+    def net(noisy: Tensor, sigma: Tensor, c_R: Tensor, index_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if index_R is not None:
+            noisy, sigma = noisy[index_R], sigma[index_R]
+        denoised, logvar_R = denoise(noisy, sigma, c_R)
+        c_skip, c_out = paradigm.scales(sigma)
+        return (denoised - c_skip * noisy) / c_out, logvar_R
+
+    return net
+
+
 class ToyDenoiser(nn.Module):
     def __init__(self, phase: float = 0.0):
         super().__init__()
@@ -114,7 +127,7 @@ class ToyDenoiser(nn.Module):
         return (self.slope[c_R] * noisy_RCHW + self.shift[c_R]).tanh(), logvar_R
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return Diffusion(SHAPE, K).of_denoiser(self.denoise)(*inputs)
+        return of_denoiser(Diffusion(SHAPE, K), self.denoise)(*inputs)
 
 
 class ToyClassifier(nn.Module):

@@ -7,7 +7,8 @@ compiled  torch.compile (the head of a VAR is called from outside of it)
 separate  plain torch, the mismatched rows in a forward of their own
 All rows of a model run in one process and take turns, so that a slow minute of the machine hits each of them: read the ratios.
 
-Times are medians (20th to 80th percentile). MFU: FLOPs of forwards (1x) and backwards (2x) as torch counts them, against a matrix
+Times are medians (20th to 80th percentile, from three rounds on). Work: FLOPs, one step of maximum likelihood being 1. rows/s: with and
+without gradient. MFU: FLOPs of forwards (1x) and backwards (2x) as torch counts them, against a matrix
 product of the same type and run. Peak memory: of tensors on a GPU, of the process on a CPU, with all that the table's rows keep.
 Sampling is the sampler's loop, without decoding, by the first objective's network; `mclr sample` does not compile, nor is it here.
 """
@@ -37,7 +38,7 @@ from mclr.likelihood import Draws
 from mclr.posterior import NoisyPosterior
 from mclr.schedule import NONE, Schedule
 from models.edm2 import EDM2
-from train.build import build_networks, build_schedule, build_task, open_source
+from train.build import build_networks, build_schedule, build_task, compile_every_length, open_source
 from train.cli import Parser, run
 from train.engine import autocast_of
 from train.loop import Progress, add_up, count_compute, forward_flops, rows_of
@@ -194,9 +195,11 @@ def measure_training(built: dict[str, tuple[Task, RunConfig]], precisions: list[
     for key, task in tasks.items():
         objective, precision, _ = key
         times = sorted(1000 * each for each in seconds[key][WARM_UP:])
-        ms, low, high = statistics.median(times), times[round(0.2 * (rounds - 1))], times[round(0.8 * (rounds - 1))]
+        ms = statistics.median(times)
         step_flops, batch = spent[key].flops / rounds, built[objective][1].train.batch
-        table[key] = {"ms": ms, "low": low, "high": high, "images": 1000 * batch / ms, "memory": memory[key]}
+        table[key] = {"ms": ms, "images": 1000 * batch / ms, "memory": memory[key]}
+        if rounds >= 3:
+            table[key] |= {"low": times[round(0.2 * (rounds - 1))], "high": times[round(0.8 * (rounds - 1))]}
         table[key]["rows"] = 1000 * (spent[key].rows + spent[key].rows_no_grad) / rounds / ms
         table[key]["work"] = step_flops / (3 * flops[objective]["net"] * batch)
         table[key]["mfu"] = step_flops / (ms / 1000) / flops_per_second(task.device, precision)
@@ -210,7 +213,8 @@ def training_table(table: Table) -> str:
     for key, row in table.items():
         cells = ["out of memory", *[""] * (len(heads) - 1)]
         if row:
-            cells = [f"{row['ms']:,.0f} ({row['low']:,.0f}–{row['high']:,.0f})", f"{row['ms'] / first:.2f}", f"{row['work']:.2f}"]
+            spread = f" ({row['low']:,.0f}–{row['high']:,.0f})" if "low" in row else ""
+            cells = [f"{row['ms']:,.0f}{spread}", f"{row['ms'] / first:.2f}", f"{row['work']:.2f}"]
             cells += [per_second(row["rows"]), per_second(row["images"]), f"{100 * row['mfu']:.0f} %", f"{row['memory']:.1f}"]
         lines.append(f"| {' | '.join([*key, *cells])} |")
     return "\n".join(lines)
@@ -275,8 +279,7 @@ def measure_model(model: str, args: argparse.Namespace, device: torch.device) ->
     objectives = args.objective or (list(OBJECTIVES) if digits else [PAIR])
     if "compiled" in args.arms:
         torch.compiler.reset()
-        # objectives and precisions share code: what is compiled beyond eight variants of it would run as eager
-        torch._dynamo.config.recompile_limit = 64
+        compile_every_length()
     built = {objective: build(model, objective, overrides, device) for objective in objectives}
     task, config = built[objectives[0]]
     batch, machine = config.train.batch, torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()} threads"
@@ -284,13 +287,14 @@ def measure_model(model: str, args: argparse.Namespace, device: torch.device) ->
     print(f"**{model}**, {machine}, {batch} samples per step, {rounds} steps of each row; a matrix product reaches {peaks}\n")
     print(training_table(measure_training(built, precisions, args.arms, rounds)))
     if digits and "mclr posterior" in built and config.model.paradigm == "diffusion":
-        print("\n| sigma from | share of samples | of these with a contrast row |\n| --- | ---: | ---: |")
+        print("\nWhere the posterior contrast computes a row:\n")
+        print("| sigma from | share of samples | of these with a contrast row |\n| --- | ---: | ---: |")
         for low, share, computed in computed_shares(build(model, "mclr posterior", overrides, device)[0], batch):
             print(f"| {low:g} | {share:.3f} | {computed:.3f} |")
     arms = [arm for arm in args.arms if arm in ("eager", "ours")]
     if arms and (args.sampling or config.model.paradigm == "next_scale"):
         images, guided = args.images or batch, build_schedule(config.sample.schedule, GAMMA)
-        print(f"\n| sampling {images} images | arm | plain images/s | guided images/s | time, plain / guided |")
+        print(f"\nSampling {images} at a time:\n\n| precision | arm | plain images/s | guided images/s | time, plain / guided |")
         print("| --- | --- | ---: | ---: | ---: |")
         for key, (plain, other) in measure_sampling(task, guided, precisions, arms, rounds, images).items():
             print(f"| {' | '.join(key)} | {per_second(images / plain)} | {per_second(images / other)} | {plain / other:.2f} |")
@@ -303,8 +307,13 @@ def arguments(argv: list[str] | None, gpu: bool) -> argparse.Namespace:
     arms = ["eager", "ours", "compiled"] if gpu else ["eager"]
     add = parser.add_argument
     add("overrides", nargs="*", metavar="section.key=value", help="settings of every row; give them first")
-    add("--model", choices=[*DIGITS, *FULL], default=DIGITS, help="of %(choices)s (default: digits)", **several)
-    add("--objective", choices=OBJECTIVES, help=f"of %(choices)s (default: all; at full size {PAIR})", **several)
+    add("--model", choices=[*DIGITS, *FULL], default=DIGITS, help="of %(choices)s (default: the two on digits)", **several)
+    add(
+        "--objective",
+        choices=OBJECTIVES,
+        help=f"of %(choices)s; quote those of several words (default: all; at full size {PAIR})",
+        **several,
+    )
     add("--arms", choices=ARMS, default=arms, help=f"of %(choices)s (default here: {' '.join(arms)})", **several)
     add("--precision", choices=["fp32", "bf16"], help="of %(choices)s (default: fp32; at full size both)", **several)
     add("--pairs", type=int, help="samples per step (default: train.batch; at full size 1, on a GPU 32)")
@@ -317,7 +326,7 @@ def arguments(argv: list[str] | None, gpu: bool) -> argparse.Namespace:
             parser.error(f"--{name} {value}: at least 1")
     for override in args.overrides:
         if override.startswith(("engine.kind=", "engine.precision=", "engine.compile=", "engine.kernels=")):
-            parser.error(f"{override}: --arms and --precision say how a step is run")
+            parser.error(f"{override}: --arms and --precision say how a step is run (--arms ours runs our kernels)")
     if "ours" in args.arms and not gpu:
         args.arms = [arm for arm in args.arms if arm != "ours"]
         if not args.arms:

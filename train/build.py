@@ -45,8 +45,16 @@ def choose_kernels(config: RunConfig, device: torch.device) -> str:
         raise UserError("engine.kernels=triton needs a GPU: use auto")
     use(mode)
     fused = [name for name in OPS if runs_triton(name, torch.empty(0, device=device))]
-    plain = "none of them, plain torch" if mode == "torch" or device.type != "cuda" else "none of them, none has won on this GPU"
-    return f"kernels    {mode}: Triton runs {', '.join(fused) or plain}"
+    plain = "torch, no kernel has won on this GPU" if mode == "auto" and device.type == "cuda" else "torch"
+    return f"kernels    {mode}: {plain if not fused else 'Triton for ' + ', '.join(fused)}"
+
+
+def compile_every_length() -> None:
+    """Lets torch.compile make as much code as a VAR needs: rows of every scale's length, with and without gradient.
+
+    Beyond its limit, which is 8, it would run the rest as eager.
+    """
+    torch._dynamo.config.recompile_limit = 64
 
 
 def build_encoder(config: RunConfig, device: torch.device) -> Encoder:
@@ -168,7 +176,8 @@ def build_guide(config: RunConfig, net: nn.Module) -> nn.Module | None:
         return None
     diffusion = isinstance(model, DiffusionModel)
     guide = load_net(name, "edm2" if diffusion else "var")
-    shared = ("img_resolution", "img_channels") if diffusion else ("patch_nums", "vocab_size", "z_channels")
+    # answers are mixed before they become images, which takes one sigma_data
+    shared = ("img_resolution", "img_channels", "sigma_data") if diffusion else ("patch_nums", "vocab_size", "z_channels")
     for key in ("num_classes", *shared):
         there, here = getattr(guide.config, key), getattr(net.config, key)
         # an unconditional diffusion network guides any, as EDM2's guidance does
@@ -289,17 +298,18 @@ def project(net: nn.Module) -> list[nn.Parameter]:
 def build_task(config: RunConfig, source: Source, networks: Networks, device: torch.device, micro_batch: int) -> Task:
     """Everything that trains. micro_batch: images per forward of one rank. Collective with DeepSpeed."""
     settings, model = config.train, config.model
-    normalised = project(networks.net)
+    normalised = project(networks.net.to(device))
     reference = None
     if networks.reference is not None:
-        project(networks.reference)
+        project(networks.reference.to(device))
         if isinstance(networks.reference, EDM2):
             networks.reference.fold()
-        reference = Frozen(networks.reference.to(device), config.engine.precision == "bf16")
+        reference = Frozen(networks.reference, config.engine.precision == "bf16")
 
     def engine_of(net: nn.Module, lr: float, weight_decay: float, zero: int) -> Engine:
         net.to(device).train()
         if config.engine.compile:
+            compile_every_length()
             net.compile()
         optimizer = make_optimizer(net, lr, settings.betas, settings.eps, weight_decay)
         clip, bf16 = config.engine.gradient_clipping, config.engine.precision == "bf16"

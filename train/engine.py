@@ -215,7 +215,7 @@ class DeepSpeedEngine(_RowCounter):
     @torch.no_grad()
     def project(self, weights: list[nn.Parameter], projection: Callable[[Sequence[Tensor]], None]) -> None:
         projection(weights)
-        for p in weights:
+        for p in weights if self.zero else ():
             self._set_weight(p, p)
 
     def weights(self) -> dict[str, Tensor]:
