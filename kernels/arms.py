@@ -97,7 +97,7 @@ COMPARISONS = {
     "scale_attention": Op(
         name="scale_attention",
         run=masked_attention,
-        reference=masked_attention,
+        definition=masked_attention,
         draw=_draw_attention,
         shapes={f"var-{net}, {R // 2} pairs": {"R": R, "H": H} for net, H in (("d16", 16), ("d30", 30)) for R in (16, 64)},
         tiny={},
@@ -164,9 +164,9 @@ def arms(op: Op, gpu: bool) -> dict[str, Arm | None]:
     if op.name in COMPARISONS:
         return {"SDPA, mask": Arm(op.run), "FlexAttention": flexible_attention(gpu), "SDPA by prefix": Arm(prefix_attention)}
     ours = forced if op.name == "force_weights" else op.run
-    found: dict[str, Arm | None] = {"eager": Arm(op.reference)}
+    found: dict[str, Arm | None] = {"eager": Arm(op.definition)}
     if gpu:
-        found |= {"torch.compile": compiled(op.reference)} | {name: make() for name, make in BASELINES.get(op.name, {}).items()}
+        found |= {"torch.compile": compiled(op.definition)} | {name: make() for name, make in BASELINES.get(op.name, {}).items()}
     found["ours/torch"] = Arm(ours)
     if gpu:
         found["ours/triton"] = Arm(ours, "triton") if triton else None

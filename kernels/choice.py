@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -12,6 +11,8 @@ from torch import Tensor
 
 MODES = ("auto", "torch", "triton")
 RESULTS = Path(__file__).parent / "RESULTS.json"
+# operations by GPU family; read once, at import: torch.compile cannot trace the reading of a file
+WINNERS: dict[str, list[str]] = json.loads(RESULTS.read_text())["winners"]
 _mode = "auto"
 
 
@@ -39,12 +40,6 @@ def family(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-@cache
-def winners(gpu: str) -> frozenset[str]:
-    """The operations that won on this GPU family, by kernels/RESULTS.json."""
-    return frozenset(json.loads(RESULTS.read_text())["winners"].get(gpu, ()))
-
-
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET=1 before the first import of kernels."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -52,4 +47,4 @@ def interpreting() -> bool:
 
 def runs_triton(op: str, like: Tensor) -> bool:
     """Whether this operation runs as a Triton kernel on the device of `like`."""
-    return _mode == "triton" or (_mode == "auto" and like.is_cuda and op in winners(family(like.device)))
+    return _mode == "triton" or (_mode == "auto" and like.is_cuda and op in WINNERS.get(family(like.device), ()))

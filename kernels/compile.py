@@ -11,7 +11,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -31,6 +31,13 @@ TYPES = {
     torch.int32: "*i32",
     torch.bool: "*i1",
 }
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {' '.join(message.split())} (`{self.prog} --help` shows the arguments)\n")
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ def compile_launch(launch: Launch, architecture: int) -> Report:
 
     types, constants, known = signature(launch)
     source = ASTSource(launch.kernel, types, constexprs=constants, attrs=known)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
@@ -91,15 +98,13 @@ def compile_launch(launch: Launch, architecture: int) -> Report:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m kernels.compile", description=__doc__)
+    parser = Parser("python -m kernels.compile", description=__doc__)
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, nargs="+", default=list(ARCHITECTURES), help="(default: all)")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="of the activations (default: all)")
     parser.add_argument("--only", choices=OPS, nargs="+", default=list(OPS), help="operations (default: all)")
     args = parser.parse_args(argv)
     if triton is None or os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("triton is not installed" if triton is None else "TRITON_INTERPRET=1 replaces the compiler: unset it")
-    # whether a product and a sum become one operation is Triton's default of the day: numbers must not move with it
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     failed, done = 0, set()
     print(
         "| op | kernel | constants | dtype | sm | warps | registers | spilled | shared |\n" + "| --- " * 5 + "| ---: " * 4 + "|"

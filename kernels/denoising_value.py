@@ -5,12 +5,12 @@
           = -mean (F - target)^2,  target = (x - c_skip x_t) / c_out                                    (the weight is c_out^-2; derived)
 
 The second form is what runs: the target has unit variance, it is the same for both rows of a pair, and where sigma is small it comes
-from x - x_t, whose leading digits cancel exactly, instead of from two products that each lose them.
+from x - x_t, which is exact where the noise is below |x| / 2, instead of from two products that are rounded before they cancel.
 
 Per element of a row, F in bf16: forward reads 2 bytes of F and, once per sample, 8 of x and x_t; backward reads the same and writes 2.
-A pair costs 2 x 2 + 8 = 12 bytes forward and 16 backward where two separate rows cost 20 and 24. Floor at 4.3 TB/s, 32 pairs:
-edm2-img64-s (12,288 elements) 1.1 + 1.5 us, edm2-img512-l (16,384) 1.5 + 2.0 us: nothing beside the network; what it saves is some
-twenty launches.
+A pair costs 2 x 2 + 8 = 12 bytes forward and 16 backward where two separate rows cost 20 and 24. Floor at an H200's 4.3 TB/s,
+32 pairs: edm2-img64-s (12,288 elements) 1.1 + 1.5 us, edm2-img512-l (16,384) 1.5 + 2.0 us: nothing beside the network; what it saves is
+some twenty launches.
 
 R rows; B samples; C H W image; N = C H W.
 """
@@ -24,7 +24,7 @@ from kernels.op import Cost, Op, Shape, cdiv, jit, launch, power_of_2, refuse, r
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def reference(
+def definition(
     raw_RCHW: Tensor, x_BCHW: Tensor, noisy_BCHW: Tensor, sigma_B: Tensor, index_R: Tensor, sigma_data: float
 ) -> Tensor:
     x, noisy, sigma = x_BCHW[index_R], noisy_BCHW[index_R], sigma_B[index_R, None, None, None]
@@ -137,13 +137,15 @@ def denoising_value(
     tensors = {"raw": raw_RCHW, "x": x_BCHW, "noisy": noisy_BCHW, "sigma": sigma_B, "index": index_R}
     shapes = {"raw": (len(raw_RCHW), *image), "x": (B, *image), "noisy": (B, *image), "sigma": (B,), "index": (len(raw_RCHW),)}
     triton = runs_triton("denoising_value", raw_RCHW)
-    refuse("raw", raw_RCHW.ndim != 4, f"{raw_RCHW.ndim} dimensions, not 4")
+    if raw_RCHW.ndim != 4:
+        refuse("raw", f"{raw_RCHW.ndim} dimensions, not 4")
     refuse_unlike(tensors, shapes, FLOATS if triton else (*FLOATS, torch.float64))
     refuse_index("index", index_R, B)
     if not triton:
         return in_torch(raw_RCHW, x_BCHW, noisy_BCHW, sigma_B, index_R, sigma_data)
     for name in ("x", "noisy", "sigma"):
-        refuse(name, tensors[name].dtype != torch.float32, f"dtype {tensors[name].dtype}, not torch.float32")
+        if tensors[name].dtype != torch.float32:
+            refuse(name, f"dtype {tensors[name].dtype}, not torch.float32")
     return _value(raw_RCHW, x_BCHW, noisy_BCHW, sigma_B, index_R, sigma_data)
 
 
@@ -168,7 +170,7 @@ def cost(shape: Shape, dtype: torch.dtype) -> Cost:
 OP = Op(
     name="denoising_value",
     run=denoising_value,
-    reference=reference,
+    definition=definition,
     draw=draw,
     shapes={
         "edm2-img64-s, 8 pairs": {"B": 8, "R": 16, "C": 3, "H": 64, "W": 64},

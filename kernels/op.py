@@ -1,13 +1,13 @@
 """What all operations share: reaching Triton, launching or recording a kernel, refusing bad input, checking against a definition.
 
-An operation is one file: its formula, reference() in plain torch, Triton kernels forward and backward, the public function, and an
-Op that the tests, the compile report and the bench read.
+A file holds a family of operations, for each of them: its formula, definition() in plain torch, Triton kernels forward and backward, the
+public function, and an Op that the tests, the compile report and the bench read.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -72,15 +72,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, 
         _recorded.append(Launch(kernel, dict(zip(kernel.arg_names, arguments, strict=False)) | constants, warps, stages))
         return
     device = next(a.device for a in arguments if isinstance(a, Tensor))
-    refuse("kernels", device.type != "cuda" and not interpreting(), f"triton needs a GPU, not {device}; use kernels=auto")
+    if device.type != "cuda" and not interpreting():
+        refuse("kernels", f"triton needs a GPU, not {device}; use engine.kernels=auto")
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages)
+        # products and sums may become one operation, whatever Triton's default of the day is: numbers must not move with it
+        kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
 
-def refuse(name: str, wrong: bool, says: str) -> None:
-    """Raises ValueError naming the argument."""
-    if wrong:
-        raise ValueError(f"{name}: {says}")
+def refuse(name: str, says: str) -> NoReturn:
+    """Raises ValueError naming the argument. Called inside an `if`, so that no message is written where none is needed."""
+    raise ValueError(f"{name}: {says}")
 
 
 def refuse_unlike(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], dtypes: Sequence[torch.dtype]) -> None:
@@ -90,24 +91,32 @@ def refuse_unlike(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]
     """
     device = next(iter(tensors.values())).device
     for name, t in tensors.items():
-        # messages are written only where they are needed: this runs before every call
         if tuple(t.shape) != shapes[name]:
-            refuse(name, True, f"shape {tuple(t.shape)}, not {shapes[name]}")
+            refuse(name, f"shape {tuple(t.shape)}, not {shapes[name]}")
         if t.numel() == 0:
-            refuse(name, True, f"shape {tuple(t.shape)} holds nothing")
+            refuse(name, f"shape {tuple(t.shape)} holds nothing")
         if t.device != device:
-            refuse(name, True, f"on {t.device}, not on {device} as {next(iter(tensors))}")
+            refuse(name, f"on {t.device}, not on {device} as {next(iter(tensors))}")
         if t.is_floating_point() and t.dtype not in dtypes:
-            refuse(name, True, f"dtype {t.dtype}, not one of {', '.join(map(str, dtypes))}")
+            refuse(name, f"dtype {t.dtype}, not one of {', '.join(map(str, dtypes))}")
 
 
 def refuse_index(name: str, index: Tensor, limit: int) -> None:
-    """Raises ValueError unless index is int64 in [0, limit). Waits for the GPU that holds it; not looked at inside torch.compile."""
-    refuse(name, index.dtype != torch.int64, f"dtype {index.dtype}, not torch.int64")
-    if torch.compiler.is_compiling() or index.is_meta:
+    """Raises ValueError unless index is int64 in [0, limit).
+
+    What lies on a GPU is checked there, before whatever is launched next, and fails as indexing out of range does in torch: looking at
+    it here would have the host wait, at every call. So it is in what torch.compile makes.
+    """
+    if index.dtype != torch.int64:
+        refuse(name, f"dtype {index.dtype}, not torch.int64")
+    if index.is_meta:
+        return
+    if index.is_cuda or torch.compiler.is_compiling():
+        torch._assert_async(((index >= 0) & (index < limit)).all(), f"{name}: outside 0..{limit - 1}")
         return
     low, high = (int(end) for end in index.aminmax())
-    refuse(name, low < 0 or high >= limit, f"holds {low if low < 0 else high}, outside 0..{limit - 1}")
+    if low < 0 or high >= limit:
+        refuse(name, f"holds {low if low < 0 else high}, outside 0..{limit - 1}")
 
 
 @dataclass(frozen=True)
@@ -124,15 +133,15 @@ class Cost:
 class Op:
     """An operation as tests, compile report and bench see it.
 
-    run: the public function; reference: its definition in plain torch; both take what `draw` gives, by name, and return a tensor, or
-    a tuple or list of them. draw: sizes, dtype of the activations, generator -> inputs on the CPU; a tensor that requires gradient is
-    compared by its gradient. shapes: sizes of full-sized networks, by name; tiny: those of the tests. narrow: sizes that leave the
-    compiled kernels as they are, set small where these are only compiled.
+    run: the public function; definition: the same in plain torch, as mathematics; both take what `draw` gives, by name, and return a
+    tensor, or a tuple or list of them. draw: sizes, dtype of the activations, generator -> inputs on the CPU; a tensor that requires
+    gradient is compared by its gradient. shapes: sizes of full-sized networks, by name; tiny: those of the tests. narrow: sizes that
+    leave the compiled kernels as they are, set small where these are only compiled.
     """
 
     name: str
     run: Callable[..., Any]
-    reference: Callable[..., Any]
+    definition: Callable[..., Any]
     draw: Callable[[Shape, torch.dtype, torch.Generator], dict[str, Any]]
     shapes: dict[str, Shape]
     tiny: dict[str, Shape]
@@ -217,12 +226,12 @@ def poisoned() -> Iterator[None]:
 
 
 def compare(op: Op, inputs: dict[str, Any], dtype: torch.dtype, kernels: str = "triton") -> list[Error]:
-    """Errors of every output and gradient of op.run on these inputs, by `kernels`, against its reference on the same numbers in fp64.
+    """Errors of every output and gradient of op.run on these inputs, by `kernels`, against its definition on the same numbers in fp64.
 
     dtype: whose tolerances hold.
     """
     wide = moved(inputs, lambda t: t.cpu().double() if t.is_floating_point() else t.cpu())
-    expected = results(op.reference, wide)
+    expected = results(op.definition, wide)
     with using(kernels), poisoned():
         found = results(op.run, inputs)
     errors = []

@@ -12,13 +12,13 @@ Triton, forward: a program computes one tile of logits (fp32 accumulator) and le
 exp(logit - largest), 8 bytes for 256 logits, and the target's logit if it holds that; a second kernel merges. Not one program per block
 of rows: the 85 blocks of 8 pairs would leave a third of an H100's 132 multiprocessors idle. Backward: tiles of logits again, in chunks
 of rows, of which d is stored in h's dtype; torch.mm makes gradients of it. That fourth product buys 36 bytes per logit: d costs 6
-(written, read twice), where Linear, log_softmax, gather and their gradients under bf16 autocast move 42. At 4.3 TB/s they take as long
-as 6,500 flops at 780 TFLOP/s, the product 2 D; and the 4 V bytes per token that log_softmax keeps are not kept. Deterministic: no sum
-depends on the order in which programs run.
+(written, read twice), where Linear, log_softmax, gather and their gradients under bf16 autocast move 42. At an H200's 4.3 TB/s they
+take as long as 6,500 flops at its 780 TFLOP/s, the product 2 D; and the 4 V bytes per token that log_softmax keeps are not kept.
+Deterministic: no sum depends on the order in which programs run. A width that is no multiple of 16 spills registers; no preset has one.
 
 Per token in bf16: forward reads 2 D bytes, backward as many and writes 2 D; weight and bias are read once, however many rows share
-them, their gradients written. Flops: forward 2 D V, backward three times that. Floor at 780 TFLOP/s, L = 680, V = 4096, forward +
-backward, 8 and 32 pairs: var-d16 (D = 1024) 117 + 351 us, 468 + 1,404 us; var-d30 (D = 1920) 219 + 658 us, 878 + 2,633 us.
+them, their gradients written. Flops: forward 2 D V, backward three times that. Floor at an H200's 780 TFLOP/s, L = 680, V = 4096, forward
++ backward, 8 and 32 pairs: var-d16 (D = 1024) 117 + 351 us, 468 + 1,404 us; var-d30 (D = 1920) 219 + 658 us, 878 + 2,633 us.
 
 B samples; R rows; L tokens of a row; M = R L; D width; V codes.
 """
@@ -37,7 +37,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 CPU_LOGITS, GPU_LOGITS = 1 << 21, 1 << 25
 
 
-def reference(
+def definition(
     hidden_RLD: Tensor,
     weight_VD: Tensor,
     bias_V: Tensor,
@@ -64,9 +64,12 @@ def _scored(hidden_RLD: Tensor, guide_RLD: Tensor | None, mix_RL: Tensor | None)
 
 
 def _chunks(rows: int, weight_VD: Tensor) -> Iterator[slice]:
-    """Equal chunks of the rows."""
+    """Chunks of the rows, all but the last one equal."""
     most = GPU_LOGITS if weight_VD.is_cuda else CPU_LOGITS
     step = cdiv(rows, cdiv(rows * len(weight_VD), most))
+    if weight_VD.is_cuda:
+        # whole tiles of the kernels
+        step = cdiv(step, 128) * 128
     return (slice(first, first + step) for first in range(0, rows, step))
 
 
@@ -88,8 +91,12 @@ class _InTorch(torch.autograd.Function):
         scored, target = _scored(hidden, guide, mix), tokens[index].flatten()[:, None]
         kept = hidden.new_empty(len(scored), len(weight)) if keep else None
         value_M1 = torch.empty(target.shape, device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        # what wide_linear would do again for every chunk
+        linear = [weight.to(hidden.dtype), bias]
+        if not hidden.is_cuda:
+            scored, *linear = (t.to(value_M1.dtype) for t in (scored, *linear))
         for rows in _chunks(len(scored), weight):
-            logits = wide_linear(scored[rows], weight, bias)
+            logits = wide_linear(scored[rows], *linear)
             prob = logits.softmax(-1)
             # the largest probability is 1 / sum exp(z - max z): log softmax without a second pass of exponentials
             value = logits.gather(-1, target[rows]) - logits.amax(-1, True) + prob.amax(-1, True).log()
@@ -106,9 +113,10 @@ class _InTorch(torch.autograd.Function):
         hidden, weight, mix, kept = ctx.saved_tensors
         # upstream is applied to what is D wide
         factor = (-upstream if mix is None else -upstream * (1 + mix)).flatten()[:, None].to(hidden.dtype)
-        grad_hidden = torch.mm(kept, weight.to(hidden.dtype)).mul_(factor).view(hidden.shape)
-        grad_weight = torch.mm(kept.T, hidden.flatten(0, 1) * factor)
-        grad_bias = torch.mm(kept.T, factor)[:, 0]
+        with torch.autocast(hidden.device.type, enabled=False):
+            grad_hidden = torch.mm(kept, weight.to(hidden.dtype)).mul_(factor).view(hidden.shape)
+            grad_weight = torch.mm(kept.T, hidden.flatten(0, 1) * factor)
+            grad_bias = torch.mm(kept.T, factor)[:, 0]
         return grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(ctx.bias_dtype), None, None, None, None, None
 
 
@@ -117,7 +125,7 @@ def in_torch(hidden_RLD, weight_VD, bias_V, tokens_BL, index_R, guide_RLD=None, 
         # a cache holds all logits: nothing to save, and the definition takes fewer passes
         wide = torch.promote_types(hidden_RLD.dtype, torch.float32)
         weight_VD, guide = weight_VD.to(hidden_RLD.dtype).to(wide), None if guide_RLD is None else guide_RLD.to(wide)
-        return reference(hidden_RLD.to(wide), weight_VD, bias_V.to(wide), tokens_BL, index_R, guide, mix_RL)
+        return definition(hidden_RLD.to(wide), weight_VD, bias_V.to(wide), tokens_BL, index_R, guide, mix_RL)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_RLD, weight_VD, bias_V))
     return _InTorch.apply(hidden_RLD, weight_VD, bias_V, tokens_BL, index_R, guide_RLD, mix_RL, keep)
 
@@ -244,8 +252,9 @@ def _gradient(
         d_logits = scored.new_empty(M, V)
         grid, constants = _tiles(M, V, D, scored.dtype)
         launch(_backward, grid, scored[rows], *given, d_logits, M, V, D, **constants)
-        torch.mm(d_logits, factor, out=grad_hidden[rows])
-        grad_weight += d_logits.T @ own[rows]
+        with torch.autocast(hidden.device.type, enabled=False):
+            torch.mm(d_logits, factor, out=grad_hidden[rows])
+            grad_weight += d_logits.T @ own[rows]
         grad_bias += d_logits.sum(0, dtype=torch.float32)
         # before the next chunk's
         del d_logits
@@ -289,17 +298,20 @@ def token_logp(
     triton = runs_triton("token_logp", hidden_RLD)
     ranks = {"hidden": (hidden_RLD, 3), "weight": (weight_VD, 2), "tokens": (tokens_BL, 2)}
     for name, (t, rank) in ranks.items():
-        refuse(name, t.ndim != rank, f"{t.ndim} dimensions, not {rank}")
+        if t.ndim != rank:
+            refuse(name, f"{t.ndim} dimensions, not {rank}")
     (R, L, D), V, B = hidden_RLD.shape, len(weight_VD), len(tokens_BL)
     tensors = {"hidden": hidden_RLD, "weight": weight_VD, "bias": bias_V, "tokens": tokens_BL, "index": index_R}
     shapes = {"hidden": (R, L, D), "weight": (V, D), "bias": (V,), "tokens": (B, L), "index": (R,)}
-    refuse("guide", (guide_RLD is None) != (mix_RL is None), "guide and mix come together")
+    if (guide_RLD is None) != (mix_RL is None):
+        refuse("guide", "guide and mix come together")
     if guide_RLD is not None and mix_RL is not None:
         tensors, shapes = tensors | {"guide": guide_RLD, "mix": mix_RL}, shapes | {"guide": (R, L, D), "mix": (R, L)}
     refuse_unlike(tensors, shapes, FLOATS if triton else (*FLOATS, torch.float64))
     for name in ("hidden", "weight", "bias"):
         fits = (hidden_RLD.dtype, torch.float32) if hidden_RLD.dtype.itemsize == 2 else (hidden_RLD.dtype,)
-        refuse(name, tensors[name].dtype not in fits, f"dtype {tensors[name].dtype}, not {' or '.join(map(str, fits))}")
+        if tensors[name].dtype not in fits:
+            refuse(name, f"dtype {tensors[name].dtype}, not {' or '.join(map(str, fits))}")
     refuse_index("tokens", tokens_BL, V)
     refuse_index("index", index_R, B)
     inputs = (hidden_RLD, weight_VD, bias_V, tokens_BL, index_R, guide_RLD, mix_RL)
@@ -328,7 +340,7 @@ NETWORKS = {"d16": {"L": 680, "D": 1024, "V": 4096}, "d30": {"L": 680, "D": 1920
 OP = Op(
     name="token_logp",
     run=token_logp,
-    reference=reference,
+    definition=definition,
     draw=draw,
     shapes={
         f"var-{size}, {pairs} pairs": {"B": pairs, "R": 2 * pairs} | shape
@@ -341,6 +353,6 @@ OP = Op(
         "several blocks": {"B": 2, "R": 3, "L": 50, "D": 70, "V": 300},
     },
     cost=cost,
-    # blocks shrink below 128 tokens alone
-    narrow={"B": 1, "R": 1, "L": 128},
+    # blocks shrink below 128 tokens alone; of 640 a CPU's cache does not hold the logits
+    narrow={"B": 1, "R": 1, "L": 640},
 )

@@ -8,8 +8,12 @@ M = |w| + 1e-4 sqrt(f) it is u = w / M and, for an upstream gradient G, dw = (G 
 A layer's gain is left to its output, which is smaller than its weight (EDM2 has them on vectors and on the image alone).
 
 Bytes per element, used weights in bf16: forward 6, backward 10, force 8; statistics are computed again, nothing but the weights is kept.
-Floor at 4.3 TB/s: edm2-img64-s (280 M elements) 391 + 651 us, force 521; edm2-img512-l (778 M) 1,085 + 1,809 us, force 1,447. Both
-rows of a pair use the same weights: one pair in one forward normalises once, two separate forwards twice.
+Floor at an H200's 4.3 TB/s: edm2-img64-s (280 M elements) 391 + 651 us, force 521; edm2-img512-l (778 M) 1,085 + 1,809 us, force
+1,447. Both rows of a pair use the same weights: one pair in one forward normalises once, two separate forwards twice.
+
+EDM2 makes the weights of its trunk in one launch and three others by themselves. So all of the trunk's gradients come together, at the
+end of backward: ZeRO-1 and 2 cannot overlap their reduction with it. MPConv then re-lays 3x3 weights to channels_last, bytes that are
+not counted here.
 
 One program per row goes through its columns twice, the second time backwards, so that what was read last is still in the cache.
 Which weight a row belongs to stands in a table that is made of shapes alone; the addresses are handed over anew at every call.
@@ -39,7 +43,7 @@ def fan_in(w: Tensor) -> int:
     return w.numel() // len(w)
 
 
-def used_weights_reference(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def used_weights_definition(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     norms = [math.sqrt(fan_in(w)) * (EPS + w.flatten(1).square().mean(1).sqrt()) for w in weights]
     return [(w / _per_row(norm, w)).to(_result(w, dtype)) for w, norm in zip(weights, norms, strict=True)]
 
@@ -168,21 +172,16 @@ def _backward(table_ptr, owner_ptr, first_ptr, fan_in_ptr, like_ptr, eps, BLOCK:
 
 
 @lru_cache(maxsize=16)
-def _rows(shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """(weight of every row, first row of every weight, fan-in of every weight), int32, from (rows, fan-in) per weight.
+def _rows(shapes: tuple[torch.Size, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """(weight of every row, first row of every weight, fan-in of every weight), int32, from the shape of every weight.
 
     Kept from call to call: it is a function of what it is looked up by.
     """
-    first = [0, *accumulate(rows for rows, _ in shapes)][:-1]
-    owner = [weight for weight, (rows, _) in enumerate(shapes) for _ in range(rows)]
-    owner_r, first_n, fan_in_n = (
-        torch.tensor(each, dtype=torch.int32, device=device) for each in (owner, first, [f for _, f in shapes])
-    )
+    first = [0, *accumulate(shape[0] for shape in shapes)][:-1]
+    owner = [weight for weight, shape in enumerate(shapes) for _ in range(shape[0])]
+    fans = [math.prod(shape[1:]) for shape in shapes]
+    owner_r, first_n, fan_in_n = (torch.tensor(each, dtype=torch.int32, device=device) for each in (owner, first, fans))
     return owner_r, first_n, fan_in_n
-
-
-def _shapes(weights: list[Tensor]) -> tuple[tuple[int, int], ...]:
-    return tuple((len(w), fan_in(w)) for w in weights)
 
 
 def _table(*lists: list[Tensor]) -> Tensor:
@@ -202,7 +201,7 @@ def _dense(weights: list[Tensor]) -> list[Tensor]:
 def _used(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     weights = _dense(weights)
     used = [torch.empty_like(w, dtype=dtype) for w in weights]
-    rows = _rows(_shapes(weights), weights[0].device)
+    rows = _rows(tuple(w.shape for w in weights), weights[0].device)
     launch(_forward, (len(rows[0]),), _table(weights, used), *rows, used[0], EPS, FORCE=False, BLOCK=BLOCK)
     return used
 
@@ -217,7 +216,7 @@ def _gradient(weights: list[Tensor], upstream: list[Tensor]) -> list[Tensor]:
     weights = _dense(weights)
     upstream = [G.contiguous(memory_format=layout(w)) for G, w in zip(upstream, weights, strict=True)]
     grads = [torch.empty_like(w) for w in weights]
-    rows = _rows(_shapes(weights), weights[0].device)
+    rows = _rows(tuple(w.shape for w in weights), weights[0].device)
     launch(_backward, (len(rows[0]),), _table(upstream, weights, grads), *rows, upstream[0], EPS, BLOCK=BLOCK)
     return grads
 
@@ -241,7 +240,7 @@ _used.register_autograd(_derive, setup_context=_save)
 
 @torch.library.custom_op("mclr::force_weights", mutates_args=("weights",), tags=(torch.Tag.cudagraph_unsafe,))
 def _force(weights: list[Tensor]) -> None:
-    rows = _rows(_shapes(weights), weights[0].device)
+    rows = _rows(tuple(w.shape for w in weights), weights[0].device)
     launch(_forward, (len(rows[0]),), _table(weights, weights), *rows, weights[0], EPS, FORCE=True, BLOCK=BLOCK)
 
 
@@ -252,15 +251,20 @@ def _(weights):
 
 def _admit(op: str, weights: Sequence[Tensor]) -> bool:
     """Whether this runs as a kernel. Raises ValueError unless these are weights of one dtype on one device, none of them empty."""
-    refuse("weights", not weights, "there are none")
+    if not weights:
+        refuse("weights", "there are none")
     triton, device, dtype = runs_triton(op, weights[0]), weights[0].device, weights[0].dtype
-    refuse("weights[0]", dtype != torch.float32 and (triton or dtype != torch.float64), f"dtype {dtype}, not torch.float32")
+    if dtype != torch.float32 and (triton or dtype != torch.float64):
+        refuse("weights[0]", f"dtype {dtype}, not torch.float32")
     for i, w in enumerate(weights):
-        name = f"weights[{i}]"
-        refuse(name, w.ndim not in (2, 4), f"{w.ndim} dimensions, not 2 or 4")
-        refuse(name, w.numel() == 0, f"shape {tuple(w.shape)} holds nothing")
-        refuse(name, w.device != device, f"on {w.device}, not on {device} as weights[0]")
-        refuse(name, w.dtype != dtype, f"dtype {w.dtype}, not {dtype} as weights[0]")
+        if w.ndim not in (2, 4):
+            refuse(f"weights[{i}]", f"{w.ndim} dimensions, not 2 or 4")
+        if w.numel() == 0:
+            refuse(f"weights[{i}]", f"shape {tuple(w.shape)} holds nothing")
+        if w.device != device:
+            refuse(f"weights[{i}]", f"on {w.device}, not on {device} as weights[0]")
+        if w.dtype != dtype:
+            refuse(f"weights[{i}]", f"dtype {w.dtype}, not {dtype} as weights[0]")
     return triton
 
 
@@ -270,7 +274,8 @@ def used_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     weights: fp32, [out, in] or [out, in, k, k]; they get gradients. Raises ValueError naming an argument that does not fit.
     """
     triton = _admit("used_weights", weights)
-    refuse("dtype", dtype not in FLOATS, f"{dtype}, not one of {', '.join(map(str, FLOATS))}")
+    if dtype not in FLOATS:
+        refuse("dtype", f"{dtype}, not one of {', '.join(map(str, FLOATS))}")
     return _used(list(weights), dtype) if triton else list(_UsedWeightsInTorch.apply(dtype, *weights))
 
 
@@ -282,10 +287,12 @@ def force_weights(weights: Sequence[Tensor]) -> None:
     """
     triton = _admit("force_weights", weights)
     for i, w in enumerate(weights):
-        refuse(f"weights[{i}]", not w.is_contiguous(memory_format=layout(w)), f"strides {w.stride()} leave gaps")
+        if not w.is_contiguous(memory_format=layout(w)):
+            refuse(f"weights[{i}]", f"strides {w.stride()} leave gaps")
     # addresses are not there while a graph is made
     places = {i if torch.compiler.is_compiling() else w.data_ptr() for i, w in enumerate(weights)}
-    refuse("weights", len(places) < len(weights), "one is there twice")
+    if len(places) < len(weights):
+        refuse("weights", "one is there twice")
     if triton:
         _force(list(weights))
     else:
@@ -353,7 +360,7 @@ def force_copies(weights: list[Tensor]) -> list[Tensor]:
     return copies
 
 
-def force_weights_reference(weights: list[Tensor]) -> list[Tensor]:
+def force_weights_definition(weights: list[Tensor]) -> list[Tensor]:
     return [w / _per_row(EPS + w.flatten(1).square().mean(1).sqrt(), w) for w in weights]
 
 
@@ -374,5 +381,5 @@ SIZES: dict[str, Any] = {
     "tiny": {"one level": {"unit": 2, "levels": 1, "blocks": 1, "C": 1, "K": 5}},
     "narrow": {"unit": 4},
 }
-USED_WEIGHTS = Op("used_weights", used_weights, used_weights_reference, draw_used, cost=cost_used, **SIZES)
-FORCE_WEIGHTS = Op("force_weights", force_copies, force_weights_reference, draw_forced, cost=cost_forced, **SIZES)
+USED_WEIGHTS = Op("used_weights", used_weights, used_weights_definition, draw_used, cost=cost_used, **SIZES)
+FORCE_WEIGHTS = Op("force_weights", force_copies, force_weights_definition, draw_forced, cost=cost_forced, **SIZES)

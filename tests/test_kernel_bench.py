@@ -1,11 +1,13 @@
 """kernels/bench.py, arms.py, results.py: no time for what is wrong, rows that can be gone on with, winners that only times decide."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from kernels import arms, bench
 from kernels import results as becomes
 from kernels.arms import Arm
-from kernels.op import Cost, Op, results
+from kernels.op import DTYPES, Cost, Op, results
 from kernels.registry import OPS
 from kernels.results import PASSES, dump, machine, winners
 
@@ -105,8 +107,8 @@ def test_an_arm_that_computes_something_else_or_fails_has_a_reason_and_no_time(t
         raise RuntimeError("not this\nshape")
 
     made = {
-        "eager": Arm(OPS[NAME].reference),
-        "half": Arm(lambda **inputs: OPS[NAME].reference(**inputs) / 2, compiled=True),
+        "eager": Arm(OPS[NAME].definition),
+        "half": Arm(lambda **inputs: OPS[NAME].definition(**inputs) / 2, compiled=True),
         "fails": Arm(fails),
         "absent": None,
         "ours/torch": Arm(OPS[NAME].run),
@@ -135,7 +137,7 @@ def test_an_operation_without_gradients_is_timed_forward():
     op = Op(
         name="double",
         run=lambda x: 2 * x,
-        reference=lambda x: x + x,
+        definition=lambda x: x + x,
         draw=lambda shape, dtype, generator: {"x": torch.randn(shape["N"], generator=generator).to(dtype)},
         shapes={"some": {"N": 8}},
         tiny={},
@@ -148,7 +150,7 @@ def test_an_operation_without_gradients_is_timed_forward():
 def test_force_weights_is_timed_in_place_and_compared_on_fresh_weights(monkeypatch):
     op = OPS["force_weights"]
     weights = op.draw(op.tiny["one level"], torch.float32, torch.Generator().manual_seed(0))["weights"]
-    expected = op.reference(weights)
+    expected = op.definition(weights)
     found = arms.arms(op, gpu=False)["ours/torch"].call(weights=weights)
     assert all(a is b for a, b in zip(found, weights, strict=True))
     assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(found, expected, strict=True))
@@ -163,15 +165,15 @@ def test_what_others_would_run_is_the_definition(monkeypatch):
     monkeypatch.setattr(arms, "CHUNK", 4)
     sizes = {"B": 2, "R": 3, "L": 5, "D": 6, "V": 7}
     inputs = op.draw(sizes, torch.float32, torch.Generator().manual_seed(0))
-    true = results(op.reference, inputs)
+    true = results(op.definition, inputs)
     for name, found in results(arms.chunked, inputs).items():
         torch.testing.assert_close(found, true[name], rtol=1e-4, atol=1e-5)
     # half activations beside an fp32 weight, as drawn; the definition as a network under autocast computes it
     half = op.draw(sizes, torch.bfloat16, torch.Generator().manual_seed(0))
-    for form in (arms.chunked, op.reference):
+    for form in (arms.chunked, op.definition):
         for name, found in results(form, half).items():
             assert (found - true[name]).norm() < 0.05 * true[name].norm(), name
-    assert op.reference(**half).dtype == torch.float32
+    assert op.definition(**half).dtype == torch.float32
 
 
 def test_what_is_not_installed_is_an_arm_without_a_call(monkeypatch):
@@ -354,6 +356,48 @@ def test_base_is_the_same_operation_of_another_checkout(tmp_path, capsys, monkey
     assert asked == [(tmp_path, [NAME])]
     lines = [line for line in capsys.readouterr().out.splitlines() if "| base (control" in line]
     assert len(lines) == 1
+
+
+def test_a_base_whose_first_arm_is_another_has_no_control(tmp_path, monkeypatch):
+    mine = made_up()
+    theirs = [row | {"arm": "plain"} if row["arm"] == "eager" else row for row in mine]
+
+    def there(command, **_):
+        Path(command[command.index("--json") + 1]).write_bytes(dump(theirs))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(bench.subprocess, "run", there)
+    args = SimpleNamespace(base=tmp_path, dtype="bf16", shapes="", minutes=1, only=["first"])
+    rows = bench.base_rows(args, mine)
+    assert len(rows) == 8 and all(row["arm"] == "base" and math.isnan(row["control"]) for row in rows)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_what_is_wrong_at_the_sizes_of_the_tests_stops_the_bench(monkeypatch, dtype):
+    """On a GPU; here the same look at the torch path."""
+    right = OPS[NAME]
+    assert bench.wrong_when_tiny(right, CPU) == ""
+
+    def wrong(raw_RCHW, **inputs):
+        return right.run(raw_RCHW=raw_RCHW, **inputs) * (2 if raw_RCHW.dtype == DTYPES[dtype] else 1)
+
+    says = bench.wrong_when_tiny(replace(right, run=wrong), CPU)
+    assert says.startswith(f"ours/torch: pairs, {dtype}: output 0 is 1 off")
+    rows = bench.measure(right, right.tiny["pairs"], torch.float32, CPU, PEAKS, says)
+    assert {row["arm"] for row in rows if row["red"]} == {"ours/torch"} and all(row["why"] == says for row in rows)
+
+
+def test_ours_is_nearer_to_the_first_arm_than_others_must_be(monkeypatch):
+    """A percent off at full size."""
+    right = OPS[NAME]
+    skewed = Arm(lambda **inputs: right.run(**inputs) * 1.01, compiled=True)
+    monkeypatch.setattr(bench, "arms", lambda op, gpu: {"eager": Arm(right.definition), "theirs": skewed, "ours/torch": skewed})
+    rows = bench.measure(right, right.tiny["pairs"], torch.float32, CPU, PEAKS)
+    assert {row["arm"]: (row["why"], row["red"]) for row in rows} == {
+        "eager": ("", False),
+        "theirs": ("", False),
+        "ours/torch": ("a result is 0.01 from the first arm's", True),
+    }
 
 
 def test_a_base_that_is_no_checkout_is_refused(tmp_path, capsys, timed_alone):

@@ -11,6 +11,7 @@ from kernels.choice import using
 from kernels.registry import OPS
 from train.build import build_networks, build_task, choose_kernels, open_source
 from train.cli import run
+from train.loop import forward_flops
 from train.run import main
 from train.step import train_step
 
@@ -26,12 +27,34 @@ USED = {
     "edm2-digits": {"used_weights", "force_weights", "norm_silu", "scale_silu", "sum_clip", "denoising_value"},
     "var-digits": {"modulated_norm", "gated_norm", "token_logp"},
 }
+# (module, kernel, whether it is the one of two forms that has a residual add or is in place)
+LAUNCHED = {
+    "edm2-digits": {
+        *(("denoising_value", f"_{which}", False) for which in ("forward", "backward")),
+        *(
+            ("magnitude", f"_{op}_{which}", False)
+            for op in ("norm_silu", "scale_silu", "sum_clip")
+            for which in ("forward", "backward")
+        ),
+        ("weight_norm", "_forward", False),
+        ("weight_norm", "_forward", True),
+        ("weight_norm", "_backward", False),
+    },
+    "var-digits": {
+        *(("modulated_norm", f"_{which}", gated) for which in ("forward", "backward") for gated in (False, True)),
+        *(("token_logp", f"_{which}", False) for which in ("forward", "merge", "backward")),
+    },
+}
+
+
+def built(model, settings, digits, tokenizer):
+    settings = [*tiny(model, tokenizer), f"data.path={digits}", "train.batch=4", *settings]
+    config = load(model, "mclr", "digits", "local", settings)
+    return build_task(config, open_source(config), build_networks(config, CPU), CPU, 4)
 
 
 def weights_after_a_step(model, settings, digits, tokenizer, kernels):
-    settings = [*tiny(model, tokenizer), f"data.path={digits}", "train.batch=4", *settings]
-    config = load(model, "mclr", "digits", "local", settings)
-    task = build_task(config, open_source(config), build_networks(config, CPU), CPU, 4)
+    task = built(model, settings, digits, tokenizer)
     with torch.no_grad():
         for name, p in task.engine.net.named_parameters():
             if p.ndim == 0 or "modulation" in name:
@@ -49,7 +72,9 @@ def test_a_step_through_every_operation_is_the_step_in_torch(name, digits, token
     launch = kernels.op.launch
 
     def noted(kernel, *arguments, **options):
-        launched.add(kernel.fn.__module__)
+        given = dict(zip(kernel.arg_names, arguments, strict=False)) | options
+        form = given.get("y_ptr") is not None or given.get("FORCE", False)
+        launched.add((kernel.fn.__module__.removeprefix("kernels."), kernel.fn.__name__, form))
         launch(kernel, *arguments, **options)
 
     for op in OPS.values():
@@ -57,7 +82,7 @@ def test_a_step_through_every_operation_is_the_step_in_torch(name, digits, token
     expected, metrics = weights_after_a_step(model, settings, digits, tokenizer, "torch")
     assert not launched
     found, fused = weights_after_a_step(model, settings, digits, tokenizer, "triton")
-    assert launched == {OPS[op].run.__module__ for op in USED[model]}
+    assert launched == LAUNCHED[model]
     for metric in ("loss", "gradient_norm"):
         assert fused[metric].item() == pytest.approx(metrics[metric].item(), rel=2e-5)
     for weight, value in expected.items():
@@ -66,16 +91,30 @@ def test_a_step_through_every_operation_is_the_step_in_torch(name, digits, token
 
 def test_every_operation_is_used_by_a_paradigm():
     assert set.union(*USED.values()) == OPS.keys()
+    for model, operations in USED.items():
+        assert {module for module, *_ in LAUNCHED[model]} == {
+            OPS[op].run.__module__.removeprefix("kernels.") for op in operations
+        }
+
+
+@pytest.mark.parametrize("model", USED)
+def test_compute_is_counted_of_plain_operations(model, digits, tokenizer):
+    task = built(model, (), digits, tokenizer)
+    with using("torch"):
+        plain = forward_flops(task)
+    with using("triton"):
+        assert forward_flops(task) == plain
+    assert plain["net"] > 0
 
 
 def test_a_run_says_which_operations_are_fused(digits, monkeypatch, capsys, tmp_path):
     config = load("edm2-digits", "mle", "digits", "local", ["engine.kernels=triton"])
     with using("auto"):
-        assert choose_kernels(config, CPU) == f"kernels    triton: Triton runs {', '.join(OPS)}"
+        assert choose_kernels(config, CPU) == f"kernels    triton: Triton for {', '.join(OPS)}"
         monkeypatch.setenv("TRITON_INTERPRET", "0")
         argv = ["--model", "edm2-digits", "--out", str(tmp_path / "run"), f"data.path={digits}", "engine.kernels=triton"]
         assert run(main, argv) == 2
         assert "engine.kernels=triton needs a GPU: use auto" in capsys.readouterr().err
         assert not (tmp_path / "run").exists()
         config = load("edm2-digits", "mle", "digits", "local", [])
-        assert choose_kernels(config, CPU) == "kernels    auto: Triton runs none of them, plain torch"
+        assert choose_kernels(config, CPU) == "kernels    auto: torch"

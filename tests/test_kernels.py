@@ -1,17 +1,22 @@
 """Every operation: Triton (in its interpreter) and torch against the definition in fp64, its gradients, strides, compilation."""
 
+import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_house import ROOT
 
+from kernels import choice
 from kernels.choice import use, using
+from kernels.compile import main as compile_main
 from kernels.op import as_tuple, check, compare, leaves, moved, results
 from kernels.registry import OPS
+from kernels.results import source
 
 CASES = [pytest.param(op, shape, id=f"{op.name}, {name}") for op in OPS.values() for name, shape in op.tiny.items()]
 # of the dtypes that the interpreter computes rightly: in bf16 it is silently wrong
@@ -69,7 +74,7 @@ def test_the_gradients_of_the_definition_are_finite_differences(op):
                 return [fill(each) for each in value]
             return next(given) if torch.is_tensor(value) and value.requires_grad else value
 
-        return as_tuple(op.reference(**{name: fill(value) for name, value in inputs.items()}))
+        return as_tuple(op.definition(**{name: fill(value) for name, value in inputs.items()}))
 
     assert torch.autograd.gradcheck(of_leaves, tuple(leaves(inputs).values()))
 
@@ -121,6 +126,45 @@ def test_every_kernel_compiles_for_a_hopper_gpu_in_bf16():
     done = compiler("--arch", "90", "--dtype", "bf16")
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(f"| {name} |" in done.stdout for name in OPS)
+
+
+@pytest.mark.parametrize("sigma", [0.002, 80.0])
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_the_gradient_of_a_denoising_value_keeps_its_digits_at_extreme_noise(kernels, sigma):
+    """The definition, in fp32, is 6e-6 off at small noise."""
+    op = OPS["denoising_value"]
+    inputs = op.draw({"B": 2, "R": 4, "C": 3, "H": 8, "W": 8}, torch.float32, torch.Generator().manual_seed(0))
+    noise = torch.randn(inputs["x_BCHW"].shape, generator=torch.Generator().manual_seed(1))
+    inputs |= {"sigma_B": torch.full((2,), sigma), "noisy_BCHW": inputs["x_BCHW"] + sigma * noise}
+    assert all(error.relative < 5e-7 for error in compare(op, inputs, torch.float32, kernels))
+
+
+def test_auto_is_traced(monkeypatch):
+    """What decides between Triton and torch on a GPU is no file and no cache, which torch.compile cannot trace."""
+    monkeypatch.setattr(choice, "WINNERS", {"sm_90": ["won"]})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    on_a_gpu = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+
+    def chosen(op, x):
+        return x + 1 if choice.runs_triton(op, on_a_gpu) else x - 1
+
+    x = torch.zeros(1)
+    compiled = torch.compile(chosen, backend="eager", fullgraph=True)
+    with using("auto"):
+        assert [compiled(op, x).item() for op in ("won", "lost")] == [1, -1]
+
+
+def test_published_winners_are_of_this_code():
+    published = json.loads(choice.RESULTS.read_text())
+    for gpu, names in published["winners"].items():
+        assert {row["source"] for row in published["rows"] if row["family"] == gpu and row["op"] in names} == {source()}, gpu
+
+
+def test_a_bad_argument_of_the_compiler_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        compile_main(["--arch", "70"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "invalid choice: 70" in said and len(said.splitlines()) == 1
 
 
 def test_modes_are_words_that_exist():

@@ -7,7 +7,7 @@ import torch
 
 from kernels.choice import using
 from kernels.magnitude import EPS, NORM_SILU, SCALE_SILU, SILU, SUM_CLIP, mp_sum, norm_silu, scale_silu, sum_clip
-from kernels.op import as_tuple, compare, poisoned
+from kernels.op import as_tuple, compare
 
 both = pytest.mark.parametrize("kernels", ["torch", "triton"])
 LAST = torch.channels_last
@@ -23,7 +23,7 @@ def test_zeros_have_a_finite_gradient(kernels):
     x = image(2, 5, 2, 3)
     with torch.no_grad():
         x[0, :, 1, 2] = 0
-    with using(kernels), poisoned():
+    with using(kernels):
         n, s = norm_silu(x)
         dn, ds = image(*x.shape, seed=1), image(*x.shape, seed=2)
         (dx,) = torch.autograd.grad((n, s), x, (dn, ds))
@@ -57,7 +57,7 @@ def test_small_and_large_numbers(op, scale, kernels):
 @both
 def test_a_single_channel_is_its_sign(kernels):
     x = image(2, 1, 3, 2)
-    with using(kernels), poisoned():
+    with using(kernels):
         n, s = norm_silu(x)
         (dx,) = torch.autograd.grad((n, s), x, (torch.ones_like(n), torch.ones_like(s)))
     torch.testing.assert_close(n, x.detach() / (EPS + x.detach().abs()))
@@ -111,7 +111,7 @@ def test_the_gradient_passes_up_to_the_clip_and_at_it(dtype, kernels):
     values = [0.0, 255.0, 256.0, -256.0, above, -above, 1e4, -1e4]
     a = torch.tensor(values, dtype=dtype).view(1, 8, 1, 1).requires_grad_()
     b = torch.zeros_like(a, requires_grad=True)
-    with using(kernels), poisoned():
+    with using(kernels):
         # t = 0: nothing is rounded
         out = sum_clip(a, b, 0.0, 256.0)
         da, db = torch.autograd.grad(out, (a, b), torch.ones_like(a))
@@ -123,7 +123,7 @@ def test_the_gradient_passes_up_to_the_clip_and_at_it(dtype, kernels):
 def test_without_a_clip_it_is_the_sum_at_its_magnitude(kernels):
     a, b = image(2, 3, 4, 5, scale=1e3), image(2, 3, 4, 5, seed=1, scale=1e3)
     for t in (0.0, 0.3, 0.8, 1.0):
-        with using(kernels), poisoned():
+        with using(kernels):
             out = sum_clip(a, b, t, math.inf)
             grads = torch.autograd.grad(out.sum(), (a, b))
         torch.testing.assert_close(out, mp_sum(a, b, t), rtol=1e-5, atol=1e-3)

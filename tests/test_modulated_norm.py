@@ -54,7 +54,7 @@ def test_large_and_small_tokens(op, factor, kernels):
 @pytest.mark.parametrize(("offset", "spread"), [(1e4, 1.0), (1e-4, 1e-8), (-300.0, 0.01)])
 def test_tokens_far_from_zero_lose_what_their_mean_rounds_off(offset, spread, kernels):
     inputs = with_tokens(drawn(MODULATED_NORM, D=50), lambda t: offset + spread * t) | {"eps": 1e-30}
-    expected = results(MODULATED_NORM.reference, double(inputs))
+    expected = results(MODULATED_NORM.definition, double(inputs))
     with using(kernels):
         found = results(MODULATED_NORM.run, inputs)
     for name, true in expected.items():
@@ -131,7 +131,7 @@ def test_one_gradient_alone(output, indexed, kernels):
         found = torch.autograd.grad(out, list(leaves(inputs).values()), upstream, materialize_grads=True)
         return dict(zip(leaves(inputs), found, strict=True))
 
-    expected = gradients(GATED_NORM.reference, wide)
+    expected = gradients(GATED_NORM.definition, wide)
     with using(kernels):
         found = gradients(gated_norm, inputs)
         outputs = gated_norm(**inputs)
@@ -154,7 +154,7 @@ def test_slices_of_one_tensor_get_their_gradients_in_it(kernels):
 
     rest = {name: value for name, value in inputs.items() if name not in ("gate_RD", "scale_RD", "shift_RD")}
     given = rest | {"six_R6D": six_R6D}
-    expected = results(lambda **inputs: run(GATED_NORM.reference, **inputs), double(given))
+    expected = results(lambda **inputs: run(GATED_NORM.definition, **inputs), double(given))
     with using(kernels):
         found = results(lambda **inputs: run(gated_norm, **inputs), given)
     for name in expected:
@@ -180,7 +180,7 @@ def test_every_tensor_may_have_its_own_dtype(kernels):
 def test_cost_counts_the_tokens_read_and_written(op, indexed):
     shape = {"B": 2, "R": 4, "L": 3, "D": 5, "indexed": indexed}
     inputs = op.draw(shape, torch.float16, torch.Generator())
-    outputs = as_tuple(op.reference(**inputs))
+    outputs = as_tuple(op.definition(**inputs))
     gradients = torch.autograd.grad(outputs, inputs["x"], [torch.ones_like(out) for out in outputs])
     read = [inputs[name] for name in ("x", "y_RLD") if name in inputs]
 

@@ -81,8 +81,9 @@ def test_a_certain_token(kernels):
     assert grad.nonzero()[:, 0].tolist() == [0, certain] and grad[[0, certain]].tolist() == [1.0, -1.0]
 
 
-def test_an_almost_certain_token_keeps_its_gradient_in_half_precision():
-    """1 - p is not computed from a rounded p."""
+def test_an_almost_certain_token_keeps_its_gradient_in_half_precision(monkeypatch):
+    """1 - p is not computed from a rounded p, where it is kept for the backward."""
+    monkeypatch.setattr(module, "CPU_LOGITS", 1)
     bias = torch.tensor([0.0, -7.0], requires_grad=True)
     hidden, weight = torch.zeros(1, 1, 1, dtype=torch.bfloat16), torch.zeros(2, 1)
     zero = torch.zeros(1, 1, dtype=torch.int64)
@@ -232,13 +233,28 @@ def test_chunks_of_rows_do_not_show(monkeypatch, kernels):
         assert good(guided(), kernels)
 
 
+@pytest.mark.parametrize("rows", [1, 129, 10_880, 43_520])
+def test_a_gpu_gets_chunks_of_whole_tiles(rows):
+    class Weight:
+        is_cuda = True
+
+        def __len__(self):
+            return 4096
+
+    chunks = list(module._chunks(rows, Weight()))
+    assert all(chunk.start % 128 == 0 and (chunk.stop - chunk.start) * 4096 <= module.GPU_LOGITS for chunk in chunks)
+    assert torch.cat([torch.arange(rows)[chunk] for chunk in chunks]).tolist() == list(range(rows))
+
+
 @both
 def test_autocast_does_not_change_the_dtype(kernels):
+    """Nor that of the gradients' products, where backward runs inside."""
     inputs = drawn()
     with using(kernels):
-        value = token_logp(**inputs)
+        plain = results(token_logp, inputs)
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(token_logp(**inputs), value)
+            found = results(token_logp, inputs)
+    assert len(found) == 4 and all(torch.equal(found[name], plain[name]) for name in plain)
 
 
 def test_torch_compile_sees_one_graph_of_torch_too():
@@ -288,7 +304,7 @@ def test_triton_refuses_double_precision():
 def test_the_cost_counts_what_is_multiplied():
     inputs = drawn()
     with FlopCounterMode(display=False) as forward:
-        value = OP.reference(**inputs)
+        value = OP.definition(**inputs)
     with FlopCounterMode(display=False) as backward:
         value.sum().backward()
     counted = cost(SHAPE, torch.float32)
