@@ -1,15 +1,20 @@
 """`python -m kernels.bench`: how long every operation takes as plain torch, compiled, as others wrote it and as ours; tables and plots.
 
-What keeps it honest: arms are checked before they are timed, and an operation of ours that is wrong prints no time. Arms take turns, round
-by round, so that a slow minute hits all. A round is a batch of calls, the gaps between their launches included, over copies of the inputs
-that exceed the GPU's L2. Bytes and FLOPs come from formulas, floors from a copy and a matrix product of the same run. `forward` keeps what
-backward needs. `apart` is every arm's relative RMS distance from the first one's results at full size; beyond SAME, ours beyond 4
-tolerances of the dtype, it prints no time. `error` is that from the definition in fp64, by kernels.op.check, on a CPU within seconds and
-hence with sizes cut to the operation's `narrow`: fewer rows, the same compiled kernels. What torch.compile made is left out of it, it would
-compile again. On a GPU ours is first checked at the tests' sizes and in all dtypes.
+On a GPU our kernels are first checked at small sizes in every dtype. Without one, at every run: they are checked in Triton's interpreter
+and compiled; then our torch paths are timed, in fp32 by default, at shapes cut to few rows, and those that become equal once.
+A shape takes seconds; after --minutes none is begun, and with --json FILE the same command goes on where it ended.
 
-A row takes about a second (ROW_MS); after --minutes no shape is begun, and with --json FILE the next run goes on where this one ended.
-Without a GPU shapes are cut to `narrow` before they are timed, in fp32, and those that become equal are timed once.
+Arms are checked before they are timed, then take turns, round by round, so that a slow minute hits all. A round is a batch of calls, the
+gaps between their launches included, over copies of the inputs that exceed the GPU's L2. `forward` keeps what backward needs.
+
+  ms        per call: median of the rounds, 20th to 80th percentile
+  of floor  share of that time which its bytes and FLOPs, by formula, need at the rates of a copy and a matrix product in this run
+  *         the host took about as long to launch it: a faster kernel would not show
+  peak MiB  memory above the inputs, of forward and backward where there is one
+  error     relative RMS distance from the definition in fp64, worst of outputs and gradients, and the largest absolute one, with sizes cut
+            to fewer rows; of what torch.compile made there is none, it would compile again
+  apart     relative RMS distance from the first arm's results at full size; above 0.05, ours above 4 tolerances of the dtype, no time
+  RED       ours is wrong: says what, the operation has no times, the exit status is 1
 """
 
 import argparse
@@ -251,10 +256,15 @@ def reached(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     return {"copy_gbs": 2 * size / copy / 1e6, "product_tflops": 2 * side**3 / product / 1e9}
 
 
-def measure_all(todo: list[tuple[Op, str, Shape]], args: argparse.Namespace, device: torch.device, until: float) -> list[Row]:
-    """Rows of everything to do, those that args.json holds among them; it gets the new ones, shape by shape."""
+def shapes(count: int) -> str:
+    return f"{count} shape{'' if count == 1 else 's'}"
+
+
+def measure_all(
+    todo: list[tuple[Op, str, Shape]], held: list[Row], args: argparse.Namespace, device: torch.device, until: float
+) -> list[Row]:
+    """Rows of everything to do, those held already among them; args.json gets the new ones, shape by shape."""
     facts, peaks = machine(device) | {"dtype": args.dtype}, None
-    held = load(args.json) if args.json else []
     rows: list[Row] = []
     # on a CPU the tests look there
     tiny: dict[str, str] = {} if device.type == "cuda" else {op.name: "" for op, _, _ in todo}
@@ -274,14 +284,14 @@ def measure_all(todo: list[tuple[Op, str, Shape]], args: argparse.Namespace, dev
                 write(args.json, dump(held))
             print(f"{op.name}, {name}: {len(found)} rows in {time.perf_counter() - start:.1f} s", file=sys.stderr)
         rows += found
-    print(f"{new} shapes measured, {len(todo) - new - left} were there", file=sys.stderr)
+    print(f"{shapes(new)} measured" + (f", {len(todo) - new - left} there already" if args.json else ""), file=sys.stderr)
     if left:
-        print(f"{left} shapes are left, since {args.minutes:g} minutes are over: with --json FILE the same command goes on\n")
+        print(f"--minutes {args.minutes:g} are over, {shapes(left)} to go: with --json FILE the same command goes on\n")
     return rows
 
 
 def base_rows(args: argparse.Namespace, mine: list[Row]) -> list[Row]:
-    """Ours of the checkout args.base, as arm `base`: measured by a process of its own, which cannot take turns with this one.
+    """My rows, ours each followed by that of the checkout args.base, as arm `base`: measured by a process of its own, which takes no turns.
 
     control: the time of its first arm over that of the same arm here, 1 on a steady machine; NaN where its first arm is another.
     """
@@ -293,16 +303,29 @@ def base_rows(args: argparse.Namespace, mine: list[Row]) -> list[Row]:
         if done.returncode == 2 or not file.exists():
             raise ValueError(f"--base {args.base}: {(done.stderr.strip() or 'no rows').splitlines()[-1]}")
         theirs = load(file)
+
+    def place(row: Row) -> tuple[str, str, str]:
+        return row["op"], row["shape"], row["pass"]
+
+    def ours(row: Row) -> bool:
+        return row["arm"] == ("ours/torch" if row["family"] == "cpu" else "ours/triton")
+
     first: dict[tuple[str, str, str], Row] = {}
     for row in mine:
-        first.setdefault((row["op"], row["shape"], row["pass"]), row)
-    rows, controls = [], {}
+        first.setdefault(place(row), row)
+    # the first arm's row comes before ours
+    base, controls = {}, {}
     for row in theirs:
-        place = row["op"], row["shape"], row["pass"]
-        if place in first and row["arm"] == first[place]["arm"]:
-            controls[place] = row.get("ms", math.nan) / first[place].get("ms", math.nan)
-        elif place in first and row["arm"] == ("ours/torch" if row["family"] == "cpu" else "ours/triton"):
-            rows.append(row | {"arm": "base", "control": controls.get(place, math.nan)})
+        at = place(row)
+        if at in first and row["arm"] == first[at]["arm"]:
+            controls[at] = row.get("ms", math.nan) / first[at].get("ms", math.nan)
+        elif ours(row):
+            base[at] = row | {"arm": "base", "control": controls.get(at, math.nan)}
+    rows = []
+    for row in mine:
+        rows.append(row)
+        if ours(row) and place(row) in base:
+            rows.append(base[place(row)])
     return rows
 
 
@@ -351,35 +374,78 @@ def without_gpu(names: list[str]) -> bool:
     return not red
 
 
+def some_path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name")
+    return Path(text)
+
+
+def some_minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not 0 < minutes < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: a finite number above 0 is wanted")
+    return minutes
+
+
+def checked(args: argparse.Namespace, todo: list[tuple[Op, str, Shape]]) -> list[Row]:
+    """The rows that args.json holds. Raises ValueError in one line for arguments that cannot work; makes the folder args.plot."""
+    wrong = {
+        f"--shapes {args.shapes}: in no shape's name": not todo,
+        f"--json {args.json}: no such folder, or none to write to": args.json
+        and not os.access(args.json.parent, os.W_OK | os.X_OK),
+        f"--json {args.json}: a folder": args.json and args.json.is_dir(),
+        f"--base {args.base}: no checkout of this project": args.base and not (args.base / "kernels/bench.py").exists(),
+        "--plot: matplotlib is not installed": args.plot and importlib.util.find_spec("matplotlib") is None,
+    }
+    for says in (says for says, is_wrong in wrong.items() if is_wrong):
+        raise ValueError(says)
+    held = load(args.json) if args.json else []
+    if args.plot:
+        try:
+            args.plot.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--plot {args.plot}: no folder can be made there ({error.strerror})") from None
+        if not os.access(args.plot, os.W_OK | os.X_OK):
+            raise ValueError(f"--plot {args.plot}: no folder to write to")
+    return held
+
+
 def main(argv: list[str] | None = None) -> int:
     gpu, began, right = torch.cuda.is_available(), time.perf_counter(), True
     parser = Parser("python -m kernels.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, dtype, names = parser.add_argument, "bf16" if gpu else "fp32", [*OPS, *COMPARISONS]
-    add("--only", nargs="+", choices=names, default=names, metavar="OP", help="of %(choices)s (default: all)")
-    add("--dtype", choices=["bf16", "fp32"], default=dtype, help="of the activations (default here: %(default)s)")
+    # no defaults where --publish wants to know what was given
+    add("--only", nargs="+", choices=names, metavar="OP", help="of %(choices)s (default: all)")
+    add("--dtype", choices=["bf16", "fp32"], help="of the activations (default: bf16 on a GPU, fp32 on a CPU)")
     add("--shapes", default="", metavar="TEXT", help="those that have TEXT in their names")
-    add("--minutes", type=float, default=7 if gpu else 2.5, help="no shape is begun after these (default here: %(default)s)")
-    add("--json", type=Path, metavar="FILE", help="keep rows there; what it has of this machine and code is not measured again")
-    add("--plot", type=Path, metavar="FOLDER", help="draw roofline.png and bars-OP.png")
-    add("--base", type=Path, metavar="DIR", help="a checkout of another revision, whose operations are measured too")
-    add("--publish", type=Path, metavar="FILE", help="measure nothing: put the GPU rows of FILE into kernels/RESULTS.*")
+    add(
+        "--minutes",
+        type=some_minutes,
+        default=7 if gpu else 2.5,
+        help="no shape is begun after these (default here: %(default)s)",
+    )
+    keep = "keep what was measured there; what it has of this machine and code is not measured again"
+    add("--json", type=some_path, metavar="FILE", help=keep)
+    add("--plot", type=some_path, metavar="FOLDER", help="draw roofline.png and bars-OP.png there")
+    base = "a checkout of another revision: its operations are measured too, and stand as `base` under ours"
+    add("--base", type=some_path, metavar="DIR", help=base)
+    into = "measure nothing: put what FILE, of --json, has of GPUs into kernels/RESULTS.json and RESULTS.md"
+    add("--publish", type=some_path, metavar="FILE", help=into)
     args = parser.parse_args(argv)
+    given = [f"--{name}" for name in ("only", "shapes", "json", "plot", "base", "dtype") if getattr(args, name)]
+    args.only, args.dtype = list(dict.fromkeys(args.only or names)), args.dtype or dtype
     ops = [OPS.get(name) or COMPARISONS[name] for name in args.only]
     todo = [(op, name, shape) for op in ops for name, shape in sized(op, gpu).items() if args.shapes in name]
     try:
         if args.publish:
+            if given:
+                raise ValueError(f"--publish measures nothing: leave {', '.join(given)} away")
             publish(args.publish)
             return 0
-        wrong = {
-            f"--shapes {args.shapes}: in no shape's name": not todo,
-            f"--json {args.json}: no such folder": args.json and not args.json.parent.is_dir(),
-            f"--base {args.base}: no checkout of this project": args.base and not (args.base / "kernels/bench.py").exists(),
-            "--plot: matplotlib is not installed": args.plot and importlib.util.find_spec("matplotlib") is None,
-        }
-        for says in (says for says, is_wrong in wrong.items() if is_wrong):
-            raise ValueError(says)
-        if args.plot:
-            args.plot.mkdir(parents=True, exist_ok=True)
+        held = checked(args, todo)
         own = [op.name for op in ops if op.name in OPS]
         if not gpu:
             print("No GPU here: checks, compilation and the paths of a CPU; nothing below says how fast a GPU is.\n", flush=True)
@@ -387,16 +453,35 @@ def main(argv: list[str] | None = None) -> int:
                 print("ours/triton: not installed\n")
             elif own:
                 right = without_gpu(own)
-        rows = measure_all(todo, args, torch.device("cuda" if gpu else "cpu"), began + 60 * args.minutes)
+        rows = measure_all(todo, held, args, torch.device("cuda" if gpu else "cpu"), began + 60 * args.minutes)
         if args.base:
-            rows += base_rows(args, rows)
+            rows = base_rows(args, rows)
         print(tables(rows))
         if args.plot and rows:
-            plot(rows, args.plot)
+            drawn = plot(rows, args.plot)
+            print(f"wrote {', '.join(drawn)} to {args.plot}", file=sys.stderr)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return 0 if right and not any(row["red"] for row in rows) else 1
 
 
+def program() -> int:
+    """main as a shell wants it: status 130 after Ctrl-C, 141 where what read the output went away."""
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # what is still buffered would be tried once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import subprocess
+import textwrap
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from kernels.registry import OPS
 ROOT = Path(__file__).parent.parent
 PASSES = ("forward", "forward+backward")
 Row = dict[str, Any]
+# what every row has
+NEEDED = {"op", "shape", "dtype", "arm", "pass", "device", "family", "source", "why", "red"}
 
 
 def write(path: Path, data: bytes) -> None:
@@ -46,11 +49,16 @@ def dump(rows: list[Row], **more: Any) -> bytes:
 
 
 def load(path: Path) -> list[Row]:
-    """Raises ValueError where the file holds something else."""
+    """None where there is no file. Raises ValueError in one line where it cannot be read or holds something else."""
     try:
-        return json.loads(path.read_text())["rows"] if path.exists() else []
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} holds no rows of this program: choose another file") from None
+        rows = json.loads(path.read_text())["rows"] if path.exists() else []
+        if all(row.keys() >= NEEDED for row in rows):
+            return rows
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise ValueError(f"{path} holds no rows of this program: choose another file")
 
 
 def said(*command: str) -> str:
@@ -86,6 +94,12 @@ def machine(device: torch.device) -> Row:
 FACTS = ("device", "driver", "torch", "triton", "liger", "threads", "commit")
 HEAD = ["operation", "shape", "arm", *(cell for name in PASSES for cell in (f"{name}, ms (p20–p80)", "of floor"))]
 HEAD += ["peak MiB", "error (largest)", "apart"]
+ABOVE = "> 100 %"
+# said under a table that has such a word
+NOTES = {
+    "(control ": "control: time of the first arm in the base's run over the same arm's here; a comparison holds near 1",
+    ABOVE: f"{ABOVE}: the machine was slower when its rates were measured: measure again",
+}
 
 
 def cells(row: Row | None) -> list[str]:
@@ -93,7 +107,8 @@ def cells(row: Row | None) -> list[str]:
     if row is None or row["why"]:
         return [("RED: " if row["red"] else "") + row["why"].replace("|", "/") if row else "", ""]
     late = "*" if row["family"] != "cpu" and row["host_ms"] > 0.9 * row["ms"] else ""
-    return [f"{row['ms']:.3g}{late} ({row['p20']:.3g}–{row['p80']:.3g})", f"{100 * row['floor_ms'] / row['ms']:.0f} %"]
+    share = round(100 * row["floor_ms"] / row["ms"])
+    return [f"{row['ms']:.3g}{late} ({row['p20']:.3g}–{row['p80']:.3g})", f"{share} %" if share <= 100 else ABOVE]
 
 
 def tables(rows: list[Row]) -> str:
@@ -106,7 +121,7 @@ def tables(rows: list[Row]) -> str:
         facts = ", ".join(f"{name} {row[name]}" for name in FACTS if row.get(name))
         peaks = f"a copy reaches {row['copy_gbs']:,.3g} GB/s, a matrix product {row['product_tflops']:,.3g} TFLOP/s"
         parts += [f"**{dtype}**, {facts}; {peaks}\n", f"| {' | '.join(HEAD)} |", "| --- " * 3 + "| ---: " * (len(HEAD) - 3) + "|"]
-        above = ("", "")
+        above, start = ("", ""), len(parts)
         for (op, shape, arm), found in lines.items():
             last = next((row for row in reversed(found.values()) if not row["why"]), {})
             peak, error, apart = (last.get(name) for name in ("peak_bytes", "error", "apart"))
@@ -119,7 +134,8 @@ def tables(rows: list[Row]) -> str:
             ]
             parts.append(f"| {' | '.join([*line, '' if apart is None else f'{apart:.1g}'])} |")
             above = (op, shape)
-        parts.append("")
+        notes = [note for word, note in NOTES.items() if any(word in line for line in parts[start:])]
+        parts += ["", *(f"{note}\n" for note in notes)]
     return "\n".join(parts)
 
 
@@ -152,6 +168,8 @@ def winners(rows: list[Row]) -> dict[str, list[str]]:
 
 def publish(file: Path) -> None:
     """Put the GPU rows of a file into RESULTS.json and RESULTS.md, instead of those of the same GPUs. Raises ValueError in one line."""
+    if not file.exists():
+        raise ValueError(f"--publish {file}: no such file")
     fresh = [row for row in load(file) if row["family"] != "cpu"]
     if not fresh:
         raise ValueError(f"--publish: {file} holds no rows of a GPU: measure on one")
@@ -180,48 +198,72 @@ def publish(file: Path) -> None:
     write(RESULTS, dump(rows, winners=won))
 
 
-def plot(rows: list[Row], folder: Path) -> None:
-    """roofline.png: every time against the least that its bytes and FLOPs take. bars-OP.png: the last pass of every arm."""
+def plot(rows: list[Row], folder: Path) -> list[str]:
+    """roofline.png: every time against the least that its bytes and FLOPs take. bars-OP.png: the last pass of every arm. Returns names."""
     from matplotlib.figure import Figure
 
     timed, where = [row for row in rows if not row["why"]], f"{rows[0]['device']}, {rows[0]['dtype']}"
-    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row["arm"] for row in timed))}
+    where = f"CPU, cut shapes: {where}" if rows[0]["family"] == "cpu" else where
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(row["arm"] for row in rows))}
+    drawn: list[str] = []
 
     def save(figure: Figure, name: str) -> None:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=130)
         write(folder / name, buffer.getvalue())
+        drawn.append(name)
 
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     axes = figure.subplots()
-    for name, colour in colours.items():
+    for name in dict.fromkeys(row["arm"] for row in timed):
         for kind, marker, label in zip(PASSES, "os", (name, None), strict=True):
             of = [row for row in timed if (row["arm"], row["pass"]) == (name, kind)]
             points = [row["floor_ms"] for row in of], [row["ms"] for row in of]
-            axes.plot(*points, marker, color=colour, markersize=5, alpha=0.8, label=label)
-    axes.set(xscale="log", yscale="log", xlabel="floor: least time for its bytes or FLOPs, ms", ylabel="measured, ms")
+            axes.plot(*points, marker, color=colours[name], markersize=5, alpha=0.8, label=label)
+    for op in dict.fromkeys(row["op"] for row in timed):
+        slowest = max((row for row in timed if row["op"] == op), key=lambda row: row["ms"])
+        at = slowest["floor_ms"], slowest["ms"]
+        axes.annotate(op, at, xytext=(-5, 4), textcoords="offset points", ha="right", fontsize=7)
+    axes.set(xscale="log", yscale="log", ylabel="measured, ms")
+    axes.set_xlabel("floor, ms: the larger of bytes / copy rate and FLOPs / product rate")
     axes.axline((1, 1), (10, 10), color="black", linewidth=1)
-    axes.set_title(f"Distance from the roofline (line); ○ forward, □ forward+backward; {where}", fontsize=10)
+    axes.set_title(f"Distance from the roofline (line); ○ forward, □ forward+backward\n{where}", fontsize=10)
     axes.legend(frameon=False)
     save(figure, "roofline.png")
 
-    for op in dict.fromkeys(row["op"] for row in timed):
-        last = last_pass([row for row in timed if row["op"] == op])
-        ms = {(row["shape"], row["arm"]): row["ms"] for row in timed if (row["op"], row["pass"]) == (op, last)}
-        shapes, names = (list(dict.fromkeys(key[i] for key in ms)) for i in range(2))
+    for op in dict.fromkeys(row["op"] for row in rows):
+        of = [row for row in rows if row["op"] == op]
+        last = last_pass(of)
+        # what is not installed has a row of the first pass alone
+        found = {(row["shape"], row["arm"]): row for row in of if row["pass"] == last or row["why"]}
+        shapes, names = (list(dict.fromkeys(row[key] for row in of)) for key in ("shape", "arm"))
         # an empty place between shapes
         step = len(names) + 1
         figure = Figure(figsize=(10, 1.2 + 0.2 * step * len(shapes)), layout="constrained")
         axes = figure.subplots()
-        for i, name in enumerate(names):
-            times = [ms.get((shape, name), math.nan) for shape in shapes]
-            lengths = [time / ms.get((shape, names[0]), math.nan) for shape, time in zip(shapes, times, strict=True)]
-            bars = axes.barh(range(i, step * len(shapes), step), lengths, 0.95, color=colours[name], label=name)
-            axes.bar_label(bars, [f" {time:.3g} ms" for time in times], fontsize=7)
+        labelled = set()
+        for i, shape in enumerate(shapes):
+            unit = math.nan
+            for j, name in enumerate(names):
+                row, y = found.get((shape, name)), step * i + j
+                if row is None:
+                    continue
+                if row["why"]:
+                    axes.text(0, y, f" {name}: {textwrap.shorten(row['why'], 80, placeholder=' …')}", va="center", fontsize=7)
+                    continue
+                ms = row["ms"]
+                unit = ms if math.isnan(unit) else unit
+                label = None if name in labelled else name
+                labelled.add(name)
+                axes.barh(y, ms / unit, 0.95, color=colours[name], label=label)
+                axes.hlines(y, row["p20"] / unit, row["p80"] / unit, color="black", linewidth=1)
+                axes.text(max(ms, row["p80"]) / unit, y, f"  {ms:.3g} ms", va="center", fontsize=7)
+        axes.axvline(1, color="black", linewidth=0.8, zorder=0)
         axes.set_yticks([step * i + (len(names) - 1) / 2 for i in range(len(shapes))], shapes, fontsize=8)
-        axes.invert_yaxis()
-        axes.margins(x=0.1)
+        axes.margins(x=0.12)
+        axes.set(xlim=(0, None), ylim=(step * len(shapes) - 1, -1))
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlabel(f"{last}: time over that of {names[0]}", fontsize=9)
-        figure.legend(loc="outside upper center", ncols=8, frameon=False, fontsize=8, title=f"{op}, {where}")
+        axes.set_xlabel(f"{last}: time over that of the first arm that has one; lines: 20th to 80th percentile", fontsize=9)
+        figure.legend(loc="outside upper center", ncols=8, frameon=False, fontsize=8, title=f"{op}; {where}")
         save(figure, f"bars-{op}.png")
+    return drawn

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from kernels import results as becomes
 from kernels.arms import Arm
 from kernels.op import DTYPES, Cost, Op, results
 from kernels.registry import OPS
-from kernels.results import PASSES, dump, machine, winners
+from kernels.results import PASSES, dump, machine, plot, tables, winners
 
 NAME = "denoising_value"
 QUICK = ["--only", NAME, "--shapes", "img64"]
@@ -67,7 +68,7 @@ def test_a_run_without_a_gpu_says_so_checks_and_goes_on_where_it_ended(tmp_path,
         before = file.read_bytes()
         assert bench.main([*QUICK, "--json", str(file)]) == 0
         said = capsys.readouterr()
-        assert file.read_bytes() == before and "0 shapes measured, 1 were there" in said.err
+        assert file.read_bytes() == before and "0 shapes measured, 1 there already" in said.err
         assert all(f"{row['ms']:.3g} ({row['p20']:.3g}" in said.out for row in rows)
     # other code is another measurement; the old rows stay
     monkeypatch.setattr(becomes, "source", lambda: "other")
@@ -211,8 +212,9 @@ def test_a_cpu_times_every_size_once():
 
 def test_when_the_minutes_are_over_no_shape_is_begun(timed_alone, capsys, monkeypatch):
     monkeypatch.setattr(bench, "measure", None)
-    assert bench.main([*QUICK, "--minutes", "0"]) == 0
-    assert "1 shapes are left, since 0 minutes are over" in capsys.readouterr().out
+    assert bench.main([*QUICK, "--minutes", "1e-9"]) == 0
+    said = capsys.readouterr()
+    assert "--minutes 1e-09 are over, 1 shape to go" in said.out and said.err == "0 shapes measured\n"
 
 
 @pytest.mark.parametrize(
@@ -223,15 +225,48 @@ def test_when_the_minutes_are_over_no_shape_is_begun(timed_alone, capsys, monkey
         (["--shapes", "d99"], "--shapes d99: in no shape's name"),
         (["--json", "no/such/rows.json"], "--json no/such/rows.json: no such folder"),
         (["--json", "pyproject.toml"], "holds no rows of this program"),
-        (["--plot", "README.md"], "README.md"),
+        (["--json", "kernels"], "--json kernels: a folder"),
+        (["--json", "OTHER"], "OTHER holds no rows of this program"),
+        (["--json", ""], "--json: an empty name"),
+        (["--plot", ""], "--plot: an empty name"),
+        (["--plot", "README.md"], "--plot README.md: no folder can be made there"),
+        (["--plot", "README.md/plots"], "--plot README.md/plots: no folder can be made there"),
+        (["--minutes", "0"], "--minutes: 0: a finite number above 0 is wanted"),
+        (["--minutes", "nan"], "--minutes: nan: a finite"),
+        (["--minutes", "inf"], "--minutes: inf: a finite"),
+        (["--minutes", "soon"], "--minutes: soon: a finite"),
+        (["--publish", "absent.json"], "--publish absent.json: no such file"),
+        (["--publish", "kernels"], "kernels cannot be read (Is a directory)"),
+        (["--publish", "rows.json", "--only", NAME, "--plot", "plots"], "leave --only, --plot away"),
+        (["--publish", "rows.json", "--dtype", "bf16", "--base", "."], "leave --base, --dtype away"),
+        (["--publish", "rows.json", "--shapes", "d16", "--json", "rows.json"], "leave --shapes, --json away"),
     ],
 )
-def test_bad_arguments_are_one_line(timed_alone, argv, says, capsys, monkeypatch):
+def test_bad_arguments_are_one_line_before_any_work(argv, says, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(becomes.ROOT)
+    monkeypatch.setattr(bench, "without_gpu", None)
+    other = tmp_path / "OTHER"
+    other.write_text('{"rows": [{"op": "one", "shape": "small"}]}')
+    argv = [str(other) if word == "OTHER" else word for word in argv]
     with pytest.raises(SystemExit) as exit:
         bench.main(argv)
     err = capsys.readouterr().err
     assert exit.value.code == 2 and says in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("error", "status", "says"), [(KeyboardInterrupt, 130, "interrupted\n"), (BrokenPipeError, 141, "")])
+def test_what_ends_the_program_from_outside_is_no_traceback(monkeypatch, capsys, tmp_path, error, status, says):
+    def ends(names):
+        # what is named twice is done once
+        assert names == [NAME]
+        raise error
+
+    monkeypatch.setattr(bench, "without_gpu", ends)
+    monkeypatch.setattr(bench.sys, "argv", ["bench", "--shapes", "img64", "--only", NAME, NAME])
+    with (tmp_path / "out").open("w") as file, monkeypatch.context() as patch:
+        patch.setattr(bench.sys, "stdout", file)
+        assert bench.program() == status
+    assert capsys.readouterr().err == says
 
 
 def made_up(of=(), **changes):
@@ -354,8 +389,9 @@ def test_base_is_the_same_operation_of_another_checkout(tmp_path, capsys, monkey
     monkeypatch.setattr(bench.subprocess, "run", there)
     assert here([*QUICK, "--base", str(tmp_path)]) == 0
     assert asked == [(tmp_path, [NAME])]
-    lines = [line for line in capsys.readouterr().out.splitlines() if "| base (control" in line]
-    assert len(lines) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"^\|.*\| ours/torch \|.*\n\|  \|  \| base \(control \d", out, re.M) and out.count("| base (control") == 1
+    assert out.count("\n\ncontrol: time of the first arm in the base's run") == 1
 
 
 def test_a_base_whose_first_arm_is_another_has_no_control(tmp_path, monkeypatch):
@@ -369,7 +405,22 @@ def test_a_base_whose_first_arm_is_another_has_no_control(tmp_path, monkeypatch)
     monkeypatch.setattr(bench.subprocess, "run", there)
     args = SimpleNamespace(base=tmp_path, dtype="bf16", shapes="", minutes=1, only=["first"])
     rows = bench.base_rows(args, mine)
-    assert len(rows) == 8 and all(row["arm"] == "base" and math.isnan(row["control"]) for row in rows)
+    assert [row for row in rows if row["arm"] != "base"] == mine and len(rows) == len(mine) + 8
+    for ours, base in pairwise(rows):
+        if base["arm"] == "base":
+            same = ("op", "shape", "pass")
+            assert ours["arm"] == "ours/triton" and [ours[key] for key in same] == [base[key] for key in same]
+            assert math.isnan(base["control"])
+
+
+def test_more_than_the_floor_and_no_time_are_said(tmp_path):
+    slow = made_up({"arm": "ours/triton", "op": "first"}, floor_ms=2.0)
+    table = tables(slow)
+    assert table.count("| > 100 % |") == 4 and "200 %" not in table
+    assert table.count("\n\n> 100 %: the machine was slower") == 1 and "> 100 %" not in tables(made_up())
+    rows = made_up({"arm": "eager", "shape": "large"}, why="OutOfMemoryError: tried to allocate", family="cpu")
+    assert plot(rows, tmp_path) == ["roofline.png", "bars-first.png", "bars-second.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bars-first.png", "bars-second.png", "roofline.png"]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
