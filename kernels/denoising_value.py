@@ -19,9 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels.choice import runs_triton
-from kernels.op import Cost, Op, Shape, cdiv, jit, launch, power_of_2, refuse, refuse_index, refuse_unlike, tl
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+from kernels.op import Cost, Op, Shape, cdiv, floats, jit, launch, power_of_2, refuse, refuse_index, refuse_unlike, tl
 
 
 def definition(
@@ -139,7 +137,7 @@ def denoising_value(
     triton = runs_triton("denoising_value", raw_RCHW)
     if raw_RCHW.ndim != 4:
         refuse("raw", f"{raw_RCHW.ndim} dimensions, not 4")
-    refuse_unlike(tensors, shapes, FLOATS if triton else (*FLOATS, torch.float64))
+    refuse_unlike(tensors, shapes, floats(triton))
     refuse_index("index", index_R, B)
     if not triton:
         return in_torch(raw_RCHW, x_BCHW, noisy_BCHW, sigma_B, index_R, sigma_data)

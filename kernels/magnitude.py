@@ -31,9 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.choice import runs_triton
-from kernels.op import Cost, Op, Shape, cdiv, jit, launch, power_of_2, refuse, refuse_unlike, tl
+from kernels.op import Cost, Op, Shape, cdiv, floats, jit, launch, power_of_2, refuse, refuse_unlike, tl, wide
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 EPS = 1e-4  # beside every RMS; not a mere guard: published weights were trained with it and answer differently without
 SILU = 0.596  # RMS of silu(x) for unit normal x
 
@@ -79,11 +78,6 @@ def mp_silu(x: Tensor) -> Tensor:
 def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
     """Interpolate from a to b and keep the variance of independent inputs (Eq. 88)."""
     return a.lerp(b, t) / math.hypot(1 - t, t)
-
-
-def wide(x: Tensor) -> torch.dtype:
-    """The dtype of statistics: fp32, or fp64 for fp64."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def layout(x: Tensor) -> torch.memory_format:
@@ -252,9 +246,9 @@ def _refuse_activations(tensors: dict[str, Tensor], triton: bool) -> None:
     first, x = next(iter(tensors.items()))
     if x.ndim != 4:
         refuse(first, f"{x.ndim} dimensions, not 4")
-    floats = FLOATS if triton else (*FLOATS, torch.float64)
-    if x.dtype not in floats:
-        refuse(first, f"dtype {x.dtype}, not one of {', '.join(map(str, floats))}")
+    accepted = floats(triton)
+    if x.dtype not in accepted:
+        refuse(first, f"dtype {x.dtype}, not one of {', '.join(map(str, accepted))}")
     refuse_unlike(tensors, dict.fromkeys(tensors, tuple(x.shape)), (x.dtype,))
 
 

@@ -37,14 +37,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.choice import runs_triton
-from kernels.op import Cost, Op, Shape, cdiv, jit, launch, power_of_2, refuse, refuse_index, refuse_unlike, tl
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+from kernels.op import Cost, Op, Shape, cdiv, floats, jit, launch, power_of_2, refuse, refuse_index, refuse_unlike, tl
 
 
 def of_rows(x: Tensor, index_R: Tensor | None, first_RD: Tensor | None) -> Tensor:
     """x_RLD: x itself, or the tokens of each row's sample after the row's own first."""
     return x if index_R is None or first_RD is None else torch.cat((first_RD[:, None], x[:, 1:][index_R]), 1)
+
+
+def gated_sum(x: Tensor, y_RLD: Tensor, gate_RD: Tensor, index_R: Tensor | None, first_RD: Tensor | None) -> Tensor:
+    return of_rows(x, index_R, first_RD) + gate_RD[:, None].to(x.dtype) * y_RLD
 
 
 def activation(x: Tensor, dtype: torch.dtype) -> torch.dtype:
@@ -77,7 +79,7 @@ def gated_definition(
     index_R: Tensor | None = None,
     first_RD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    x_RLD = of_rows(x, index_R, first_RD) + gate_RD[:, None].to(x.dtype) * y_RLD
+    x_RLD = gated_sum(x, y_RLD, gate_RD, index_R, first_RD)
     return x_RLD, modulated_definition(x_RLD, scale_RD, shift_RD, eps, dtype)
 
 
@@ -99,21 +101,6 @@ def modulated_in_torch(
     else:
         h_RLD = torch.addcmul(shift_RD[:, None], F.layer_norm(x_RLD, x.shape[-1:], eps=eps), factor_RD[:, None])
     return h_RLD.to(activation(x, dtype))
-
-
-def gated_in_torch(
-    x: Tensor,
-    y_RLD: Tensor,
-    gate_RD: Tensor,
-    scale_RD: Tensor,
-    shift_RD: Tensor,
-    eps: float,
-    dtype: torch.dtype,
-    index_R: Tensor | None = None,
-    first_RD: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    x_RLD = of_rows(x, index_R, first_RD) + gate_RD[:, None].to(x.dtype) * y_RLD
-    return x_RLD, modulated_in_torch(x_RLD, scale_RD, shift_RD, eps, dtype)
 
 
 @jit
@@ -348,10 +335,10 @@ def _refuse(
     shapes |= {"x": (R if index_R is None else len(x), L, D), "y": (R, L, D), "index": (R,)}
     if index_R is not None and first_RD is not None:
         tensors |= {"index": index_R, "first": first_RD}
-    floats = FLOATS if triton else (*FLOATS, torch.float64)
-    refuse_unlike(tensors, shapes, floats)
-    if dtype not in floats:
-        refuse("dtype", f"{dtype}, not one of {', '.join(map(str, floats))}")
+    accepted = floats(triton)
+    refuse_unlike(tensors, shapes, accepted)
+    if dtype not in accepted:
+        refuse("dtype", f"{dtype}, not one of {', '.join(map(str, accepted))}")
     for name, t in tensors.items():
         narrow = name in ("x", "first") and t.dtype in (torch.float16, torch.bfloat16)
         if narrow:
@@ -400,7 +387,8 @@ def gated_norm(
     triton = runs_triton("gated_norm", x)
     _refuse(triton, x, {"y": y_RLD, "gate": gate_RD, "scale": scale_RD, "shift": shift_RD}, dtype, index_R, first_RD)
     if not triton:
-        return gated_in_torch(x, y_RLD, gate_RD, scale_RD, shift_RD, eps, dtype, index_R, first_RD)
+        x_RLD = gated_sum(x, y_RLD, gate_RD, index_R, first_RD)
+        return x_RLD, modulated_in_torch(x_RLD, scale_RD, shift_RD, eps, dtype)
     return _norm(x, first_RD, y_RLD, gate_RD, scale_RD, shift_RD, index_R, eps, dtype)[:2]
 
 

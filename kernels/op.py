@@ -21,6 +21,7 @@ except ImportError:  # it has no builds for macOS and Windows: there every opera
     triton = tl = None
 
 Shape = dict[str, int]
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # relative RMS error against fp64, of outputs; of gradients twice that
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -77,6 +78,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, 
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         # products and sums may become one operation, whatever Triton's default of the day is: numbers must not move with it
         kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+
+
+def floats(triton: bool) -> tuple[torch.dtype, ...]:
+    """What an operation takes: fp64, which is there for checks, in torch alone."""
+    return FLOATS if triton else (*FLOATS, torch.float64)
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype of statistics: fp32, or fp64 for fp64."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def refuse(name: str, says: str) -> NoReturn:

@@ -30,9 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.choice import runs_triton
-from kernels.op import Cost, Op, Shape, cdiv, jit, launch, power_of_2, refuse, refuse_index, refuse_unlike, tl
+from kernels.op import Cost, Op, Shape, cdiv, floats, jit, launch, power_of_2, refuse, refuse_index, refuse_unlike, tl, wide
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # how many logits, or gradients of logits, exist at a time: what a CPU's cache holds; 8,192 rows of 4,096, which fill a GPU
 CPU_LOGITS, GPU_LOGITS = 1 << 21, 1 << 25
 
@@ -51,8 +50,7 @@ def definition(
     if guide_RLD is not None and mix_RL is not None:
         logits = logits + mix_RL.detach()[..., None] * (logits - F.linear(guide_RLD, *linear).detach())
     # as autocast does
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return logits.log_softmax(-1, wide).gather(-1, tokens_BL[index_R][..., None])[..., 0]
+    return logits.log_softmax(-1, wide(logits)).gather(-1, tokens_BL[index_R][..., None])[..., 0]
 
 
 def _scored(hidden_RLD: Tensor, guide_RLD: Tensor | None, mix_RL: Tensor | None) -> Tensor:
@@ -90,7 +88,7 @@ class _InTorch(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, tokens, index, guide, mix, keep):
         scored, target = _scored(hidden, guide, mix), tokens[index].flatten()[:, None]
         kept = hidden.new_empty(len(scored), len(weight)) if keep else None
-        value_M1 = torch.empty(target.shape, device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        value_M1 = torch.empty(target.shape, device=hidden.device, dtype=wide(hidden))
         # what wide_linear would do again for every chunk
         linear = [weight.to(hidden.dtype), bias]
         if not hidden.is_cuda:
@@ -123,9 +121,9 @@ class _InTorch(torch.autograd.Function):
 def in_torch(hidden_RLD, weight_VD, bias_V, tokens_BL, index_R, guide_RLD=None, mix_RL=None) -> Tensor:
     if not hidden_RLD.is_cuda and hidden_RLD[..., 0].numel() * len(weight_VD) <= CPU_LOGITS:
         # a cache holds all logits: nothing to save, and the definition takes fewer passes
-        wide = torch.promote_types(hidden_RLD.dtype, torch.float32)
-        weight_VD, guide = weight_VD.to(hidden_RLD.dtype).to(wide), None if guide_RLD is None else guide_RLD.to(wide)
-        return definition(hidden_RLD.to(wide), weight_VD, bias_V.to(wide), tokens_BL, index_R, guide, mix_RL)
+        dtype = wide(hidden_RLD)
+        weight_VD, guide = weight_VD.to(hidden_RLD.dtype).to(dtype), None if guide_RLD is None else guide_RLD.to(dtype)
+        return definition(hidden_RLD.to(dtype), weight_VD, bias_V.to(dtype), tokens_BL, index_R, guide, mix_RL)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_RLD, weight_VD, bias_V))
     return _InTorch.apply(hidden_RLD, weight_VD, bias_V, tokens_BL, index_R, guide_RLD, mix_RL, keep)
 
@@ -307,7 +305,7 @@ def token_logp(
         refuse("guide", "guide and mix come together")
     if guide_RLD is not None and mix_RL is not None:
         tensors, shapes = tensors | {"guide": guide_RLD, "mix": mix_RL}, shapes | {"guide": (R, L, D), "mix": (R, L)}
-    refuse_unlike(tensors, shapes, FLOATS if triton else (*FLOATS, torch.float64))
+    refuse_unlike(tensors, shapes, floats(triton))
     for name in ("hidden", "weight", "bias"):
         fits = (hidden_RLD.dtype, torch.float32) if hidden_RLD.dtype.itemsize == 2 else (hidden_RLD.dtype,)
         if tensors[name].dtype not in fits:

@@ -33,9 +33,8 @@ from torch import Tensor
 
 from kernels.choice import runs_triton
 from kernels.magnitude import EPS, layout
-from kernels.op import Cost, Op, Shape, jit, launch, refuse, tl
+from kernels.op import FLOATS, Cost, Op, Shape, jit, launch, refuse, tl
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 BLOCK = 2048
 
 

@@ -1,4 +1,5 @@
-"""Magnitude-preserving building blocks: unit-variance inputs give unit-variance outputs (Karras et al. 2024, arXiv 2312.02696).
+"""What networks are built of: trunk_dtype for all; the rest preserves magnitude, unit-variance inputs give unit-variance outputs
+(Karras et al. 2024, arXiv 2312.02696).
 
 Equations are that paper's; normalize, mp_silu and mp_sum are in kernels/magnitude.py. Weights and statistics are computed in fp32
 whatever the dtype of the activations.
@@ -11,6 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.weight_norm import used_weights
+
+
+def trunk_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the matrix products: the one that an enclosing torch.autocast announces, else that of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:

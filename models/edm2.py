@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from kernels.magnitude import mp_silu, mp_sum, norm_silu, normalize, scale_silu, sum_clip
 from kernels.weight_norm import used_weights
 from mclr.errors import UserError
-from models.blocks import MPConv, MPFourier, mp_cat
+from models.blocks import MPConv, MPFourier, mp_cat, trunk_dtype
 
 
 @dataclass(frozen=True)
@@ -122,15 +122,14 @@ class EDM2(nn.Module):
         raw: of unit variance, in the trunk's dtype; mclr.diffusion makes the denoised image of it. logvar: fp32. index_R: None where
         rows are samples. c == num_classes is the null condition (an all-zero one-hot); an unconditional network does not look at c.
         """
-        device = noisy_BCHW.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        noisy_BCHW, sigma_B = noisy_BCHW.float(), sigma_B.float()
+        dtype = trunk_dtype(noisy_BCHW)
         # Autocast tells the dtype and no more: every cast of this network is written out.
-        with torch.autocast(device, enabled=False), self.weights_in_use(dtype):
-            sigma_B = sigma_B.float()
+        with torch.autocast(noisy_BCHW.device.type, enabled=False), self.weights_in_use(dtype):
             c_in_B = 1 / (sigma_B**2 + self.config.sigma_data**2).sqrt()
             c_noise_B = sigma_B.log() / 4
             emb_RE = self.embed(c_noise_B, c_R, index_R)
-            scaled_BCHW = c_in_B[:, None, None, None] * noisy_BCHW.float()
+            scaled_BCHW = c_in_B[:, None, None, None] * noisy_BCHW
             raw_RCHW = self.trunk(scaled_BCHW.to(dtype), emb_RE.to(dtype), index_R)
             logvar_B = self.logvar_linear(self.logvar_fourier(c_noise_B)).squeeze(1)
             return raw_RCHW, gathered(logvar_B, index_R)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from kernels.modulated_norm import gated_norm, modulated_norm
 from kernels.token_logp import token_logp, wide_linear
+from models.blocks import trunk_dtype
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,6 @@ class Stream(NamedTuple):
 
     def plus(self, y_RlD: Tensor, gate_RD: Tensor) -> "Stream":
         return self._replace(y_RlD=y_RlD, gate_RD=gate_RD)
-
-
-def trunk_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of the matrix products: the one that an enclosing torch.autocast announces, else that of x."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class Attention(nn.Module):
