@@ -1,11 +1,15 @@
 """The dataset folder and the stream of samples: nothing is lost, repeated or moved, and damage is named in one line."""
 
+import contextlib
 import hashlib
 import io
 import json
+import os
 import shutil
 import tarfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -312,3 +316,229 @@ def test_unknown_and_empty_splits(copy):
     edit_json(copy / "dataset.json", lambda record: record["splits"]["val"].update(count=0, shards=[]))
     with pytest.raises(UserError, match=r"split val of .* is empty"):
         load_split(copy, "val")
+
+
+def spoil(folder, indices, split="train"):
+    """Overwrite the images of these samples of a split, below its index."""
+    samples = SplitReader(open_dataset(folder), split).samples
+    for i in indices:
+        with open(folder / samples[i].file, "r+b") as stream:
+            stream.seek(samples[i].offset)
+            stream.write(bytes(samples[i].size))
+
+
+def stood_for(c_N, i, bad):
+    """The rule, in other words: of the samples after i and then from the first on, the first of its condition that is not bad."""
+    around = [*range(i, len(c_N)), *range(i)]
+    return next(j for j in around if c_N[j] == c_N[i] and j not in bad)
+
+
+@pytest.mark.parametrize("balanced, kept", [(False, 0), (True, 2**28)])
+def test_damaged_samples_are_passed_over_alike_everywhere(copy, digits, monkeypatch, capsys, balanced, kept):
+    monkeypatch.setattr("train.data.KEPT_BYTES", kept)
+    image_NCHW, c_N = load_split(digits, "train")
+    whole = Source(digits, "train", 3, balanced)
+    # of one condition two in a row, and its last, which the first stands for; and some others
+    alike = whole.reader.of_condition[4]
+    bad = {int(i) for i in (alike[7], alike[8], alike[-1], 0, 700, 1499)}
+    spoil(copy, bad)
+    expected = [stood_for(c_N, i, bad) for i in whole._indices(range(1400, 3100))]
+    capsys.readouterr()
+    for world in (1, 2):
+        ranks = [Source(copy, "train", 3, balanced, tolerated=0.004) for _ in range(world)]
+        images, keys = [], []
+        for step in range(1700 // 50):
+            for rank, source in enumerate(ranks):
+                first, share = 1400 + step * 50 + rank * 50 // world, 50 // world
+                # what is read ahead must not show, nor count
+                source.prefetch(range(first, first + 300 * (rank + 1)))
+                batch = source.batch(first, share)
+                images.append(batch.image_BCHW)
+                assert batch.c_B.tolist() == c_N[expected[first - 1400 :][:share]].tolist()
+                keys += source.keys(first, share)
+        assert torch.equal(torch.cat(images), image_NCHW[expected])
+        assert keys == [f"{whole.reader.samples[i].file}:{whole.reader.samples[i].key}" for i in expected]
+        # named once by each rank that met it
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == sum(source.damaged for source in ranks) and len(set(lines)) == len(bad)
+        assert all(line.startswith(f"passed over: {copy}/train/00000") and "is damaged (no PNG file)" in line for line in lines)
+        assert {i for source in ranks for i in source.reader.damaged} == bad
+        assert not any(source.reader.damaged & source.reader.coming.keys() for source in ranks)
+    resumed = Source(copy, "train", 3, balanced, tolerated=0.004).batch(2222, 100)
+    assert torch.equal(resumed.image_BCHW, image_NCHW[expected[822:][:100]])
+
+
+def test_reading_ahead_counts_nothing(copy):
+    spoil(copy, range(10))
+    source = Source(copy, "train", 0, tolerated=0.01)
+    source.prefetch(range(1500))
+    for future in source.reader.coming.values():
+        future.exception()
+    assert source.damaged == 0
+    source.batch(0, 1500)
+    assert source.damaged == 10
+
+
+def test_tokens_go_with_the_image(copy):
+    spoil(copy, [20])
+    source = Source(copy, "train", 0, tolerated=0.01)
+    source.tokens_NL = torch.arange(1500)[:, None]
+    tokens_NL = source.batch(0, 1500).tokens_BL
+    assert sorted(tokens_NL[:, 0].tolist()) == sorted([*range(20), *range(21, 1500), stood_for(source.reader.c_N, 20, {20})])
+
+
+def test_too_much_damage_ends_the_run(copy, capsys):
+    spoil(copy, [3, 400, 401])
+    # 3 of 1500 are .002
+    assert Source(copy, "train", 0, tolerated=0.002).batch(0, 1500).image_BCHW.shape[0] == 1500
+    capsys.readouterr()
+    source = Source(copy, "train", 0, tolerated=0.0019)
+    with pytest.raises(UserError) as error:
+        source.batch(0, 1500)
+    says = f"3 of 1500 samples in split train of {copy} are damaged, 0.20%, more than data.damaged=0.0019; {copy}/train/00000"
+    assert str(error.value).startswith(says) and "\n" not in str(error.value)
+    assert len(capsys.readouterr().err.splitlines()) == 3
+    with pytest.raises(UserError, match="is damaged"):
+        Source(copy, "train", 0).batch(0, 1500)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_condition_of_which_nothing_is_left(copy):
+    alike = Source(copy, "val", 0).reader.of_condition[7].tolist()
+    spoil(copy, alike, "val")
+    with pytest.raises(UserError, match=f"all {len(alike)} samples of condition 7 in split val are damaged"):
+        Source(copy, "val", 0, tolerated=1).batch(0, 297)
+
+
+def test_scores_pass_over_nothing(copy):
+    spoil(copy, [250], "val")
+    with pytest.raises(UserError, match="is damaged"):
+        load_split(copy, "val")
+
+
+def shard_removed(file):
+    file.unlink()
+
+
+def shard_unreadable(file):
+    file.unlink()
+    file.mkdir()
+
+
+def shard_cut_short(file):
+    os.truncate(file, 2000)
+
+
+@pytest.mark.parametrize("fault", [shard_removed, shard_unreadable, shard_cut_short])
+def test_a_shard_that_goes_away_is_no_damaged_sample(copy, capsys, fault):
+    source = Source(copy, "train", 0, tolerated=1)
+    source.batch(0, 10)
+    fault(copy / "train/000002.tar")
+    with pytest.raises(UserError, match=rf"{copy}/train/000002.tar .* put .* back, and the same command goes on"):
+        source.batch(0, 1500)
+    assert source.damaged == 0 and capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def uneven(digits, tmp_path):
+    """Ten conditions of 3 to 150 samples each."""
+    path = tmp_path / "uneven"
+    shutil.copytree(digits, path)
+    left = Counter({str(c).encode(): 3 + 16 * c for c in range(10)})
+    dropped = set()
+
+    def thin(name, content):
+        key, _, kind = name.partition(".")
+        if kind == "cls":
+            left[content] -= 1
+            if left[content] < 0:
+                dropped.add(key)
+
+    rewrite_shard(path, "train/000000.tar", lambda name, content: (thin(name, content), content)[1])
+    rewrite_shard(path, "train/000000.tar", lambda name, content: None if name.partition(".")[0] in dropped else content)
+
+    def keep_one_shard(record):
+        count = 375 - len(dropped)
+        record["splits"]["train"]["shards"] = record["splits"]["train"]["shards"][:1]
+        record["splits"]["train"]["shards"][0]["count"] = record["splits"]["train"]["count"] = count
+
+    edit_json(path / "dataset.json", keep_one_shard)
+    return path
+
+
+def test_balanced_conditions_come_equally_often(uneven):
+    sizes = torch.bincount(load_split(uneven, "train")[1])
+    assert sizes.min() == 3 and sizes.max() > 30
+    source = Source(uneven, "train", 5, balanced=True)
+    assert len(source) == sizes.sum()
+    batch, keys = source.batch(0, 1000), source.keys(0, 1000)
+    counts_PK = torch.nn.functional.one_hot(batch.c_B, 10).cumsum(0)
+    assert (counts_PK.amax(1) - counts_PK.amin(1)).max() == 1
+    assert (counts_PK[9::10] == torch.arange(1, 101)[:, None]).all()
+    # rounds differ in their order
+    assert len({tuple(order) for order in batch.c_B.view(100, 10).tolist()}) > 90
+    for c, size in enumerate(sizes.tolist()):
+        seen = [key for key, condition in zip(keys, batch.c_B.tolist(), strict=True) if condition == c]
+        epochs = [tuple(seen[first : first + size]) for first in range(0, 100 - size + 1, size)]
+        # each sample once before any comes again, then in another order
+        assert all(len(set(epoch)) == size for epoch in epochs)
+        assert size == 3 or all(one != two for one, two in pairwise(epochs))
+        # and no condition in the order of another
+        assert source.orders[c][1].tolist() == permutation(5, 99 // size, size, 2 + c).tolist()
+    assert Source(uneven, "train", 5, balanced=True).keys(317, 400) == keys[317:717]
+    assert Source(uneven, "train", 6, balanced=True).keys(0, 1000) != keys
+
+
+def test_balanced_order_is_pinned(digits):
+    # a change here silently reorders every balanced run that resumes
+    assert permutation(0, 0, 10, 1).tolist() == [8, 7, 6, 0, 4, 1, 9, 3, 5, 2]
+    assert permutation(0, 0, 10, 2).tolist() == [8, 4, 5, 7, 0, 2, 6, 9, 1, 3]
+
+
+def test_balance_needs_samples_of_every_condition(uneven):
+    rewrite_shard(uneven, "train/000000.tar", lambda name, content: b"1" if (name[-3:], content) == ("cls", b"0") else content)
+    assert len(Source(uneven, "train", 0)) > 0
+    with pytest.raises(UserError, match=r"has no samples of 1 classes, like 0: set data.balanced=false"):
+        Source(uneven, "train", 0, balanced=True)
+
+
+def test_ten_thousand_shards_are_not_read_to_be_opened(copy, monkeypatch):
+    rewrite_shard(copy, "val/000000.tar", lambda name, content: content if name.startswith("00000007") else None)
+    record = json.loads((copy / "dataset.json").read_text())
+    one = record["splits"]["val"]["shards"][0] | {"count": 1}
+    shards = [one | {"file": f"train/{number}.tar"} for number in range(100_000, 110_000)]
+    for shard in shards:
+        os.link(copy / one["file"], copy / shard["file"])
+    record["splits"] = {"train": {"count": len(shards), "shards": shards}, "val": {"count": 1, "shards": [one]}}
+    (copy / "dataset.json").write_text(json.dumps(record))
+    rows = [sample[1:] for sample in train.shards._index_shard(copy, train.shards.Shard(**one))]
+    index = {shard["file"]: [one["sha256"], rows] for shard in [*shards, one]}
+    (copy / "index.json").write_text(json.dumps(index))
+    # a hit: no shard is indexed, nor the index written
+    monkeypatch.setattr(train.shards, "_index_shard", None)
+    monkeypatch.setattr(train.shards, "write_file", None)
+    source = Source(copy, "train", 0)
+    assert len(source) == 10_000 and source.keys(0, 1)[0].endswith(".tar:00000007")
+    assert source.batch(0, 2).image_BCHW.shape[0] == 2
+
+
+def test_processes_may_index_at_once(copy):
+    """Whoever reads index.json while others write it finds none or a whole one."""
+    info = open_dataset(copy)
+    shards = [shard for split in info.splits.values() for shard in split.shards]
+    expected = train.shards.load_index(copy, shards)
+    content = (copy / "index.json").read_bytes()
+
+    def index_anew(_):
+        (copy / "index.json").unlink(missing_ok=True)
+        assert train.shards.load_index(copy, shards) == expected
+
+    def look(_):
+        with contextlib.suppress(FileNotFoundError):
+            assert (copy / "index.json").read_bytes() == content
+
+    with ThreadPoolExecutor(8) as threads:
+        work = [threads.submit(each, i) for i in range(6) for each in (index_anew, look, look)]
+        for future in work:
+            future.result()
+    assert (copy / "index.json").read_bytes() == content and not list(copy.glob(".tmp-*"))

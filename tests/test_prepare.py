@@ -1,6 +1,8 @@
 """`mclr prepare`: folders of images become datasets whole or not at all, and every unusable input gets one line."""
 
+import json
 import os
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 
 import numpy as np
 import pytest
@@ -250,3 +252,129 @@ def test_two_processes_may_prepare_the_digits_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(train.prepare, "prepare_digits", lambda path: overtaken(path / "elsewhere"))
     with pytest.raises(UserError, match="not empty"):
         open_or_prepare("digits", tmp_path / "others")
+
+
+def zipped(tree, path, **options):
+    """The content of a folder as a zip file, in an order of its own and without entries for the folders."""
+    with ZipFile(path, "w", **options) as archive:
+        for file in sorted(tree.rglob("*"), reverse=True):
+            if file.is_file():
+                archive.write(file, str(file.relative_to(tree)))
+    return path
+
+
+def labelled(tree, labels, **other):
+    (tree / "dataset.json").write_text(json.dumps({"labels": labels} | other))
+    return tree
+
+
+def shards_of(folder):
+    return {name: content for name, content in files_below(folder).items() if name.endswith(".tar")}
+
+
+@pytest.mark.parametrize("compression", [ZIP_STORED, ZIP_DEFLATED])
+def test_a_zip_file_gives_the_shards_of_its_folder(tree, tmp_path, compression):
+    # sorted by folders, not by characters: "-" and "." come before "/"
+    for name in ("red/deeper-a.png", "red/deeper.png", "red-ish/a.png"):
+        (tree / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (len(name), 0, 0)).save(tree / name)
+    (tree / "red" / "bad.png").write_bytes(b"not a PNG")
+    for number in range(100):
+        Image.new("RGB", (8, 8), (0, number, 0)).save(tree / "green" / f"{number}.png")
+    archive = zipped(tree, tmp_path / "photos.zip", compression=compression)
+    with ZipFile(archive, "a") as more:
+        more.writestr("__MACOSX/red/a.png", b"")
+    one = prepare_images(tree, tmp_path / "one", resolution=8, shard_size=4)
+    two = prepare_images(archive, tmp_path / "two", resolution=8, shard_size=4)
+    assert shards_of(tmp_path / "one") == shards_of(tmp_path / "two") and len(one.splits["train"].shards) > 20
+    assert one.class_names == two.class_names == ("blue", "green", "red", "red-ish") and two.name == "photos"
+    # the same images, so the same fingerprint: what differs is where they lie
+    assert two.source == one.source.replace(str(tree), str(archive))
+    assert prepare_images(archive, tmp_path / "two", resolution=8, shard_size=4) == two
+
+
+def test_a_list_of_labels_decides_in_folder_and_zip(tree, tmp_path, capsys):
+    names = sorted(str(path.relative_to(tree)) for path in tree.rglob("*.*") if path.suffix != ".txt" and path.is_file())
+    names = [name for name in names if not name.startswith("red/.")]
+    assert len(names) == 12
+    label = {"blue": 1, "green": 0, "red": 1}
+    labelled(tree, [[name, label[name.split("/")[0]]] for name in names])
+    archive = zipped(tree, tmp_path / "labelled.zip")
+    for src, out in ((tree, tmp_path / "one"), (archive, tmp_path / "two")):
+        info = prepare_images(src, out, resolution=8, val_share=0)
+        assert info.class_names == ("0", "1")
+        image_NCHW, c_N = load_split(out, "train")
+        assert sorted(c_N.tolist()) == [0] * 4 + [1] * 8
+        assert [int(c) for c in c_N] == [int(image[1, 0, 0] != COLORS["green"][1]) for image in image_NCHW]
+    assert shards_of(tmp_path / "one") == shards_of(tmp_path / "two")
+
+
+def test_unusable_labels(tree, tmp_path, capsys):
+    names = sorted(str(path.relative_to(tree)) for path in tree.rglob("*") if path.suffix in (".png", ".PNG", ".bmp", ".webp"))
+    good = [[name, 0] for name in names if "/._" not in name]
+    for labels, says in (
+        (None, "has no labels (null)"),
+        ([[0]], "is no list of labels"),
+        (7, "is no list of labels"),
+        (good[1:], "has no label for 1 images (blue/a.png)"),
+        ([*good, ["red/z.png", 0]], "has labels for 1 images that are not there (red/z.png)"),
+        ([*good[1:], ["blue/a.png", -1]], "the label of blue/a.png is -1"),
+        ([*good[1:], ["blue/a.png", None]], "the label of blue/a.png is None"),
+        ([*good[1:], ["blue/a.png", True]], "the label of blue/a.png is True"),
+        ([*good[1:], ["blue/a.png", [1.0, 0.0]]], "the label of blue/a.png is [1.0, 0.0]"),
+        ([*good[1:], ["blue/a.png", 2]], "labels go to 2, but no image has 1"),
+    ):
+        labelled(tree, labels)
+        for src in (tree, zipped(tree, tmp_path / "labelled.zip")):
+            assert says in fails(["images", src, tmp_path / "out", "--resolution", 8], capsys)
+    for text in ("{", "[]", '{"splits": {}}'):
+        (tree / "dataset.json").write_text(text)
+        assert "is no list of labels" in fails(["images", tree, tmp_path / "out", "--resolution", 8], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unusable_zip_files(tree, tmp_path, capsys):
+    whole = zipped(tree, tmp_path / "whole.zip")
+    (tmp_path / "cut.zip").write_bytes(whole.read_bytes()[:-30])
+    (tmp_path / "none.zip").write_bytes(b"")
+    (tmp_path / "folder.zip").mkdir()
+    content = bytearray(whole.read_bytes())
+    with ZipFile(whole) as archive:
+        place = archive.start_dir
+    # bit 0 of the flags of the first entry: encrypted
+    content[place + 8] |= 1
+    (tmp_path / "locked.zip").write_bytes(content)
+    with ZipFile(tmp_path / "torn.zip", "w", ZIP_DEFLATED) as archive:
+        archive.writestr("dataset.json", json.dumps({"labels": [["a.png", 0]] * 50}))
+    torn = (tmp_path / "torn.zip").read_bytes()
+    # beyond the entry's header of 30 bytes and its name
+    (tmp_path / "torn.zip").write_bytes(torn[:42] + bytes(8 * [255]) + torn[50:])
+    for name, entry in (("slip", "../evil/a.png"), ("root", "/evil/a.png"), ("inner", "red/../../a.png")):
+        with ZipFile(tmp_path / f"{name}.zip", "w") as archive:
+            archive.writestr(entry, (tree / "red" / "a.png").read_bytes())
+    with ZipFile(tmp_path / "wrapped.zip", "w") as archive:
+        archive.writestr("src/red/a.png", b"")
+        archive.writestr("src/blue/a.png", b"")
+    for name, says in (
+        ("cut", "is damaged, or no zip file"),
+        ("none", "is damaged, or no zip file"),
+        ("torn", "is damaged, or no zip file"),
+        ("folder", "has no class folders"),
+        ("locked", "is encrypted"),
+        ("slip", "lies outside of it"),
+        ("root", "lies outside of it"),
+        ("inner", "lies outside of it"),
+        ("wrapped", "holds one folder, src/"),
+        ("nowhere", "no folder of images at"),
+    ):
+        assert says in fails(["images", tmp_path / f"{name}.zip", tmp_path / "out", "--resolution", 8], capsys)
+        assert not (tmp_path / "out").exists() and not (tmp_path / "evil").exists()
+
+
+def test_damaged_images_of_a_zip_file_are_counted(tree, tmp_path):
+    archive = zipped(tree, tmp_path / "photos.zip")
+    content = archive.read_bytes()
+    place = content.index((tree / "red" / "a.png").read_bytes())
+    archive.write_bytes(content[: place + 20] + b"\0\0\0\0" + content[place + 24 :])
+    with pytest.raises(UserError, match=r"1 of 12 images in .* cannot be read \(red/a.png\), more than 1%"):
+        prepare_images(archive, tmp_path / "out", resolution=8)

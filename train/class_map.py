@@ -9,6 +9,7 @@ from typing import Any
 from configs.schema import RunConfig
 from mclr.errors import UserError
 from train.data import open_dataset
+from train.files import regular
 from train.weights import read_config
 
 FRESH = "fresh"
@@ -41,7 +42,7 @@ def class_map(config: RunConfig, weights: Path) -> list[int | None] | None:
 def read_entries(file: str) -> list[tuple[str, Any]]:
     """The entries of a JSON object, those given twice included."""
     try:
-        entries = json.loads(Path(file).read_bytes(), object_pairs_hook=list)
+        entries = json.loads(regular(Path(file)).read_bytes(), object_pairs_hook=list)
     except OSError as error:
         raise UserError(
             f"cannot read model.class_map={file} ({error.strerror}): give {FRESH}, or a JSON file {{class here: condition there}}"

@@ -8,6 +8,7 @@ must keep that of the mirrored image beside it.
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +29,10 @@ class Encoder(Protocol):
     def shape(self, data: Data) -> tuple[int, int, int] | None:
         """(C, H, W) of x for images of this data; None where x is tokens."""
 
+    def storage(self, data: Data) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Shape of what encode() gives of one image, and the types of numbers that may keep it, the exact one first; none where it is
+        the image itself."""
+
     def encode(self, image_BCHW: Tensor) -> Tensor: ...
     def draw(self, stored_B: Tensor, draws: Draws) -> Tensor: ...
     def decode(self, x_B: Tensor) -> Tensor: ...
@@ -39,6 +44,9 @@ class RGB:
     @staticmethod
     def shape(data: Data) -> tuple[int, int, int]:
         return data.channels, data.resolution, data.resolution
+
+    def storage(self, data: Data) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        return self.shape(data), ()
 
     def encode(self, image_BCHW: Tensor) -> Tensor:
         return image_BCHW
@@ -59,6 +67,10 @@ class Tokens:
     @staticmethod
     def shape(data: Data) -> None:
         return None
+
+    def storage(self, data: Data) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        tokens = self.tokenizer.config
+        return (sum(side**2 for side in tokens.scales),), (np.min_scalar_type(tokens.vocab_size - 1).name,)
 
     @torch.no_grad()
     def encode(self, image_BCHW: Tensor) -> Tensor:
@@ -94,6 +106,10 @@ class Latents:
     def shape(data: Data) -> tuple[int, int, int]:
         side = data.resolution // VAE_FACTOR
         return Latents.CHANNELS, side, side
+
+    def storage(self, data: Data) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        channels, height, width = self.shape(data)
+        return (2 * channels, height, width), ("float32", "float16")
 
     @torch.no_grad()
     def encode(self, image_BCHW: Tensor) -> Tensor:

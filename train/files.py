@@ -58,10 +58,17 @@ def lock(path: Path, wait: bool = False) -> tuple[IO[str], bool]:
     return file, True
 
 
+def regular(path: Path) -> Path:
+    """The path; OSError where something else than a file is there: a pipe would be waited for, a device has no end."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return path
+
+
 def checksum(path: Path) -> str:
     """sha256 of a file, which is read once as long as size and time of change stay. Raises UserError when it cannot be read."""
     try:
-        stat = path.stat()
+        stat = regular(path).stat()
         return _digest(path, stat.st_size, stat.st_mtime_ns)
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): copy it again") from error
@@ -91,7 +98,7 @@ def new_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
     Raises UserError when `path` is taken or cannot be made (at the start, before any work), or when the disk is full.
     """
     # a link to an empty folder stays: what it points to is replaced
-    path = Path(path).resolve()
+    path = Path(os.path.realpath(path))
     temporary = _temporary(path)
     try:
         if path.exists() and not (path.is_dir() and (replace or not any(path.iterdir()))):

@@ -4,6 +4,7 @@ N images of a set; B of a batch; C H W image.
 """
 
 import hashlib
+import os
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from mclr.errors import UserError
 from train.data import DatasetInfo, SplitReader
-from train.files import checksum
+from train.files import checksum, regular
 from train.sample import condition_of, image_paths, read_images
 
 JPEG = (".jpg", ".jpeg")
@@ -73,7 +74,7 @@ def open_folder(folder: Path, with_conditions: bool) -> ImageSet:
     def checksum_of_all() -> str:
         sums = hashlib.sha256()
         for path in paths:
-            sums.update(f"{path.name}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
+            sums.update(os.fsencode(f"{path.name}\n") + hashlib.sha256(path.read_bytes()).digest())
         return sums.hexdigest()
 
     jpeg = any(path.suffix.lower() in JPEG for path in paths)
@@ -88,7 +89,7 @@ def _has_condition(path: Path) -> bool:
 def npz_names(path: Path) -> list[str]:
     """The arrays of an .npz file. Raises UserError where it is none."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(regular(path)) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist()]
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is no readable .npz file ({error}): give another") from error

@@ -5,10 +5,13 @@ A shard is a tar file in webdataset's format: every sample is KEY.png and KEY.cl
 
 import argparse
 import hashlib
+import io
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
@@ -19,14 +22,15 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 from webdataset import TarWriter
 
-from configs.schema import Data
+from configs.schema import Data, load
 from mclr.errors import UserError
 from train.cli import Parser, run
 from train.data import TOKENS, DatasetInfo, SplitReader, open_dataset, permutation
 from train.files import in_memory, new_folder, write_file, write_json
+from train.image_folders import Images, find_images
+from train.ranks import on_signals, one_voice, own_device, world
 from train.shards import Shard
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 CHUNK = 64
 
 
@@ -89,9 +93,9 @@ def prepare_images(
     seed: int = 0,
     shard_size: int = 1000,
 ) -> DatasetInfo:
-    """An image folder, src/CLASS/*.png, as a dataset folder: square crops of resolution x resolution, gray or RGB.
+    """Images, src/CLASS/*.png or others that find_images finds, as a dataset folder: square crops of resolution^2, gray or RGB.
 
-    Conditions number the class folders by name. The images, sorted by name, are put into the order permutation(seed, 0):
+    The images, sorted by name, are put into the order permutation(seed, 0):
     its last val_share is val. The same dataset at `out` is reused. Raises UserError for unusable arguments or folders, and
     when more than 1% of the images cannot be read; up to that share they are named on stderr and left out.
     """
@@ -102,32 +106,34 @@ def prepare_images(
         raise UserError(f"resolution is {resolution} and shard size {shard_size}: both must be at least 1")
     if not (0 <= val_share < 1 and 0 <= seed < 2**64):
         raise UserError(f"val share is {val_share} and seed {seed}: the share must be in [0, 1), the seed in [0, 2^64)")
-    if src.resolve() in out.resolve().parents:
+    # resolve() would raise at a loop of links
+    if Path(os.path.realpath(src)) in Path(os.path.realpath(out)).parents:
         raise UserError(f"{out} lies inside the images of {src}: choose a place outside")
-    class_names, files = _find_images(src)
+    images = find_images(src)
+    class_names, files = images.class_names, images.files
     num_train = len(files) - round(val_share * len(files))
     if num_train == 0:
         raise UserError(f"{src} has {len(files)} images and a val share of {val_share} leaves none to train on: lower it")
     header = {
-        "name": src.resolve().name,
+        "name": src.resolve().stem if images.archive else src.resolve().name,
         "resolution": resolution,
         "channels": channels,
         "num_classes": len(class_names),
         "class_names": class_names,
-        "source": f"{len(files)} images of {src.resolve()} ({_fingerprint(src, files)}), val share {val_share}",
+        "source": f"{len(files)} images of {src.resolve()} ({images.fingerprint()}), val share {val_share}",
         "seed": seed,
     }
     if info := _existing(out, header):
         return info
     order = permutation(seed, 0, len(files)).tolist()
-    unreadable: list[Path] = []
+    unreadable: list[str] = []
     with new_folder(out) as folder:
         splits = {}
         for split, indices in (("train", order[:num_train]), ("val", order[num_train:])):
-            samples = _encode([files[i] for i in indices], split, resolution, channels, unreadable)
+            samples = _encode(images, [files[i] for i in indices], split, resolution, channels, unreadable)
             splits[split] = write_split(folder, split, samples, shard_size)
         if unreadable:
-            names = ", ".join(str(path.relative_to(src)) for path in sorted(unreadable)[:5])
+            names = ", ".join(sorted(unreadable)[:5])
             count = f"{len(unreadable)} of {len(files)} images in {src} cannot be read ({names}{', ...' * (len(unreadable) > 5)})"
             if len(unreadable) > 0.01 * len(files):
                 raise UserError(f"{count}, more than 1%: remove or replace them")
@@ -218,77 +224,32 @@ def _finish(folder: Path, header: dict[str, Any], splits: dict[str, Any]) -> Non
     SplitReader(open_dataset(folder), "train")
 
 
-def _find_images(src: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
-    """Names of the class folders, sorted, and every (image, condition), sorted; hidden files and folders do not count."""
-    how = "put the images of each class into a folder of their own, as in cats/1.png, dogs/1.png"
-    try:
-        if not src.is_dir():
-            raise UserError(f"no folder of images at {src}")
-        entries = sorted(path for path in src.iterdir() if not path.name.startswith("."))
-        if loose := [path.name for path in entries if path.suffix.lower() in SUFFIXES and path.is_file()]:
-            raise UserError(f"{src} has {len(loose)} images outside of any class folder ({loose[0]}): {how}")
-        folders = [path for path in entries if path.is_dir()]
-        if not folders:
-            raise UserError(f"{src} has no class folders: {how}")
-        files = []
-        for c, folder in enumerate(folders):
-            images = _images_below(folder)
-            if not images:
-                raise UserError(f"class folder {folder} has no images ({', '.join(sorted(SUFFIXES))}): add some or remove it")
-            files += [(path, c) for path in images]
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename} ({error.strerror}): make it readable") from error
-    return tuple(folder.name for folder in folders), files
-
-
-def _images_below(folder: Path) -> list[Path]:
-    found = []
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            found += _images_below(path)
-        elif path.suffix.lower() in SUFFIXES:
-            found.append(path)
-    return found
-
-
-def _fingerprint(src: Path, files: list[tuple[Path, int]]) -> str:
-    """Short hash of the images' names and sizes: a changed folder is another dataset."""
-    digest = hashlib.sha256()
-    for path, _ in files:
-        # a dangling link counts among the unreadable images
-        size = path.stat().st_size if path.exists() else -1
-        digest.update(os.fsencode(path.relative_to(src)) + b"\0%d\n" % size)
-    return digest.hexdigest()[:16]
-
-
 def _encode(
-    files: list[tuple[Path, int]], split: str, resolution: int, channels: int, unreadable: list[Path]
+    images: Images, files: list[tuple[str, int]], split: str, resolution: int, channels: int, unreadable: list[str]
 ) -> Iterator[tuple[bytes, int]]:
     """(PNG file, condition) of each image that can be read, in order; the others are appended to `unreadable`."""
 
-    def encode(path: Path) -> bytes | None:
+    def encode(name: str) -> bytes | None:
         try:
-            with Image.open(path) as image:
-                return _png(center_crop(_convert(image, {1: "L", 3: "RGB"}[channels]), resolution))
+            with Image.open(io.BytesIO(images.read(name))) as image:
+                return _png(center_crop(convert(image, {1: "L", 3: "RGB"}[channels]), resolution))
         # decoders raise nearly anything on bad files; each is counted and reported
         except Exception:
             return None
 
-    paths = [path for path, _ in files]
+    names = [name for name, _ in files]
     with ThreadPoolExecutor() as threads:
         # a chunk at a time: whatever the threads have encoded and nobody has written yet sits in memory
-        chunks = (paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK))
+        chunks = (names[start : start + CHUNK] for start in range(0, len(names), CHUNK))
         encoded = chain.from_iterable(threads.map(encode, chunk) for chunk in chunks)
-        for (path, c), png in zip(_progress(files, split), encoded, strict=True):
+        for (name, c), png in zip(_progress(files, split), encoded, strict=True):
             if png is None:
-                unreadable.append(path)
+                unreadable.append(name)
             else:
                 yield png, c
 
 
-def _convert(image: Image.Image, mode: str) -> Image.Image:
+def convert(image: Image.Image, mode: str) -> Image.Image:
     """The image upright, opaque (over white) and 8 bits per channel; ValueError where the pixels have no known range."""
     image = ImageOps.exif_transpose(image)
     if image.mode in ("I", "F"):
@@ -331,11 +292,12 @@ def main(argv: list[str] | None = None) -> int:
 
     images = commands.add_parser(
         "images",
-        help="a folder of images, one subfolder per class",
-        description="Images in SRC/CLASS/*.png (jpg, webp, ...), cropped to squares and resized; the classes are the subfolders.",
+        help="a folder or .zip of images, one subfolder per class",
+        description="Images in SRC/CLASS/*.png (jpg, webp, ...), cropped to squares and resized; the classes are the subfolders, or the "
+        "labels of SRC/dataset.json, as EDM2's and StyleGAN's tools write it. A .zip is read without unpacking.",
         epilog="example: mclr prepare images photos data/photos --resolution 64",
     )
-    images.add_argument("src", metavar="SRC", help="folder with one subfolder of images per class")
+    images.add_argument("src", metavar="SRC", help="folder or .zip with one subfolder of images per class")
     images.add_argument("out", metavar="OUT", help="dataset folder to make; reused when it holds these images already")
     images.add_argument("--resolution", type=int, required=True, metavar="N", help="pixels per side after crop and resize")
     images.add_argument("--channels", type=int, default=3, choices=(1, 3), help="1 gray, 3 RGB (default: %(default)s)")
@@ -360,8 +322,26 @@ def main(argv: list[str] | None = None) -> int:
         network.add_argument("--half", action="store_true", help="store fp16")
         network.set_defaults(program=_network, kind=kind)
 
+    cache = commands.add_parser(
+        "cache",
+        help="what a model's frozen encoder stores of every image, which training then reads instead",
+        description="Encode the images of a dataset once: latents of a VAE, tokens of a tokenizer, into DATA/cache. Runs of that encoder "
+        "find them there. Running the same command again goes on where it stopped.",
+        epilog="example: mclr prepare cache --model edm2-img512-l --data data/imagenet-512\n"
+        "         torchrun --nproc-per-node 8 -m train.prepare cache --model ... --data ...        on all GPUs",
+    )
+    cache.add_argument("--model", required=True, help="preset whose encoder is used, or a YAML path")
+    cache.add_argument("--data", required=True, metavar="D", help="preset or dataset folder")
+    cache.add_argument("--half", action="store_true", help="latents in fp16: half the disk, 11 bits of every number")
+    cache.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # inserted by the deepspeed launcher
+    cache.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="as in the run: data.flip=true, model.vae=, model.tokenizer="
+    )
+    cache.set_defaults(program=_cache)
+
     argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(argv)
+    # overrides may stand anywhere, which a parser of subcommands cannot have
+    args = cache.parse_intermixed_args(argv[1:]) if argv[:1] == ["cache"] else parser.parse_args(argv)
     args.command = "mclr prepare " + " ".join(argv)
     args.program(args)
     return 0
@@ -376,6 +356,22 @@ def _network(args: argparse.Namespace) -> None:
     from train.fit import Recipe, fit_to_data
 
     fit_to_data(args.kind, args.data, args.out, Recipe(args.steps, args.batch, args.lr), args.seed, args.half, args.command)
+
+
+def _cache(args: argparse.Namespace) -> None:
+    # as above
+    from train.build import build_encoder, open_source
+    from train.cache import make_cache
+
+    rank = world()[0]
+    with on_signals(signal.SIG_DFL) if rank else nullcontext(), one_voice():
+        # the objective says nothing about encoders; a cache is of all samples
+        config = load(args.model, "mle", args.data, "auto", [*args.overrides, "data.damaged=0.0"])
+        if config.data.streamed:
+            raise UserError(f"{config.data.path} is a stream, whose samples have no numbers: give a dataset folder")
+        open_or_prepare(config.data.name, config.data.path)
+        device = own_device()
+        make_cache(config, open_source(config), build_encoder(config, device), args.half, device, args.command)
 
 
 def _show(info: DatasetInfo) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from mclr.errors import UserError
-from train.files import write_file
+from train.files import regular, write_file
 
 INDEX = "index.json"
 
@@ -48,7 +48,7 @@ def load_index(folder: Path, shards: list[Shard]) -> dict[str, list[Sample]]:
     index = {}
     for shard in shards:
         sha256, samples = saved.get(shard.file, ("", []))
-        index[shard.file] = samples if sha256 == shard.sha256 else _index_shard(folder, shard)
+        index[shard.file] = samples if sha256 == shard.sha256 and _fit(samples, shard) else _index_shard(folder, shard)
     if any(saved.get(shard.file) != (shard.sha256, index[shard.file]) for shard in shards):
         record = {shard.file: [shard.sha256, [sample[1:] for sample in index[shard.file]]] for shard in shards}
         with suppress(UserError):
@@ -56,33 +56,68 @@ def load_index(folder: Path, shards: list[Shard]) -> dict[str, list[Sample]]:
     return index
 
 
+class Damaged(UserError):
+    """An image whose bytes cannot be read: training may pass over it (train/data.py), nothing else does."""
+
+
 def read_image(folder: Path, sample: Sample, shape: tuple[int, int, int]) -> np.ndarray:
-    """One sample's image, uint8 [C, H, W]; UserError naming shard and key when it is damaged or not of this shape."""
+    """One sample's image, uint8 [C, H, W]; Damaged, which names shard and key, when it cannot be decoded or is not of this shape.
+
+    Raises UserError when the shard itself is at fault: missing, unreadable, or cut short.
+    """
     channels, height, width = shape
-    place = f"{folder / sample.file}: the image of sample {sample.key}"
+    path = folder / sample.file
+    place = f"{path}: the image of sample {sample.key}"
     try:
-        with open(folder / sample.file, "rb") as stream:
+        with open(path, "rb") as stream:
             stream.seek(sample.offset)
-            image = Image.open(io.BytesIO(stream.read(sample.size)), formats=["PNG"])
+            data = stream.read(sample.size)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): put it back, and the same command goes on") from error
+    if len(data) < sample.size:
+        raise UserError(f"{path} ends within sample {sample.key}: put the whole file back, and the same command goes on")
+    mode = {1: "L", 3: "RGB"}[channels]
+    try:
+        image = open_image(data, ["PNG"])
+        # pixels of another image are not worth decoding
+        if fits := (image.mode, image.size) == (mode, (width, height)):
             image.load()
     # a decoder that meets damaged bytes raises nearly anything
     except Exception as error:
-        # Pillow names what it read from, here an address in memory
-        why = "no PNG file" if isinstance(error, UnidentifiedImageError) else error
-        raise UserError(f"{place} is damaged ({why}): copy the shard again, or prepare the dataset again") from error
-    mode = {1: "L", 3: "RGB"}[channels]
-    if (image.mode, image.size) != (mode, (width, height)):
-        raise UserError(f"{place} is {image.mode} {image.width}x{image.height}, but dataset.json says {mode} {width}x{height}")
+        raise Damaged(f"{place} is damaged ({error}): copy the shard again, or prepare the dataset again") from error
+    if not fits:
+        raise Damaged(f"{place} is {image.mode} {image.width}x{image.height}, but dataset.json says {mode} {width}x{height}")
     return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
+
+
+def open_image(data: bytes, formats: list[str]) -> Image.Image:
+    """An image in one of these formats of Pillow, not decoded yet. Raises whatever Pillow does on damaged bytes."""
+    try:
+        return Image.open(io.BytesIO(data), formats=formats)
+    except UnidentifiedImageError:
+        # Pillow names what it read from, here an address in memory
+        raise ValueError(f"no {' or '.join(formats)} file") from None
 
 
 def _saved_index(folder: Path) -> dict[str, tuple[str, list[Sample]]]:
     """{shard: (sha256, samples)} of index.json; empty when it is missing or not as we write it: the tar files still know."""
     try:
-        record = json.loads((folder / INDEX).read_bytes())
+        record = json.loads(regular(folder / INDEX).read_bytes())
         return {file: (sha256, [Sample(file, *row) for row in rows]) for file, (sha256, rows) in record.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
+
+
+def _fit(samples: list[Sample], shard: Shard) -> bool:
+    """Whether samples of index.json, of whatever types, can be those of the shard."""
+    return len(samples) == shard.count and all(
+        type(key) is str
+        and type(c) is int
+        and type(offset) is int
+        and type(size) is int
+        and 0 <= offset <= offset + size <= shard.bytes
+        for _, key, offset, size, c in samples
+    )
 
 
 def _index_shard(folder: Path, shard: Shard) -> list[Sample]:
@@ -100,14 +135,21 @@ def _index_shard(folder: Path, shard: Shard) -> list[Sample]:
             for member in tar:
                 # as webdataset does: the key ends at the first dot
                 key, _, kind = member.name.partition(".")
+                # of a negative size tarfile turns back for ever, of a sparse one it makes what would not fit into memory
+                if not 0 <= member.size <= shard.bytes - member.offset_data:
+                    raise ValueError(f"{member.name} is not within the file")
+                if kind in ("png", "cls") and not member.isreg():
+                    raise ValueError(f"{member.name} is no regular file")
                 if kind == "png":
                     place[key] = member.offset_data, member.size
                 elif kind == "cls":
                     content = tar.extractfile(member)
                     assert content is not None
                     condition[key] = int(content.read())
-    # ValueError: a condition that is no whole number
-    except (tarfile.TarError, OSError, ValueError) as error:
+    except UserError:
+        raise
+    # damaged headers make tarfile raise nearly anything; ValueError: also a condition that is no whole number
+    except Exception as error:
         raise UserError(f"{path}: damaged at or after sample {key} ({error}): remove the dataset and prepare it again") from error
     if place.keys() != condition.keys():
         key = min(place.keys() ^ condition.keys())

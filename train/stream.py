@@ -1,0 +1,224 @@
+"""Training samples streamed from shards that are no dataset folder: URLs and commands in webdataset's notation, nothing on disk.
+
+Shards are tar files of KEY.jpg (.jpeg, .png, .webp) + KEY.cls, as webdataset's ImageNet has them; images of any size are cropped and
+resized as `mclr prepare images` does it. Each reader of each rank draws shards with replacement, so any number of shards serves any
+number of them; what a position holds is what comes next, and differs from start to start. C H W image.
+"""
+
+import random
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from queue import Empty, Queue
+from subprocess import TimeoutExpired
+from threading import Thread
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from webdataset import ResampledShards, shuffle
+from webdataset.gopen import Pipe, gopen
+from webdataset.shardlists import expand_urls
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from configs.schema import Data
+from mclr.errors import UserError
+from train.data import READERS, Batch, DatasetInfo, Source
+from train.prepare import center_crop, convert
+from train.ranks import world
+from train.shards import Damaged, open_image
+
+KINDS, FORMATS = ("jpg", "jpeg", "png", "webp"), ["JPEG", "PNG", "WEBP"]
+SHUFFLED = 500  # files among which a reader draws the next
+READY = 32  # images that a reader holds decoded
+TRIES, PAUSE = 3, 2.0  # of a shard that cannot be read, and the seconds between them
+PATIENCE = 300.0  # seconds without one image, after which a stream is dead
+REMEMBERED = 2**16  # positions whose keys are known
+# of commands whose output nobody read to the end: SIGPIPE, as a shell says it, as curl does; and killed
+UNREAD = (-13, 141, 23, -9)
+
+
+class Drawn(NamedTuple):
+    """One sample: "URL:KEY", image uint8 [C, H, W] or why there is none, condition."""
+
+    key: str
+    image: np.ndarray | Damaged
+    c: int
+
+
+class Stream(Source):
+    """A source in which nothing depends on a position: its samples are whatever comes next."""
+
+    def __init__(self, data: Data, seed: int):
+        """Starts to read and waits for the first image. Raises UserError where none comes, or data.path is no such notation."""
+        rank = world()[0]
+        if rank == 0:
+            print("data       streamed, shards drawn with replacement: a resumed run sees other samples")
+        self.data = data
+        self.info = DatasetInfo(
+            path=Path(data.path),
+            name=data.name,
+            resolution=data.resolution,
+            channels=data.channels,
+            num_classes=data.num_classes,
+            class_names=tuple(str(c) for c in range(data.num_classes)),
+            splits={},
+            source=data.path,
+            seed=seed,
+        )
+        try:
+            self.urls = expand_urls(data.path)
+        # braces that do not close, variables that are not set
+        except (ValueError, AssertionError) as error:
+            raise UserError(
+                f"data.path={data.path} cannot be expanded ({error}): write shards as in name-{{000..099}}.tar"
+            ) from error
+        self.ready: list[Queue[Drawn | Exception]] = [Queue(READY) for _ in range(READERS)]
+        self.taken = self.unreadable = 0
+        self.found: set[str] = set()
+        self.given: dict[int, str] = {}
+        # of the moment too: a resumed run would begin with the same samples again
+        started = time.time_ns()
+        for reader in range(READERS):
+            Thread(target=self._fill, args=(reader, f"{seed} {rank} {reader} {started}"), daemon=True).start()
+        self.first = [self._take()]
+
+    def __len__(self) -> int:
+        """0: nobody has counted its samples."""
+        return 0
+
+    @property
+    def damaged(self) -> int:
+        """Samples that this process has found damaged and passed over."""
+        return len(self.found)
+
+    def batch(self, first: int, count: int) -> Batch:
+        """The next samples, whatever the positions. UserError where no more come, or too many are damaged."""
+        drawn = [self.first.pop() if self.first else self._take() for _ in range(count)]
+        self.given.update((first + i, each.key) for i, each in enumerate(drawn))
+        while len(self.given) > REMEMBERED:
+            del self.given[next(iter(self.given))]
+        images = [each.image for each in drawn]
+        return Batch(torch.from_numpy(np.stack(images)), torch.tensor([each.c for each in drawn]))  # type: ignore[arg-type]
+
+    def keys(self, first: int, count: int) -> list[str]:
+        """URL:KEY of each sample that these global positions were given lately."""
+        return [self.given[position] for position in range(first, first + count)]
+
+    def prefetch(self, positions: range) -> None:
+        """Nothing: the readers are always ahead."""
+
+    def _take(self) -> Drawn:
+        """The next image, from the readers in turn; counts the damaged ones on the way."""
+        patience_ends = time.monotonic() + PATIENCE
+        while True:
+            try:
+                drawn = self.ready[self.taken % READERS].get(timeout=max(0, patience_ends - time.monotonic()))
+            except Empty:
+                raise UserError(
+                    f"no image came from {self.data.path} for {PATIENCE:.0f} s: see that its shards are there and can be reached"
+                ) from None
+            if isinstance(drawn, Exception):
+                raise drawn
+            self.taken += 1
+            if not isinstance(drawn.image, Damaged):
+                return drawn
+            self._pass_over(drawn.key, drawn.image)
+
+    def _pass_over(self, key: str, why: Damaged) -> None:
+        tolerated = self.data.damaged
+        if not tolerated:
+            raise why
+        if key not in self.found:
+            self.found.add(key)
+            tqdm.write(f"passed over: {why}", file=sys.stderr)
+        self.unreadable += 1
+        # before 1 / tolerated samples were read, a second one is too many for those as well
+        if self.unreadable > max(1, tolerated * self.taken):
+            raise UserError(
+                f"{self.unreadable} of {self.taken} samples read from {self.data.path} are damaged, more than "
+                f"data.damaged={tolerated:g}; {why}"
+            )
+
+    def _fill(self, reader: int, seed: str) -> None:
+        """What a reader's thread does, until an error, which it hands on."""
+        try:
+            for sample in shuffle(SHUFFLED, rng=random.Random(seed))(self._samples(seed)):
+                self.ready[reader].put(self._decode(sample))
+        except Exception as error:
+            self.ready[reader].put(error)
+
+    def _samples(self, seed: str) -> Iterator[dict[str, Any]]:
+        """Files of samples by kind, of one shard after the other, without end."""
+        number = random.Random(seed).getrandbits(31)
+        for drawn in ResampledShards(self.urls, deterministic=True, worker_seed=lambda: number):
+            yield from read_shard(drawn["url"])
+
+    def _decode(self, sample: dict[str, Any]) -> Drawn:
+        """Raises UserError where the condition is none of the config's."""
+        key, size = f"{sample['__url__']}:{sample['__key__']}", self.data.resolution
+        kind = next((kind for kind in KINDS if kind in sample), None)
+        try:
+            if kind is None or "cls" not in sample:
+                raise ValueError(f"it lacks its .cls, or an image ({', '.join(KINDS)})")
+            c = int(sample["cls"])
+            image = center_crop(convert(open_image(sample[kind], FORMATS), {1: "L", 3: "RGB"}[self.data.channels]), size)
+        # a decoder that meets damaged bytes raises nearly anything
+        except Exception as error:
+            return Drawn(key, Damaged(f"sample {key} is damaged ({error}): see how its shard was written"), -1)
+        if not 0 <= c < self.data.num_classes:
+            raise UserError(
+                f"sample {key} has condition {c}, outside of 0..{self.data.num_classes - 1}: correct data.num_classes"
+            )
+        return Drawn(key, np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1), c)
+
+
+def read_shard(url: str) -> Iterator[dict[str, Any]]:
+    """The samples of a tar file in order; after an error once more from its beginning. UserError where TRIES did not reach its end."""
+    for left in reversed(range(TRIES)):
+        empty = True
+        try:
+            with opened(url) as stream:
+                for sample in group_by_keys(tar_file_expander([{"url": url, "stream": stream}])):
+                    empty = False
+                    yield sample
+                # a command may fail after its last whole file
+                while stream.read(2**16):
+                    pass
+            if empty:
+                raise ValueError("it holds no samples")
+            return
+        # files, commands, tar files and whatever opens a URL
+        except Exception as error:
+            if not left:
+                # webdataset adds what it read from
+                why = getattr(error, "strerror", None) or str(next(iter(error.args), error)).partition(" @ ")[0]
+                raise UserError(
+                    f"shard {url} cannot be read ({why}): see that it is there and whole; then the same command goes on"
+                ) from error
+        time.sleep(PAUSE)
+
+
+@contextmanager
+def opened(url: str) -> Iterator[Any]:
+    """What stands behind a URL, as bytes to read. Raises OSError where its command failed, of which a torn tar file tells nothing."""
+    stream = gopen(url)
+    status = 0
+    try:
+        yield stream
+    finally:
+        if not isinstance(stream, Pipe):
+            stream.close()
+        else:
+            stream.stream.close()
+            try:
+                status = stream.proc.wait(timeout=1)
+            except TimeoutExpired:
+                stream.proc.kill()
+                stream.proc.wait()
+        if status and status not in UNREAD:
+            # of curl 22: no such page, 6 and 7: no such host
+            raise OSError(status, f"its command ended with status {status}")
