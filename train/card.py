@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import PRESETS, RunConfig
+from mclr.errors import UserError
 from train.files import write_file, write_json
 
 NETWORKS = {
@@ -37,7 +38,14 @@ def run_notes(config: RunConfig) -> dict[str, Any]:
 
 
 def card(description: Mapping[str, Any]) -> str:
-    """The card of weights. description: config.json of their folder."""
+    """The card of weights. description: config.json of their folder. Raises UserError where its notes are not as we write them."""
+    try:
+        return _card(description)
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        raise UserError(f"the notes of these weights (config.json) are damaged ({error}): choose other weights") from error
+
+
+def _card(description: Mapping[str, Any]) -> str:
     parts = [_front_matter(description), f"# {_title(description)}", _network(description), *_training(description)]
     names = {key: description.get(key, key.upper()) for key in ("model", "data", "tokenizer")}
     for key in ("model", "data"):
@@ -54,7 +62,7 @@ def add_scores(folder: Path, result: Mapping[str, Any]) -> None:
     description = json.loads((folder / "config.json").read_text())
     description["evaluations"] = description.get("evaluations", {}) | {result["judge"]["name"]: result}
     write_json(folder / "config.json", description)
-    write_file(folder / "README.md", card(description).encode())
+    write_file(folder / "README.md", card(description).encode(errors="backslashreplace"))
 
 
 def _front_matter(description: Mapping[str, Any]) -> str:
@@ -92,7 +100,7 @@ def _training(description: Mapping[str, Any]) -> list[str]:
         "started from": description.get("init") or "",
         "base": description.get("base", ""),
         "result": description.get("result", ""),
-        "last metrics": _settings({k: v for k, v in description.get("metrics", {}).items() if k in METRICS}),
+        "last metrics": _settings({k: v for k, v in description.get("metrics", {}).items() if k in METRICS and v is not None}),
         "command": f"`{command}`" if (command := description.get("command") or description.get("made_by")) else "",
     }
     lines = [f"- {name}: {fact}" for name, fact in facts.items() if fact]

@@ -1,32 +1,44 @@
-"""The run folder: its lock, its settings, its metrics."""
+"""The run folder: its lock, its settings, its metrics and what else is noted on the way."""
 
 import json
+import math
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from configs.schema import FILE, RunConfig, dump, flatten, load_resolved
 from mclr.errors import UserError
 from train.files import lock, write_file, write_json
+from train.sinks import Sinks
 
 # may change between one start and the next: they do not decide what is learned
 FREE = (
+    "data.damaged",
     "data.path",
+    "engine.activation_checkpointing",
     "engine.compile",
     "engine.kernels",
     "engine.kind",
+    "engine.offload",
+    "engine.reference",
+    "engine.timeout",
     "engine.zero",
     "sample.",
     "train.checkpoint_every",
+    "train.grid_every",
     "train.images",
     "train.keep",
     "train.log_every",
+    "train.log_to",
+    "train.max_skipped",
     "train.micro_batch",
     "train.mle_images",
     "train.monitor_every",
 )
 INPUTS = "inputs.json"
+METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"
 
 
 class RunFolder:
@@ -53,36 +65,62 @@ class RunFolder:
         self.lock.write(str(os.getpid()))
         self.lock.flush()
         # left by a process that died while writing
-        for torn in [*path.glob(".tmp-*"), *path.glob("checkpoints/.tmp-*")]:
+        for torn in [*path.glob(".tmp-*"), *path.glob("checkpoints/.tmp-*"), *path.glob("grids/.tmp-*")]:
             shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
         write_json(path / INPUTS, inputs)
         write_file(path / FILE, dump(config).encode())
+        self.sinks = Sinks(config.train.log_to, path, flatten(config))
 
     def close(self) -> None:
         """Let go of the folder."""
+        self.sinks.close()
         self.lock.close()
 
     def rewind(self, images_seen: int) -> None:
-        """Drop metrics logged after the checkpoint that training goes on from."""
-        metrics = self.path / "metrics.jsonl"
-        if metrics.exists():
-            lines = [line for line in metrics.read_text().splitlines() if _images(line) <= images_seen]
-            write_file(metrics, "".join(f"{line}\n" for line in lines).encode())
+        """Drop what was logged and drawn after the checkpoint that training goes on from."""
+        last = 0
+        for path in (self.path / METRICS, self.path / SKIPPED):
+            if path.exists():
+                lines = [(_images(line), line) for line in path.read_text().splitlines()]
+                last = max([last, *(int(images) for images, _ in lines if math.isfinite(images))])
+                write_file(path, "".join(f"{line}\n" for images, line in lines if images <= images_seen).encode())
+        for picture in self.path.glob("grids/*.png"):
+            if picture.stem.isdigit() and int(picture.stem) > images_seen:
+                picture.unlink()
+        self.sinks.rewind(images_seen, last)
 
     def log(self, **values: Any) -> None:
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl, and give its numbers to the sinks. What is not finite becomes null, as JSON wants it."""
+        values = _finite(values)
+        self._append(METRICS, values)
+        images = values.pop("images")
+        self.sinks.log(images, {name: value for name, value in values.items() if value is not None})
+
+    def picture(self, name: str, images_seen: int, path: Path) -> None:
+        """Give a PNG file to the sinks."""
+        self.sinks.picture(name, images_seen, path)
+
+    def note_skipped(self, images: int, loss: float, keys: Sequence[str]) -> None:
+        """Append to skipped.jsonl a step that changed nothing, since its gradient was not finite. keys: of its samples."""
+        self._append(SKIPPED, _finite({"images": images, "loss": loss, "keys": list(keys)}))
+
+    def _append(self, name: str, values: dict[str, Any]) -> None:
         try:
-            with open(self.path / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(values) + "\n")
+            with open(self.path / name, "a") as file:
+                file.write(json.dumps(values, allow_nan=False) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write {self.path / 'metrics.jsonl'} ({error.strerror}): make room") from error
+            raise UserError(f"cannot write {self.path / name} ({error.strerror}): make room") from error
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
 
 
 def _images(line: str) -> float:
     try:
-        return json.loads(line)["images"]
+        return float(json.loads(line)["images"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # torn by a crash
+        return math.inf  # torn by a crash
 
 
 def _refuse_other(path: Path, config: RunConfig, inputs: dict[str, str]) -> None:
@@ -100,5 +138,7 @@ def _refuse_other(path: Path, config: RunConfig, inputs: dict[str, str]) -> None
     for key, checksum in inputs.items():
         if began_with.get(key, checksum) != checksum:
             raise UserError(
-                f"run folder {path} began with another {key}={here[key]} than lies there now: choose another with --out, or put it back"
+                # latents are no setting: their precision is that of the cache
+                f"run folder {path} began with another {key}={here.get(key, began_with[key])} than lies there now: choose another with "
+                "--out, or put it back"
             )
