@@ -22,17 +22,21 @@ from mclr.errors import UserError
 
 FILE = "config.yaml"  # of a resolved config in its run folder
 PRESETS = Path(__file__).parent
+MOST_LEVELS = 10  # of nested sections and lists
+NO_NAME = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # what no file name holds: NUL, halves of characters
 VAE_FACTOR = 8  # pixels per latent along a side (train/encoders.py, Latents)
 
 Count = Annotated[int, Field(gt=0)]
+Size = Annotated[int, Field(gt=0, le=2**16)]  # of images and layers
+Blocks = Annotated[int, Field(gt=0, le=100)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 EMAStd = Annotated[float, Field(ge=0.01, le=0.25)]
 # A list in YAML, a tuple here: configs are constants.
-Counts = Annotated[tuple[Count, ...], Field(strict=False, min_length=1)]
-MaybeCounts = Annotated[tuple[Count, ...], Field(strict=False)]
+Sizes = Annotated[tuple[Size, ...], Field(strict=False, min_length=1, max_length=16)]
+MaybeSizes = Annotated[tuple[Size, ...], Field(strict=False)]
 Contrast = Literal["auto", "uniform", "weighted", "posterior", "null", "none", "marginal", "generated"]
 # contrasts that an objective may have, the one that `auto` means first; of mclr it depends on the paradigm
 CONTRASTS = {
@@ -79,28 +83,28 @@ class Schedule(Section):
 class DiffusionNet(Section):
     """models.edm2.EDM2Config without what the data decides."""
 
-    model_channels: Count = 192
-    channel_mult: Counts = (1, 2, 3, 4)
-    channel_mult_noise: Count | None = None
-    channel_mult_emb: Count | None = None
-    num_blocks: Count = 3
-    attn_resolutions: MaybeCounts = (16, 8)
-    channels_per_head: Count = 64
+    model_channels: Size = 192
+    channel_mult: Sizes = (1, 2, 3, 4)
+    channel_mult_noise: Size | None = None
+    channel_mult_emb: Size | None = None
+    num_blocks: Blocks = 3
+    attn_resolutions: MaybeSizes = (16, 8)
+    channels_per_head: Size = 64
     label_balance: Fraction = 0.5
     concat_balance: Fraction = 0.5
     res_balance: Fraction = 0.3
     attn_balance: Fraction = 0.3
     dropout: Dropout = 0.0
     clip_act: Positive = 256.0
-    logvar_channels: Count = 128
+    logvar_channels: Size = 128
 
 
 class NextScaleNet(Section):
     """models.var.VARConfig without what the tokenizer and the data decide. Not given: width 64 * depth, as many heads as depth."""
 
-    depth: Count
+    depth: Blocks
     # get: an invalid depth is absent here, and reported by itself
-    embed_dim: Annotated[int, Field(gt=0, default_factory=lambda net: 64 * net.get("depth", 1))]
+    embed_dim: Annotated[int, Field(gt=0, le=2**16, default_factory=lambda net: 64 * net.get("depth", 1))]
     num_heads: Annotated[int, Field(gt=0, default_factory=lambda net: net.get("depth", 1))]
     mlp_ratio: Positive = 4.0
     shared_aln: bool = False
@@ -120,7 +124,7 @@ class Posterior(Section):
 
     weights: str | None = None  # weights; None: from scratch, in the same job
     backbone: str | None = None  # timm's name of a ConvNeXt, for images of 16 pixels or more; None: our small network
-    channels: Count = 32  # of our small network
+    channels: Size = 32  # of our small network
     lr: Positive = 0.001
     # from scratch: images that it learns from before there is any ratio; the network learns by maximum likelihood meanwhile
     warmup_images: Annotated[int, Field(ge=0)] = 0
@@ -156,11 +160,18 @@ class NextScaleModel(Section):
 
 class Data(Section):
     name: str
-    path: str  # folder with dataset.json
-    resolution: Count
+    path: str  # folder with dataset.json; or shards to stream, in webdataset's notation: https://..., pipe:...
+    resolution: Size
     channels: Literal[1, 3]
-    num_classes: Count
+    num_classes: Annotated[int, Field(gt=0, le=2**20)]
     flip: bool = False
+    balanced: bool = False  # every condition equally often; else every sample
+    damaged: Fraction = 0.001  # largest share of unreadable samples that training passes over
+
+    @property
+    def streamed(self) -> bool:
+        """Whether path names shards to stream (train/stream.py), and no folder."""
+        return "://" in self.path or self.path.startswith("pipe:")
 
 
 class Objective(Section):
@@ -179,7 +190,7 @@ class Train(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     images: Count  # seen in total
     mle_images: Count | None = None  # end before that when the compute of so many images of plain maximum likelihood is spent
-    batch: Count  # images per step, over all ranks
+    batch: Annotated[int, Field(gt=0, lt=2**31)]  # images per step, over all ranks
     micro_batch: Count | None = None  # most images per forward of one rank; None: batch / ranks
     lr: Positive
     betas: Annotated[tuple[Dropout, Dropout], Field(strict=False)] = (0.9, 0.99)
@@ -195,7 +206,11 @@ class Train(Section):
     )  # relative widths of those averages
     checkpoint_every: Count = 1_000_000  # images
     keep: Count = 2  # checkpoints; the one before the newest serves when that is damaged
+    keep_best: bool = False  # and the one of the lowest loss of maximum likelihood on held-out images
+    max_skipped: Count = 10  # steps in a row with a gradient that is not finite: they change nothing, one more ends the run
     log_every: Count = 10  # steps
+    log_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Field(strict=False)] = ()  # beside metrics.jsonl
+    grid_every: Annotated[int, Field(ge=0)] = 0  # images between pictures of samples, always of the same seeds; 0: none
     monitor_every: Annotated[int, Field(ge=0)] = (
         0  # images between readings of the memorisation monitor (train/monitor.py); 0: off
     )
@@ -212,10 +227,14 @@ class Train(Section):
 
 class Engine(Section):
     kind: Literal["auto", "local", "deepspeed"] = "auto"
-    zero: Annotated[int, Field(ge=0, le=2)] = 0  # stage
-    precision: Literal["fp32", "bf16"] = "fp32"
+    zero: Annotated[int, Field(ge=0, le=3)] = 0  # stage
+    offload: bool = False  # fp32 masters and moments of ZeRO 1 to 3 in host memory
+    precision: Literal["fp32", "bf16"] = "fp32"  # of matrix products; weights are fp32
     gradient_clipping: NotNegative = 0.0  # norm; 0: none
-    compile: bool = False
+    activation_checkpointing: bool = False  # backward computes the activations of every block again
+    compile: bool = False  # every block by torch.compile
+    reference: Literal["auto", "whole", "sharded"] = "auto"  # reference network on every rank; auto: whole up to 2e9 parameters
+    timeout: Count = 1800  # seconds without a sign of life from a rank, after which the run ends and names it
     # fused operations: auto, Triton where it won on this GPU (kernels/RESULTS.json); torch, never; triton, always
     kernels: Literal["auto", "torch", "triton"] = "auto"
 
@@ -223,6 +242,8 @@ class Engine(Section):
     def _check(self) -> "Engine":
         if self.kind == "local" and self.zero:
             raise ValueError(f"zero={self.zero} needs kind=deepspeed")
+        if self.offload and not self.zero:
+            raise ValueError("offload=true needs zero=1, 2 or 3")
         return self
 
     def here(self) -> Literal["local", "deepspeed"]:
@@ -358,10 +379,10 @@ def _merge(base: dict[str, Any], patch: dict[str, Any]) -> None:
 
 def _parse_override(override: str) -> dict[str, Any]:
     key, equals, text = override.partition("=")
-    if not equals or not key:
+    if not equals or not key or key.count(".") > MOST_LEVELS:
         raise UserError(f"override {override!r} is not of the form section.key=value, like train.lr=0.001")
     try:
-        value = yaml.load(text, _Loader)
+        value = _parse_yaml(text)
     except yaml.YAMLError:
         raise UserError(f"override {override!r}: the value is not valid YAML; quote it or check its brackets") from None
     if isinstance(value, dict):
@@ -405,17 +426,17 @@ def _read_dataset(folder: Path) -> dict[str, Any]:
     """The data section of a prepared folder; its dataset.json may say more, which is its reader's."""
     path = folder / "dataset.json"
     try:
-        described = json.loads(path.read_text())
+        described = json.loads(_bytes_of(path))
         return {key: described[key] for key in ("name", "resolution", "channels", "num_classes")} | {"path": str(folder)}
     except OSError:
         raise UserError(f"{folder} has no readable dataset.json; make the folder with `mclr prepare`") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} does not describe a dataset ({error}); make the folder with `mclr prepare`") from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        sections = yaml.load(path.read_bytes(), _Loader)
+        sections = _parse_yaml(_bytes_of(path))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except yaml.MarkedYAMLError as error:
@@ -428,8 +449,54 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return sections
 
 
+def _bytes_of(path: Path) -> bytes:
+    # a pipe would be waited for, a device has no end
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot read {path}: it is no regular file")
+    return path.read_bytes()
+
+
+def _parse_yaml(text: str | bytes) -> Any:
+    """Raises YAMLError for whatever is wrong."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise
+    # the constructors behind tags and dates raise nearly anything
+    except Exception as error:
+        raise yaml.YAMLError(f"not valid YAML ({error})") from error
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML whose keys are texts, each given once, and in which 1e-3 is a number as in YAML 1.2."""
+    """YAML whose keys are texts, each given once, and in which 1e-3 is a number as in YAML 1.2.
+
+    Nothing that explodes: no aliases, few levels, whole numbers of 64 bits, texts that can name a file.
+    """
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        mark = self.peek_event().start_mark
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(problem="no aliases here, write the value again", problem_mark=mark)
+        self.depth += 1
+        if self.depth > MOST_LEVELS:
+            raise yaml.composer.ComposerError(problem=f"more than {MOST_LEVELS} levels", problem_mark=mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        value = super().construct_scalar(node)
+        if NO_NAME.search(value):
+            raise yaml.constructor.ConstructorError(problem="a text that can name no file", problem_mark=node.start_mark)
+        return value
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value = super().construct_yaml_int(node)
+        if abs(value) >= 2**63:
+            raise yaml.constructor.ConstructorError(problem="a whole number of more than 64 bits", problem_mark=node.start_mark)
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
@@ -446,6 +513,7 @@ class _Dumper(yaml.SafeDumper):
     """Quotes texts that _Loader would read as numbers."""
 
 
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+|\d*\.\d+|\d+\.)[eE][-+]?\d+$"), list("-+.0123456789")
@@ -506,6 +574,13 @@ def _conflicts(config: RunConfig) -> Iterator[str]:
     # the bound compares two values of one token in nats: diffusion has a surrogate, and null has no contrast value
     if objective.bound is not None and (name != "mclr" or model.paradigm == "diffusion" or objective.contrast == "null"):
         yield f"objective.bound={objective.bound} needs mclr, a next_scale model and the contrast uniform, weighted or posterior"
+    if data.streamed:
+        stream = f"data.path={data.path} is a stream"
+        if data.balanced:
+            yield f"data.balanced=true needs a dataset folder, which says how many samples there are; {stream}"
+        for key in ("monitor_every", "keep_best"):
+            if value := getattr(config.train, key):
+                yield f"train.{key}={json.dumps(value)} needs the held-out images of a dataset folder; {stream}"
     owners = {
         "diffusion": ("steps", "solver", "sigma_min", "sigma_max", "rho", "churn"),
         "next_scale": ("top_k", "top_p", "more_smooth"),

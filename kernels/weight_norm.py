@@ -1,4 +1,4 @@
-"""EDM2's weight normalisation, all weights of a network in one launch: the weights that are used, and those that are stored.
+"""EDM2's weight normalisation, any number of weights in one launch: the weights that are used, and those that are stored.
 
     used_weights:   u = w / (sqrt(f) (1e-4 + rms(w))) per row (Eq. 47, 66 of Karras et al. 2024, arXiv 2312.02696)
     force_weights:  w <- w / (1e-4 + rms(w)) per row, in place (Eq. 66)
@@ -11,9 +11,8 @@ Bytes per element, used weights in bf16: forward 6, backward 10, force 8; statis
 Floor at an H200's 4.3 TB/s: edm2-img64-s (280 M elements) 391 + 651 us, force 521; edm2-img512-l (778 M) 1,085 + 1,809 us, force
 1,447. Both rows of a pair use the same weights: one pair in one forward normalises once, two separate forwards twice.
 
-EDM2 makes the weights of its trunk in one launch and three others by themselves. So all of the trunk's gradients come together, at the
-end of backward: ZeRO-1 and 2 cannot overlap their reduction with it. MPConv then re-lays 3x3 weights to channels_last, bytes that are
-not counted here.
+EDM2 makes the weights of a block in one launch and its few others by themselves: gradients come block by block, and ZeRO reduces them
+while backward goes on. MPConv then re-lays 3x3 weights to channels_last, bytes that are not counted here.
 
 One program per row goes through its columns twice, the second time backwards, so that what was read last is still in the cache.
 Which weight a row belongs to stands in a table that is made of shapes alone; the addresses are handed over anew at every call.
@@ -66,7 +65,9 @@ class _UsedWeightsInTorch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        weights, norms = ctx.saved_tensors[: len(upstream)], ctx.saved_tensors[len(upstream) :]
+        # to be read once: activation checkpointing refuses more
+        saved = ctx.saved_tensors
+        weights, norms = saved[: len(upstream)], saved[len(upstream) :]
         grads = []
         for G, w, norm in zip(upstream, weights, norms, strict=True):
             G, M = G.to(w.dtype), norm + EPS * math.sqrt(fan_in(w))

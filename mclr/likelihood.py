@@ -137,28 +137,33 @@ class Paradigm(Protocol):
     def sample(self, net: Net, c_B: Tensor, guidance: Any, draws: Draws) -> Tensor: ...
 
 
-def score(paradigm: Paradigm, net: Net, probe: Probe, rows: Rows, null: int, reference: Net | None = None) -> Scores:
+def score(
+    paradigm: Paradigm, net: Net, probe: Probe, rows: Rows, null: int, reference: Net | None = None, lockstep: bool = False
+) -> Scores:
     """Values of all rows, with gradient; with `mix_BT` or a reference, a second forward without.
 
     One forward, or one for every number of terms that rows are scored on, cut short there (up to one per scale). The null forward
     covers only samples whose mixing weight is not 0. aux comes from the unmixed prediction.
+    lockstep: as many forwards whatever the rows are: none is cut short, and there is a null forward in any case.
     """
     index_R, c_R = rows.index_R, rows.c_R
     if rows.mix_BT is not None:
         prediction = paradigm.predict(net, probe, index_R, c_R)
         pred = prediction[0]
         guided_R = rows.mix_BT.ne(0).any(1).nonzero()[:, 0]
+        if lockstep and not len(guided_R):
+            guided_R = index_R[:1]
         guide = pred.detach().clone()
         # not every network takes zero rows
         if len(guided_R):
             with torch.no_grad():
-                null_pred = paradigm.predict(net, probe, guided_R, torch.full_like(guided_R, null), rows.terms)[0]
+                null_pred = paradigm.predict(net, probe, guided_R, torch.full_like(guided_R, null), rows.terms or None)[0]
                 guide[guided_R, : null_pred.shape[1]] = null_pred
         own = paradigm.log_likelihood(prediction, probe, index_R, guide, rows.mix_BT)
         return Scores(own.value_RT, own.aux_R)
     batch, all_terms = rows.lam_BT.shape
     # terms_R waits for a GPU: not where nothing can be cut short
-    if reference is None and len(index_R) > batch and all_terms > 1:
+    if reference is None and len(index_R) > batch and all_terms > 1 and not lockstep:
         terms_R = rows.terms_R
         value_RT, aux_R = rows.lam_BT.new_zeros(len(index_R), all_terms), rows.lam_BT.new_zeros(len(index_R))
         for terms in terms_R.unique(sorted=True).flip(0).tolist():

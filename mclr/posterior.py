@@ -69,7 +69,8 @@ def calibration(posterior_BTK: Tensor, c_B: Tensor, truncate: float) -> dict[str
     c_BT1 = c_B[:, None, None].expand(*posterior_BTK.shape[:2], 1)
     confidence_BT1, guess_BT1 = posterior_BTK.max(-1, keepdim=True)
     excess_BT1 = (guess_BT1 == c_BT1).float() - confidence_BT1
-    bin_BT = (confidence_BT1[..., 0] * BINS).long().clamp(max=BINS - 1)
+    # of images that are no numbers, too: their step is skipped, not its run ended
+    bin_BT = (confidence_BT1[..., 0] * BINS).long().clamp(0, BINS - 1)
     # sums over masks: a scatter-add would not repeat its rounding on a GPU
     gap_N = (excess_BT1 * one_hot(bin_BT, BINS)).mean((0, 1))
     p_BTK = posterior_BTK.double()

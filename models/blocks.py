@@ -1,15 +1,19 @@
-"""What networks are built of: trunk_dtype for all; the rest preserves magnitude, unit-variance inputs give unit-variance outputs
-(Karras et al. 2024, arXiv 2312.02696).
+"""What networks are built of: trunk_dtype and running for all; the rest preserves magnitude, so that inputs of unit variance give such
+outputs (Karras et al. 2024, arXiv 2312.02696).
 
 Equations are that paper's; normalize, mp_silu and mp_sum are in kernels/magnitude.py. Weights and statistics are computed in fp32
 whatever the dtype of the activations.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels.weight_norm import used_weights
 
@@ -18,6 +22,13 @@ def trunk_dtype(x: Tensor) -> torch.dtype:
     """The dtype of the matrix products: the one that an enclosing torch.autocast announces, else that of x."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def running(activation_checkpointing: bool) -> Callable[..., Any]:
+    """How a network runs its blocks: run(block, *inputs). Checkpointed, backward computes the activations inside a block again."""
+    if activation_checkpointing and torch.is_grad_enabled():
+        return partial(checkpoint, use_reentrant=False)
+    return lambda block, *inputs: block(*inputs)
 
 
 def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from kernels.magnitude import mp_silu, mp_sum, norm_silu, normalize, scale_silu, sum_clip
 from kernels.weight_norm import used_weights
 from mclr.errors import UserError
-from models.blocks import MPConv, MPFourier, mp_cat, trunk_dtype
+from models.blocks import MPConv, MPFourier, mp_cat, running, trunk_dtype
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,12 @@ class EDM2(nn.Module):
         self.out_gain = nn.Parameter(torch.zeros(()))  # the untrained network denoises by c_skip alone
         self.logvar_fourier = MPFourier(config.logvar_channels)
         self.logvar_linear = MPConv(config.logvar_channels, 1)
+        self.activation_checkpointing = False
 
-        self.trunk_layers = [
-            layer for part in (self.encoder, self.decoder, self.out_conv) for layer in part.modules() if isinstance(layer, MPConv)
-        ]
+    @property
+    def blocks(self) -> list["Block"]:
+        """What makes up the network but for its first and last layers."""
+        return [module for part in (self.encoder, self.decoder) for module in part.values() if isinstance(module, Block)]
 
     def forward(self, noisy_BCHW: Tensor, sigma_B: Tensor, c_R: Tensor, index_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Noisy images, their sigma > 0, int64 conditions of the rows, sample of each row -> (raw_RCHW, logvar_R).
@@ -125,7 +127,7 @@ class EDM2(nn.Module):
         noisy_BCHW, sigma_B = noisy_BCHW.float(), sigma_B.float()
         dtype = trunk_dtype(noisy_BCHW)
         # Autocast tells the dtype and no more: every cast of this network is written out.
-        with torch.autocast(noisy_BCHW.device.type, enabled=False), self.weights_in_use(dtype):
+        with torch.autocast(noisy_BCHW.device.type, enabled=False):
             c_in_B = 1 / (sigma_B**2 + self.config.sigma_data**2).sqrt()
             c_noise_B = sigma_B.log() / 4
             emb_RE = self.embed(c_noise_B, c_R, index_R)
@@ -133,21 +135,6 @@ class EDM2(nn.Module):
             raw_RCHW = self.trunk(scaled_BCHW.to(dtype), emb_RE.to(dtype), index_R)
             logvar_B = self.logvar_linear(self.logvar_fourier(c_noise_B)).squeeze(1)
             return raw_RCHW, gathered(logvar_B, index_R)
-
-    @contextmanager
-    def weights_in_use(self, dtype: torch.dtype) -> Iterator[None]:
-        """Inside, the layers of the trunk have the weights they use, all made at once; the few others make theirs."""
-        if self.out_conv.folded:
-            yield
-            return
-        made = used_weights([layer.weight for layer in self.trunk_layers], dtype)
-        for layer, used in zip(self.trunk_layers, made, strict=True):
-            layer.used = used
-        try:
-            yield
-        finally:
-            for layer in self.trunk_layers:
-                layer.used = None
 
     def embed(self, c_noise_B: Tensor, c_R: Tensor, index_R: Tensor | None = None) -> Tensor:
         """Noise level and condition -> emb_RE, fp32."""
@@ -165,18 +152,18 @@ class EDM2(nn.Module):
         x = torch.cat([x_BCHW, torch.ones_like(x_BCHW[:, :1])], dim=1)
         # channels last from here to the answer: convolutions need no reordering, on CPUs and GPUs
         x = x.contiguous(memory_format=torch.channels_last)
-        skips = []
+        run, skips = running(self.activation_checkpointing), []
         for block in self.encoder.values():
             if not skips:
                 x = block(x)
                 skips.append(gathered(x, index_R))
             else:
-                x = block(x, emb_RE, index_R if len(skips) == 1 else None)
+                x = run(block, x, emb_RE, index_R if len(skips) == 1 else None)
                 skips.append(x)
         for name, block in self.decoder.items():
             if "_block" in name:
                 x = mp_cat(x, skips.pop(), self.config.concat_balance)
-            x = block(x, emb_RE)
+            x = run(block, x, emb_RE)
         return self.out_gain * self.out_conv(x)
 
     def magnitude_preserving(self) -> list[nn.Parameter]:
@@ -227,30 +214,32 @@ class Block(nn.Module):
         self.emb_gain = nn.Parameter(torch.zeros(()))  # no modulation at first
         self.conv_res1 = MPConv(channels_out, channels_out, kernel=3)
         self.attention = Attention(channels_out, config.channels_per_head) if attention else None
+        self.layers = [layer for layer in self.modules() if isinstance(layer, MPConv)]
 
     def forward(self, x: Tensor, emb_RE: Tensor, index_R: Tensor | None = None) -> Tensor:
         """index_R: of an encoder block whose x is still one per sample."""
         config = self.config
-        if self.resample is not None:
-            x = self.resample(x)
-        if self.decoder:
-            active = mp_silu(x)
-        else:
-            x, active = norm_silu(self.conv_skip(x))
+        with weights_in_use(self.layers, x.dtype):
+            if self.resample is not None:
+                x = self.resample(x)
+            if self.decoder:
+                active = mp_silu(x)
+            else:
+                x, active = norm_silu(self.conv_skip(x))
 
-        scale_RN = 1 + self.emb_gain * self.emb_linear(emb_RE)
-        branch = self.conv_res0(active)
-        x, branch = gathered(x, index_R), gathered(branch, index_R)
-        branch = scale_silu(branch, scale_RN)
-        branch = F.dropout(branch, config.dropout, self.training)
-        branch = self.conv_res1(branch)
+            scale_RN = 1 + self.emb_gain * self.emb_linear(emb_RE)
+            branch = self.conv_res0(active)
+            x, branch = gathered(x, index_R), gathered(branch, index_R)
+            branch = scale_silu(branch, scale_RN)
+            branch = F.dropout(branch, config.dropout, self.training)
+            branch = self.conv_res1(branch)
 
-        if self.decoder:
-            x = self.conv_skip(x)
-        if self.attention is None:
-            return sum_clip(x, branch, config.res_balance, config.clip_act)
-        x = sum_clip(x, branch, config.res_balance, math.inf)
-        return sum_clip(x, self.attention(x), config.attn_balance, config.clip_act)
+            if self.decoder:
+                x = self.conv_skip(x)
+            if self.attention is None:
+                return sum_clip(x, branch, config.res_balance, config.clip_act)
+            x = sum_clip(x, branch, config.res_balance, math.inf)
+            return sum_clip(x, self.attention(x), config.attn_balance, config.clip_act)
 
 
 class Attention(nn.Module):
@@ -273,6 +262,21 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v)  # logits q.k / sqrt(d)
         # channels last in memory
         return self.proj(rearrange(y, "R h (H W) d -> R H W (h d)", H=x.shape[2]).movedim(-1, 1))
+
+
+@contextmanager
+def weights_in_use(layers: list[MPConv], dtype: torch.dtype) -> Iterator[None]:
+    """Inside, these layers have the weights they use, made at once; unless they are folded, and have them anyway."""
+    if layers[0].folded:
+        yield
+        return
+    for layer, used in zip(layers, used_weights([layer.weight for layer in layers], dtype), strict=True):
+        layer.used = used
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.used = None
 
 
 def gathered(x_B: Tensor, index_R: Tensor | None) -> Tensor:

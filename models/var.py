@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from kernels.modulated_norm import gated_norm, modulated_norm
 from kernels.token_logp import token_logp, wide_linear
-from models.blocks import trunk_dtype
+from models.blocks import running, trunk_dtype
 
 
 @dataclass(frozen=True)
@@ -194,6 +194,7 @@ class VAR(nn.Module):
         scale_L = torch.tensor([k for k, side in enumerate(sides) for _ in range(side**2)])
         self.register_buffer("scale_L", scale_L, persistent=False)
         self.register_buffer("mask_LL", scale_L[:, None] >= scale_L[None, :], persistent=False)
+        self.activation_checkpointing = False
         self.init_weights()
 
     def forward(
@@ -227,8 +228,9 @@ class VAR(nn.Module):
         mask_lL = None if one_scale else self.mask_LL[start:end, :end]
         active_RD = F.silu(condition_RD)
         condition = self.shared_modulation(active_RD).unflatten(-1, (6, -1)) if self.config.shared_aln else active_RD
+        run = running(self.activation_checkpointing)
         for i, block in enumerate(self.blocks):
-            stream = block(stream, condition, mask_lL, i, cache)
+            stream = run(block, stream, condition, mask_lL, i, cache)
         if cache:
             cache.length = end
         scale_RD, shift_RD = self.head_modulation(active_RD).chunk(2, dim=-1)

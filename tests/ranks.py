@@ -1,9 +1,11 @@
-"""What the launcher runs for tests/test_engine.py: two ranks, one process group, every stage against LocalEngine on the whole batch.
+"""What the launcher runs for tests/test_engine.py: ranks of one process group, every stage against LocalEngine on the whole batch.
 
-ranks.py DIGITS TOKENIZER OUT: a dataset folder, a weights folder, a new folder; rank 0 leaves OUT/results.json there.
+ranks.py DIGITS TOKENIZER OUT: a dataset folder, a weights folder, a new folder; rank 0 leaves OUT/results.json there. COMPILED=1 in the
+environment: what torch.compile makes of it instead.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -19,7 +21,8 @@ from train.ranks import group, world
 from train.step import train_step
 from train.weights import save_weights
 
-BATCH, STEPS, MORE, LR, CLIP = 16, 10, 3, 2e-3, 1.4
+BATCH, STEPS, MORE, LONG, LR, CLIP = 16, 20, 3, 50, 2e-3, 1.4
+STAGES = (0, 1, 2, 3)
 TINY = {
     "edm2-digits": [
         "model.net.model_channels=8",
@@ -38,7 +41,7 @@ TINY = {
     ],
 }
 
-# what more of a step the ranks share: (model, objective, settings); at stage 2
+# what more of a step the ranks share: (model, objective, settings); at the stages 2 and 3
 KINDS = {
     "reference": ("edm2-digits", "cca", ()),
     "reference of tokens": ("var-digits", "cca", ()),
@@ -50,7 +53,18 @@ KINDS = {
         ("objective.contrast=uniform", "objective.schedule.kind=interval", "objective.schedule.high=0.5"),
     ),
     "prefix posterior": ("var-digits", "mclr", ("objective.contrast=posterior", "objective.lam=0.2")),
+    "sharded reference": ("edm2-digits", "cca", ("engine.reference=sharded",)),
+    "sharded reference of tokens": ("var-digits", "cca", ("engine.reference=sharded",)),
 }
+CHECKPOINTED = "engine.activation_checkpointing=true"
+# engines that go on from each other's checkpoints
+RESUMED = ((0, 1), (1, 2), (2, 3), (3, 0), (0, "local"), (1, "local"), (2, "local"), (3, "local"), ("local", 2), ("local", 3))
+# ways to run the same step: (stages, settings)
+WAYS = {
+    "offload": ((1, 2, 3), ("engine.offload=true",)),
+    "checkpointed": (STAGES, (CHECKPOINTED,)),
+}
+COMPILED = {"compiled": (("local", 2, 3), ("engine.compile=true",)), "both": ((3,), ("engine.compile=true", CHECKPOINTED))}
 
 
 def tiny(model, tokenizer):
@@ -94,12 +108,13 @@ class Trained:
         return {"engine": self.task.engine} | ({"posterior": self.task.posterior_engine} if self.task.posterior_engine else {})
 
     def weights(self):
-        return {f"{part}.{name}": w.clone() for part, e in self.engines().items() for name, w in e.weights().items()}
+        """Whole, on rank 0; elsewhere empty."""
+        return {f"{part}.{name}": w.clone() for part, e in self.engines().items() for name, w in e.gather(e.pieces()).items()}
 
     def save(self, folder):
         tensors = {part: engine.save() for part, engine in self.engines().items()}
         if world()[0] == 0:
-            save_checkpoint(folder, self.done, tensors, {}, keep=1)
+            save_checkpoint(folder, self.done, tensors, {}, {}, keep=1)
         torch.distributed.barrier()
 
     def load(self, folder):
@@ -137,7 +152,9 @@ def draw(model, trained, digits, tokenizer, out):
 
 
 def distance(a, b):
-    """Relative RMS over all weights; of the network or of the posterior's classifier, whichever is larger."""
+    """Relative RMS over all weights; of the network or of the posterior's classifier, whichever is larger. On rank 0, which has them."""
+    if world()[0] != 0:
+        return None
     assert a.keys() == b.keys()
     parts = {name.partition(".")[0] for name in a}
     return max(relative_rms({k: a[k] for k in a if k.startswith(part)}, b) for part in parts)
@@ -154,13 +171,29 @@ def norms_apart(a, b):
 
 def off_projection(trained):
     """Largest deviation from 1 of the RMS of a row of a weight under forced normalisation."""
-    rows = [w.detach().flatten(1).square().mean(1).sqrt() for w in trained.task.normalised]
+    net = trained.task.engine.net
+    forced = {name for name, p in net.named_parameters() if any(p is w for w in trained.task.normalised)}
+    whole = trained.weights()
+    rows = [whole[f"engine.{name}"].flatten(1).square().mean(1).sqrt() for name in forced if whole]
     return max((float((r - 1).abs().max()) for r in rows), default=0.0)
+
+
+def compare(model, ways, digits, tokenizer, results):
+    """The same few steps in these ways and in the plain one."""
+    local = Trained(model, "local", digits, tokenizer, BATCH).train(MORE)
+    for name, (kinds, settings) in ways.items():
+        for kind in kinds:
+            micro_batch = BATCH if kind == "local" else BATCH // 4
+            trained = Trained(model, kind, digits, tokenizer, micro_batch, settings=settings).train(MORE)
+            results[f"{model} {name} {kind}"] = {"weights": distance(trained.weights(), local.weights())}
 
 
 def main(digits, tokenizer, out):
     results, settings = {}, {}
-    for model in TINY:
+    if os.environ.get("COMPILED"):
+        for model in TINY:
+            compare(model, COMPILED, digits, tokenizer, results)
+    for model in () if results else TINY:
         fresh = Trained(model, "local", digits, tokenizer, BATCH).weights()
         local = Trained(model, "local", digits, tokenizer, BATCH).train(STEPS)
         micro = Trained(model, "local", digits, tokenizer, BATCH // 4).train(STEPS)
@@ -171,40 +204,49 @@ def main(digits, tokenizer, out):
         }
         local.save(out / f"{model}-local")
         settings[model] = draw(model, local, digits, tokenizer, out)
-        for zero in (0, 1, 2):
-            for micro_batch in (BATCH // 2, BATCH // 4):
-                ranks = Trained(model, zero, digits, tokenizer, micro_batch).train(STEPS)
-                results[f"{model} zero{zero} micro{micro_batch}"] = {
-                    "weights": distance(ranks.weights(), local.weights()),
-                    "norms": norms_apart(ranks, local),
-                    "rows": off_projection(ranks),
-                }
+        for zero in STAGES:
+            ranks = Trained(model, zero, digits, tokenizer, BATCH // 4).train(STEPS)
+            results[f"{model} zero{zero}"] = {
+                "weights": distance(ranks.weights(), local.weights()),
+                "norms": norms_apart(ranks, local),
+            }
             # as after a signal: a checkpoint in the middle of a step holds what was before the step
             ranks.give_up().save(out / f"{model}-{zero}")
-        # by the forwards of two ranks: in bf16 those of other sizes round otherwise, and Adam's first steps magnify that
-        half = Trained(model, "local", digits, tokenizer, BATCH // 2, "bf16").train(STEPS)
-        for zero in (0, 1, 2):
-            ranks = Trained(model, zero, digits, tokenizer, BATCH // 2, "bf16").train(STEPS)
-            weights = distance(ranks.weights(), half.weights())
-            results[f"{model} zero{zero} bf16"] = {"weights": weights, "rows": off_projection(ranks)}
+        whole = Trained(model, 1, digits, tokenizer, BATCH // ranks.ranks).train(STEPS)
+        results[f"{model} one micro-batch"] = {
+            "weights": distance(whole.weights(), local.weights()),
+            "norms": norms_apart(whole, local),
+        }
+        # by the forwards of these ranks: in bf16 those of other sizes round otherwise, and Adam's first steps magnify that
+        share = Trained(model, "local", digits, tokenizer, BATCH // whole.ranks, "bf16").train(STEPS)
+        for zero in STAGES:
+            ranks = Trained(model, zero, digits, tokenizer, BATCH // whole.ranks, "bf16").train(STEPS)
+            results[f"{model} zero{zero} bf16"] = {"weights": distance(ranks.weights(), share.weights())}
+            if model == "edm2-digits":
+                for precision, trained in (("bf16", ranks), ("fp32", Trained(model, zero, digits, tokenizer, BATCH // 4))):
+                    rows = off_projection(trained.train(LONG - trained.done))
+                    results[f"zero{zero} {precision} rows"] = rows
         local.train(MORE)
-        for start, end in ((0, 1), (1, 2), (2, 0), (0, "local"), (1, "local"), (2, "local"), ("local", 2)):
-            resumed = Trained(model, end, digits, tokenizer, BATCH if end == "local" else BATCH // 2)
+        for start, end in RESUMED:
+            resumed = Trained(model, end, digits, tokenizer, BATCH if end == "local" else BATCH // 4)
             saved = resumed.load(out / f"{model}-{start}")
             same = all(torch.equal(saved[name], weight) for name, weight in resumed.weights().items())
             apart = distance(resumed.train(MORE).weights(), local.weights())
             results[f"{model} from {start} to {end}"] = {"same": same, "next": apart}
-    for name, (model, objective, more) in KINDS.items():
+        compare(model, WAYS, digits, tokenizer, results)
+    for name, (model, objective, more) in KINDS.items() if settings else ():
         named = {"objective": objective, "settings": (*settings[model][objective], *more)}
-        local = Trained(model, "local", digits, tokenizer, BATCH, **named)
+        alone = {"objective": objective, "settings": tuple(each for each in named["settings"] if "sharded" not in each)}
+        local = Trained(model, "local", digits, tokenizer, BATCH, **alone)
         fresh = local.weights()
         local.train(MORE)
-        ranks = Trained(model, 2, digits, tokenizer, BATCH // 4, **named).train(MORE)
-        results[name] = {
-            "moved": distance(local.weights(), fresh),
-            "weights": distance(ranks.weights(), local.weights()),
-            "norms": norms_apart(ranks, local),
-        }
+        for zero in (2, 3):
+            ranks = Trained(model, zero, digits, tokenizer, BATCH // 4, **named).train(MORE)
+            results[f"{name} zero{zero}"] = {
+                "moved": distance(local.weights(), fresh),
+                "weights": distance(ranks.weights(), local.weights()),
+                "norms": norms_apart(ranks, local),
+            }
     if world()[0] == 0:
         (out / "results.json").write_text(json.dumps(results, indent=1))
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def save(run, images, keep=2):
-    save_checkpoint(run, images, {"engine": {"w": torch.full((5,), float(images))}}, {"images": images}, keep)
+    save_checkpoint(run, images, {"engine": {"w": torch.full((5,), float(images))}}, {"images": images}, {}, keep)
 
 
 def names(run):
@@ -33,7 +33,7 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert newest(tmp_path) == (None, [])
     state = {"images": 64, "seconds": 0.1, "flops": 1e20}
     tensors = {"engine": {"a": torch.randn(2, 3), "step": torch.tensor(7.0)}, "ema": {"a": torch.randn(2, 3).T}}
-    save_checkpoint(tmp_path, 64, tensors, state, keep=1)
+    save_checkpoint(tmp_path, 64, tensors, state, {}, keep=1)
     loaded, back = load_checkpoint(newest_checkpoint(tmp_path)[0])
     assert back == state and loaded.keys() == tensors.keys()
     for name in tensors:
@@ -88,7 +88,7 @@ def killed(*args):
     real(*args)
     os.kill(os.getpid(), 9)
 train.checkpoint.{function} = killed
-train.checkpoint.save_checkpoint(pathlib.Path({str(tmp_path)!r}), 128, {{"engine": {{"w": torch.zeros(5)}}}}, {{}}, 1)
+train.checkpoint.save_checkpoint(pathlib.Path({str(tmp_path)!r}), 128, {{"engine": {{"w": torch.zeros(5)}}}}, {{}}, {{}}, 1)
 """
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == -9
     left = [name for name in names(tmp_path) if name != "000000000064"]
@@ -112,3 +112,16 @@ def test_a_full_disk_is_told_and_costs_nothing(tmp_path, monkeypatch, function):
         save(tmp_path, 128, keep=1)
     assert names(tmp_path) == ["000000000064"] and newest(tmp_path) == (64, [])
     assert json.loads((tmp_path / "checkpoints" / "000000000064" / "state.json").read_text()) == {"images": 64}
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path):
+    losses = {64: 3.0, 128: 1.0, 192: 1.0, 256: None, 320: 2.0}
+    for images, loss in losses.items():
+        save_checkpoint(tmp_path, images, {"engine": {}}, {"held_out": loss}, {}, keep=1, keep_best=True)
+    assert [int(name) for name in names(tmp_path)] == [192, 320]
+    save_checkpoint(tmp_path, 384, {"engine": {}}, {"held_out": 0.5}, {}, keep=1, keep_best=True)
+    assert [int(name) for name in names(tmp_path)] == [384]
+    save_checkpoint(tmp_path, 448, {"engine": {}}, {"held_out": 0.6}, {}, keep=1, keep_best=True)
+    (tmp_path / "checkpoints" / f"{384:012d}" / "state.json").write_text("{")
+    save_checkpoint(tmp_path, 512, {"engine": {}}, {"held_out": 0.7}, {}, keep=1, keep_best=True)
+    assert [int(name) for name in names(tmp_path)] == [448, 512]

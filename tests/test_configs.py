@@ -196,7 +196,8 @@ def test_a_folder_that_is_no_dataset_is_refused(text, problem, tmp_path):
         ("lam=1", "unknown key lam; did you mean objective.lam?"),
         ("objectiv.lam=1", "unknown key objectiv; did you mean objective?"),
         ("model.net.model_chanels=8", "unknown key model.net.model_chanels; did you mean model.net.model_channels?"),
-        ("engine.foo=1", "unknown key engine.foo; known in engine: kind, zero, precision, gradient_clipping, compile, kernels"),
+        ("engine.foo=1", "unknown key engine.foo; known in engine: kind, zero, offload, precision, gradient_clipping, "
+         "activation_checkpointing, compile, reference, timeout, kernels"),
         ("foo=1", "unknown key foo; known: model, data, objective, train, engine, sample"),
         ("model.net.depth=4", "unknown key model.net.depth; only next_scale models have it"),
         # types
@@ -229,7 +230,7 @@ def test_a_folder_that_is_no_dataset_is_refused(text, problem, tmp_path):
         ("train.betas=[0.9, 1.0]", "train.betas[1]=1.0 is out of range: must be >= 0 and < 1"),
         ("train.drop_condition=1.5", "train.drop_condition=1.5 is out of range: must be >= 0 and <= 1"),
         ("train.ema_std=0.5", "train.ema_std=0.5 is out of range: must be 0 (no average), or >= 0.01 and <= 0.25"),
-        ("engine.zero=3", "engine.zero=3 is out of range: must be >= 0 and <= 2"),
+        ("engine.zero=4", "engine.zero=4 is out of range: must be >= 0 and <= 3"),
         ("objective.truncate=0.5", "objective.truncate=0.5 is out of range: must be >= 0 and < 0.5"),
         ("objective.bound=0", "objective.bound=0 is out of range: must be > 0"),
         ("sample.top_p=0", "sample.top_p=0 is out of range: must be > 0 and <= 1"),

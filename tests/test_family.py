@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import train.step
 from train.cli import main
 from train.data import load_split, open_dataset
+from train.meter import TIMING
 
 MODELS = ("edm2-digits", "var-digits")
 BATCH = 8
@@ -35,7 +36,7 @@ def fine_tune(digits, tokenizer, tmp_path, monkeypatch):
 
 def metrics(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -115,3 +115,25 @@ def test_no_null_forward_where_nobody_is_mixed(kind):
     case.c_B = torch.full((8,), K)
     case.loss(Objective("null", RAMP))
     assert case.net.calls == [(8, True), (8, True)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@float64()
+def test_in_lockstep_there_are_as_many_forwards_whatever_the_rows_are(kind):
+    """And the same values: ranks that hold parts of a network have to run it equally often."""
+    schedules = (Schedule("constant", 0.0), Schedule("interval", 0.4, high=0.5), RAMP)
+    for contrast, forwards in (("null", 2), ("uniform", 1)):
+        for schedule in schedules:
+            case = toy(kind)
+            probe, rows = case.ask(Objective(contrast, schedule))
+            case.net = Counted(case.net)
+            plain = score(case.paradigm, case.net, probe, rows, K)
+            case.net.calls.clear()
+            together = score(case.paradigm, case.net, probe, rows, K, lockstep=True)
+            assert len(case.net.calls) == forwards
+            # what is cut short elsewhere has values of its own here, without a ratio that reads them
+            used = rows.contrast_BT if contrast == "uniform" else torch.arange(len(case.c_B))[:, None]
+            seen = rows.lam_BT.ne(0) if contrast == "uniform" else torch.ones_like(rows.lam_BT, dtype=torch.bool)
+            values = [each.value_RT.gather(0, used.expand_as(rows.lam_BT))[seen] for each in (plain, together)]
+            assert torch.allclose(*values, rtol=1e-12)
+            assert torch.allclose(plain.value_RT[: len(case.c_B)], together.value_RT[: len(case.c_B)], rtol=1e-12)

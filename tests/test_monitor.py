@@ -20,6 +20,7 @@ from train.build import build_networks, build_task, open_source
 from train.cli import main
 from train.data import load_split, open_dataset, permutation
 from train.encoders import RGB, from_uint8
+from train.meter import TIMING
 from train.prepare import prepare_images
 from train.sample import image_paths, read_images
 from train.weights import load_net
@@ -205,7 +206,7 @@ def test_a_monitored_run_learns_what_it_would_have_learned(start):
     ]
     for i, (without, line) in enumerate(zip(lines(plain), lines(monitored), strict=True), start=1):
         assert line.keys() - without.keys() == (READ if i % 2 == 0 else set())
-        assert {k: line[k] for k in without if k != "seconds"} == {k: v for k, v in without.items() if k != "seconds"}
+        assert {k: line[k] for k in without if k not in TIMING} == {k: v for k, v in without.items() if k not in TIMING}
 
 
 def test_evaluate_reads_the_icr_of_a_run(start, digits, capsys, tmp_path):

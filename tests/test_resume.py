@@ -14,6 +14,8 @@ import train.checkpoint
 import train.loop
 import train.step
 from train.cli import main
+from train.meter import TIMING
+from train.weights import load_net, read_config
 
 MODELS = ("edm2-digits", "var-digits")
 BATCH, STEPS = 8, 6
@@ -30,7 +32,7 @@ RECIPE = [
     "train.keep=2",
     "engine.gradient_clipping=1.0",
 ]
-FILES = ["checkpoints", "config.yaml", "inputs.json", "lock", "metrics.jsonl", "snapshots", "weights"]
+FILES = ["checkpoints", "config.yaml", "inputs.json", "lock", "metrics.jsonl", "pulse", "snapshots", "weights"]
 DROPOUT = {"edm2-digits": "model.net.dropout=0.2", "var-digits": "model.net.drop_path=0.2"}
 
 
@@ -47,10 +49,14 @@ def start(digits, tokenizer, tmp_path, monkeypatch):
     return start
 
 
+def kind_of_model(model):
+    return {"edm2-digits": "edm2", "var-digits": "var"}[model]
+
+
 def metrics(run):
     """The lines of metrics.jsonl without the time they took."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
 
 
 def tensors(folder):
@@ -114,7 +120,7 @@ def test_more_images_continue_a_finished_run(model, start, whole, capsys):
     assert notes["images_seen"] == STEPS * BATCH and notes["metrics"]["loss"] == metrics(run)[-1]["loss"]
     assert sorted(os.listdir(run)) == FILES
     stored = {path.stem for path in (run / "checkpoints" / f"{STEPS * BATCH:012d}").glob("*.safetensors")}
-    assert stored - {"posterior"} == {"engine", "ema", "ema-0.050"} and ("posterior" in stored) == (model == "edm2-digits")
+    assert stored - {"posterior"} == {"engine", "model", "ema-0.050"} and ("posterior" in stored) == (model == "edm2-digits")
 
 
 @pytest.mark.parametrize(("model", "number", "status"), [(MODELS[0], signal.SIGINT, 130), (MODELS[1], signal.SIGTERM, 143)])
@@ -248,31 +254,99 @@ def test_weights_that_a_crash_took_are_written_again(harm, start, whole, capsys)
     assert_same(run, whole(model))
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient_norm"])
-def test_a_step_that_is_not_finite_ends_the_run_before_it_is_saved(what, start, monkeypatch, capsys):
-    model = MODELS[1]
+def poison(steps, patch):
+    """The images of these steps, counted from 1, are no numbers."""
+    real, count = train.step.Task.samples, 0
+
+    def samples(*args):
+        nonlocal count
+        count += 1
+        x_P, *rest = real(*args)
+        # two micro-batches each; tokens make NaN where they become teacher inputs
+        return (x_P * float("nan") if (count + 1) // 2 in steps else x_P), *rest
+
+    patch.setattr(train.step.Task, "samples", samples)
+
+
+def skip(steps, patch):
+    """A run told to pass over the batches of these steps."""
+    real, count, found = train.loop.train_step, 0, {}
+
+    def train_step(*args):
+        nonlocal count
+        count += 1
+        if count in steps:
+            return {name: torch.full_like(value, float("nan")) for name, value in found.items()}
+        found.update(real(*args))
+        return dict(found)
+
+    patch.setattr(train.loop, "train_step", train_step)
+
+
+def same_tensors(run, other):
+    places = [place.relative_to(run) for place in (*(run / "checkpoints").iterdir(), run / "weights")]
+    for place in places:
+        here, there = tensors(run / place), tensors(other / place)
+        assert here.keys() == there.keys() and len(here) > 10
+        assert [k for k in here if not torch.equal(here[k], there[k])] == []
+
+
+def test_a_step_that_is_not_finite_is_skipped_as_if_its_batch_were_not_there(start, monkeypatch):
+    model, bad, runs = MODELS[0], (2, 4, 5), {}
+    for name, how in {"poisoned": poison, "told": skip}.items():
+        with monkeypatch.context() as patch:
+            how(bad, patch)
+            status, runs[name] = start(model, STEPS, "train.max_skipped=2", out=name)
+        assert status == 0
+    same_tensors(runs["poisoned"], runs["told"])
+    lines = metrics(runs["poisoned"])
+    assert [line["skipped"] for line in lines] == [0, 1, 1, 2, 3, 3]
+    assert [line["loss"] is None for line in lines] == [step in bad for step in range(1, STEPS + 1)]
+    noted = [json.loads(line) for line in (runs["poisoned"] / "skipped.jsonl").read_text().splitlines()]
+    assert [event["images"] for event in noted] == [step * BATCH for step in bad]
+    assert all(len(set(event["keys"])) == BATCH for event in noted)
+
+
+def test_a_checkpoint_is_a_weights_folder(start, tmp_path):
+    """The average of one run, the weights of another: as at the end of the run, and ready for `mclr convert` and --init."""
+    for model, std in ((MODELS[0], 0.1), (MODELS[1], 0.0)):
+        status, run = start(model, 2, f"train.ema_std={std}", out=model)
+        folder = run / "checkpoints" / f"{2 * BATCH:012d}"
+        assert status == 0
+        net, last = load_net(str(folder), kind_of_model(model)), load_net(str(run / "weights"), kind_of_model(model))
+        assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), last.state_dict().values(), strict=True))
+        assert read_config(folder) | {"metrics": 0} == read_config(run / "weights") | {"metrics": 0}
+        assert main(["convert", str(folder), str(tmp_path / f"{model}-half"), "--half"]) == 0
+        assert start(model, 3, "train.ema_std=0.0", f"model.weights={folder}", out=f"{model}-again")[0] == 0
+
+
+def test_the_best_checkpoint_stays(start, monkeypatch):
+    losses = iter((3.0, 1.0, 2.0, 4.0))
     with monkeypatch.context() as patch:
-        real, count = train.loop.train_step, 0
+        patch.setattr(train.loop, "mle_loss", lambda task, images: {"mle_loss_val": next(losses)})
+        status, run = start(MODELS[1], 4, f"train.checkpoint_every={BATCH}", "train.keep=1", "train.keep_best=true")
+    assert status == 0 and sorted(os.listdir(run / "checkpoints")) == [f"{steps * BATCH:012d}" for steps in (2, 4)]
+    assert json.loads((run / "checkpoints" / f"{2 * BATCH:012d}" / "state.json").read_text())["held_out"] == 1.0
+    # as it is read in earnest
+    status, run = start(MODELS[1], 1, "train.keep_best=true", out="earnest")
+    assert status == 0
+    assert 1 < json.loads((run / "checkpoints" / f"{BATCH:012d}" / "state.json").read_text())["held_out"] < 10
 
-        def train_step(*args):
-            nonlocal count
-            count += 1
-            values = real(*args)
-            return values | {what: torch.tensor(float("nan"))} if count == 4 else values
 
-        patch.setattr(train.loop, "train_step", train_step)
-        status, run = start(model, STEPS, f"train.checkpoint_every={2 * BATCH}")
-    assert status == 2
+def test_a_run_whose_steps_are_no_longer_finite_ends(start, monkeypatch, capsys):
+    model = MODELS[0]
+    with monkeypatch.context() as patch:
+        poison((3, 4, 5), patch)
+        assert start(model, STEPS, f"train.checkpoint_every={2 * BATCH}", "train.max_skipped=2")[0] == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == (
-        f"error: {what} is nan at {4 * BATCH} images: start again with a lower train.lr or objective.lam and another --out; "
-        f"run keeps its checkpoint of {2 * BATCH} images"
+        f"error: gradient_norm is nan at {5 * BATCH} images, 3 steps in a row: start again with a lower train.lr or "
+        f"objective.lam and another --out; run keeps its checkpoint of {4 * BATCH} images"
     )
-    assert os.listdir(run / "checkpoints") == [f"{2 * BATCH:012d}"] and metrics(run)[-1]["images"] == 3 * BATCH
 
 
 def test_a_real_divergence_is_noticed(start, capsys):
-    assert start(MODELS[0], STEPS, "train.lr=1e30", "train.weight_decay=0.0")[0] == 2
+    assert start(MODELS[0], STEPS, "train.lr=1e30", "train.weight_decay=0.0", "train.max_skipped=1")[0] == 2
     assert "is nan" in capsys.readouterr().err.splitlines()[-1]
 
 

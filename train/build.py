@@ -26,10 +26,11 @@ from models.edm2 import EDM2, EDM2Config
 from models.features import CONVNEXT_SMALLEST, NoiseClassifier, NoiseClassifierConfig, channel_mult_for
 from models.var import VAR, VARConfig
 from models.vqvae import VQVAE
+from train.cache import through_cache
 from train.class_map import class_map
 from train.data import Source
 from train.encoders import RGB, Encoder, Latents, Tokens, load_vae
-from train.engine import DeepSpeedEngine, Engine, Frozen, LocalEngine, make_optimizer
+from train.engine import DeepSpeedEngine, Engine, Frozen, LocalEngine, Sharded, make_optimizer
 from train.ranks import world
 from train.step import Task
 from train.weights import find_weights, load_into, load_net, read_config, sha256
@@ -49,12 +50,22 @@ def choose_kernels(config: RunConfig, device: torch.device) -> str:
     return f"kernels    {mode}: {plain if not fused else 'Triton for ' + ', '.join(fused)}"
 
 
+def compile_blocks(net: nn.Module) -> None:
+    """torch.compile for every block of a network, or for the whole of one that has none.
+
+    Of a block its forward alone, so that what surrounds it stays plain torch: activation checkpointing, and ZeRO 3's gathering.
+    """
+    compile_every_length()
+    for module in getattr(net, "blocks", [net]):
+        module.forward = torch.compile(module.forward)
+
+
 def compile_every_length() -> None:
-    """Lets torch.compile make as much code as a VAR needs: rows of every scale's length, with and without gradient.
+    """Lets torch.compile make as much code as there are kinds of blocks and rows: of every scale's length, with and without gradient.
 
     Beyond its limit, which is 8, it would run the rest as eager.
     """
-    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.recompile_limit = 256
 
 
 def build_encoder(config: RunConfig, device: torch.device) -> Encoder:
@@ -216,8 +227,14 @@ def schedule_table(name: str, schedule: Schedule, scales: Sequence[int] | None) 
 
 def open_source(config: RunConfig, path: str | None = None) -> Source:
     """The training samples at data.path, or at another. Raises UserError when they are unusable, or not what the config says."""
-    path = path or config.data.path
-    source = Source(path, "train", config.train.seed)
+    data = config.data
+    if path is None and data.streamed:
+        # its webdataset is not on every machine
+        from train.stream import Stream
+
+        return Stream(data, config.train.seed)
+    path = path or data.path
+    source = Source(path, "train", config.train.seed, data.balanced, data.damaged)
     for key in ("resolution", "channels", "num_classes"):
         here, there = getattr(config.data, key), getattr(source.info, key)
         if here != there:
@@ -282,7 +299,7 @@ def build_networks(config: RunConfig, device: torch.device) -> Networks:
     if isinstance(model, DiffusionModel) and objective.needs_posterior:
         classifier = build_classifier(config)
     reference = copy.deepcopy(net) if objective.needs_reference else None
-    generated = open_generated(config) if objective.needs_generated else None
+    generated = through_cache(open_generated(config), encoder, config) if objective.needs_generated else None
     return Networks(encoder, net, classifier, reference, generated)
 
 
@@ -295,37 +312,52 @@ def project(net: nn.Module) -> list[nn.Parameter]:
     return normalised
 
 
+LARGE = 2e9  # parameters of a reference that `auto` divides among the ranks: 8 GB
+
+
+def is_sharded(reference: nn.Module, config: RunConfig) -> bool:
+    """Whether the ranks divide it. Raises UserError where there is nobody to share with."""
+    engine = config.engine
+    if engine.reference == "sharded" and engine.here() == "local":
+        raise UserError(
+            "engine.reference=sharded needs ranks that share it: start with a launcher, or set engine.reference=whole"
+        )
+    large = sum(p.numel() for p in reference.parameters()) > LARGE
+    return engine.reference == "sharded" or (engine.reference == "auto" and large and world()[2] > 1)
+
+
 def build_task(config: RunConfig, source: Source, networks: Networks, device: torch.device, micro_batch: int) -> Task:
     """Everything that trains. micro_batch: images per forward of one rank. Collective with DeepSpeed."""
     settings, model = config.train, config.model
+    bf16, launched = config.engine.precision == "bf16", config.engine.here() == "deepspeed"
     normalised = project(networks.net.to(device))
     reference = None
     if networks.reference is not None:
         project(networks.reference.to(device))
         if isinstance(networks.reference, EDM2):
             networks.reference.fold()
-        reference = Frozen(networks.reference, config.engine.precision == "bf16")
+        reference = (Sharded if is_sharded(networks.reference, config) else Frozen)(networks.reference, bf16)
 
-    def engine_of(net: nn.Module, lr: float, weight_decay: float, zero: int) -> Engine:
+    def engine_of(net: nn.Module, lr: float, weight_decay: float, zero: int, offload: bool) -> Engine:
         net.to(device).train()
         if config.engine.compile:
-            compile_every_length()
-            net.compile()
-        optimizer = make_optimizer(net, lr, settings.betas, settings.eps, weight_decay)
-        clip, bf16 = config.engine.gradient_clipping, config.engine.precision == "bf16"
-        if config.engine.here() == "local":
+            compile_blocks(net)
+        optimizer = make_optimizer(net, lr, settings.betas, settings.eps, weight_decay, offload)
+        clip = config.engine.gradient_clipping
+        if not launched:
             return LocalEngine(net, optimizer, clip, settings.batch // micro_batch, bf16)
         accumulation = settings.batch // world()[2] // micro_batch
-        return DeepSpeedEngine(net, optimizer, clip, accumulation, bf16, micro_batch, zero)
+        return DeepSpeedEngine(net, optimizer, clip, accumulation, bf16, micro_batch, zero, offload)
 
-    engine = engine_of(networks.net, settings.lr, settings.weight_decay, config.engine.zero)
+    networks.net.activation_checkpointing = config.engine.activation_checkpointing  # type: ignore[assignment]
+    engine = engine_of(networks.net, settings.lr, settings.weight_decay, config.engine.zero, config.engine.offload)
     objective, paradigm = build_objective(config), build_paradigm(config, networks.encoder)
     posterior: NoisyPosterior | PrefixPosterior | None = None
     posterior_engine = None
     if networks.classifier is not None:
         assert isinstance(model, DiffusionModel)
         # too small to be worth dividing
-        posterior_engine = engine_of(networks.classifier, model.posterior.lr, 0.0, zero=0)
+        posterior_engine = engine_of(networks.classifier, model.posterior.lr, 0.0, zero=0, offload=False)
         posterior = NoisyPosterior(posterior_engine)
     elif objective.needs_posterior:
         posterior = PrefixPosterior(paradigm, engine, config.data.num_classes)

@@ -1,8 +1,12 @@
-"""Checkpoints: RUN/checkpoints/IMAGES/, written whole or not at all, free of ranks and stages, verified before they are trusted."""
+"""Checkpoints: RUN/checkpoints/IMAGES/, written whole or not at all, free of ranks and stages, verified before they are trusted.
+
+Each is also a weights folder (train/weights.py), without a card: model.safetensors is the average, or where none is kept the weights.
+"""
 
 import hashlib
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +20,19 @@ from train.files import new_folder, write_json
 MANIFEST = "manifest.json"
 
 
-def save_checkpoint(run: Path, images_seen: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int) -> None:
-    """Write tensors (file name -> name -> tensor) and state (JSON), then drop all but the newest `keep` checkpoints.
+def save_checkpoint(
+    run: Path,
+    images_seen: int,
+    tensors: dict[str, dict[str, Tensor]],
+    state: dict[str, Any],
+    about: dict[str, Any],
+    keep: int,
+    keep_best: bool = False,
+) -> None:
+    """Write tensors (file name -> name -> tensor), state and what is to be said about the weights, then drop all but the newest `keep`.
 
-    Raises UserError when there is no room; the checkpoints before still stand.
+    keep_best: nor is that with the lowest state["held_out"] dropped. Raises UserError when there is no room; the checkpoints before
+    still stand.
     """
     path = run / "checkpoints" / f"{images_seen:012d}"
     # only a damaged one can have this name: training went on from an older one
@@ -33,9 +46,25 @@ def save_checkpoint(run: Path, images_seen: int, tensors: dict[str, dict[str, Te
                     f"cannot write the checkpoint {path} ({error}): make room; those before it still stand"
                 ) from error
         write_json(folder / "state.json", state)
+        write_json(folder / "config.json", about)
         write_json(folder / MANIFEST, _digests(folder))
-    for old in [p for p in _folders(run) if p > path] + [p for p in _folders(run) if p <= path][:-keep]:
+    # newer ones were found damaged
+    newer, older = [p for p in _folders(run) if p > path], [p for p in _folders(run) if p <= path]
+    kept = older[-keep:]
+    if keep_best and (best := best_checkpoint(older)):
+        kept.append(best)
+    for old in newer + [p for p in older if p not in kept]:
         shutil.rmtree(old)
+
+
+def best_checkpoint(folders: list[Path]) -> Path | None:
+    """That of the lowest held-out loss, the newest of equal ones; None where no state tells one."""
+    losses = {}
+    for folder in folders:
+        # damaged, or of a time when the run did not look
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            losses[folder] = float(json.loads((folder / "state.json").read_text())["held_out"])
+    return min(reversed(losses), key=lambda folder: losses[folder], default=None)
 
 
 def newest_checkpoint(run: Path) -> tuple[Path | None, list[Path]]:

@@ -3,6 +3,8 @@
 import argparse
 import difflib
 import importlib
+import io
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -15,7 +17,7 @@ PROGRAMS = {
     "sample": ("train.sample", "draw images from a run or from weights"),
     "evaluate": ("train.evaluate", "score samples against real images: FD, precision, recall, FID, FD_DINOv2, ..."),
     "report": ("train.report", "turn a tour's results into a page; finish a study"),
-    "prepare": ("train.prepare", "turn images into a dataset folder; fit a tokenizer or a judge to one"),
+    "prepare": ("train.prepare", "turn images into a dataset folder; fit a tokenizer or a judge to one; cache latents or tokens"),
     "convert": ("train.convert", "turn published weights into a weights folder, and back"),
 }
 
@@ -37,15 +39,32 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, **settings) -> None:
         super().__init__(prog, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
+        # of which argparse makes empty lists
+        if list(sys.argv[1:] if args is None else args).count("--") > 1:
+            self.error("-- twice: give it once, before what begins with a dash")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (`{self.prog} --help` shows the arguments)")
 
 
 def run(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
-    """Exit status of `main(argv)`: 2 after a UserError, 130 after Ctrl-C, each with one line on stderr; None counts as 0."""
+    """Exit status of `main(argv)`: 2 after a UserError or a file that cannot be used, 130 after Ctrl-C, each with one line on stderr.
+
+    None counts as 0.
+    """
+    # names of files may hold bytes that are no text
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return main(argv) or 0
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError):
+            # of no file: our own mistake
+            if error.filename is None:
+                raise
+            error = UserError(f"cannot use {os.fsdecode(error.filename)} ({error.strerror}): give another, or make it usable")
         # One line, whatever the message was made of.
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2

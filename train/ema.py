@@ -59,37 +59,37 @@ def coefficients(t_K: np.ndarray, std_K: np.ndarray, t: float, std: float) -> tu
 
 
 class EMA:
-    """average: name -> fp32 tensor, on the device of the weights. std: 0.01 to 0.25, relative to the images seen in this run."""
+    """average: name -> fp32 piece that this rank holds (train/engine.py). std: .01 to .25, relative to the images seen in this run."""
 
-    def __init__(self, weights: dict[str, Tensor], std: float):
+    def __init__(self, pieces: dict[str, Tensor], std: float):
         self.std = std
-        self.average = {name: w.detach().float().clone() for name, w in weights.items()}
+        self.average = {name: piece.clone() for name, piece in pieces.items()}
 
     @torch.no_grad()
-    def update(self, weights: dict[str, Tensor], images_seen: int, images: int) -> None:
+    def update(self, pieces: dict[str, Tensor], images_seen: int, images: int) -> None:
         beta = beta_of(self.std, images_seen, images)
-        for name, w in weights.items():
-            self.average[name].lerp_(w.float(), 1 - beta)
+        for name, piece in pieces.items():
+            self.average[name].lerp_(piece, 1 - beta)
 
 
-def averages_of(weights: dict[str, Tensor], settings: Train) -> dict[str, EMA]:
+def averages_of(pieces: dict[str, Tensor], settings: Train) -> dict[str, EMA]:
     """The averages that a run keeps, by their names in a checkpoint: `ema`, which becomes RUN/weights, and those for snapshots alone."""
     stds = {"ema": settings.ema_std} if settings.ema_std else {}
     if settings.snapshot_every:
         stds |= {f"ema-{std:.3f}": std for std in settings.snapshot_stds if std != settings.ema_std}
-    return {name: EMA(weights, std) for name, std in stds.items()}
+    return {name: EMA(pieces, std) for name, std in stds.items()}
 
 
-def write_snapshot(run: Path, ema: EMA, images_seen: int) -> None:
+def write_snapshot(run: Path, average: dict[str, Tensor], std: float, images_seen: int) -> None:
     """Write RUN/snapshots/IMAGES-STD.safetensors: the average in fp16, both numbers beside it; whole or not at all."""
     folder = run / "snapshots"
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {folder} ({error.strerror}): make room there, the same command goes on") from error
-    tensors = {name: t.half().cpu().contiguous() for name, t in ema.average.items()}
-    data = save(tensors, {"images_seen": str(images_seen), "std": str(ema.std)})
-    write_file(folder / f"{images_seen:012d}-{ema.std:.3f}.safetensors", data)
+    tensors = {name: t.half().contiguous() for name, t in average.items()}
+    data = save(tensors, {"images_seen": str(images_seen), "std": str(std)})
+    write_file(folder / f"{images_seen:012d}-{std:.3f}.safetensors", data)
 
 
 def rewind_snapshots(run: Path, images_seen: int) -> None:

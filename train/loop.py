@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -21,12 +22,15 @@ from mclr.likelihood import Draws
 from mclr.posterior import NoisyPosterior, fold_bins
 from train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from train.ema import EMA, averages_of, rewind_snapshots, write_snapshot
-from train.engine import Engine
+from train.engine import Engine, buffers_of
+from train.grids import Grid
 from train.log import RunFolder
-from train.monitor import Monitor
-from train.ranks import Interrupt, together, world
+from train.meter import Meter
+from train.monitor import Monitor, mle_loss, open_images
+from train.pulse import Pulse
+from train.ranks import Interrupt, from_rank_0, together, world
 from train.step import Task, train_step
-from train.weights import save_weights
+from train.weights import describe, save_weights
 
 
 @dataclass
@@ -34,7 +38,8 @@ class Progress:
     """What a run has done so far, over all ranks; part of every checkpoint.
 
     rows: run through the network with gradient; one cut short after a scale counts by its share of the tokens. flops: of forwards
-    (1x) and backwards (2x), the posterior classifier's included.
+    (1x) and backwards (2x), the posterior classifier's included. skipped: steps that were not finite and changed nothing. held_out:
+    loss of maximum likelihood on held-out images at this checkpoint, where the best is kept.
     """
 
     images: int = 0
@@ -43,6 +48,9 @@ class Progress:
     flops: float = 0.0
     posterior_flops: float = 0.0
     seconds: float = 0.0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    held_out: float | None = None
 
 
 def train(
@@ -52,27 +60,30 @@ def train(
     path: Path,
     run: RunFolder | None,
     interrupt: Interrupt,
+    pulse: Pulse,
+    grid: Grid,
+    peak: float | None,
     notes: dict[str, Any],
 ) -> int:
     """Train until settings.images have been seen, or the compute of settings.mle_images is spent.
 
     Returns 0, or 128 + the signal that ended the run after a checkpoint.
-    path: the run folder; run: the same, held by rank 0, None elsewhere. notes: kept beside the weights; notes["init"]: where they
-    started. Raises UserError when the loss is not finite; the newest checkpoint then still stands.
+    path: the run folder; run: the same, held by rank 0, None elsewhere. peak: FLOP/s of a device, where known. notes: kept beside the
+    weights; notes["init"]: where they started. Raises UserError when too many steps in a row are not finite; the newest checkpoint
+    then still stands.
     """
     rank, _, ranks = world()
-    # the only rank that writes
-    averages = averages_of(task.engine.weights(), settings) if rank == 0 else {}
-    with together():
-        progress = resume(task, averages, path, rank)
-    if add_up({"images": progress.images}, task.device)["images"] != ranks * progress.images:
-        raise UserError(f"the ranks find different checkpoints in {path}: put the run folder on storage that all of them see")
+    averages = averages_of(task.engine.pieces(), settings)
+    progress = resume(task, averages, path, rank)
     if run is not None:
         run.rewind(progress.images)
         rewind_snapshots(path, progress.images)
+    # the others are needed where each has a part of the network
+    reads = rank == 0 or task.engine.lockstep
     monitor = None
-    if run is not None and settings.monitor_every:
+    if settings.monitor_every and reads:
         monitor = Monitor(task, settings.monitor_every, settings.log_every * settings.batch)
+    held_out = open_images(task.source.info) if settings.keep_best and reads else {}
     flops = forward_flops(task)
     budget = 3 * flops["net"] * settings.mle_images if settings.mle_images else math.inf
 
@@ -84,60 +95,78 @@ def train(
         affordable = progress.images * budget / progress.flops if progress.flops else math.inf
         return max(progress.images, math.ceil(min(settings.images, affordable)))
 
-    share = settings.batch // ranks
+    def checkpoint() -> None:
+        pulse.enter("checkpoint")
+        if held_out:
+            progress.held_out = mle_loss(task, held_out)["mle_loss_val"]
+        save(task, averages, progress, path, settings, rank, notes)
+
+    share, meter = settings.batch // ranks, Meter(vars(progress), peak, task.device)
     begun = checkpointed = progress.images
     if rank == 0 and not done() and (path / "weights").exists():
         print(f"this run had finished at {begun} images; it goes on to train.images={settings.images}")
     with progress_bar(end(), begun, quiet=rank != 0 or done()) as bar:
         while not done():
             started = time.perf_counter()
+            pulse.enter("start", progress.images // settings.batch + 1)
             # dropout draws from torch's global generator: keyed by the step, so that a resumed run repeats it
             torch.manual_seed(((settings.seed * 1_000_003 + progress.images) * 1_021 + rank) % 2**63)
             first = progress.images + rank * share
             for source in (task.source, task.generated):
                 if source is not None:
                     source.prefetch(range(first + settings.batch, first + settings.batch + share))
-            warmup = min(1.0, (progress.images + settings.batch) / max(settings.warmup_images, 1))
+            lr = settings.lr * min(1.0, (progress.images + settings.batch) / max(settings.warmup_images, 1))
             positions = range(first, first + share)
-            metrics = train_step(task, positions, micro_batch, settings.lr * warmup, lambda: interrupt.agreed(task.device))
+            metrics = train_step(task, positions, micro_batch, lr, lambda: interrupt.agreed(task.device), pulse.enter)
             if metrics is None:
                 break
             progress.images += settings.batch
             for ema in averages.values():
-                ema.update(task.engine.weights(), progress.images, settings.batch)
-            sums = add_up(metrics | rows_of(task), task.device)
+                ema.update(task.engine.pieces(), progress.images, settings.batch)
+            pulse.enter("meet")
+            sums = add_up(metrics | rows_of(task) | meter.share(pulse.seconds.pop("data", 0.0), task.source.damaged), task.device)
+            meter.step(sums)
             means = fold_bins({name: sums[name] / ranks for name in metrics})
             count_compute(progress, sums, flops)
             progress.seconds += time.perf_counter() - started
 
-            refuse_infinite(means, progress.images, path, checkpointed)
+            pulse.enter("log")
+            count_skipped(progress, means, settings, task.source, run, path, checkpointed)
             bar.total = end()
             bar.update(settings.batch)
-            if run is not None and (progress.images // settings.batch % settings.log_every == 0 or done()):
+            if progress.images // settings.batch % settings.log_every == 0 or done():
                 counts = {"images": progress.images, "rows": round(progress.rows, 3), "flops": progress.flops}
                 # how far plain maximum likelihood would have come at the same cost: the length of a fair control
                 counts |= {"mle_images": round(progress.flops / (3 * flops["net"])), "posterior_flops": progress.posterior_flops}
                 readings = monitor.read(progress.images) if monitor else {}
-                run.log(**counts, seconds=round(progress.seconds, 3), **means, **readings)
+                if run is not None:
+                    means["skipped"], seconds = progress.skipped, round(progress.seconds, 3)
+                    run.log(**counts, seconds=seconds, **means, **meter.read(vars(progress)), **readings)
                 bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
             if rank == 0 and notes["init"] is None and progress.images == settings.batch:
                 left = bar.format_interval(progress.seconds * (end() / settings.batch - 1))
                 bar.write(f"no released weights were given: training from scratch, about {left} to go by the first step")
             # before the checkpoint: a run that goes on from there does not come by here again
+            if grid.due(progress.images, progress.images - settings.batch, done()):
+                pulse.enter("grid")
+                grid.draw(progress.images)
             if settings.snapshot_every and (progress.images % settings.snapshot_every < settings.batch or done()):
-                snapshot(averages, settings, progress, path, rank)
+                pulse.enter("snapshot")
+                snapshot(task, averages, settings, progress, path, rank)
             if progress.images - checkpointed >= settings.checkpoint_every:
-                checkpoint(task, averages, progress, path, settings.keep, rank)
+                checkpoint()
                 checkpointed = progress.images
     if progress.images > checkpointed:
-        checkpoint(task, averages, progress, path, settings.keep, rank)
+        checkpoint()
     if not done():
         if rank == 0:
             print(f"stopped by a signal at {progress.images} images; the same command goes on from there")
         return 128 + interrupt.signal
+    pulse.enter("weights")
+    weights = task.engine.gather(averages["ema"].average if "ema" in averages else task.engine.pieces())
     with together():
         if rank == 0:
-            export(task, averages, progress, path, notes)
+            export(task, weights, progress, path, notes)
     return 0
 
 
@@ -155,61 +184,106 @@ class NotFinite(UserError):
         self.images = images
 
 
-def refuse_infinite(means: dict[str, float], images: int, path: Path, checkpointed: int) -> None:
-    """Raise NotFinite when a step went wrong: before its weights are saved."""
-    for name in ("loss", *means):
-        if not math.isfinite(means[name]):
-            kept = f"; {path} keeps its checkpoint of {checkpointed} images" if checkpointed else ""
-            what = f"{name} is {means[name]} at {images} images"
-            raise NotFinite(f"{what}: start again with a lower train.lr or objective.lam and another --out{kept}", images)
+def count_skipped(
+    progress: Progress,
+    means: dict[str, float],
+    settings: Train,
+    source: Any,
+    run: RunFolder | None,
+    path: Path,
+    checkpointed: int,
+) -> None:
+    """Where a step was not finite, which left the weights as they were: count it, and have its samples written down.
+
+    Raises NotFinite where that happens too often in a row.
+    """
+    name = next((name for name in ("gradient_norm", *means) if not math.isfinite(means[name])), None)
+    if name is None:
+        progress.skipped_in_a_row = 0
+        return
+    progress.skipped += 1
+    progress.skipped_in_a_row += 1
+    if run is not None:
+        keys = source.keys(progress.images - settings.batch, settings.batch)
+        run.note_skipped(images=progress.images, loss=means["loss"], keys=keys)
+    if progress.skipped_in_a_row > settings.max_skipped:
+        kept = f"; {path} keeps its checkpoint of {checkpointed} images" if checkpointed else ""
+        times = f"{progress.skipped_in_a_row} steps in a row"
+        what = f"{name} is {means[name]} at {progress.images} images, {times}"
+        way_out = "start again with a lower train.lr or objective.lam and another --out"
+        raise NotFinite(f"{what}: {way_out}{kept}", progress.images)
 
 
 def resume(task: Task, averages: dict[str, EMA], path: Path, rank: int) -> Progress:
-    """Load the newest whole checkpoint of the run folder, if there is one, into engines and averages.
+    """Load the newest whole checkpoint of the run folder, if there is one, into engines and averages. Collective.
 
-    Raises UserError when there are checkpoints and none is whole.
+    Raises UserError when there are checkpoints and none is whole, or when a rank does not see it.
     """
-    newest, damaged = newest_checkpoint(path)
-    if damaged and newest is None:
-        raise UserError(
-            f"no checkpoint in {path / 'checkpoints'} is whole (newest: {damaged[0].name}): remove that folder to start from the "
-            f"beginning, or choose another --out"
-        )
+    newest = None
+    with together():
+        # one rank reads and checks it all
+        if rank == 0:
+            newest, damaged = newest_checkpoint(path)
+            if damaged and newest is None:
+                raise UserError(
+                    f"no checkpoint in {path / 'checkpoints'} is whole (newest: {damaged[0].name}): remove that folder to start from "
+                    f"the beginning, or choose another --out"
+                )
+            for bad in damaged:
+                print(f"checkpoint {bad} is damaged and left out")
+            if newest is not None:
+                print(f"going on from {newest}")
+    newest = from_rank_0(newest)
     if newest is None:
         return Progress()
-    if rank == 0:
-        for bad in damaged:
-            print(f"checkpoint {bad} is damaged and left out")
-        print(f"going on from {newest}")
-    tensors, state = load_checkpoint(newest)
-    task.engine.load(tensors["engine"])
-    if task.posterior_engine is not None:
-        task.posterior_engine.load(tensors["posterior"])
-    for name, ema in averages.items():
-        ema.average = {key: t.to(task.device) for key, t in tensors[name].items()}
+    with together():
+        if not newest.exists():
+            raise UserError(f"{newest} is not seen here: put the run folder on storage that all ranks see")
+        tensors, state = load_checkpoint(newest)
+        model, engine = tensors["model"], tensors["engine"]
+        for name, _ in task.engine.net.named_parameters():
+            engine.setdefault(f"weight:{name}", model[name])
+        task.engine.load(engine | {name: model[name.removeprefix("buffer:")] for name in buffers_of(task.engine.net)})
+        if task.posterior_engine is not None:
+            task.posterior_engine.load(tensors["posterior"])
+        for name, ema in averages.items():
+            ema.average = task.engine.split(model if name == "ema" else tensors[name])
     return Progress(**state)
 
 
-def snapshot(averages: dict[str, EMA], settings: Train, progress: Progress, path: Path, rank: int) -> None:
-    """Write one snapshot per width in settings.snapshot_stds."""
+def snapshot(task: Task, averages: dict[str, EMA], settings: Train, progress: Progress, path: Path, rank: int) -> None:
+    """Write one snapshot per width in settings.snapshot_stds. Collective."""
     with together():
-        if rank == 0:
-            for ema in averages.values():
-                if ema.std in settings.snapshot_stds:
-                    write_snapshot(path, ema, progress.images)
+        for ema in averages.values():
+            if ema.std in settings.snapshot_stds:
+                average = task.engine.gather(ema.average)
+                if rank == 0:
+                    write_snapshot(path, average, ema.std, progress.images)
 
 
-def checkpoint(task: Task, averages: dict[str, EMA], progress: Progress, path: Path, keep: int, rank: int) -> None:
+def save(
+    task: Task, averages: dict[str, EMA], progress: Progress, path: Path, settings: Train, rank: int, notes: dict[str, Any]
+) -> None:
     """Write a checkpoint; collective, since gathering the engines' states is."""
-    tensors = {"engine": task.engine.save()} | {name: ema.average for name, ema in averages.items()}
+    engine = task.engine.save()
+    tensors = {"engine": engine} | {name: task.engine.gather(ema.average) for name, ema in averages.items()}
     if task.posterior_engine is not None:
         tensors["posterior"] = task.posterior_engine.save()
     with together():
         if rank == 0:
-            save_checkpoint(path, progress.images, tensors, vars(progress), keep)
+            # as `mclr sample` and `mclr convert` read weights, and no tensor twice
+            average = tensors.pop("ema", None) or taken(engine, "weight:")
+            tensors["model"] = average | taken(engine, "buffer:")
+            about = describe(task.engine.net, tensors["model"], notes | {"images_seen": progress.images})
+            save_checkpoint(path, progress.images, tensors, vars(progress), about, settings.keep, settings.keep_best)
 
 
-def export(task: Task, averages: dict[str, EMA], progress: Progress, path: Path, notes: dict[str, Any]) -> None:
+def taken(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those entries of an engine's state, which then lacks them, by the rest of their names."""
+    return {name.removeprefix(prefix): state.pop(name) for name in list(state) if name.startswith(prefix)}
+
+
+def export(task: Task, weights: dict[str, Tensor], progress: Progress, path: Path, notes: dict[str, Any]) -> None:
     """Write RUN/weights of a finished run, with notes and the last line of its metrics, unless they are there.
 
     Those of a shorter run are removed first: the checkpoint holds all that is needed to write them, again if need be.
@@ -222,7 +296,6 @@ def export(task: Task, averages: dict[str, EMA], progress: Progress, path: Path,
     except (OSError, ValueError, KeyError):
         pass
     shutil.rmtree(folder, ignore_errors=True)
-    weights = averages["ema"].average if "ema" in averages else task.engine.weights()
     metrics = path / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     notes = notes | {"images_seen": progress.images, "metrics": json.loads(lines[-1]) if lines else {}}
@@ -272,13 +345,13 @@ def forward_flops(task: Task) -> dict[str, int]:
     index = torch.zeros(1, dtype=torch.int64, device=task.device)
     counted = {"net": 0, "posterior": 0}
     # plain operations: what torch.compile, fused attention and our kernels run is not counted everywhere
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
         with FlopCounterMode(display=False) as counter, using("torch"):
-            prediction = task.paradigm.predict(task.engine.net.forward, probe, index, batch.c_B.to(task.device))
+            prediction = task.paradigm.predict(task.engine.net, probe, index, batch.c_B.to(task.device))
             task.paradigm.log_likelihood(prediction, probe, index)
         counted["net"] = counter.get_total_flops()
         if isinstance(task.posterior, NoisyPosterior) and task.posterior_engine is not None:
             with FlopCounterMode(display=False) as counter:
-                task.posterior_engine.net.forward(probe.inputs["noisy"], probe.inputs["sigma"])
+                task.posterior_engine.net(probe.inputs["noisy"], probe.inputs["sigma"])
             counted["posterior"] = counter.get_total_flops()
     return counted

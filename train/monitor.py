@@ -55,7 +55,7 @@ def features(net: EDM2, x_BCHW: Tensor, draws: Draws) -> Tensor:
     blocks = list(net.decoder.values())
     hook = blocks[len(blocks) // 2].register_forward_hook(lambda block, inputs, h_BDHW: seen.append(h_BDHW.mean((2, 3))))
     try:
-        net.eval().forward(noisy_BCHW, sigma_B, null_B)
+        net.eval()(noisy_BCHW, sigma_B, null_B)
     finally:
         hook.remove()
     D = seen[0].shape[1]
@@ -97,7 +97,7 @@ def mle_loss(task: Task, images: dict[str, SplitReader]) -> dict[str, float]:
             draws = Draws(LOSS, list(positions), task.device)
             probe = task.paradigm.probe(task.encoder.draw(task.encode(batch), draws), draws)
             rows = mle.rows(probe, batch.c_B.to(task.device), task.null, draws, None)
-            losses.append(mle(score(task.paradigm, net.forward, probe, rows, task.null), rows)[0])
+            losses.append(mle(score(task.paradigm, net, probe, rows, task.null), rows)[0])
         found[NAMES[split].format("mle_loss")] = torch.cat(losses).mean().item()
     return found
 
@@ -117,7 +117,8 @@ def open_images(info: DatasetInfo) -> dict[str, SplitReader]:
 
 
 class Monitor:
-    """What is logged beside a step's metrics, once every `every` images. For rank 0 alone: it meets nobody.
+    """What is logged beside a step's metrics, once every `every` images. It meets nobody, but where ranks hold parts of the network
+    each has to read when rank 0 does.
 
     period: images between two lines of the log.
     """

@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -36,8 +37,11 @@ def own_device() -> Any:
 
 
 @contextmanager
-def group(launched: bool) -> Iterator[None]:
-    """The process group of the launched ranks, NCCL on GPUs and gloo on CPUs; none without a launcher."""
+def group(launched: bool, timeout: float = 1800) -> Iterator[None]:
+    """The process group of the launched ranks, NCCL on GPUs and gloo on CPUs; none without a launcher.
+
+    timeout: seconds that a rank may be silent; those that wait for it wait longer, so that its name is told first (train/pulse.py).
+    """
     if not launched:
         yield
         return
@@ -48,7 +52,7 @@ def group(launched: bool) -> Iterator[None]:
     own_device()
     # waiting for the others happens outside of Python, whose handlers do not run meanwhile
     with on_signals(signal.SIG_DFL):
-        deepspeed.init_distributed()
+        deepspeed.init_distributed(timeout=timedelta(seconds=2 * timeout + 60))
     try:
         yield
     finally:
@@ -101,11 +105,12 @@ def together() -> Iterator[None]:
 
 
 def from_rank_0(value: Any) -> Any:
-    """Rank 0's value, on every rank. Collective."""
+    """Rank 0's value, on every rank. Collective under a launcher."""
     import torch.distributed as dist
 
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 

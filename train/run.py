@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import math
 import os
 import shlex
 import signal
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +18,7 @@ from configs.schema import DiffusionModel, RunConfig, dump, flatten, load
 from mclr.errors import UserError
 from train.cli import Parser, run
 from train.ranks import Interrupt, group, on_signals, one_voice, own_device, together, world
+from train.sinks import refuse_missing
 
 EXAMPLE = """example:
   mclr train --model edm2-digits --objective mclr objective.lam=0.3
@@ -39,7 +42,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--data", default="digits", help="digits, a folder made by `mclr prepare`, or a YAML path (default: digits)"
     )
-    parser.add_argument("--engine", default="auto", help="auto, local, zero0, zero1, zero2, or a YAML path (default: auto)")
+    parser.add_argument(
+        "--engine", default="auto", help="auto, local, zero0, zero1, zero2, zero3, or a YAML path (default: auto)"
+    )
     parser.add_argument(
         "--init",
         metavar="WEIGHTS",
@@ -48,9 +53,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, metavar="RUN", help="run folder (default: runs/MODEL-OBJECTIVE-DATA)")
     parser.add_argument("--dry-run", action="store_true", help="print the settings and what they cost, write nothing")
+    parser.add_argument(
+        "--plan", action="store_true", help="print memory, FLOPs and speed on 1 to 1024 GPUs, read and write nothing"
+    )
+    parser.add_argument("--gpus", type=int, metavar="N", help="of a plan: how many GPUs, 1 to 1024 (default: a table of several)")
+    parser.add_argument("--gpu", metavar="NAME", help="of a plan: a100-80, h100, h200, ... (default: this machine's, else h100)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # inserted by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any setting, as --dry-run shows them")
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    if not args.plan and (args.gpus or args.gpu) is not None:
+        parser.error("--gpus and --gpu belong to --plan")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,7 +75,12 @@ def main(argv: list[str] | None = None) -> int:
             if args.init:
                 weights = "null" if args.init == "none" else json.dumps(args.init, ensure_ascii=False)
                 overrides = [*overrides, f"model.weights={weights}"]
+            if args.plan:
+                if rank == 0:
+                    print_plan(args, overrides)
+                return 0
             config = load(args.model, args.objective, args.data, args.engine, overrides)
+            refuse_missing(config.train.log_to)
             micro_batch = micro_batch_of(config, ranks)
             if args.dry_run:
                 if rank == 0:
@@ -71,6 +89,13 @@ def main(argv: list[str] | None = None) -> int:
         out = args.out or Path("runs") / "-".join(Path(name).stem for name in (args.model, args.objective, args.data))
         given = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank")]
         return start(config, out, micro_batch, shlex.join(["mclr", "train", *given]))
+
+
+def print_plan(args: argparse.Namespace, overrides: list[str]) -> None:
+    from train.plan import plan, published_data
+
+    config = load(args.model, args.objective, args.data, args.engine, [*published_data(args.model, args.data), *overrides])
+    print("\n".join(plan(config, args.gpus, args.gpu)))
 
 
 def end_early(number: int, frame: Any) -> NoReturn:
@@ -93,7 +118,8 @@ def micro_batch_of(config: RunConfig, ranks: int) -> int:
         raise UserError("engine.kind=deepspeed needs a launcher: use `deepspeed train/run.py ...`, or --engine local")
     share = batch // ranks
     most = min(config.train.micro_batch or share, share)
-    return next(count for count in range(most, 0, -1) if share % count == 0)
+    divisors = (d for i in range(1, math.isqrt(share) + 1) if share % i == 0 for d in (i, share // i))
+    return max(d for d in divisors if d <= most)
 
 
 def start(config: RunConfig, out: Path, micro_batch: int, command: str) -> int:
@@ -101,10 +127,14 @@ def start(config: RunConfig, out: Path, micro_batch: int, command: str) -> int:
     import torch
 
     from train.build import build_networks, build_task, choose_kernels, open_source
+    from train.cache import cache_line, precision_of, through_cache
     from train.card import run_notes
+    from train.gpus import peak_flops
+    from train.grids import Grid
     from train.log import RunFolder
     from train.loop import train
     from train.prepare import open_or_prepare
+    from train.pulse import Pulse
     from train.weights import inherited
 
     rank, _, ranks = world()
@@ -113,27 +143,31 @@ def start(config: RunConfig, out: Path, micro_batch: int, command: str) -> int:
     run_folder, notes = None, {"init": config.model.weights, "command": command, "out": str(out)} | run_notes(config)
     if rank == 0:
         # all that the run reads is found good before anything is written and before the ranks meet
-        new_digits = config.data.name == "digits" and not Path(config.data.path).exists()
+        new_digits = config.data.name == "digits" and not config.data.streamed and not Path(config.data.path).exists()
+        networks, inputs = build_networks(config, device), inputs_of(config)
         if not new_digits:
-            source = open_source(config)
-        networks = build_networks(config, device)
-        inputs = inputs_of(config)
+            source = through_cache(open_source(config), networks.encoder, config)
+            inputs |= precision_of(source, networks.encoder)
         notes |= {"inputs": inputs} | inherited(config.model.weights)
         run_folder = RunFolder(out, config, inputs)
         if new_digits:
             open_or_prepare(config.data.name, config.data.path)
             source = open_source(config)
         notes |= {"data_images": len(source), "classes": source.info.class_names}
-    interrupt = Interrupt()
-    with group(config.engine.here() == "deepspeed"), on_signals(interrupt.notice), one_voice():
+    interrupt, timeout = Interrupt(), config.engine.timeout
+    with group(config.engine.here() == "deepspeed", timeout), on_signals(interrupt.notice), one_voice():
         with together():
             if rank != 0:
-                source, networks = open_source(config), build_networks(config, device)
+                networks = build_networks(config, device)
+                source = through_cache(open_source(config), networks.encoder, config)
+        about = describe(config, ranks, micro_batch, networks.net)
         try:
             task = build_task(config, source, networks, device, micro_batch)
             if rank == 0:
-                print(describe(config, ranks, micro_batch, task.engine.net), kernels, sep="\n")
-            return train(task, config.train, micro_batch, out, run_folder, interrupt, notes)
+                print(about, *cache_line(source, networks.encoder, config), kernels, sep="\n")
+            with closing(Pulse(out, rank, ranks, timeout)) as pulse:
+                grid, peak = Grid(task, config, run_folder), peak_flops(device, config.engine.precision)
+                return train(task, config.train, micro_batch, out, run_folder, interrupt, pulse, grid, peak, notes)
         except torch.OutOfMemoryError as error:
             smaller = f"halve train.micro_batch (now {micro_batch}), which leaves the result as it is"
             raise UserError(f"out of GPU memory: {smaller}") from error
@@ -184,8 +218,9 @@ def describe(config: RunConfig, ranks: int, micro_batch: int, net: Any) -> str:
     from train.build import build_objective, posterior_warmup, schedule_table
 
     count = sum(p.numel() for p in net.parameters())
-    objective, settings, zero = build_objective(config), config.train, config.engine.zero
-    per_step, share = settings.batch // micro_batch, 1 / ranks
+    objective, settings, engine = build_objective(config), config.train, config.engine
+    ways = [f"ZeRO {engine.zero}", engine.precision]
+    ways += [way.replace("_", " ") for way in ("offload", "activation_checkpointing", "compile") if getattr(engine, way)]
     tokens = config.model.paradigm == "next_scale"
     # matched rows; one contrast row per sample, or per scale of it where each draws its own
     scales = len(net.config.patch_nums) if tokens and objective.contrast == "posterior" else 1
@@ -193,9 +228,6 @@ def describe(config: RunConfig, ranks: int, micro_batch: int, net: Any) -> str:
     # null rows; every condition of the posterior by Bayes' rule; all rows again through the reference
     free = 1 if objective.contrast == "null" else config.data.num_classes if tokens and objective.needs_posterior else 0
     free += most if objective.needs_reference else 0
-    averages = {settings.ema_std, *(settings.snapshot_stds if settings.snapshot_every else ())} - {0.0}
-    # fp32: weights and gradients; averages, reference; two moments, and with ZeRO a master copy and gradients of this rank's share
-    copies = 2 + len(averages) + objective.needs_reference + (2 if zero == 0 else 4 * share)
     lam, schedule = config.objective.lam, config.objective.schedule.kind
     table = schedule_table("lam", objective.lam, net.config.patch_nums if tokens else None)
     budget = f", or until the compute of {settings.mle_images} images of mle is spent" if settings.mle_images else ""
@@ -216,12 +248,10 @@ def describe(config: RunConfig, ranks: int, micro_batch: int, net: Any) -> str:
             *classifier,
             f"data       {config.data.name}: {config.data.num_classes} classes, {config.data.channels} x {config.data.resolution}^2"
             + (f", latents {net.config.img_channels} x {net.config.img_resolution}^2 of {vae}" if vae else ""),
-            f"engine     {config.engine.here()}, ZeRO {zero}, {config.engine.precision}, {ranks} rank(s), "
-            f"{per_step // ranks} x {micro_batch} images per rank and step",
+            f"engine     {engine.here()}, {', '.join(ways)}, {ranks} rank(s), "
+            f"{settings.batch // ranks // micro_batch} x {micro_batch} images per rank and step",
             f"rows       {settings.batch} samples per step, at most {most * settings.batch} rows with gradient, "
             f"{free * settings.batch} without",
-            f"memory     {count * 4 * copies / 2**20:.0f} MiB per rank for weights, gradients, moments, averages and reference; "
-            f"activations of up to {most * micro_batch} rows come on top (train.micro_batch)",
             f"length     {settings.images} images = {-(-settings.images // settings.batch)} steps{budget}",
         ]
     )

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -22,7 +23,7 @@ from models.features import ImageClassifier, ImageClassifierConfig, NoiseClassif
 from models.var import VAR, VARConfig
 from models.vqvae import VQVAE, VQVAEConfig
 from train.card import card
-from train.files import cache_folder, checksum, lock, new_folder, write_file, write_json
+from train.files import cache_folder, checksum, lock, new_folder, regular, write_file, write_json
 from train.hub import SCHEME, fetch
 from train.published import TRAINING, read_published
 
@@ -37,6 +38,8 @@ PARADIGMS = {"edm2": "diffusion", "var": "next_scale"}
 BUNDLED = Path(models.__file__).parent / "weights"
 OWN = ("kind", "config", "parameters")  # entries of config.json that follow from the network; the others are notes
 WEIGHTS = ("model.weights", "model.tokenizer", "model.posterior.weights", "sample.guide")  # settings that name weights
+DEPTHS = ("num_blocks", "depth", "num_res_blocks", "share_quant_resi")
+MOST_BLOCKS = 100
 MOST = 3  # differences that an error names
 IMAGES = "give data of their images by --data"
 TOKENS = "give the tokenizer that they were trained with, model.tokenizer=WEIGHTS"
@@ -68,16 +71,21 @@ def save_weights(
     """
     tensors = dict(net.state_dict()) | dict(weights or {})
     dtype = torch.float16 if half else torch.float32
-    config = dataclasses.asdict(net.config)  # type: ignore[call-overload]
-    size = sum(p.numel() for p in net.parameters())
-    description = {"kind": kind_of(net), "config": config, "parameters": size, **notes}
+    description = describe(net, tensors, notes)
     with new_folder(folder, replace) as temporary:
         try:
             save_file({k: t.detach().to(dtype).cpu().contiguous() for k, t in tensors.items()}, temporary / "model.safetensors")
         except SafetensorError as error:
             raise UserError(f"cannot write {folder} ({error}): make room, or choose another place") from error
         write_json(temporary / "config.json", description)
-        write_file(temporary / "README.md", card(read_config(temporary)).encode())
+        write_file(temporary / "README.md", card(read_config(temporary)).encode(errors="backslashreplace"))
+
+
+def describe(net: nn.Module, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says. tensors: whole, by name, as those of the network itself may not be (ZeRO 3)."""
+    config = dataclasses.asdict(net.config)  # type: ignore[call-overload]
+    size = sum(tensors[name].numel() for name, _ in net.named_parameters())
+    return {"kind": kind_of(net), "config": config, "parameters": size, **notes}
 
 
 def find_weights(name: str) -> Path:
@@ -151,11 +159,11 @@ def inherited(name: str | None) -> dict[str, Any]:
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a weights folder. Raises UserError when it cannot be read."""
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads(regular(folder / "config.json").read_bytes())
         if config["kind"] not in KINDS or not isinstance(config["config"], dict):
             raise ValueError(f"unknown kind {config['kind']}")
         return config
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{folder / 'config.json'} is not the description of a network ({error}): choose other weights"
         ) from error
@@ -210,12 +218,33 @@ def load_net(name: str, kind: str) -> nn.Module:
     if described["kind"] != kind:
         raise UserError(f"weights {name} hold a network of kind {described['kind']}, not {kind}: choose other weights")
     config_class, net_class = KINDS[kind]
+    hints, settings = get_type_hints(config_class), settings_of(described)
     try:
-        net = net_class(config_class(**settings_of(described)))
-    except TypeError as error:
+        for key, value in settings.items():
+            if key in hints and not (_is(value, hints[key]) and (key not in DEPTHS or value <= MOST_BLOCKS)):
+                raise ValueError(f"{key} {value!r:.40}")
+        # without memory first: it may be of any size
+        with torch.device("meta"):
+            _refuse_others(net_class(config_class(**settings)).state_dict(), read_tensors(folder), folder)
+        net = net_class(config_class(**settings))
+    except UserError:
+        raise
+    # networks of impossible settings raise nearly anything
+    except Exception as error:
         raise UserError(f"{folder / 'config.json'} does not describe a {kind} ({error}): choose other weights") from error
     load_into(net, folder)
     return net.eval()
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a setting of config.json is of the type that its network declares."""
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_is(entry, get_args(hint)[0]) for entry in value)
+    if get_args(hint):
+        return any(_is(value, each) for each in get_args(hint))
+    return type(value) is hint and (hint is not int or 0 <= value < 2**31)
 
 
 def load_into(net: nn.Module, folder: Path, sources: Sources | None = None) -> None:
@@ -227,13 +256,17 @@ def load_into(net: nn.Module, folder: Path, sources: Sources | None = None) -> N
     tensors, state = read_tensors(folder), net.state_dict()
     if sources is not None:
         tensors = map_conditions(tensors, state, sources)
+    _refuse_others(state, tensors, folder)
+    net.load_state_dict(tensors)
+
+
+def _refuse_others(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path) -> None:
     wrong = sorted(
         k for k in state.keys() | tensors.keys() if k not in state or k not in tensors or state[k].shape != tensors[k].shape
     )
     if wrong:
         more = f" and {len(wrong) - MOST} more" if len(wrong) > MOST else ""
         raise UserError(f"weights {folder.name} do not fit the network in {', '.join(wrong[:MOST])}{more}: choose other weights")
-    net.load_state_dict(tensors)
 
 
 def refuse_misfit(net: nn.Module, folder: Path, any_conditions: bool) -> None:

@@ -1,0 +1,82 @@
+"""The pulse of a rank: what it is doing, how long each kind of work takes, and the end of a run in which one has gone silent."""
+
+import os
+import sys
+import threading
+import time
+from collections import defaultdict
+from contextlib import suppress
+from pathlib import Path
+
+from mclr.errors import UserError
+from train.ranks import PATIENCE
+
+BYTES = 64  # of a pulse, padded: it is overwritten in place
+
+
+class Pulse:
+    """Writes RUN/pulse/RANK at every change of phase: step, phase and the time, so that any rank, and anybody, can read them.
+
+    seconds: spent in each phase so far. A thread looks whether this rank has gone on within `timeout` seconds. If not, some rank
+    holds up all: the one that has been silent longest, whose step and phase are told in one line by the first of the others (by itself
+    where it is alone), and this process ends with status 1, upon which its launcher ends the rest.
+    """
+
+    def __init__(self, run: Path, rank: int, ranks: int, timeout: float):
+        self.folder, self.rank, self.ranks, self.timeout = run / "pulse", rank, ranks, timeout
+        self.step, self.phase, self.since = 0, "start", time.monotonic()
+        self.seconds: dict[str, float] = defaultdict(float)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.file = os.open(self.folder / f"{rank:05d}", os.O_CREAT | os.O_WRONLY)
+        except OSError as error:
+            raise UserError(f"cannot write {self.folder} ({error.strerror}): make it writable, with room to spare") from error
+        self._write()
+        self.ended = threading.Event()
+        self.watcher = threading.Thread(target=self._watch, daemon=True)
+        self.watcher.start()
+
+    def enter(self, phase: str, step: int | None = None) -> None:
+        """From now on this rank does something else, or the same once more."""
+        now = time.monotonic()
+        self.seconds[self.phase] += now - self.since
+        self.phase, self.since = phase, now
+        self.step = self.step if step is None else step
+        self._write()
+
+    def close(self) -> None:
+        self.ended.set()
+        self.watcher.join()
+        os.close(self.file)
+
+    def _write(self) -> None:
+        beat = f"{self.step} {self.phase} {time.time():.3f}"
+        # a full disk stops the run where that costs something: at a checkpoint
+        with suppress(OSError):
+            os.pwrite(self.file, beat.ljust(BYTES - 1).encode() + b"\n", 0)
+
+    def _watch(self) -> None:
+        while not self.ended.wait(min(self.timeout / 10, 10)):
+            if time.monotonic() - self.since > self.timeout:
+                beats = read_pulses(self.folder, self.ranks)
+                silent = min(beats, key=lambda rank: beats[rank][2])
+                others = [rank for rank in beats if rank != silent] or [silent]
+                # one voice; whoever else is alive follows if the launcher does not end it
+                if self.rank != others[0]:
+                    time.sleep(PATIENCE)
+                step, phase, then = beats[silent]
+                told = f"rank {silent} has been silent for {time.time() - then:.0f} s, since phase {phase} of step {step}"
+                print(f"error: {told}: the same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
+                # not sys.exit: the main thread waits for somebody and will not hear of it
+                os._exit(1)
+
+
+def read_pulses(folder: Path, ranks: int) -> dict[int, tuple[int, str, float]]:
+    """Rank -> (step, phase, seconds since 1970 when it entered that), of those whose folder this is."""
+    pulses = {}
+    for rank in range(ranks):
+        path = folder / f"{rank:05d}"
+        if path.exists():
+            step, phase, then = path.read_text().split()
+            pulses[rank] = (int(step), phase, float(then))
+    return pulses
