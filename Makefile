@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: tour tour-full test test-slow test-compile format clean
+.PHONY: tour tour-full test test-slow test-fuzz test-faults test-compile format clean
 tour: .venv/ready
 	$(PY) -m train.tour --out runs/tour
 
@@ -15,6 +15,13 @@ test: .venv/ready
 
 test-slow: .venv/ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow
+
+# wrong settings, command lines and files by the thousand: at most 6 minutes on two cores
+test-fuzz: .venv/ready
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m fuzz
+
+test-faults: .venv/ready
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m faults
 
 test-compile: .venv/ready
 	$(PY) -m kernels.compile

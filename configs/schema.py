@@ -207,7 +207,8 @@ class Train(Section):
     checkpoint_every: Count = 1_000_000  # images
     keep: Count = 2  # checkpoints; the one before the newest serves when that is damaged
     keep_best: bool = False  # and the one of the lowest loss of maximum likelihood on held-out images
-    max_skipped: Count = 10  # steps in a row with a gradient that is not finite: they change nothing, one more ends the run
+    # steps in a row with a gradient that is not finite, which change nothing; one more ends the run
+    max_skipped: Annotated[int, Field(ge=0)] = 10
     log_every: Count = 10  # steps
     log_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Field(strict=False)] = ()  # beside metrics.jsonl
     grid_every: Annotated[int, Field(ge=0)] = 0  # images between pictures of samples, always of the same seeds; 0: none

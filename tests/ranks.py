@@ -56,6 +56,8 @@ KINDS = {
     "sharded reference": ("edm2-digits", "cca", ("engine.reference=sharded",)),
     "sharded reference of tokens": ("var-digits", "cca", ("engine.reference=sharded",)),
 }
+# what one process runs in their place
+LOCAL = {"sharded reference": (), "sharded reference of tokens": ()}
 CHECKPOINTED = "engine.activation_checkpointing=true"
 # engines that go on from each other's checkpoints
 RESUMED = ((0, 1), (1, 2), (2, 3), (3, 0), (0, "local"), (1, "local"), (2, "local"), (3, "local"), ("local", 2), ("local", 3))
@@ -96,6 +98,14 @@ class Trained:
             self.done += 1
         return self
 
+    def poisoned(self):
+        """One step whose images are no numbers."""
+        samples, self.task.samples = self.task.samples, lambda *args: nan_first(samples(*args))
+        self.train(1)
+        self.task.samples = samples
+        assert not self.task.engine.stepped
+        return self
+
     def give_up(self):
         """Begin one more step, and stop before its second micro-batch."""
         asked = iter((False, True))
@@ -124,6 +134,11 @@ class Trained:
             engine.load(tensors[part])
         self.done = STEPS
         return {f"{part}.{name.removeprefix('weight:')}": w for part in tensors for name, w in tensors[part].items()}
+
+
+def nan_first(samples):
+    x, *rest = samples
+    return x * float("nan"), *rest
 
 
 def draw(model, trained, digits, tokenizer, out):
@@ -178,75 +193,97 @@ def off_projection(trained):
     return max((float((r - 1).abs().max()) for r in rows), default=0.0)
 
 
-def compare(model, ways, digits, tokenizer, results):
-    """The same few steps in these ways and in the plain one."""
-    local = Trained(model, "local", digits, tokenizer, BATCH).train(MORE)
+def part():
+    """A micro-batch of which each of these ranks has two."""
+    return BATCH // world()[2] // 2
+
+
+def apart(ranks, local):
+    return {"weights": distance(ranks.weights(), local.weights()), "norms": norms_apart(ranks, local)}
+
+
+def every_stage(make, model, out, results):
+    """Makes the plain run, in fp32 and bf16, on every stage; leaves checkpoints of all. Returns the plain one."""
+    local, micro = make(model, "local", BATCH).train(STEPS), make(model, "local", BATCH // 4).train(STEPS)
+    moved = distance(local.weights(), make(model, "local", BATCH).weights())
+    results[f"{model} local"] = {"moved": moved, "norms": [min(local.norms), max(local.norms)], "micro": apart(micro, local)}
+    local.save(out / f"{model}-local")
+    # by the forwards of these ranks: in bf16 those of other sizes round otherwise, and Adam's first steps magnify that
+    share = BATCH // world()[2]
+    half = make(model, "local", share, "bf16").train(STEPS)
+    for zero in STAGES:
+        ranks = make(model, zero, part()).train(STEPS)
+        results[f"{model} zero{zero}"] = apart(ranks, local)
+        # as after a signal: a checkpoint in the middle of a step holds what was before the step
+        ranks.give_up().save(out / f"{model}-{zero}")
+        ranks = make(model, zero, share, "bf16").train(STEPS)
+        results[f"{model} zero{zero} bf16"] = {"weights": distance(ranks.weights(), half.weights())}
+        if ranks.task.normalised:
+            results[f"zero{zero} bf16 rows"] = off_projection(ranks.train(LONG - STEPS))
+            results[f"zero{zero} fp32 rows"] = off_projection(make(model, zero, part()).train(LONG))
+    results[f"{model} one micro-batch"] = apart(make(model, 1, share).train(STEPS), local)
+    return local
+
+
+def every_resume(make, model, local, out, results):
+    """Goes on from every checkpoint with another engine."""
+    local.train(MORE)
+    for start, end in RESUMED:
+        resumed = make(model, end, BATCH if end == "local" else part())
+        saved = resumed.load(out / f"{model}-{start}")
+        same = all(torch.equal(saved[name], weight) for name, weight in resumed.weights().items())
+        results[f"{model} from {start} to {end}"] = {
+            "same": same,
+            "next": distance(resumed.train(MORE).weights(), local.weights()),
+        }
+
+
+def every_way(make, model, ways, results):
+    """Makes the same few steps in these ways and in the plain one."""
+    local = make(model, "local", BATCH).train(MORE)
     for name, (kinds, settings) in ways.items():
         for kind in kinds:
-            micro_batch = BATCH if kind == "local" else BATCH // 4
-            trained = Trained(model, kind, digits, tokenizer, micro_batch, settings=settings).train(MORE)
-            results[f"{model} {name} {kind}"] = {"weights": distance(trained.weights(), local.weights())}
+            ran = make(model, kind, BATCH if kind == "local" else part(), settings=settings).train(MORE)
+            results[f"{model} {name} {kind}"] = {"weights": distance(ran.weights(), local.weights())}
+
+
+def every_kind(make, settings, results):
+    for name, (model, objective, more) in KINDS.items():
+        local = make(model, "local", BATCH, objective=objective, settings=settings[model][objective] + LOCAL.get(name, more))
+        fresh = local.weights()
+        local.train(MORE)
+        for zero in (2, 3):
+            ranks = make(model, zero, part(), objective=objective, settings=settings[model][objective] + more).train(MORE)
+            results[f"{name} zero{zero}"] = {"moved": distance(local.weights(), fresh), **apart(ranks, local)}
+
+
+def every_skip(make, model, results):
+    """Steps that are not finite, against a run that passes over their batches."""
+    local = make(model, "local", BATCH).train(MORE)
+    local.done += 1
+    local.train(MORE)
+    for zero in STAGES:
+        ranks = make(model, zero, part()).train(MORE).poisoned().train(MORE)
+        results[f"poisoned zero{zero}"] = {"weights": distance(ranks.weights(), local.weights())}
 
 
 def main(digits, tokenizer, out):
     results, settings = {}, {}
-    if os.environ.get("COMPILED"):
-        for model in TINY:
-            compare(model, COMPILED, digits, tokenizer, results)
-    for model in () if results else TINY:
-        fresh = Trained(model, "local", digits, tokenizer, BATCH).weights()
-        local = Trained(model, "local", digits, tokenizer, BATCH).train(STEPS)
-        micro = Trained(model, "local", digits, tokenizer, BATCH // 4).train(STEPS)
-        results[f"{model} local"] = {
-            "moved": distance(local.weights(), fresh),
-            "norms": [min(local.norms), max(local.norms)],
-            "micro": {"weights": distance(micro.weights(), local.weights()), "norms": norms_apart(micro, local)},
-        }
-        local.save(out / f"{model}-local")
+
+    def make(model, kind, micro_batch, *more, **named):
+        return Trained(model, kind, digits, tokenizer, micro_batch, *more, **named)
+
+    for model in TINY:
+        if os.environ.get("COMPILED"):
+            every_way(make, model, COMPILED, results)
+            continue
+        local = every_stage(make, model, out, results)
         settings[model] = draw(model, local, digits, tokenizer, out)
-        for zero in STAGES:
-            ranks = Trained(model, zero, digits, tokenizer, BATCH // 4).train(STEPS)
-            results[f"{model} zero{zero}"] = {
-                "weights": distance(ranks.weights(), local.weights()),
-                "norms": norms_apart(ranks, local),
-            }
-            # as after a signal: a checkpoint in the middle of a step holds what was before the step
-            ranks.give_up().save(out / f"{model}-{zero}")
-        whole = Trained(model, 1, digits, tokenizer, BATCH // ranks.ranks).train(STEPS)
-        results[f"{model} one micro-batch"] = {
-            "weights": distance(whole.weights(), local.weights()),
-            "norms": norms_apart(whole, local),
-        }
-        # by the forwards of these ranks: in bf16 those of other sizes round otherwise, and Adam's first steps magnify that
-        share = Trained(model, "local", digits, tokenizer, BATCH // whole.ranks, "bf16").train(STEPS)
-        for zero in STAGES:
-            ranks = Trained(model, zero, digits, tokenizer, BATCH // whole.ranks, "bf16").train(STEPS)
-            results[f"{model} zero{zero} bf16"] = {"weights": distance(ranks.weights(), share.weights())}
-            if model == "edm2-digits":
-                for precision, trained in (("bf16", ranks), ("fp32", Trained(model, zero, digits, tokenizer, BATCH // 4))):
-                    rows = off_projection(trained.train(LONG - trained.done))
-                    results[f"zero{zero} {precision} rows"] = rows
-        local.train(MORE)
-        for start, end in RESUMED:
-            resumed = Trained(model, end, digits, tokenizer, BATCH if end == "local" else BATCH // 4)
-            saved = resumed.load(out / f"{model}-{start}")
-            same = all(torch.equal(saved[name], weight) for name, weight in resumed.weights().items())
-            apart = distance(resumed.train(MORE).weights(), local.weights())
-            results[f"{model} from {start} to {end}"] = {"same": same, "next": apart}
-        compare(model, WAYS, digits, tokenizer, results)
-    for name, (model, objective, more) in KINDS.items() if settings else ():
-        named = {"objective": objective, "settings": (*settings[model][objective], *more)}
-        alone = {"objective": objective, "settings": tuple(each for each in named["settings"] if "sharded" not in each)}
-        local = Trained(model, "local", digits, tokenizer, BATCH, **alone)
-        fresh = local.weights()
-        local.train(MORE)
-        for zero in (2, 3):
-            ranks = Trained(model, zero, digits, tokenizer, BATCH // 4, **named).train(MORE)
-            results[f"{name} zero{zero}"] = {
-                "moved": distance(local.weights(), fresh),
-                "weights": distance(ranks.weights(), local.weights()),
-                "norms": norms_apart(ranks, local),
-            }
+        every_resume(make, model, local, out, results)
+        every_way(make, model, WAYS, results)
+    if settings:
+        every_kind(make, settings, results)
+        every_skip(make, "edm2-digits", results)
     if world()[0] == 0:
         (out / "results.json").write_text(json.dumps(results, indent=1))
 

@@ -66,6 +66,11 @@ def test_host_memory_and_recomputed_activations_do_not_change_the_result(results
     assert results[f"{model} {way} {kind}"]["weights"] <= 1e-5
 
 
+@pytest.mark.parametrize("zero", STAGES)
+def test_a_step_that_is_not_finite_changes_nothing_at_any_stage(results, zero):
+    assert results[f"poisoned zero{zero}"]["weights"] <= 1e-5
+
+
 @pytest.mark.slow
 def test_compiled_blocks_do_not_change_the_result(digits, tokenizer, tmp_path):
     results = run_ranks(2, digits, tokenizer, tmp_path, COMPILED="1")

@@ -104,7 +104,7 @@ def test_generated_samples_keep_their_condition_and_their_place(fine_tune, monke
     seen = []
     real = train.step.score
 
-    def score(paradigm, net, probe, rows, null, reference):
+    def score(paradigm, net, probe, rows, null, reference, lockstep):
         seen.append((rows.index_R, rows.c_R, null))
         return real(paradigm, net, probe, rows, null, reference)
 

@@ -75,6 +75,8 @@ def fit_to_data(kind: str, data: str, out: str, recipe: Recipe, seed: int, half:
         raise UserError(f"--steps is {recipe.steps} and --batch {recipe.batch}: both must be at least 1")
     if not 0 < recipe.lr < math.inf:
         raise UserError(f"--lr is {recipe.lr:g}: it must be a number above 0")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed is {seed}: it must be in [0, 2^63)")
     chosen = load_data(data)
     info = open_or_prepare(chosen.name, chosen.path)
     source, held_out = Source(info.path, "train", seed), SplitReader(info, "val")
@@ -90,7 +92,7 @@ def fit_to_data(kind: str, data: str, out: str, recipe: Recipe, seed: int, half:
     result = quality(kind, net, held_out, device)
     described = read_config(Path(out)) | {"result": result}
     write_json(Path(out) / "config.json", described)
-    write_file(Path(out) / "README.md", card(described).encode())
+    write_file(Path(out) / "README.md", card(described).encode(errors="backslashreplace"))
     print(f"{out}: {size} parameters, {result}")
 
 

@@ -112,11 +112,12 @@ def train(
             # dropout draws from torch's global generator: keyed by the step, so that a resumed run repeats it
             torch.manual_seed(((settings.seed * 1_000_003 + progress.images) * 1_021 + rank) % 2**63)
             first = progress.images + rank * share
-            for source in (task.source, task.generated):
-                if source is not None:
-                    source.prefetch(range(first + settings.batch, first + settings.batch + share))
-            lr = settings.lr * min(1.0, (progress.images + settings.batch) / max(settings.warmup_images, 1))
             positions = range(first, first + share)
+            for source in filter(None, (task.source, task.generated)):
+                # its own of the first step, too: else they would come after the next one's
+                source.prefetch(positions)
+                source.prefetch(range(first + settings.batch, first + settings.batch + share))
+            lr = settings.lr * min(1.0, (progress.images + settings.batch) / max(settings.warmup_images, 1))
             metrics = train_step(task, positions, micro_batch, lr, lambda: interrupt.agreed(task.device), pulse.enter)
             if metrics is None:
                 break
@@ -253,12 +254,11 @@ def resume(task: Task, averages: dict[str, EMA], path: Path, rank: int) -> Progr
 
 def snapshot(task: Task, averages: dict[str, EMA], settings: Train, progress: Progress, path: Path, rank: int) -> None:
     """Write one snapshot per width in settings.snapshot_stds. Collective."""
+    whole = {ema.std: task.engine.gather(ema.average) for ema in averages.values() if ema.std in settings.snapshot_stds}
     with together():
-        for ema in averages.values():
-            if ema.std in settings.snapshot_stds:
-                average = task.engine.gather(ema.average)
-                if rank == 0:
-                    write_snapshot(path, average, ema.std, progress.images)
+        if rank == 0:
+            for std, average in whole.items():
+                write_snapshot(path, average, std, progress.images)
 
 
 def save(

@@ -18,8 +18,9 @@ class Pulse:
     """Writes RUN/pulse/RANK at every change of phase: step, phase and the time, so that any rank, and anybody, can read them.
 
     seconds: spent in each phase so far. A thread looks whether this rank has gone on within `timeout` seconds. If not, some rank
-    holds up all: the one that has been silent longest, whose step and phase are told in one line by the first of the others (by itself
-    where it is alone), and this process ends with status 1, upon which its launcher ends the rest.
+    holds up all: one whose process does not live, else the one that has been silent longest. Its step and phase are told in one line
+    by the first of the others (by itself where it is alone), and this process ends with status 1, upon which its launcher ends the
+    rest. That a process lives, whatever its main thread waits for, is told by the time of change of its file.
     """
 
     def __init__(self, run: Path, rank: int, ranks: int, timeout: float):
@@ -28,7 +29,7 @@ class Pulse:
         self.seconds: dict[str, float] = defaultdict(float)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.file = os.open(self.folder / f"{rank:05d}", os.O_CREAT | os.O_WRONLY)
+            self.file = os.open(self.folder / f"{rank:05d}", os.O_CREAT | os.O_WRONLY, 0o666)
         except OSError as error:
             raise UserError(f"cannot write {self.folder} ({error.strerror}): make it writable, with room to spare") from error
         self._write()
@@ -57,9 +58,12 @@ class Pulse:
 
     def _watch(self) -> None:
         while not self.ended.wait(min(self.timeout / 10, 10)):
+            with suppress(OSError):
+                os.utime(self.file)
             if time.monotonic() - self.since > self.timeout:
                 beats = read_pulses(self.folder, self.ranks)
-                silent = min(beats, key=lambda rank: beats[rank][2])
+                # in a phase that all enter, who waits may have come before who holds up
+                silent = min(beats, key=lambda rank: (self._lives(rank), beats[rank][2]))
                 others = [rank for rank in beats if rank != silent] or [silent]
                 # one voice; whoever else is alive follows if the launcher does not end it
                 if self.rank != others[0]:
@@ -69,6 +73,9 @@ class Pulse:
                 print(f"error: {told}: the same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
                 # not sys.exit: the main thread waits for somebody and will not hear of it
                 os._exit(1)
+
+    def _lives(self, rank: int) -> bool:
+        return time.time() - (self.folder / f"{rank:05d}").stat().st_mtime < self.timeout / 2
 
 
 def read_pulses(folder: Path, ranks: int) -> dict[int, tuple[int, str, float]]:

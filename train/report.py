@@ -23,7 +23,7 @@ from PIL import Image
 
 from mclr.errors import UserError
 from train.cli import Parser, run
-from train.files import in_memory, write_file
+from train.files import in_memory, regular, write_file
 
 # Row -> its name in the tables; its weight, where it has one: key in results.json and symbol.
 ROWS = {"base": "base", "control": "control (more mle)", "cfg": "control + CFG", "mclr": "MCLR"}
@@ -98,7 +98,7 @@ def load_results(folder: Path) -> dict[str, Any]:
     """results.json of a tour. Raises UserError when it is missing, unreadable or without scores."""
     path = folder / "results.json"
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = json.loads(regular(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing: give the folder of a tour; a training run is scored by `mclr evaluate {folder}`"
@@ -126,7 +126,7 @@ def write_report(results: dict[str, Any], run_folder: Path, out: Path) -> Path:
     for name, png in figures.items():
         if png is not None:
             write_file(out / "figures" / f"{name}-curves.png", png)
-    write_file(out / "report.html", page.encode())
+    write_file(out / "report.html", page.encode(errors="backslashreplace"))
     return out / "report.html"
 
 

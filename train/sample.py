@@ -33,7 +33,7 @@ from models.edm2 import EDM2
 from train.build import build_encoder, build_guidance, build_guide, build_net, build_paradigm, choose_kernels, schedule_table
 from train.cli import Parser, run
 from train.encoders import ROUNDING, VAE_WEIGHTS, Encoder, find_vae, to_uint8
-from train.files import checksum, in_memory, write_file, write_json
+from train.files import checksum, in_memory, regular, write_file, write_json
 from train.loop import progress_bar
 from train.prepare import prepare_samples
 from train.ranks import from_rank_0, group, on_signals, one_voice, own_device, together, world
@@ -51,6 +51,7 @@ them, DIR/sample.json says how they were made. Guidance is off unless sample.gam
 the guide. Running the same command again draws what is missing; a larger --count adds images."""
 
 CHUNK = 1024  # images read at a time
+MOST_IMAGES = 10_000_000  # of one call, each a file
 SAMPLING = 2**63  # seed of all sampling: beyond those of training, whose random numbers no image must repeat
 
 
@@ -215,6 +216,8 @@ def draw(
     """
     if count < 1 or seed < 0:
         raise UserError(f"{count} images from seed {seed}: there must be at least one, and seeds start at 0")
+    if count > MOST_IMAGES or seed >= 2**63:
+        raise UserError(f"{count} images from seed {seed}: draw at most {MOST_IMAGES} at a time, from a seed below 2^63")
     paths = {s: out / "images" / f"{s:06d}-{conditions[s % len(conditions)]}.png" for s in range(seed, seed + count)}
     rank, _, ranks = world() if shared else (0, 0, 1)
     agree = together if shared else nullcontext
@@ -343,7 +346,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     """sample.json of a folder, None where there is none. Raises UserError when it is damaged."""
     path = folder / "sample.json"
     try:
-        record = json.loads(path.read_bytes())
+        record = json.loads(regular(path).read_bytes())
         if not isinstance(record["settings"], dict) or not isinstance(record["count"], int):
             raise ValueError("settings or count are of the wrong type")
         record["forwards_per_image"], record["data"]["name"], record["data"]["path"]  # they must be there
@@ -359,7 +362,7 @@ def read_images(paths: Iterable[Path]) -> np.ndarray:
     images: list[np.ndarray] = []
     for path in paths:
         try:
-            with Image.open(path) as image:
+            with Image.open(regular(path)) as image:
                 pixels, mode = np.asarray(image), image.mode
         except (OSError, ValueError, SyntaxError) as error:
             raise UserError(f"{path} is no readable image ({error}): remove it and draw it again") from error

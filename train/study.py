@@ -388,7 +388,8 @@ class Study:
     def tune(self, unit: Unit, point: Point) -> tuple[Path, dict[str, Any]]:
         """(weights, what they cost) of a unit's run, which begins, goes on or is found finished. Raises NotFinite."""
         folder = self.folder(unit, point)
-        arguments = ["--objective", unit.method.objective, *self.overrides_of(unit, point)]
+        # the first step that is not finite counts as divergence
+        arguments = ["--objective", unit.method.objective, *self.overrides_of(unit, point), "train.max_skipped=0"]
         if unit.method.objective == "ddo":
             arguments.append(f"objective.generated={self.generated(unit.model)[0]}")
         last = fine_tune(folder, unit.model, arguments)
