@@ -158,9 +158,14 @@ class NextScaleModel(Section):
     tokenizer: str  # what train/weights.py finds by name
 
 
+def is_stream(path: str) -> bool:
+    """Whether a path names shards in webdataset's notation: https://..., pipe:COMMAND, or data/{000..099}.tar."""
+    return "://" in path or path.startswith(("pipe:", "file:")) or path.endswith(".tar")
+
+
 class Data(Section):
     name: str
-    path: str  # folder with dataset.json; or shards to stream, in webdataset's notation: https://..., pipe:...
+    path: str  # folder with dataset.json; or shards to stream, as is_stream() knows them
     resolution: Size
     channels: Literal[1, 3]
     num_classes: Annotated[int, Field(gt=0, le=2**20)]
@@ -171,7 +176,7 @@ class Data(Section):
     @property
     def streamed(self) -> bool:
         """Whether path names shards to stream (train/stream.py), and no folder."""
-        return "://" in self.path or self.path.startswith("pipe:")
+        return is_stream(self.path)
 
 
 class Objective(Section):
@@ -200,10 +205,8 @@ class Train(Section):
     drop_condition: Fraction = 0.1
     ema_std: float = 0.0  # relative width of the averaged weights (arXiv 2312.02696, section 3); 0: no average
     snapshot_every: Annotated[int, Field(ge=0)] = 0  # images between snapshots of averages, for `mclr convert --ema-std`; 0: none
-    snapshot_stds: Annotated[tuple[EMAStd, ...], Field(strict=False, min_length=2)] = (
-        0.05,
-        0.1,
-    )  # relative widths of those averages
+    # relative widths of those averages
+    snapshot_stds: Annotated[tuple[EMAStd, ...], Field(strict=False, min_length=2)] = (0.05, 0.1)
     checkpoint_every: Count = 1_000_000  # images
     keep: Count = 2  # checkpoints; the one before the newest serves when that is damaged
     keep_best: bool = False  # and the one of the lowest loss of maximum likelihood on held-out images
@@ -212,9 +215,8 @@ class Train(Section):
     log_every: Count = 10  # steps
     log_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Field(strict=False)] = ()  # beside metrics.jsonl
     grid_every: Annotated[int, Field(ge=0)] = 0  # images between pictures of samples, always of the same seeds; 0: none
-    monitor_every: Annotated[int, Field(ge=0)] = (
-        0  # images between readings of the memorisation monitor (train/monitor.py); 0: off
-    )
+    # images between readings of the memorisation monitor (train/monitor.py); 0: off
+    monitor_every: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _check(self) -> "Train":
@@ -235,7 +237,9 @@ class Engine(Section):
     activation_checkpointing: bool = False  # backward computes the activations of every block again
     compile: bool = False  # every block by torch.compile
     reference: Literal["auto", "whole", "sharded"] = "auto"  # reference network on every rank; auto: whole up to 2e9 parameters
-    timeout: Count = 1800  # seconds without a sign of life from a rank, after which the run ends and names it
+    # seconds without a sign of life from a rank, after which the run ends and names it; below 180 on a local disk alone, since shared
+    # folders show changes late
+    timeout: Annotated[int, Field(gt=0, le=10**6)] = 1800
     # fused operations: auto, Triton where it won on this GPU (kernels/RESULTS.json); torch, never; triton, always
     kernels: Literal["auto", "torch", "triton"] = "auto"
 
@@ -575,6 +579,9 @@ def _conflicts(config: RunConfig) -> Iterator[str]:
     # the bound compares two values of one token in nats: diffusion has a surrogate, and null has no contrast value
     if objective.bound is not None and (name != "mclr" or model.paradigm == "diffusion" or objective.contrast == "null"):
         yield f"objective.bound={objective.bound} needs mclr, a next_scale model and the contrast uniform, weighted or posterior"
+    if config.engine.reference != "auto" and name not in WITH_REFERENCE:
+        having = ", ".join(WITH_REFERENCE)
+        yield f"engine.reference={config.engine.reference} has no effect with objective.name={name}; only {having} have one"
     if data.streamed:
         stream = f"data.path={data.path} is a stream"
         if data.balanced:

@@ -148,17 +148,19 @@ def score(
     """
     index_R, c_R = rows.index_R, rows.c_R
     if rows.mix_BT is not None:
-        prediction = paradigm.predict(net, probe, index_R, c_R)
-        pred = prediction[0]
         guided_R = rows.mix_BT.ne(0).any(1).nonzero()[:, 0]
         if lockstep and not len(guided_R):
             guided_R = index_R[:1]
-        guide = pred.detach().clone()
-        # not every network takes zero rows
+        null_pred = None
+        # before the other: nothing may run through a network between a forward and its backward, which may compute it again or have its
+        # weights to gather. And not every network takes zero rows
         if len(guided_R):
             with torch.no_grad():
                 null_pred = paradigm.predict(net, probe, guided_R, torch.full_like(guided_R, null), rows.terms or None)[0]
-                guide[guided_R, : null_pred.shape[1]] = null_pred
+        prediction = paradigm.predict(net, probe, index_R, c_R)
+        guide = prediction[0].detach().clone()
+        if null_pred is not None:
+            guide[guided_R, : null_pred.shape[1]] = null_pred
         own = paradigm.log_likelihood(prediction, probe, index_R, guide, rows.mix_BT)
         return Scores(own.value_RT, own.aux_R)
     batch, all_terms = rows.lam_BT.shape

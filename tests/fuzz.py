@@ -20,8 +20,9 @@ MEMORY = 3 * 2**30  # bytes that a case may take beside what the process has alr
 
 
 def cases(count: int) -> Callable:
-    """The same `count` cases at every run."""
-    return settings(max_examples=count, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    """The same `count` cases at every run of `make test-fuzz`."""
+    rules = settings(max_examples=count, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    return lambda test: pytest.mark.fuzz(rules(test))
 
 
 class Hang(BaseException):
@@ -49,7 +50,7 @@ def limits() -> Iterator[None]:
 
 
 def files_below(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every path with its size and time of change."""
+    """Every path with its mode, a file also with its time of change."""
     found = {}
     for where, folders, files in os.walk(folder):
         for name in folders + files:
@@ -105,6 +106,8 @@ def counts(request: pytest.FixtureRequest) -> Iterator[Counter]:
     """Cases and exit statuses by strategy, told at the end."""
     seen: Counter = Counter()
     yield seen
+    if not seen:
+        return
     lines = [
         f"{name}: {sum(n for (each, _), n in seen.items() if each == name)} cases, {seen[name, 0]} accepted, {seen[name, 2]} refused"
         for name in dict.fromkeys(name for name, _ in seen)

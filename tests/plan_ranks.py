@@ -6,6 +6,7 @@ plan_ranks.py DIGITS TOKENIZER OUT: a dataset folder, a weights folder, a new fo
 import gc
 import json
 import sys
+import weakref
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -15,12 +16,15 @@ import torch
 import torch.distributed as dist
 
 from configs.schema import load
+from train import engine
 from train.build import build_networks, build_task, open_source
 from train.ema import averages_of
 from train.ranks import group, world
 from train.step import train_step
 
 BATCH, MICRO = 8, 2
+SMALL = 60_000  # of a bucket, below the weights of both networks
+GATHERED = ("engine.kind=deepspeed", "engine.zero=3")
 # hardly a condition is dropped and none coincides: as many rows as there can be
 MODELS = {
     "edm2-digits": ("train.drop_condition=0", "objective.contrast=uniform", "objective.lam=0.2", "model.posterior.weights=null"),
@@ -82,8 +86,8 @@ def measure(config, patch):
     task = build_task(config, open_source(config), networks, torch.device("cpu"), MICRO)
     averages = averages_of(task.engine.pieces(), config.train)
     rank, _, ranks = world()
-    share, engine = BATCH // ranks, task.engine
-    zero, parameters = engine.engine.optimizer, list(engine.net.parameters())
+    share, trained = BATCH // ranks, task.engine
+    zero, parameters = trained.engine.optimizer, list(trained.net.parameters())
     seen = []
 
     def buckets():
@@ -105,8 +109,8 @@ def measure(config, patch):
         if step == 1:
             idle, SENT["bytes"] = live(), 0.0
             # gradients that accumulate; those at the end of backward, where DeepSpeed lets go of its buckets; what the step takes
-            watched(engine, "backward", lambda: storages(p.grad for p in parameters))
-            watched(engine, "step", live)
+            watched(trained, "backward", lambda: storages(p.grad for p in parameters))
+            watched(trained, "step", live)
             if hasattr(zero, "_release_ipg_buffers"):
                 watched(zero, "_release_ipg_buffers", live)
         first = step * BATCH + rank * share
@@ -114,10 +118,10 @@ def measure(config, patch):
     weights = storages(getattr(p, "ds_tensor", p) for p in parameters)
     # ZeRO 3 keeps both of its own
     masters = getattr(
-        zero, "fp32_partitioned_groups_flat", [p for group in engine.optimizer.param_groups for p in group["params"]]
+        zero, "fp32_partitioned_groups_flat", [p for group in trained.optimizer.param_groups for p in group["params"]]
     )
     flat = storages([getattr(zero, "grad_partitions_flat_buffer", None)])
-    optimizer = storages([*masters, *(t for state in engine.optimizer.state.values() for t in state.values())])
+    optimizer = storages([*masters, *(t for state in trained.optimizer.state.values() for t in state.values())])
     new = [sum(each.values()) for each in seen]
     found = {
         "weights": sum(weights.values()),
@@ -131,9 +135,41 @@ def measure(config, patch):
     return {key: max(each[key] for each in everywhere) for key in found}
 
 
+def most_gathered(config, patch):
+    """Bytes of weights that ZeRO 3 has whole, and of the messages that brought them, at most."""
+    from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle, ZeroParamStatus
+
+    networks = build_networks(config, torch.device("cpu"))
+    task = build_task(config, open_source(config), networks, torch.device("cpu"), MICRO)
+    parameters, sizes, handles = list(task.engine.net.parameters()), [0], weakref.WeakSet()
+    begin, wait = AllGatherCoalescedHandle.__init__, AllGatherCoalescedHandle.wait
+
+    def beginning(handle, *args, **kwargs):
+        begin(handle, *args, **kwargs)
+        handles.add(handle)
+
+    def waiting(handle, *args, **kwargs):
+        wait(handle, *args, **kwargs)
+        whole = storages(p for p in parameters if p.ds_status == ZeroParamStatus.AVAILABLE)
+        sizes.append(sum((whole | storages(t for each in handles for t in each.partitions)).values()))
+
+    patch.setattr(AllGatherCoalescedHandle, "__init__", beginning)
+    patch.setattr(AllGatherCoalescedHandle, "wait", waiting)
+    rank, _, ranks = world()
+    share = BATCH // ranks
+    # DeepSpeed learns the order of the weights in the second
+    for step in range(3):
+        first = step * BATCH + rank * share
+        train_step(task, range(first, first + share), MICRO, config.train.lr, lambda: False)
+    return max(sizes)
+
+
 def main(digits, tokenizer, out):
     results = {}
     for model in MODELS:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "BUCKET", SMALL)
+            results[f"{model} gathered"] = most_gathered(planned_run(model, tokenizer, *GATHERED, f"data.path={digits}"), patch)
         for zero in range(4):
             settings = ("engine.kind=deepspeed", f"engine.zero={zero}", f"data.path={digits}")
             with pytest.MonkeyPatch.context() as patch:

@@ -189,6 +189,7 @@ def off_projection(trained):
     net = trained.task.engine.net
     forced = {name for name, p in net.named_parameters() if any(p is w for w in trained.task.normalised)}
     whole = trained.weights()
+    assert len(forced) == len(trained.task.normalised) > 10
     rows = [whole[f"engine.{name}"].flatten(1).square().mean(1).sqrt() for name in forced if whole]
     return max((float((r - 1).abs().max()) for r in rows), default=0.0)
 
@@ -244,7 +245,10 @@ def every_way(make, model, ways, results):
     for name, (kinds, settings) in ways.items():
         for kind in kinds:
             ran = make(model, kind, BATCH if kind == "local" else part(), settings=settings).train(MORE)
+            config = getattr(getattr(ran.task.engine, "engine", None), "_config", None)
+            assert (name == "offload") == (config is not None and config.zero_config.offload_optimizer is not None)
             results[f"{model} {name} {kind}"] = {"weights": distance(ran.weights(), local.weights())}
+            assert ("engine.compile=true" in settings) == (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0)
 
 
 def every_kind(make, settings, results):

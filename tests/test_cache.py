@@ -235,11 +235,26 @@ def test_ranks_share_the_files_without_a_word(make, data, vae, monkeypatch):
         status, said = make("data.flip=true")
         assert status == 0 and sorted(path.name for path in folder(data).iterdir()) == there
         assert bool(said) == (rank == 0)
+    # rank 0 at the end, and files of another that it does not see
+    (folder(data) / "cache.json").unlink()
+    (folder(data) / "000001.npy").unlink()
+    assert f"{folder(data)}: 1 of 5 files are still being made elsewhere" in make("data.flip=true")[1]
+    monkeypatch.delenv("WORLD_SIZE")
+    make("data.flip=true")
     assert files(data) == whole
     # who comes second to the end leaves the first one's word
     record = (folder(data) / "cache.json").read_text()
     assert not cached(data, vae, "data.flip=true").cache.finish("another command")
     assert (folder(data) / "cache.json").read_text() == record
+
+
+def test_a_file_system_without_locks_is_one_line(make, data, monkeypatch):
+    def refuse(file, how):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    status, said = make()
+    assert status == 2 and said.startswith(f"error: cannot lock {folder(data)} (Function not implemented): ")
 
 
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(make, data, vae, monkeypatch):
@@ -281,7 +296,10 @@ def test_a_stream_has_no_cache(data, vae):
     config, source, encoder = opened(data, vae)
     # no path at all
     source.info = replace(source.info, splits={}, path=Path("pipe:" + 300 * "x"))
-    assert through_cache(source, encoder, config) is source and cache_line(source, encoder, config) == []
+    assert through_cache(source, encoder, config) is source
+    assert cache_line(source, encoder, config) == [
+        "data       streamed, shards drawn with replacement: a resumed run sees other samples"
+    ]
 
 
 def shorten(place):
@@ -376,7 +394,16 @@ def weights(run):
 
 def test_a_run_on_tokens_may_gain_and_lose_its_cache(digits, tokenizer, tmp_path, capsys, monkeypatch):
     data = shutil.copytree(digits, tmp_path / "data")
-    argv = ["train", "--model", "var-digits", "--data", str(data), *tiny("var-digits", tokenizer), "train.batch=8", "data.flip=true"]
+    argv = [
+        "train",
+        "--model",
+        "var-digits",
+        "--data",
+        str(data),
+        *tiny("var-digits", tokenizer),
+        "train.batch=8",
+        "data.flip=true",
+    ]
 
     def start(out, images):
         capsys.readouterr()
@@ -395,7 +422,17 @@ def test_a_run_on_tokens_may_gain_and_lose_its_cache(digits, tokenizer, tmp_path
 
 
 def test_a_run_on_fp16_latents_may_not_change_them(make, data, vae, tmp_path, capsys):
-    argv = ["train", "--model", "edm2-digits", "--data", str(data), f"model.vae={vae}", "model.weights=null", "--objective", "mle"]
+    argv = [
+        "train",
+        "--model",
+        "edm2-digits",
+        "--data",
+        str(data),
+        f"model.vae={vae}",
+        "model.weights=null",
+        "--objective",
+        "mle",
+    ]
     argv += ["train.batch=8", "model.posterior.weights=null", "--out", str(tmp_path / "run")]
     assert mclr([*argv, "train.images=8"]) == 0
     assert json.loads((tmp_path / "run" / "inputs.json").read_text())["latents"] == "float32"

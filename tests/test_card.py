@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 
+from mclr.errors import UserError
 from models.features import ImageClassifier, ImageClassifierConfig
 from models.vqvae import VQVAE, VQVAEConfig
 from train.card import add_scores, card
@@ -80,6 +81,18 @@ def test_the_licence_is_named(licence, name):
     text = card(description)
     assert front_matter(text)["license"] == name
     assert f"## Licence\n{licence or 'None is recorded: '}" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("classes", "cats"), ("objective", None), ("parameters", "many"), ("licence", 3), ("model", ["a"])),
+        *(("evaluations", []), ("evaluations", {"judge": {"scores": 3}})),
+    ],
+)
+def test_damaged_notes_are_one_line(name, value):
+    with pytest.raises(UserError, match=rf"the notes of these weights \(config.json\) are damaged \({name}"):
+        card(RUN | {name: value})
 
 
 def test_many_classes_are_not_all_listed():

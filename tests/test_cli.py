@@ -1,6 +1,8 @@
 """train/cli.py: exit statuses, one line per error, and a dispatcher that imports nothing it does not need."""
 
+import contextlib
 import importlib.util
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -32,6 +34,21 @@ def test_run_returns_the_status_and_says_why_in_one_line(main, status, line, cap
     assert cli.run(main, []) == status
     out, err = capsys.readouterr()
     assert (out, err) == ("", line)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_nobody_who_reads_is_no_error(unbuffered):
+    unread, stdout = os.pipe()
+    os.close(unread)
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    ran = subprocess.run([sys.executable, "-m", "train.cli"], stdout=stdout, stderr=subprocess.PIPE, env=environment)
+    os.close(stdout)
+    assert (ran.returncode, ran.stderr) == (141, b"")
+
+
+def test_a_pipe_of_our_own_that_breaks_is_our_mistake():
+    with pytest.raises(BrokenPipeError), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
+        cli.run(raises(BrokenPipeError(32, "Broken pipe")), [])
 
 
 def test_run_lets_our_own_mistakes_through():

@@ -1,6 +1,7 @@
 """The dataset folder and the stream of samples: nothing is lost, repeated or moved, and damage is named in one line."""
 
 import contextlib
+import gc
 import hashlib
 import io
 import json
@@ -22,7 +23,7 @@ from sklearn.datasets import load_digits
 import train.shards
 from mclr.errors import UserError
 from train.data import Source, SplitReader, load_split, open_dataset, permutation
-from train.prepare import prepare_digits
+from train.prepare import open_or_prepare, prepare_digits
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +172,13 @@ def test_index_is_written_reused_and_rebuilt(copy, monkeypatch):
         assert index.read_bytes() == written
 
 
+def test_the_index_is_parsed_once_for_all_readers(digits):
+    train.shards._parsed_index.cache_clear()
+    readers = [SplitReader(open_dataset(digits), split) for split in ("train", "val", "train")]
+    assert train.shards._parsed_index.cache_info().misses == 1 and gc.isenabled()
+    assert readers[0].samples == readers[2].samples and readers[0].samples[0] is readers[2].samples[0]
+
+
 def test_index_stays_in_memory_when_the_folder_is_read_only(copy, monkeypatch):
     def refuse(path, data):
         raise UserError("read-only")
@@ -245,6 +253,15 @@ def test_missing_empty_and_regular_paths(tmp_path):
     for name in ("nowhere", "empty", "file", "file/below"):
         with pytest.raises(UserError, match="mclr prepare"):
             open_dataset(tmp_path / name)
+
+
+@pytest.mark.parametrize("path", ["https://host/{0..3}.tar", "pipe:cat a.tar", "data/{0..3}.tar"])
+def test_a_stream_is_no_dataset_folder(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for use in (open_dataset, lambda path: open_or_prepare("digits", path)):
+        with pytest.raises(UserError, match=r"is a stream: this needs a dataset folder \(`mclr evaluate`: "):
+            use(path)
+    assert not list(tmp_path.iterdir())
 
 
 def corrupt_pixels(name, content):
@@ -401,6 +418,14 @@ def test_too_much_damage_ends_the_run(copy, capsys):
     with pytest.raises(UserError, match="is damaged"):
         Source(copy, "train", 0).batch(0, 1500)
     assert capsys.readouterr().err == ""
+
+
+def test_one_of_few_samples_may_be_damaged(copy):
+    spoil(copy, [3])
+    assert Source(copy, "train", 0, tolerated=0.0001).batch(0, 1500).image_BCHW.shape[0] == 1500
+    spoil(copy, [400])
+    with pytest.raises(UserError, match="2 of 1500 samples"):
+        Source(copy, "train", 0, tolerated=0.0001).batch(0, 1500)
 
 
 def test_a_condition_of_which_nothing_is_left(copy):

@@ -7,24 +7,24 @@ import io
 import json
 import shutil
 import tarfile
+import zipfile
 from pathlib import Path
 
+import fuzz
 import numpy as np
 import pytest
+from fuzz import cases, check, files_below, limits
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from mclr.errors import UserError
-from tests import fuzz
-from tests.fuzz import cases, check, files_below, limits
-from train.checkpoint import newest_checkpoint
+from train.checkpoint import MANIFEST, newest_checkpoint
 from train.data import Source, SplitReader, open_dataset
 from train.files import in_memory
 from train.prepare import prepare_images
 from train.weights import BUNDLED
 
-pytestmark = pytest.mark.fuzz
 counts = fuzz.counts
 
 Files = dict[str, bytes]
@@ -283,6 +283,26 @@ def test_datasets_of_a_dry_run(place, counts, dataset, data):
     counts["datasets of a dry run", check(place, argv)] += 1
 
 
+LABELS = {"labels": [[f"{'ab'[i % 2]}/{i}.png", i % 2] for i in range(6)]}
+
+
+@cases(100)
+@given(data=st.data(), packed=st.booleans())
+def test_images_to_prepare(place, counts, data, packed):
+    """A damaged list of labels in a folder, or in a zip file that may be torn besides."""
+    labels = json.dumps(LABELS).encode()
+    labels = data.draw(st.sampled_from([labels, wrong_json(data.draw, labels)]))
+    files = {"dataset.json": labels} | {name: OTHER_PNG[1] for name, _ in LABELS["labels"]}
+    write(place / "photos", {} if packed else files)
+    if packed:
+        with zipfile.ZipFile(buffer := io.BytesIO(), "w", data.draw(st.sampled_from([0, 8, 12]))) as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+        (place / "photos.zip").write_bytes(torn(data.draw, buffer.getvalue()))
+    argv = ["prepare", "images", "photos.zip" if packed else "photos", "new", "--resolution", "8", "--shard-size", "2"]
+    counts["images to prepare", check(place, argv)] += 1
+
+
 TRAIN = [
     "train",
     "--model",
@@ -335,9 +355,11 @@ def test_checkpoints(place, counts, run, data):
     names = sorted(name for name in run if name.startswith("checkpoints"))
     write(place / "run", data.draw(damaged_files(run, names)))
     with limits():
-        found, damaged = newest_checkpoint(place / "run")
-    assert found is None or found not in damaged
-    counts["checkpoints", 0] += 1
+        found, _ = newest_checkpoint(place / "run")
+    if found is not None:
+        names = [name for name in run if name.startswith(f"checkpoints/{found.name}/") and not name.endswith(MANIFEST)]
+        assert names and all((place / "run" / name).read_bytes() == run[name] for name in names)
+    counts["checkpoints", 0 if found else 2] += 1
 
 
 @cases(25)

@@ -145,7 +145,11 @@ def test_latents_are_decoded(digits, tmp_path):
     networks = build_networks(config, CPU)
     engine = SimpleNamespace(net=networks.net.train(), lockstep=False)
     task = SimpleNamespace(
-        engine=engine, device=CPU, encoder=networks.encoder, paradigm=train.build.build_paradigm(config, networks.encoder)
+        bf16=False,
+        engine=engine,
+        device=CPU,
+        encoder=networks.encoder,
+        paradigm=train.build.build_paradigm(config, networks.encoder),
     )
     grid = Grid(task, config, Run(tmp_path))
     grid.draw(8)

@@ -11,7 +11,7 @@ from kernels.choice import using
 from kernels.registry import OPS
 from train.build import build_networks, build_task, choose_kernels, open_source
 from train.cli import run
-from train.loop import forward_flops
+from train.progress import forward_flops
 from train.run import main
 from train.step import train_step
 

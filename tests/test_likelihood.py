@@ -94,7 +94,7 @@ def test_score_mixes_with_the_null_condition(kind):
     mix_BT = -0.1 * torch.arange(8.0)[:, None].expand(shape) * (torch.arange(8) % 2)[:, None]
     case.net = Counted(case.net)
     scores = score(case.paradigm, case.net, probe, matched_rows(case.c_B, torch.ones(shape), mix_BT), K)
-    assert case.net.calls == [(8, True), (4, False)] and case.net.conditions[1] == [K] * 4
+    assert case.net.calls == [(4, False), (8, True)] and case.net.conditions[0] == [K] * 4
     everyone = torch.arange(8)
     pred, extra = case.paradigm.predict(case.net, probe, everyone, case.c_B)
     null, _ = case.paradigm.predict(case.net, probe, everyone, torch.full((8,), K))

@@ -238,36 +238,30 @@ def progress(images, rows, flops, seconds):
 
 
 def test_figures_are_of_what_passed_since_the_last_line(monkeypatch):
-    """Three ranks, of which the second waits and the third holds most."""
+    """Of this rank and two others: the second waits longest, the third holds most."""
     monkeypatch.setenv("WORLD_SIZE", "3")
-    meters = []
-    for rank in range(3):
-        monkeypatch.setenv("RANK", str(rank))
-        meters.append(Meter(progress(100, 150.0, 1e6, 7.0), 1e4, CPU))
+    others = torch.tensor([[0.0, 3.0 * 2**30, 4], [1.0, 2**30, 2]], dtype=torch.float64)
 
-    def step(waits, peaks):
-        sums = {}
-        for each, waited, peak in zip(meters, waits, peaks, strict=True):
-            monkeypatch.setattr(meter, "peak_memory", lambda device, peak=peak: peak * 2**30)
-            share = each.share(waited, damaged=2)
-            assert list(share) == list(meters[0].share(0.0, 0)), "names of one collective, in one order"
-            sums = {name: sums.get(name, 0) + value for name, value in share.items()}
-        meters[0].step(sums)
+    def all_reduce(values, op=None):
+        if op is None:
+            values += others[:, 2].sum()
+        else:
+            assert op is meter.dist.ReduceOp.MAX
+            values.copy_(torch.stack([values, *others[:, :2]]).amax(0))
 
-    step((0.0, 0.5, 0.2), (1, 2, 3))
-    step((0.0, 0.5, 0.3), (1, 2, 2))
-    read = meters[0].read(progress(140, 230.0, 1.06e6, 9.0))
-    assert read == {"images_per_second": 20, "rows_per_second": 40, "mfu": 1.0, "memory": 3, "data_wait": 0.5, "damaged": 6}
+    monkeypatch.setattr(meter.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(meter.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(meter, "peak_memory", lambda device: 2 * 2**30)
+    here = Meter(progress(100, 150.0, 1e6, 7.0), 1e4, CPU)
+    read = here.read(progress(140, 230.0, 1.06e6, 9.0), waited=0.5, damaged=1)
+    assert read == {"images_per_second": 20, "rows_per_second": 40, "mfu": 1.0, "memory": 3, "data_wait": 0.5, "damaged": 7}
     assert {"seconds", *read} == set(TIMING)
-    step((0.1, 0.0, 0.0), (1, 1, 1))
-    read = meters[0].read(progress(141, 230.0, 1.06e6, 10.0))
-    assert read == {"images_per_second": 1, "rows_per_second": 0, "mfu": 0, "memory": 1, "data_wait": 0.1, "damaged": 6}
+    read = here.read(progress(141, 230.0, 1.06e6, 19.0), waited=0.1, damaged=1)
+    assert read == {"images_per_second": 0.1, "rows_per_second": 0, "mfu": 0, "memory": 3, "data_wait": 0.1, "damaged": 7}
 
 
 def test_of_a_device_that_is_not_known_there_is_no_utilisation():
-    here = Meter(progress(0, 0.0, 0.0, 0.0), None, CPU)
-    here.step(here.share(0.25, 0))
-    read = here.read(progress(8, 8.0, 1e9, 1.0))
+    read = Meter(progress(0, 0.0, 0.0, 0.0), None, CPU).read(progress(8, 8.0, 1e9, 1.0), 0.25, 0)
     assert set(TIMING) - {"seconds", *read} == {"mfu"} and read["data_wait"] == 0.25
     # what this very process holds
     assert 0.05 < read["memory"] < 64

@@ -122,8 +122,8 @@ def test_dropped_conditions_are_plain_mle(kind, contrast):
         case.net = Counted(case.net)
         case.loss(objective)
     if contrast == "null":
-        assert case.net.calls == [(8, True), (7, False)]
-        assert case.net.conditions[1] == [K] * 7
+        assert case.net.calls == [(7, False), (8, True)]
+        assert case.net.conditions[0] == [K] * 7
 
 
 def by_definition(case, objective: Objective) -> Tensor:
@@ -195,7 +195,7 @@ def test_rows_are_cut_short_after_the_last_scale_with_a_ratio(high, terms, contr
     assert rows.terms == terms
     score(case.paradigm, counted, case.ask(objective)[0], rows, K)
     if contrast == "null":
-        assert lengths == [(True, 14, 8), (False, terms, 7)]
+        assert lengths == [(False, terms, 7), (True, 14, 8)]
         return
     last_R = [14] * 8 + [1 + max(t for b, t in (rows.contrast_BT == row).nonzero().tolist()) for row in range(8, len(rows.c_R))]
     assert lengths == [(True, end, last_R.count(end)) for end in (14, 5, 1) if end in last_R]

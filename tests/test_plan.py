@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from plan_ranks import BATCH, MICRO, MODELS, planned_run
+from plan_ranks import BATCH, GATHERED, MICRO, MODELS, SMALL, planned_run
 
+import train.engine
 from train.build import build_networks, build_task, open_source
 from train.cli import main
 from train.gpus import GPUS, gpu_named, peak_flops
-from train.loop import forward_flops
-from train.plan import GIB, MARGIN, Model, largest_share, largest_that_fits, memory_of, sent_by, shares
+from train.plan import GIB, MARGIN, largest_share, largest_that_fits, memory_of, model_of, sent_by, shares
+from train.progress import forward_flops
 from train.step import train_step
 
 
@@ -42,11 +43,19 @@ def ranks(request, digits, tokenizer, tmp_path_factory):
 def test_live_tensors_and_bytes_sent(ranks, tokenizer, model, zero):
     count, results = ranks
     found = results[f"{model} {zero}"]
-    planned = Model(planned_run(model, tokenizer, "engine.kind=deepspeed", f"engine.zero={zero}"))
+    planned = model_of(planned_run(model, tokenizer, "engine.kind=deepspeed", f"engine.zero={zero}"))
     memory = memory_of(planned, count, MICRO)
     expected = {key: getattr(memory, key) for key in ("weights", "gradients", "optimizer", "averages")}
     assert {key: found[key] for key in expected} == pytest.approx(expected, rel=0.1)
     assert found["sent"] == pytest.approx(sent_by(planned, count, MICRO), rel=0.1, abs=200)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_what_zero_3_gathers(ranks, tokenizer, model, monkeypatch):
+    count, results = ranks
+    monkeypatch.setattr(train.engine, "BUCKET", SMALL)
+    expected = memory_of(model_of(planned_run(model, tokenizer, *GATHERED)), count, MICRO).gathered
+    assert 0.6 * expected <= results[f"{model} gathered"] <= expected
 
 
 def small_task(model, digits, tokenizer, *more):
@@ -72,21 +81,21 @@ def test_what_a_step_saves_for_backward(digits, tokenizer, model, precision, che
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         train_step(task, range(BATCH), BATCH, 0.001, lambda: False)
-    planned = Model(config)
+    planned = model_of(config)
     held, most = planned.measured(BATCH, False)
     assert held == pytest.approx(sum(storage.nbytes() for storage in saved.values()), rel=0.1)
     assert held <= most == planned.activations(BATCH, False)
 
 
 def test_numbers_of_images_that_are_not_counted(tokenizer):
-    planned = Model(planned_run("var-digits", tokenizer, "engine.activation_checkpointing=true", "engine.precision=bf16"))
+    planned = model_of(planned_run("var-digits", tokenizer, "engine.activation_checkpointing=true", "engine.precision=bf16"))
     for images in (24, 100):
         assert planned.activations(images, False) == pytest.approx(planned.measured(images, False)[1], rel=0.1)
 
 
 def test_activation_checkpointing_saves_memory(tokenizer):
     plain, checkpointed = (
-        Model(planned_run("var-digits", tokenizer, f"engine.activation_checkpointing={on}")) for on in ("false", "true")
+        model_of(planned_run("var-digits", tokenizer, f"engine.activation_checkpointing={on}")) for on in ("false", "true")
     )
     assert checkpointed.activations(64, False) < 0.7 * plain.activations(64, False)
 
@@ -109,7 +118,7 @@ OBJECTIVES = {
 def test_rows_and_flops(digits, tokenizer, name, lockstep):
     model, settings = OBJECTIVES[name]
     config, task = small_task(model, digits, tokenizer, *settings)
-    planned = Model(config)
+    planned = model_of(config)
     flops = forward_flops(task)
     assert (planned.sizes.flops, planned.sizes.classifier_flops) == (flops["net"], flops["posterior"])
     task.engine.rows.update(grad=0, no_grad=0)
@@ -158,7 +167,7 @@ def test_the_table_holds_the_numbers_that_share_the_batch(capsys):
 
 
 def test_the_largest_micro_batch_is_the_last_that_fits(tokenizer):
-    model = Model(planned_run("edm2-digits", tokenizer, "train.batch=4096"))
+    model = model_of(planned_run("edm2-digits", tokenizer, "train.batch=4096"))
     sizes = shares(model.config, 2)
     assert sizes == [2**i for i in range(12)]
     for middle in (0, 5, 11):

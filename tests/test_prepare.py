@@ -143,6 +143,36 @@ def test_only_unreadable_images(tree, tmp_path):
         prepare_images(tree, tmp_path / "out", resolution=8)
 
 
+def test_postscript_called_an_image_is_not_run(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    (tree / "red" / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    with pytest.raises(UserError, match=r"1 of 13 images in .* cannot be read \(red/x.png\)"):
+        prepare_images(tree, tmp_path / "out", resolution=8)
+
+
+@pytest.mark.parametrize(
+    "links", [{"red/up": ".."}, {"red/up": "../.."}, {"red/x": "../blue", "blue/y": "../red"}, {"red/self": "../red"}]
+)
+def test_links_that_lead_back_are_refused(tree, tmp_path, capsys, links):
+    for link, target in links.items():
+        os.symlink(target, tree / link)
+    assert "is a link to a folder that it lies in: remove the link" in fails(
+        ["images", tree, tmp_path / "out", "--resolution", 8], capsys
+    )
+
+
+def test_other_links_are_followed(tree, tmp_path):
+    os.rename(tree / "red", tmp_path / "elsewhere")
+    os.symlink(tmp_path / "elsewhere", tree / "red")
+    # twice the same folder
+    os.symlink("../red/deeper", tree / "blue" / "more")
+    (tree / "blue" / "loop.png").symlink_to("loop.png")
+    for number in range(100):
+        Image.new("RGB", (8, 8)).save(tree / "green" / f"{number}.png")
+    info = prepare_images(tree, tmp_path / "out", resolution=8, val_share=0)
+    assert info.splits["train"].count == 113 and "114 images of" in info.source
+
+
 def fails(argv, capsys):
     """The one line that the program prints before it exits with status 2."""
     capsys.readouterr()
@@ -316,6 +346,7 @@ def test_unusable_labels(tree, tmp_path, capsys):
         (None, "has no labels (null)"),
         ([[0]], "is no list of labels"),
         (7, "is no list of labels"),
+        ([[1, 0], ["zzz", 0]], "is no list of labels (1 is no name of an image)"),
         (good[1:], "has no label for 1 images (blue/a.png)"),
         ([*good, ["red/z.png", 0]], "has labels for 1 images that are not there (red/z.png)"),
         ([*good[1:], ["blue/a.png", -1]], "the label of blue/a.png is -1"),
@@ -327,7 +358,7 @@ def test_unusable_labels(tree, tmp_path, capsys):
         labelled(tree, labels)
         for src in (tree, zipped(tree, tmp_path / "labelled.zip")):
             assert says in fails(["images", src, tmp_path / "out", "--resolution", 8], capsys)
-    for text in ("{", "[]", '{"splits": {}}'):
+    for text in ("{", "[]", '{"splits": {}}', '{"labels": ' + "[" * 100_000):
         (tree / "dataset.json").write_text(text)
         assert "is no list of labels" in fails(["images", tree, tmp_path / "out", "--resolution", 8], capsys)
     assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+import train.pulse
 from mclr.errors import UserError
 from train.pulse import Pulse, read_pulses
 
@@ -18,7 +19,7 @@ def test_a_pulse_tells_step_and_phase_and_counts_time(tmp_path):
     pulse.enter("compute")
     pulse.enter("data", 8)
     pulse.close()
-    assert pulse.seconds["data"] >= 0.05 and pulse.seconds["compute"] > 0
+    assert pulse.waited >= 0.05
     ((rank, (step, phase, then)),) = read_pulses(tmp_path / "pulse", 4).items()
     assert (rank, step, phase) == (2, 8, "data") and began - 0.001 <= then <= time.time()
 
@@ -38,6 +39,33 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "pulse").write_text("a file")
     with pytest.raises(UserError, match="cannot write"):
         Pulse(tmp_path, 0, 1, timeout=100)
+
+
+def test_a_rank_that_goes_on_at_last_is_not_ended(tmp_path, monkeypatch):
+    """It saw all silent, left the word to the first, and came back meanwhile; so does a rank that ends."""
+    monkeypatch.setattr(train.pulse, "PATIENCE", 1.0)
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("ended"))
+    for rank in (0, 1):
+        Pulse(tmp_path, rank, ranks=3, timeout=100).close()
+    for comes_back in (True, False):
+        pulse = Pulse(tmp_path, rank=2, ranks=3, timeout=0.3)
+        time.sleep(0.6)
+        if comes_back:
+            pulse.timeout = 100
+            pulse.enter("compute", 5)
+            time.sleep(1.0)
+            assert pulse.watcher.is_alive()
+        pulse.close()
+
+
+def test_what_cannot_be_read_ends_no_watch(tmp_path):
+    """A pulse that is made and not written yet, or not seen on a shared folder."""
+    pulse = Pulse(tmp_path, rank=0, ranks=3, timeout=100)
+    (tmp_path / "pulse" / "00001").write_text("")
+    assert list(read_pulses(tmp_path / "pulse", 3)) == [0] and pulse._blame()[0] == [0]
+    (tmp_path / "pulse" / "00000").unlink()
+    assert "rank 0 has been silent for 100 s" in pulse._blame()[1]
+    pulse.close()
 
 
 def rank_of(run, rank, ranks, phases, goes_on):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import train.checkpoint
 import train.loop
+import train.progress
 import train.step
 from train.cli import main
 from train.meter import TIMING
@@ -197,7 +198,7 @@ def test_a_crash_costs_the_steps_since_the_checkpoint(start, whole, tmp_path, mo
 def test_a_crash_between_the_snapshots_of_one_time_is_made_good(start, whole, monkeypatch):
     model, written = MODELS[1], 0
     with monkeypatch.context() as patch:
-        real = train.loop.write_snapshot
+        real = train.progress.write_snapshot
 
         def write_snapshot(*args):
             nonlocal written
@@ -206,7 +207,7 @@ def test_a_crash_between_the_snapshots_of_one_time_is_made_good(start, whole, mo
                 raise Crash
             real(*args)
 
-        patch.setattr(train.loop, "write_snapshot", write_snapshot)
+        patch.setattr(train.progress, "write_snapshot", write_snapshot)
         with pytest.raises(Crash):
             start(model, STEPS, f"train.checkpoint_every={BATCH}")
     status, run = start(model, STEPS)
@@ -276,6 +277,7 @@ def skip(steps, patch):
         nonlocal count
         count += 1
         if count in steps:
+            args[0].engine.stepped = False
             return {name: torch.full_like(value, float("nan")) for name, value in found.items()}
         found.update(real(*args))
         return dict(found)
@@ -305,6 +307,15 @@ def test_a_step_that_is_not_finite_is_skipped_as_if_its_batch_were_not_there(sta
     noted = [json.loads(line) for line in (runs["poisoned"] / "skipped.jsonl").read_text().splitlines()]
     assert [event["images"] for event in noted] == [step * BATCH for step in bad]
     assert all(len(set(event["keys"])) == BATCH for event in noted)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_activations_that_are_computed_again_change_nothing(model, start):
+    """Dropout, stochastic depth and averages included, bit for bit."""
+    runs = [start(model, 3, f"engine.activation_checkpointing={on}", out=on) for on in ("false", "true")]
+    assert [status for status, _ in runs] == [0, 0]
+    assert metrics(runs[0][1]) == metrics(runs[1][1])
+    same_tensors(runs[0][1], runs[1][1])
 
 
 def test_a_checkpoint_is_a_weights_folder(start, tmp_path):

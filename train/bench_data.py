@@ -9,6 +9,7 @@ before come from memory: measure data larger than that, or right after a start. 
 
 import argparse
 import itertools
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -76,7 +77,7 @@ def simulate(source: Source, first: int, steps: int, batch: int, sleep: float) -
 
 
 def measure(sources: dict[str, Source], args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """The rows of both tables. per_reader: per_second / readers; waiting, copying: shares of the time; worst: wait in seconds."""
+    """The rows of both tables. waiting, copying: shares of the time; worst: wait in seconds."""
     read, loops = [], []
     for name, source in sources.items():
         source.reader.keep = False
@@ -86,7 +87,7 @@ def measure(sources: dict[str, Source], args: argparse.Namespace) -> dict[str, l
             source.reader.readers = ThreadPoolExecutor(readers)
             waits = simulate(source, next(place), args.steps, args.batch, sleep=0.0)
             speed = args.steps * args.batch / sum(waits.waiting + waits.copying)
-            read.append({"source": name, "readers": readers, "per_second": speed, "per_reader": speed / readers})
+            read.append({"source": name, "readers": readers, "per_second": speed})
         source.reader.readers = ThreadPoolExecutor(READERS)
         for rate in args.rate:
             waits = simulate(source, next(place), args.steps, args.batch, args.batch / rate)
@@ -98,8 +99,8 @@ def measure(sources: dict[str, Source], args: argparse.Namespace) -> dict[str, l
 
 
 def tables(found: dict[str, list[dict[str, Any]]]) -> str:
-    lines = ["| samples | readers | samples/s | per reader |", "| --- | ---: | ---: | ---: |"]
-    lines += [f"| {r['source']} | {r['readers']} | {r['per_second']:,.0f} | {r['per_reader']:,.0f} |" for r in found["read"]]
+    lines = ["| samples | readers | samples/s |", "| --- | ---: | ---: |"]
+    lines += [f"| {r['source']} | {r['readers']} | {r['per_second']:,.0f} |" for r in found["read"]]
     lines += ["", "| samples | step, images/s | waiting | worst step waits | copying |", "| --- | ---: | ---: | ---: | ---: |"]
     for r in found["loops"]:
         worst = f"{1000 * r['worst']:,.1f} ms"
@@ -119,9 +120,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--json", type=Path, metavar="FILE", help="also write the figures there")
     add("overrides", nargs="*", metavar="section.key=value", help="with --model, as in the run")
     args = parser.parse_intermixed_args(argv)
-    for name in ("readers", "rate", "batch", "steps"):
-        for value in values if isinstance(values := getattr(args, name), list) else [values]:
-            if value <= 0:
+    for name, values in (("readers", args.readers), ("rate", args.rate), ("batch", [args.batch]), ("steps", [args.steps])):
+        for value in values:
+            if not 0 < value < math.inf:
                 parser.error(f"--{name} {value:g}: more than 0")
     if args.overrides and args.model is None:
         parser.error(f"{args.overrides[0]} has no effect without --model")

@@ -29,7 +29,7 @@ from configs.schema import load
 from mclr.errors import UserError
 from train.build import build_networks, build_task, open_source
 from train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from train.cli import Parser, run
+from train.cli import Parser, run_rank
 from train.ema import averages_of
 from train.prepare import open_or_prepare
 from train.ranks import group, own_device, world
@@ -183,4 +183,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    run_rank(main)

@@ -41,8 +41,8 @@ from models.edm2 import EDM2
 from train.build import build_networks, build_schedule, build_task, compile_every_length, open_source
 from train.cli import Parser, run
 from train.engine import autocast_of
-from train.loop import Progress, add_up, count_compute, forward_flops, rows_of
 from train.noise import build_noise
+from train.progress import Progress, add_up, count_compute, forward_flops, rows_of
 from train.step import Task, train_step
 
 EXAMPLE = """examples:

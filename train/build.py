@@ -53,7 +53,8 @@ def choose_kernels(config: RunConfig, device: torch.device) -> str:
 def compile_blocks(net: nn.Module) -> None:
     """torch.compile for every block of a network, or for the whole of one that has none.
 
-    Of a block its forward alone, so that what surrounds it stays plain torch: activation checkpointing, and ZeRO 3's gathering.
+    Of a block its forward alone, so that what surrounds it stays plain torch: activation checkpointing, and ZeRO 3's gathering. Not to be
+    copied afterwards: a copy would run the original's.
     """
     compile_every_length()
     for module in getattr(net, "blocks", [net]):
@@ -342,7 +343,7 @@ def build_task(config: RunConfig, source: Source, networks: Networks, device: to
         net.to(device).train()
         if config.engine.compile:
             compile_blocks(net)
-        optimizer = make_optimizer(net, lr, settings.betas, settings.eps, weight_decay, offload)
+        optimizer = make_optimizer(net, lr, settings.betas, settings.eps, weight_decay)
         clip = config.engine.gradient_clipping
         if not launched:
             return LocalEngine(net, optimizer, clip, settings.batch // micro_batch, bf16)
@@ -378,5 +379,6 @@ def build_task(config: RunConfig, source: Source, networks: Networks, device: to
         seed=settings.seed,
         drop_condition=settings.drop_condition,
         flip=config.data.flip,
+        bf16=bf16,
         device=device,
     )

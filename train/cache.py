@@ -104,7 +104,13 @@ class Cache:
     def finish(self, command: str) -> bool:
         """Say that the cache is complete, and take away what a killed job left half-written. False where another rank has done so."""
         # else the one of two would take away what the other is writing
-        held, _ = lock(self.folder / "lock", wait=True)
+        try:
+            held, _ = lock(self.folder / "lock", wait=True)
+        # file systems without locks give no name
+        except OSError as error:
+            raise UserError(
+                f"cannot lock {self.folder} ({error.strerror}): make the dataset folder one whose files have locks"
+            ) from error
         with held:
             if (self.folder / RECORD).exists():
                 return False
@@ -217,7 +223,9 @@ def _has_caches(source: Source) -> bool:
 
 
 def cache_line(source: Source, encoder: Encoder, config: RunConfig) -> list[str]:
-    """What a run says at its start about the cache that it reads, or about those that it leaves out; nothing where there are none."""
+    """What a run says at its start about a stream, about the cache that it reads, or about those that it leaves out; else nothing."""
+    if not source.info.splits:
+        return ["data       streamed, shards drawn with replacement: a resumed run sees other samples"]
     if isinstance(source, CachedSource):
         return [f"data       {source.cache.form.what} ({source.cache.form.dtype}) from {source.cache.folder}"]
     if not _has_caches(source) or not encoder.storage(config.data)[1]:
@@ -272,7 +280,7 @@ def make_cache(config: RunConfig, source: Source, encoder: Encoder, half: bool, 
     # by number: ranks start at different times, and may find different files there
     todo = [k for k in range(rank, cache.files, ranks) if not cache.finished(k)]
     with progress_bar(form.count, begun=there, quiet=rank != 0) as bar:
-        for k, following in zip(todo, [*todo[1:], None], strict=True):
+        for k, following in zip(todo, [*todo, None][1:], strict=True):
             samples = list(cache.samples(k))
             reader.read_ahead(samples + ([] if following is None else list(cache.samples(following))))
             encoded = []
@@ -283,5 +291,10 @@ def make_cache(config: RunConfig, source: Source, encoder: Encoder, half: bool, 
             cache.write(k, torch.cat(encoded).numpy())
             # the others are about as far
             bar.update(min(len(samples) * ranks, form.count - bar.n))
-    if all(cache.finished(k) for k in range(cache.files)) and cache.finish(command):
+    if left := sum(not cache.finished(k) for k in range(cache.files)):
+        if rank == 0:
+            print(
+                f"{cache.folder}: {left} of {cache.files} files are still being made elsewhere: run the same command when they are there"
+            )
+    elif cache.finish(command):
         print(f"{cache.folder}: {content}")

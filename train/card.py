@@ -7,7 +7,7 @@ from typing import Any
 
 from configs.schema import PRESETS, RunConfig
 from mclr.errors import UserError
-from train.files import write_file, write_json
+from train.files import write_json, write_text
 
 NETWORKS = {
     "edm2": "An EDM2 diffusion network",
@@ -25,6 +25,13 @@ USES = {
 }
 METRICS = ("loss", "value", "ratio", "posterior_ece", "mle_loss", "mle_loss_val")  # of training, those that tell how it went
 FEW = 20  # class names that a card lists
+# of notes; others are told as they are
+TYPES: dict[str, Any] = {
+    **dict.fromkeys(("config", "objective", "metrics", "evaluations"), dict),
+    **dict.fromkeys(("parameters", "images_seen"), int),
+    **dict.fromkeys(("model", "data", "licence"), str | None),
+    **{"data_images": int | None, "classes": list | tuple},
+}
 NO_LICENCE = "None is recorded: that of the data and of the weights it was trained from."
 
 
@@ -39,22 +46,26 @@ def run_notes(config: RunConfig) -> dict[str, Any]:
 
 def card(description: Mapping[str, Any]) -> str:
     """The card of weights. description: config.json of their folder. Raises UserError where its notes are not as we write them."""
+    for name, kind in TYPES.items():
+        if name in description and not isinstance(description[name], kind):
+            raise _damaged(f"{name} is {description[name]!r:.40}")
     try:
-        return _card(description)
+        scores = [_scores(result) for result in description.get("evaluations", {}).values()]
     except (TypeError, ValueError, AttributeError, LookupError) as error:
-        raise UserError(f"the notes of these weights (config.json) are damaged ({error}): choose other weights") from error
-
-
-def _card(description: Mapping[str, Any]) -> str:
+        raise _damaged(f"evaluations: {error}") from error
     parts = [_front_matter(description), f"# {_title(description)}", _network(description), *_training(description)]
     names = {key: description.get(key, key.upper()) for key in ("model", "data", "tokenizer")}
     for key in ("model", "data"):
         # one that is no preset was a file or a folder, and those move
         names[key] = names[key] if (PRESETS / key / f"{names[key]}.yaml").exists() else key.upper()
-    parts += map(_scores, description.get("evaluations", {}).values())
+    parts += scores
     if use := USES.get(description["kind"]):
         parts.append(f"## Use\n```\n{use.format(**names)}\n```")
     return "\n\n".join([*parts, f"## Licence\n{description.get('licence', NO_LICENCE)}"]) + "\n"
+
+
+def _damaged(why: str) -> UserError:
+    return UserError(f"the notes of these weights (config.json) are damaged ({why}): choose other weights")
 
 
 def add_scores(folder: Path, result: Mapping[str, Any]) -> None:
@@ -62,7 +73,7 @@ def add_scores(folder: Path, result: Mapping[str, Any]) -> None:
     description = json.loads((folder / "config.json").read_text())
     description["evaluations"] = description.get("evaluations", {}) | {result["judge"]["name"]: result}
     write_json(folder / "config.json", description)
-    write_file(folder / "README.md", card(description).encode(errors="backslashreplace"))
+    write_text(folder / "README.md", card(description))
 
 
 def _front_matter(description: Mapping[str, Any]) -> str:
@@ -81,7 +92,7 @@ def _front_matter(description: Mapping[str, Any]) -> str:
 def _title(description: Mapping[str, Any]) -> str:
     objective = description.get("objective", {}).get("name")
     names = (description.get("model", description["kind"]), objective, description.get("data"))
-    return "-".join(name for name in names if name)
+    return "-".join(str(name) for name in names if name)
 
 
 def _network(description: Mapping[str, Any]) -> str:
@@ -116,9 +127,9 @@ def _settings(settings: Mapping[str, Any]) -> str:
 
 def _data(description: Mapping[str, Any]) -> str:
     classes, images = description.get("classes", ()), description.get("data_images")
-    listed = ", ".join(classes[:FEW]) + (", ..." if len(classes) > FEW else "")
+    listed = ", ".join(map(str, classes[:FEW])) + (", ..." if len(classes) > FEW else "")
     facts = [f"{images:,} images" if images else "", f"{len(classes)} classes ({listed})" if classes else ""]
-    return ", ".join(fact for fact in (description.get("data", ""), *facts) if fact)
+    return ", ".join(fact for fact in (description.get("data"), *facts) if fact)
 
 
 def _scores(result: Mapping[str, Any]) -> str:

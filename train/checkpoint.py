@@ -54,7 +54,8 @@ def save_checkpoint(
     if keep_best and (best := best_checkpoint(older)):
         kept.append(best)
     for old in newer + [p for p in older if p not in kept]:
-        shutil.rmtree(old)
+        # somebody may read it on another machine, whose network file system then keeps names in it
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def best_checkpoint(folders: list[Path]) -> Path | None:

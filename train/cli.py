@@ -5,9 +5,11 @@ import difflib
 import importlib
 import io
 import os
+import select
 import sys
+import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from mclr.errors import UserError
 
@@ -45,12 +47,18 @@ class Parser(argparse.ArgumentParser):
             self.error("-- twice: give it once, before what begins with a dash")
         return super().parse_known_args(args, namespace)
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        # so that run() hears of it where nobody reads the help
+        sys.stdout.flush()
+        super().exit(status, message)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (`{self.prog} --help` shows the arguments)")
 
 
 def run(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
-    """Exit status of `main(argv)`: 2 after a UserError or a file that cannot be used, 130 after Ctrl-C, each with one line on stderr.
+    """Exit status of `main(argv)`: 2 after a UserError or a file that cannot be used, 130 after Ctrl-C, each with one line on stderr;
+    141, silently, where nobody reads stdout to its end.
 
     None counts as 0.
     """
@@ -58,8 +66,14 @@ def run(main: Callable[[list[str] | None], int | None], argv: list[str] | None =
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return main(argv) or 0
+        status = main(argv) or 0
+        sys.stdout.flush()
+        return status
     except (UserError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads(sys.stdout):
+            # of what is left for it, Python's own end would complain
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
         if isinstance(error, OSError):
             # of no file: our own mistake
             if error.filename is None:
@@ -71,6 +85,31 @@ def run(main: Callable[[list[str] | None], int | None], argv: list[str] | None =
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _nobody_reads(stream: TextIO) -> bool:
+    """Whether a stream is a pipe without a reader."""
+    events = select.poll()
+    # errors are told unasked
+    events.register(stream, 0)
+    return bool(events.poll(0))
+
+
+def run_rank(main: Callable[[list[str] | None], int | None]) -> NoReturn:
+    """End this process as run(main) says, at once where it is one of several ranks.
+
+    Python's own end would take down NCCL, which waits for others where one failed, and now and then aborts after gloo.
+    """
+    status = 1
+    try:
+        status = run(main)
+    except Exception:
+        traceback.print_exc()
+    if "LOCAL_RANK" in os.environ:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def main(argv: list[str] | None = None) -> int:

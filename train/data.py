@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from configs.schema import is_stream
 from mclr.errors import UserError
 from train.shards import Damaged, Shard, load_index, read_image
 
@@ -78,6 +79,8 @@ def open_dataset(path: str | Path) -> DatasetInfo:
 
     Raises UserError naming the file at fault and what to do.
     """
+    if is_stream(str(path)):
+        raise UserError(f"{path} is a stream: this needs a dataset folder (`mclr evaluate`: name one by --reference)")
     path = Path(path)
     file = path / "dataset.json"
     try:
@@ -217,7 +220,8 @@ class SplitReader:
                 self.damaged.add(i)
                 tqdm.write(f"passed over: {error}", file=sys.stderr)
                 found, count = len(self.damaged), len(self.samples)
-                if found > self.tolerated * count:
+                # of few samples one may be damaged, as of a stream
+                if found > max(1, self.tolerated * count):
                     share = f"{found / count:.2%}, more than data.damaged={self.tolerated:g}"
                     raise UserError(
                         f"{found} of {count} samples in split {self.split} of {self.info.path} are damaged, {share}; {error}"

@@ -67,9 +67,8 @@ class EMA:
 
     @torch.no_grad()
     def update(self, pieces: dict[str, Tensor], images_seen: int, images: int) -> None:
-        beta = beta_of(self.std, images_seen, images)
-        for name, piece in pieces.items():
-            self.average[name].lerp_(piece, 1 - beta)
+        share = 1 - beta_of(self.std, images_seen, images)
+        torch._foreach_lerp_(list(self.average.values()), [pieces[name] for name in self.average], share)
 
 
 def averages_of(pieces: dict[str, Tensor], settings: Train) -> dict[str, EMA]:

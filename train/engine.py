@@ -6,7 +6,8 @@ the rank's number, the last ones shorter or empty. It is what ZeRO 3 keeps of a 
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -62,12 +63,9 @@ class Engine(Protocol):
 
 
 def make_optimizer(
-    net: nn.Module, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, offload: bool = False
+    net: nn.Module, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """AdamW; only the weights of linear layers and convolutions decay: gains, biases, positions and embeddings are left free.
-
-    offload: what it steps will lie in host memory.
-    """
+    """AdamW; only the weights of linear layers and convolutions decay: gains, biases, positions and embeddings are left free."""
     embeddings = {id(module.weight) for module in net.modules() if isinstance(module, nn.Embedding)}
     decaying: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
@@ -75,15 +73,14 @@ def make_optimizer(
         decays = name.endswith("weight") and p.ndim >= 2 and id(p) not in embeddings
         (decaying if decays else free).append(p)
     groups = [{"params": g, "weight_decay": d} for g, d in ((decaying, weight_decay), (free, 0.0)) if g]
-    # on CPUs torch fuses only when told to
-    fused = True if offload or next(net.parameters()).device.type == "cpu" else None
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
+    # in one pass over each weight, without temporaries
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
 def start_moments(optimizer: torch.optim.Optimizer, weights: Iterable[Tensor]) -> None:
     """Give AdamW the state that its first step would, so that there is one to save and to load into at any time."""
     for w in weights:
-        optimizer.state[w] = {"step": torch.zeros(())} | {key: torch.zeros_like(w) for key in MOMENTS}
+        optimizer.state[w] = {"step": torch.zeros((), device=w.device)} | {key: torch.zeros_like(w) for key in MOMENTS}
 
 
 def buffers_of(net: nn.Module) -> dict[str, Tensor]:
@@ -94,6 +91,19 @@ def buffers_of(net: nn.Module) -> dict[str, Tensor]:
 
 def autocast_of(net: nn.Module, bf16: bool) -> torch.autocast:
     return torch.autocast(next(net.parameters()).device.type, torch.bfloat16, enabled=bf16)
+
+
+@contextmanager
+def answering(net: nn.Module, bf16: bool) -> Iterator[None]:
+    """Inside, a network that is being trained answers without gradient, dropout or compiled code: code that was made for other shapes
+    might serve training afterwards, with another rounding."""
+    training = net.training
+    net.eval()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), autocast_of(net, bf16):
+            yield
+    finally:
+        net.train(training)
 
 
 class _RowCounter:
@@ -178,7 +188,7 @@ class LocalEngine(_RowCounter):
         for name, p in self.net.named_parameters():
             state[f"weight:{name}"] = p.detach().cpu()
             state |= {f"{key}:{name}": self.optimizer.state[p][key].cpu() for key in MOMENTS}
-            state["step"] = self.optimizer.state[p]["step"].clone()
+            state["step"] = self.optimizer.state[p]["step"].to("cpu", copy=True)
         return state
 
     @torch.no_grad()
@@ -267,22 +277,25 @@ class DeepSpeedEngine(_RowCounter):
     @torch.no_grad()
     def force_weights(self, weights: list[nn.Parameter]) -> None:
         if self.zero == 3:
+            from deepspeed.utils import safe_set_local_fp32_param
+
             # ranks hold parts of rows: what goes between them is the sum of squares of every row
-            masters, shapes = [self._partition(p) for p in weights], [p.ds_shape for p in weights]  # type: ignore[attr-defined]
-            force_pieces([master[: numel_here(shape)] for master, shape in zip(masters, shapes, strict=True)], shapes)
-            for p, master in zip(weights, masters, strict=True):
-                self._set_partition(p, master)
+            partitioned: list[Any] = weights
+            force_pieces([p.ds_tensor[: numel_here(p.ds_shape)] for p in partitioned], [p.ds_shape for p in partitioned])
+            for p in partitioned:
+                safe_set_local_fp32_param(p, p.ds_tensor)
             return
         force_weights(weights)
-        for p in weights if self.zero else ():
+        for w in weights if self.zero else ():
             # from the network's whole copy of the masters, to this rank's share of them: nothing goes between ranks
-            self._set_weight(p, p)
+            self._set_weight(w, w)
 
     @torch.no_grad()
     def pieces(self) -> dict[str, Tensor]:
+        # of fp32 networks ZeRO leaves a copy of the masters, of ZeRO 3's pieces, in the network
         if self.zero == 3:
-            return {name: self._partition(p)[: numel_here(self.shapes[name])] for name, p in self.net.named_parameters()}
-        # of fp32 networks ZeRO leaves a copy of the masters, just gathered from the ranks, in the network
+            parameters: Any = self.net.named_parameters()
+            return {name: p.ds_tensor[: numel_here(self.shapes[name])] for name, p in parameters}
         return {name: piece_of(p.detach()) for name, p in self.net.named_parameters()}
 
     def split(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -307,7 +320,7 @@ class DeepSpeedEngine(_RowCounter):
             whole = {f"weight:{name}": self._weight(p)} | {f"{key}:{name}": self._moment(p, key) for key in MOMENTS}
             if dist.get_rank() == 0:
                 state |= {key: value.cpu() for key, value in whole.items()}
-                state["step"] = next(iter(self.optimizer.state.values()))["step"].clone()
+                state["step"] = next(iter(self.optimizer.state.values()))["step"].to("cpu", copy=True)
         if dist.get_rank() == 0:
             state |= {name: t.cpu() for name, t in buffers_of(self.net).items()}
         return state
@@ -323,19 +336,6 @@ class DeepSpeedEngine(_RowCounter):
         for name, t in buffers_of(self.net).items():
             t.copy_(state[name])
 
-    def _partition(self, p: nn.Parameter) -> Tensor:
-        """This rank's piece of the fp32 master at ZeRO 3, padded to the size that all ranks' have."""
-        from deepspeed.utils import safe_get_local_fp32_param
-
-        return safe_get_local_fp32_param(p)
-
-    def _set_partition(self, p: nn.Parameter, value: Tensor) -> None:
-        """In the master, and in what the network is gathered from."""
-        from deepspeed.utils import safe_set_local_fp32_param
-
-        safe_set_local_fp32_param(p, value)
-        p.ds_tensor.copy_(value)  # type: ignore[attr-defined]
-
     def _weight(self, p: nn.Parameter) -> Tensor:
         if self.zero == 3:
             from deepspeed.utils import safe_get_full_fp32_param
@@ -343,10 +343,13 @@ class DeepSpeedEngine(_RowCounter):
             return safe_get_full_fp32_param(p)
         return p.detach()
 
-    def _set_weight(self, p: nn.Parameter, value: Tensor) -> None:
+    def _set_weight(self, p: Any, value: Tensor) -> None:
         """In the network, and in this rank's share of the fp32 masters: ZeRO would overwrite the network from those."""
         if self.zero == 3:
-            self._set_partition(p, padded(piece_of(value), value.shape))
+            from deepspeed.utils import safe_set_local_fp32_param
+
+            p.ds_tensor.copy_(padded(piece_of(value), value.shape))
+            safe_set_local_fp32_param(p, p.ds_tensor)
             return
         p.copy_(value)
         if self.zero:

@@ -38,6 +38,11 @@ def write_file(path: str | Path, data: bytes) -> None:
             temporary.unlink()
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8, by write_file; bytes that are no text, which names of files may hold, as backslashes say them."""
+    write_file(path, text.encode(errors="backslashreplace"))
+
+
 def in_memory(write: Callable[..., Any], **options: Any) -> bytes:
     """What `write(file, **options)` puts into a file."""
     buffer = io.BytesIO()

@@ -19,7 +19,7 @@ from models.vqvae import VQVAE, VQVAEConfig
 from train.card import card
 from train.data import Source, SplitReader
 from train.encoders import from_uint8
-from train.files import new_folder, write_file, write_json
+from train.files import new_folder, write_json, write_text
 from train.loop import progress_bar
 from train.prepare import open_or_prepare
 from train.weights import read_config, save_weights
@@ -92,7 +92,7 @@ def fit_to_data(kind: str, data: str, out: str, recipe: Recipe, seed: int, half:
     result = quality(kind, net, held_out, device)
     described = read_config(Path(out)) | {"result": result}
     write_json(Path(out) / "config.json", described)
-    write_file(Path(out) / "README.md", card(described).encode(errors="backslashreplace"))
+    write_text(Path(out) / "README.md", card(described))
     print(f"{out}: {size} parameters, {result}")
 
 

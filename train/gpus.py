@@ -22,6 +22,9 @@ class GPU:
     fp32: float
     link: float
 
+    def peak(self, precision: str) -> float:
+        return {"bf16": self.bf16, "fp32": self.fp32}[precision]
+
 
 # NVIDIA's data sheets, without sparsity; a link is half of what they give for both directions together
 GPUS = {
@@ -53,4 +56,4 @@ def gpu_named(device_name: str) -> str | None:
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """FLOP/s that this device can do at most in fp32 or bf16; None on a CPU and on a GPU that is not in the table."""
     name = gpu_named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    return None if name is None else {"fp32": GPUS[name].fp32, "bf16": GPUS[name].bf16}[precision]
+    return None if name is None else GPUS[name].peak(precision)

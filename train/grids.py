@@ -12,7 +12,7 @@ from mclr.errors import UserError
 from mclr.guidance import Guidance
 from mclr.likelihood import Draws
 from train.encoders import to_uint8
-from train.engine import autocast_of
+from train.engine import answering
 from train.files import write_file
 from train.log import RunFolder
 from train.ranks import together
@@ -35,7 +35,6 @@ class Grid:
     def __init__(self, task: Task, config: RunConfig, run: RunFolder | None):
         self.task, self.run = task, run
         self.every, self.batch = config.train.grid_every, config.sample.batch
-        self.bf16 = config.engine.precision == "bf16"
         self.conditions = columns(config.data.num_classes)
 
     def due(self, images: int, before: int, done: bool) -> bool:
@@ -67,19 +66,13 @@ class Grid:
                 write_file(path, image_grid(images_NCHW.numpy(), ROWS, len(self.conditions), scale))
                 self.run.picture("samples", images, path)
 
-    @torch.no_grad()
     def _images(self) -> Tensor:
         """uint8 [N, C, H, W], row by row of the picture."""
-        net, device = self.task.engine.net, self.task.device
-        c_N, training, drawn = torch.tensor(self.conditions * ROWS, device=device), net.training, []
-        net.eval()
-        try:
-            for seeds in torch.arange(len(c_N)).split(self.batch):
-                draws = Draws(SAMPLING, seeds.tolist(), device)
-                # code compiled for other shapes might serve training afterwards, with another rounding
-                with torch.compiler.set_stance("force_eager"), autocast_of(net, self.bf16):
-                    x = self.task.paradigm.sample(net, c_N[seeds.to(device)], Guidance(), draws)
-                drawn.append(to_uint8(self.task.encoder.decode(x)).cpu())
-        finally:
-            net.train(training)
+        net, device, drawn = self.task.engine.net, self.task.device, []
+        c_N = torch.tensor(self.conditions * ROWS, device=device)
+        for seeds in torch.arange(len(c_N)).split(self.batch):
+            draws = Draws(SAMPLING, seeds.tolist(), device)
+            with answering(net, self.task.bf16):
+                x = self.task.paradigm.sample(net, c_N[seeds.to(device)], Guidance(), draws)
+            drawn.append(to_uint8(self.task.encoder.decode(x)).cpu())
         return torch.cat(drawn)

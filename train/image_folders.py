@@ -12,6 +12,8 @@ from zipfile import BadZipFile, ZipFile
 from mclr.errors import UserError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+# as Pillow names them; it would hand PostScript to Ghostscript, whatever the file is called
+FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]
 LABELS = "dataset.json"
 HOW = "put the images of each class into a folder of their own, as in cats/1.png, dogs/1.png"
 
@@ -41,9 +43,11 @@ class Images:
     def _size(self, name: str) -> int:
         if self.archive is not None:
             return self.archive.getinfo(name).file_size
-        path = self.src / name
-        # a dangling link counts among the unreadable images
-        return path.stat().st_size if path.exists() else -1
+        try:
+            return (self.src / name).stat().st_size
+        except OSError:
+            # a dangling link counts among the unreadable images
+            return -1
 
 
 def find_images(src: Path) -> Images:
@@ -75,16 +79,23 @@ def find_images(src: Path) -> Images:
         raise UserError(f"{src} is damaged, or no zip file ({error}): copy it again, or unpack it and give the folder") from error
 
 
-def _entries_below(folder: Path, prefix: str = "") -> Iterator[str]:
-    """Names of all files, and of all folders with "/" at the end."""
-    for path in folder.iterdir():
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            yield f"{prefix}{path.name}/"
-            yield from _entries_below(path, f"{prefix}{path.name}/")
-        else:
-            yield prefix + path.name
+def _entries_below(src: Path) -> Iterator[str]:
+    """Names of all files, and of all folders with "/" at the end. Raises UserError where a link leads back to a folder above it."""
+    todo: list[tuple[str, frozenset[str]]] = [("", frozenset())]
+    while todo:
+        prefix, above = todo.pop()
+        here = os.path.realpath(src / prefix)
+        if here in above:
+            raise UserError(f"{src / prefix} is a link to a folder that it lies in: remove the link")
+        for entry in os.scandir(src / prefix):
+            if entry.name.startswith("."):
+                continue
+            # of a link that leads nowhere, the entry itself may raise
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                yield f"{prefix}{entry.name}/"
+                todo.append((f"{prefix}{entry.name}/", above | {here}))
+            else:
+                yield prefix + entry.name
 
 
 def _entries_of_zip(src: Path, archive: ZipFile) -> list[str]:
@@ -134,7 +145,9 @@ def _by_labels(src: Path, entries: list[str], text: bytes) -> tuple[tuple[str, .
     try:
         labels = json.loads(text)["labels"]
         labels = labels if labels is None else dict(labels)
-    except (ValueError, KeyError, TypeError) as error:
+        if odd := [name for name in labels or () if not isinstance(name, str)]:
+            raise TypeError(f"{odd[0]!r:.40} is no name of an image")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f'{place} is no list of labels ({error}): expected {{"labels": [["a.png", 0], ...]}}') from error
     images = [name for name in entries if _is_image(name)]
     if labels is None:
@@ -144,7 +157,7 @@ def _by_labels(src: Path, entries: list[str], text: bytes) -> tuple[tuple[str, .
     if missing := sorted(labels.keys() - set(images)):
         raise UserError(f"{place} has labels for {len(missing)} images that are not there ({missing[0]}): copy the images again")
     if wrong := [name for name in images if type(labels[name]) is not int or labels[name] < 0]:
-        raise UserError(f"{place}: the label of {wrong[0]} is {labels[wrong[0]]!r}: expected a whole number from 0 on")
+        raise UserError(f"{place}: the label of {wrong[0]} is {labels[wrong[0]]!r:.40}: expected a whole number from 0 on")
     if not images:
         raise UserError(f"{src} has no images ({', '.join(sorted(SUFFIXES))})")
     known = sorted(set(labels.values()))

@@ -13,7 +13,7 @@ from mclr.errors import UserError
 from train.files import lock, write_file, write_json
 from train.sinks import Sinks
 
-# may change between one start and the next: they do not decide what is learned
+# may change between one start and the next: they do not decide what is learned; a section ends in a dot
 FREE = (
     "data.damaged",
     "data.path",
@@ -30,6 +30,7 @@ FREE = (
     "train.grid_every",
     "train.images",
     "train.keep",
+    "train.keep_best",
     "train.log_every",
     "train.log_to",
     "train.max_skipped",
@@ -39,6 +40,10 @@ FREE = (
 )
 INPUTS = "inputs.json"
 METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"
+
+
+def is_free(key: str) -> bool:
+    return key in FREE or any(free.endswith(".") and key.startswith(free) for free in FREE)
 
 
 class RunFolder:
@@ -109,7 +114,9 @@ class RunFolder:
             with open(self.path / name, "a") as file:
                 file.write(json.dumps(values, allow_nan=False) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write {self.path / name} ({error.strerror}): make room") from error
+            raise UserError(
+                f"cannot write {self.path / name} ({error.strerror}): make it writable, with room to spare"
+            ) from error
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
@@ -126,7 +133,7 @@ def _images(line: str) -> float:
 def _refuse_other(path: Path, config: RunConfig, inputs: dict[str, str]) -> None:
     there, here = flatten(load_resolved(path)), flatten(config)
     for key in sorted(there.keys() | here.keys()):
-        if not key.startswith(FREE) and there.get(key) != here.get(key):
+        if not is_free(key) and there.get(key) != here.get(key):
             raise UserError(
                 f"run folder {path} holds a run with {key}={there.get(key)}, this one has {here.get(key)}: choose another with --out"
             )

@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from train.ranks import world
 
@@ -23,45 +24,27 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Meter:
-    """At every step each rank gives its share() to the sums of all ranks, and the sums go to step(); rank 0 reads at a line.
-
-    done: Progress as a dict. peak: FLOP/s of one device (train/gpus.py); None: not known, so there is no mfu.
-    """
+    """done: Progress as a dict. peak: FLOP/s of one device (train/gpus.py); None: not known, so there is no mfu."""
 
     def __init__(self, done: dict[str, Any], peak: float | None, device: torch.device):
-        self.rank, _, self.ranks = world()
-        self.peak, self.device = peak, device
-        self._begin(done)
+        self.before, self.peak, self.device = dict(done), peak, device
 
-    def _begin(self, done: dict[str, Any]) -> None:
-        self.before = dict(done)
-        self.memory, self.waited, self.damaged = 0.0, [0.0] * self.ranks, 0
-
-    def share(self, waited: float, damaged: int) -> dict[str, float]:
-        """This rank's part of a step's sums. waited: seconds, for data; damaged: samples that it has passed over since it started.
-
-        What is no sum is under a name for each rank, to which the others add 0: so step() finds the largest.
-        """
-        mine = {"waited": waited, "memory": float(peak_memory(self.device))}
-        parts = {f"{name}/{rank}": mine[name] if rank == self.rank else 0.0 for name in mine for rank in range(self.ranks)}
-        return parts | {"damaged": damaged}
-
-    def step(self, sums: dict[str, float]) -> None:
-        for rank in range(self.ranks):
-            self.waited[rank] += sums[f"waited/{rank}"]
-            self.memory = max(self.memory, sums[f"memory/{rank}"])
-        self.damaged = int(sums["damaged"])
-
-    def read(self, done: dict[str, Any]) -> dict[str, float]:
+    def read(self, done: dict[str, Any], waited: float, damaged: int) -> dict[str, float]:
         """Since the last call: images and rows with gradient per second; mfu, the share of all devices' FLOP/s that was used;
-        memory, the most GiB of a rank; data_wait, the largest share of the time that a rank waited for data. damaged: since the start,
-        as every rank found them."""
+        memory, the most GiB of a rank; data_wait, the largest share of the time that a rank waited for data. Collective.
+
+        waited: seconds so, of this rank. damaged: samples that this rank has passed over since it started; summed over the ranks.
+        """
         past = {name: done[name] - self.before[name] for name in ("images", "rows", "flops", "seconds")}
+        self.before = dict(done)
+        worst = torch.tensor([waited, peak_memory(self.device)], dtype=torch.float64, device=self.device)
+        total = torch.tensor(damaged, dtype=torch.float64, device=self.device)
+        if dist.is_initialized():
+            dist.all_reduce(worst, dist.ReduceOp.MAX)
+            dist.all_reduce(total)
+        longest, memory = worst.tolist()
         found = {f"{name}_per_second": past[name] / past["seconds"] for name in ("images", "rows")}
         if self.peak is not None:
-            found["mfu"] = past["flops"] / (past["seconds"] * self.ranks * self.peak)
-        found |= {"memory": self.memory / 2**30, "data_wait": max(self.waited) / past["seconds"]}
-        rounded: dict[str, float] = {name: float(f"{value:.4g}") for name, value in found.items()}
-        rounded["damaged"] = self.damaged
-        self._begin(done)
-        return rounded
+            found["mfu"] = past["flops"] / (past["seconds"] * world()[2] * self.peak)
+        found |= {"memory": memory / 2**30, "data_wait": longest / past["seconds"]}
+        return {name: float(f"{value:.4g}") for name, value in found.items()} | {"damaged": int(total)}

@@ -20,6 +20,7 @@ from mclr.objective import Objective
 from models.edm2 import EDM2
 from train.data import Batch, DatasetInfo, SplitReader, permutation
 from train.encoders import Encoder, from_uint8, mirrored
+from train.engine import answering
 from train.step import Task
 
 SIGMA = 0.29  # noise of a view; the paper's choice
@@ -55,7 +56,8 @@ def features(net: EDM2, x_BCHW: Tensor, draws: Draws) -> Tensor:
     blocks = list(net.decoder.values())
     hook = blocks[len(blocks) // 2].register_forward_hook(lambda block, inputs, h_BDHW: seen.append(h_BDHW.mean((2, 3))))
     try:
-        net.eval()(noisy_BCHW, sigma_B, null_B)
+        with answering(net, bf16=False):
+            net(noisy_BCHW, sigma_B, null_B)
     finally:
         hook.remove()
     D = seen[0].shape[1]
@@ -63,7 +65,7 @@ def features(net: EDM2, x_BCHW: Tensor, draws: Draws) -> Tensor:
 
 
 def measure(net: EDM2, encoder: Encoder, images: dict[str, SplitReader], flip: bool) -> dict[str, float]:
-    """icr and icr_val: that of the network on each of these splits, from PAIRS pairs of views. Leaves the network in evaluation mode.
+    """icr and icr_val: that of the network on each of these splits, from PAIRS pairs of views, in fp32.
 
     Raises UserError where the features of two views do not differ, or are not finite.
     """
@@ -87,17 +89,19 @@ def measure(net: EDM2, encoder: Encoder, images: dict[str, SplitReader], flip: b
 def mle_loss(task: Task, images: dict[str, SplitReader]) -> dict[str, float]:
     """mle_loss and mle_loss_val: of plain maximum likelihood on PAIRS draws of each split, every image under its own condition.
 
-    Of the weights that are trained, not of their average; without dropout or mirroring. Leaves the network in evaluation mode.
+    Of the weights that are trained, not of their average; without dropout or mirroring.
     """
-    # past the engine, which would count the rows; it puts the network back into training mode
-    net, mle, found = task.engine.net.eval(), Objective(), {}
+    # past the engine, which would count the rows
+    net, mle, found = task.engine.net, Objective(), {}
     for split, reader in images.items():
         losses = []
         for positions, batch in _fixed(reader):
             draws = Draws(LOSS, list(positions), task.device)
             probe = task.paradigm.probe(task.encoder.draw(task.encode(batch), draws), draws)
             rows = mle.rows(probe, batch.c_B.to(task.device), task.null, draws, None)
-            losses.append(mle(score(task.paradigm, net, probe, rows, task.null), rows)[0])
+            with answering(net, task.bf16):
+                scores = score(task.paradigm, net, probe, rows, task.null)
+            losses.append(mle(scores, rows)[0])
         found[NAMES[split].format("mle_loss")] = torch.cat(losses).mean().item()
     return found
 

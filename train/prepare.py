@@ -5,7 +5,6 @@ A shard is a tar file in webdataset's format: every sample is KEY.png and KEY.cl
 
 import argparse
 import hashlib
-import io
 import os
 import signal
 import sys
@@ -22,14 +21,14 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 from webdataset import TarWriter
 
-from configs.schema import Data, load
+from configs.schema import Data, is_stream, load
 from mclr.errors import UserError
-from train.cli import Parser, run
+from train.cli import Parser, run_rank
 from train.data import TOKENS, DatasetInfo, SplitReader, open_dataset, permutation
 from train.files import in_memory, new_folder, write_file, write_json
-from train.image_folders import Images, find_images
+from train.image_folders import FORMATS, Images, find_images
 from train.ranks import on_signals, one_voice, own_device, world
-from train.shards import Shard
+from train.shards import Shard, open_image
 
 CHUNK = 64
 
@@ -74,7 +73,7 @@ def prepare_digits(out: str | Path) -> DatasetInfo:
 
 def open_or_prepare(name: str, path: str | Path) -> DatasetInfo:
     """The dataset folder at `path`; the digits are prepared there on first use."""
-    if name == "digits" and not Path(path).exists():
+    if name == "digits" and not is_stream(str(path)) and not Path(path).exists():
         try:
             return prepare_digits(path)
         except UserError:
@@ -231,7 +230,7 @@ def _encode(
 
     def encode(name: str) -> bytes | None:
         try:
-            with Image.open(io.BytesIO(images.read(name))) as image:
+            with open_image(images.read(name), FORMATS) as image:
                 return _png(center_crop(convert(image, {1: "L", 3: "RGB"}[channels]), resolution))
         # decoders raise nearly anything on bad files; each is counted and reported
         except Exception:
@@ -333,7 +332,6 @@ def main(argv: list[str] | None = None) -> int:
     cache.add_argument("--model", required=True, help="preset whose encoder is used, or a YAML path")
     cache.add_argument("--data", required=True, metavar="D", help="preset or dataset folder")
     cache.add_argument("--half", action="store_true", help="latents in fp16: half the disk, 11 bits of every number")
-    cache.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # inserted by the deepspeed launcher
     cache.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="as in the run: data.flip=true, model.vae=, model.tokenizer="
     )
@@ -381,4 +379,4 @@ def _show(info: DatasetInfo) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    run_rank(main)

@@ -55,8 +55,13 @@ def group(launched: bool, timeout: float = 1800) -> Iterator[None]:
         deepspeed.init_distributed(timeout=timedelta(seconds=2 * timeout + 60))
     try:
         yield
-    finally:
         torch.distributed.destroy_process_group()
+    except BaseException:
+        # NCCL ends on all ranks together: one that failed alone would wait here for ever, its error untold
+        if torch.distributed.get_backend() != "nccl":
+            torch.distributed.destroy_process_group()
+        raise
+    finally:
         # 66 MiB of memory for each rank of each launch on CPUs, which DeepSpeed leaves behind
         for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{os.environ['MASTER_PORT']}_{world()[0]}"):
             with suppress(OSError):
@@ -95,8 +100,7 @@ def together() -> Iterator[None]:
     except UserError as error:
         failed = error
     if dist.is_initialized():
-        said: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(said, failed and str(failed))
+        said = from_all(failed and str(failed))
         rank = next((rank for rank, message in enumerate(said) if message), None)
         if rank is not None:
             raise UserError(said[rank] if rank == 0 else f"rank {rank}: {said[rank]}") from failed
@@ -112,6 +116,17 @@ def from_rank_0(value: Any) -> Any:
     if dist.is_initialized():
         dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def from_all(value: Any) -> list[Any]:
+    """Every rank's value, on every rank, in order. Collective under a launcher."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 @contextmanager

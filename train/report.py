@@ -23,7 +23,7 @@ from PIL import Image
 
 from mclr.errors import UserError
 from train.cli import Parser, run
-from train.files import in_memory, regular, write_file
+from train.files import in_memory, regular, write_file, write_text
 
 # Row -> its name in the tables; its weight, where it has one: key in results.json and symbol.
 ROWS = {"base": "base", "control": "control (more mle)", "cfg": "control + CFG", "mclr": "MCLR"}
@@ -126,7 +126,7 @@ def write_report(results: dict[str, Any], run_folder: Path, out: Path) -> Path:
     for name, png in figures.items():
         if png is not None:
             write_file(out / "figures" / f"{name}-curves.png", png)
-    write_file(out / "report.html", page.encode(errors="backslashreplace"))
+    write_text(out / "report.html", page)
     return out / "report.html"
 
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from configs.schema import DiffusionModel, RunConfig, dump, flatten, load
 from mclr.errors import UserError
-from train.cli import Parser, run
+from train.cli import Parser, run_rank
 from train.ranks import Interrupt, group, on_signals, one_voice, own_device, together, world
 from train.sinks import refuse_missing
 
@@ -43,7 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--data", default="digits", help="digits, a folder made by `mclr prepare`, or a YAML path (default: digits)"
     )
     parser.add_argument(
-        "--engine", default="auto", help="auto, local, zero0, zero1, zero2, zero3, or a YAML path (default: auto)"
+        "--engine", default="auto", help="auto, local, zero0 to zero3, 8x80gb, 4-nodes, or a YAML path (default: auto)"
     )
     parser.add_argument(
         "--init",
@@ -114,6 +114,10 @@ def micro_batch_of(config: RunConfig, ranks: int) -> int:
         raise UserError(f"train.batch={batch} cannot be shared by {ranks} ranks: make it a multiple of {ranks}")
     if ranks > 1 and config.engine.here() == "local":
         raise UserError(f"engine.kind=local runs on one rank, not {ranks}: use engine.kind=deepspeed")
+    if config.engine.here() == "local" and config.engine.zero:
+        raise UserError(
+            f"engine.zero={config.engine.zero} needs a launcher: use `deepspeed train/run.py ...`, or engine.zero=0 engine.offload=false"
+        )
     if config.engine.here() == "deepspeed" and "WORLD_SIZE" not in os.environ:
         raise UserError("engine.kind=deepspeed needs a launcher: use `deepspeed train/run.py ...`, or --engine local")
     share = batch // ranks
@@ -219,7 +223,7 @@ def describe(config: RunConfig, ranks: int, micro_batch: int, net: Any) -> str:
 
     count = sum(p.numel() for p in net.parameters())
     objective, settings, engine = build_objective(config), config.train, config.engine
-    ways = [f"ZeRO {engine.zero}", engine.precision]
+    ways = [*([f"ZeRO {engine.zero}"] if engine.here() == "deepspeed" else []), engine.precision]
     ways += [way.replace("_", " ") for way in ("offload", "activation_checkpointing", "compile") if getattr(engine, way)]
     tokens = config.model.paradigm == "next_scale"
     # matched rows; one contrast row per sample, or per scale of it where each draws its own
@@ -258,4 +262,4 @@ def describe(config: RunConfig, ranks: int, micro_batch: int, net: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    run_rank(main)

@@ -31,7 +31,7 @@ from mclr.likelihood import Draws, Net, Paradigm
 from mclr.next_scale import NextScale
 from models.edm2 import EDM2
 from train.build import build_encoder, build_guidance, build_guide, build_net, build_paradigm, choose_kernels, schedule_table
-from train.cli import Parser, run
+from train.cli import Parser, run_rank
 from train.encoders import ROUNDING, VAE_WEIGHTS, Encoder, find_vae, to_uint8
 from train.files import checksum, in_memory, regular, write_file, write_json
 from train.loop import progress_bar
@@ -454,4 +454,4 @@ def _short(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    run_rank(main)

@@ -1,11 +1,13 @@
 """The samples inside a dataset's shards (tar files of KEY.png + KEY.cls): where they lie, and how one is read."""
 
+import gc
 import hashlib
 import io
 import json
 import tarfile
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,10 +104,22 @@ def open_image(data: bytes, formats: list[str]) -> Image.Image:
 def _saved_index(folder: Path) -> dict[str, tuple[str, list[Sample]]]:
     """{shard: (sha256, samples)} of index.json; empty when it is missing or not as we write it: the tar files still know."""
     try:
-        record = json.loads(regular(folder / INDEX).read_bytes())
-        return {file: (sha256, [Sample(file, *row) for row in rows]) for file, (sha256, rows) in record.items()}
+        stat = regular(folder / INDEX).stat()
+        return _parsed_index(folder / INDEX, stat.st_size, stat.st_mtime_ns)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
+
+
+# one for the readers of both splits, which hold most of a gigabyte of it for every 4 million samples
+@lru_cache(maxsize=1)
+def _parsed_index(path: Path, size: int, changed: int) -> dict[str, tuple[str, list[Sample]]]:
+    # which would look through the millions of tuples again and again
+    gc.disable()
+    try:
+        record = json.loads(path.read_bytes())
+        return {file: (sha256, [Sample(file, *row) for row in rows]) for file, (sha256, rows) in record.items()}
+    finally:
+        gc.enable()
 
 
 def _fit(samples: list[Sample], shard: Shard) -> bool:

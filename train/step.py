@@ -48,6 +48,7 @@ class Task:
     seed: int
     drop_condition: float
     flip: bool
+    bf16: bool
     device: torch.device
 
     def samples(self, first: int, count: int, enter: Callable[[str], None] = ignore) -> tuple[Tensor, Tensor, Tensor, Draws]:
@@ -95,12 +96,13 @@ def train_step(
     """Train on the samples at these global positions (this rank's share of the batch), micro_batch at a time.
 
     stopped: asked before every micro-batch; when it says yes, the step is given up with the weights as they were. enter: is told what
-    comes next: "data" (waiting for files), "compute" or "optimizer".
+    comes next: "meet" (the other ranks), "data" (waiting for files), "compute" or "optimizer".
     Returns averages over the positions, 0-d tensors, or None when given up. Losses are divided by the number of samples, never by
     that of rows.
     """
     totals: dict[str, Tensor] = {}
     for first in range(positions.start, positions.stop, micro_batch):
+        enter("meet")
         if stopped():
             return None
         x_P, c_P, true_c_P, draws = task.samples(first, micro_batch, enter)

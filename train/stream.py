@@ -1,15 +1,20 @@
 """Training samples streamed from shards that are no dataset folder: URLs and commands in webdataset's notation, nothing on disk.
 
-Shards are tar files of KEY.jpg (.jpeg, .png, .webp) + KEY.cls, as webdataset's ImageNet has them; images of any size are cropped and
-resized as `mclr prepare images` does it. Each reader of each rank draws shards with replacement, so any number of shards serves any
-number of them; what a position holds is what comes next, and differs from start to start. C H W image.
+Shards are tar files of KEY.jpg (.jpeg, .png, .webp) + KEY.cls, as webdataset's ImageNet has them, local ones among them; images of
+any size are cropped and resized as `mclr prepare images` does it. Each reader of each rank draws shards with replacement, so any
+number of shards serves any number of them; what a position holds is what comes next, and differs from start to start. C H W image.
 """
 
+import errno
+import os
 import random
+import signal
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, Queue
 from subprocess import TimeoutExpired
@@ -32,9 +37,10 @@ from train.ranks import world
 from train.shards import Damaged, open_image
 
 KINDS, FORMATS = ("jpg", "jpeg", "png", "webp"), ["JPEG", "PNG", "WEBP"]
-SHUFFLED = 500  # files among which a reader draws the next
+SHUFFLED = 500  # samples among which a reader draws the next
 READY = 32  # images that a reader holds decoded
-TRIES, PAUSE = 3, 2.0  # of a shard that cannot be read, and the seconds between them
+TRIES, PAUSE = 6, 2.0  # of a shard that cannot be read, and the seconds after the first, doubled after each: a minute in all
+STALLED = 60.0  # seconds without one sample, after which a download is ended and counts as a try
 PATIENCE = 300.0  # seconds without one image, after which a stream is dead
 REMEMBERED = 2**16  # positions whose keys are known
 # of commands whose output nobody read to the end: SIGPIPE, as a shell says it, as curl does; and killed
@@ -49,14 +55,34 @@ class Drawn(NamedTuple):
     c: int
 
 
+@dataclass
+class Download:
+    """What a reader reads at the moment. pipe: its command, None for a file; since: when its last sample came, in seconds; stalled: it
+    was ended for that."""
+
+    url: str = ""
+    pipe: Pipe | None = None
+    since: float = 0.0
+    stalled: bool = False
+
+    def end_if_stalled(self) -> None:
+        if self.pipe is not None and time.monotonic() - self.since >= STALLED:
+            self.stalled = True
+            end(self.pipe)
+
+
+def end(pipe: Pipe) -> None:
+    """Kill a command, with all that it started, which would keep its output open."""
+    with suppress(ProcessLookupError):
+        # one that runs in a session of its own, as opened() starts them; webdataset's curl starts nothing
+        (os.killpg if os.getpgid(pipe.proc.pid) == pipe.proc.pid else os.kill)(pipe.proc.pid, signal.SIGKILL)
+
+
 class Stream(Source):
     """A source in which nothing depends on a position: its samples are whatever comes next."""
 
     def __init__(self, data: Data, seed: int):
         """Starts to read and waits for the first image. Raises UserError where none comes, or data.path is no such notation."""
-        rank = world()[0]
-        if rank == 0:
-            print("data       streamed, shards drawn with replacement: a resumed run sees other samples")
         self.data = data
         self.info = DatasetInfo(
             path=Path(data.path),
@@ -77,11 +103,12 @@ class Stream(Source):
                 f"data.path={data.path} cannot be expanded ({error}): write shards as in name-{{000..099}}.tar"
             ) from error
         self.ready: list[Queue[Drawn | Exception]] = [Queue(READY) for _ in range(READERS)]
+        self.downloads = [Download() for _ in range(READERS)]
         self.taken = self.unreadable = 0
         self.found: set[str] = set()
-        self.given: dict[int, str] = {}
-        # of the moment too: a resumed run would begin with the same samples again
-        started = time.time_ns()
+        self.given: OrderedDict[int, str] = OrderedDict()
+        # the start time is in the seed, or a resumed run would begin with the same samples
+        rank, started = world()[0], time.time_ns()
         for reader in range(READERS):
             Thread(target=self._fill, args=(reader, f"{seed} {rank} {reader} {started}"), daemon=True).start()
         self.first = [self._take()]
@@ -100,7 +127,7 @@ class Stream(Source):
         drawn = [self.first.pop() if self.first else self._take() for _ in range(count)]
         self.given.update((first + i, each.key) for i, each in enumerate(drawn))
         while len(self.given) > REMEMBERED:
-            del self.given[next(iter(self.given))]
+            self.given.popitem(last=False)
         images = [each.image for each in drawn]
         return Batch(torch.from_numpy(np.stack(images)), torch.tensor([each.c for each in drawn]))  # type: ignore[arg-type]
 
@@ -114,19 +141,21 @@ class Stream(Source):
     def _take(self) -> Drawn:
         """The next image, from the readers in turn; counts the damaged ones on the way."""
         patience_ends = time.monotonic() + PATIENCE
-        while True:
+        while (left := patience_ends - time.monotonic()) > 0:
+            reader = self.taken % READERS
             try:
-                drawn = self.ready[self.taken % READERS].get(timeout=max(0, patience_ends - time.monotonic()))
+                drawn = self.ready[reader].get(timeout=min(left, STALLED))
             except Empty:
-                raise UserError(
-                    f"no image came from {self.data.path} for {PATIENCE:.0f} s: see that its shards are there and can be reached"
-                ) from None
+                self.downloads[reader].end_if_stalled()
+                continue
             if isinstance(drawn, Exception):
                 raise drawn
             self.taken += 1
             if not isinstance(drawn.image, Damaged):
                 return drawn
             self._pass_over(drawn.key, drawn.image)
+        where = self.downloads[self.taken % READERS].url
+        raise UserError(f"no image came from {where} for {PATIENCE:.0f} s: see that it is there and can be reached")
 
     def _pass_over(self, key: str, why: Damaged) -> None:
         tolerated = self.data.damaged
@@ -146,16 +175,16 @@ class Stream(Source):
     def _fill(self, reader: int, seed: str) -> None:
         """What a reader's thread does, until an error, which it hands on."""
         try:
-            for sample in shuffle(SHUFFLED, rng=random.Random(seed))(self._samples(seed)):
+            for sample in shuffle(SHUFFLED, rng=random.Random(seed))(self._samples(reader, seed)):
                 self.ready[reader].put(self._decode(sample))
         except Exception as error:
             self.ready[reader].put(error)
 
-    def _samples(self, seed: str) -> Iterator[dict[str, Any]]:
+    def _samples(self, reader: int, seed: str) -> Iterator[dict[str, Any]]:
         """Files of samples by kind, of one shard after the other, without end."""
         number = random.Random(seed).getrandbits(31)
         for drawn in ResampledShards(self.urls, deterministic=True, worker_seed=lambda: number):
-            yield from read_shard(drawn["url"])
+            yield from read_shard(drawn["url"], self.downloads[reader])
 
     def _decode(self, sample: dict[str, Any]) -> Drawn:
         """Raises UserError where the condition is none of the config's."""
@@ -176,14 +205,15 @@ class Stream(Source):
         return Drawn(key, np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1), c)
 
 
-def read_shard(url: str) -> Iterator[dict[str, Any]]:
+def read_shard(url: str, download: Download) -> Iterator[dict[str, Any]]:
     """The samples of a tar file in order; after an error once more from its beginning. UserError where TRIES did not reach its end."""
-    for left in reversed(range(TRIES)):
+    for tried in range(TRIES):
         empty = True
         try:
-            with opened(url) as stream:
+            with opened(url, download) as stream:
                 for sample in group_by_keys(tar_file_expander([{"url": url, "stream": stream}])):
                     empty = False
+                    download.since = time.monotonic()
                     yield sample
                 # a command may fail after its last whole file
                 while stream.read(2**16):
@@ -193,23 +223,31 @@ def read_shard(url: str) -> Iterator[dict[str, Any]]:
             return
         # files, commands, tar files and whatever opens a URL
         except Exception as error:
-            if not left:
+            if tried == TRIES - 1:
                 # webdataset adds what it read from
                 why = getattr(error, "strerror", None) or str(next(iter(error.args), error)).partition(" @ ")[0]
                 raise UserError(
                     f"shard {url} cannot be read ({why}): see that it is there and whole; then the same command goes on"
                 ) from error
-        time.sleep(PAUSE)
+        time.sleep(PAUSE * 2**tried)
 
 
 @contextmanager
-def opened(url: str) -> Iterator[Any]:
-    """What stands behind a URL, as bytes to read. Raises OSError where its command failed, of which a torn tar file tells nothing."""
-    stream = gopen(url)
+def opened(url: str, download: Download) -> Iterator[Any]:
+    """What stands behind a URL, as bytes to read. Raises OSError where its command failed, of which a torn tar file tells nothing, or
+    was ended because it stalled."""
+    if url.startswith("pipe:"):
+        stream = Pipe(["sh", "-c", url.removeprefix("pipe:")], mode="rb", start_new_session=True)
+    # a URL ends at a #, which the name of a file may hold
+    else:
+        stream = gopen(url) if "://" in url or url.startswith("file:") else open(url, "rb")  # noqa: SIM115 (closed below)
     status = 0
+    download.url, download.since, download.stalled = url, time.monotonic(), False
+    download.pipe = stream if isinstance(stream, Pipe) else None
     try:
         yield stream
     finally:
+        download.pipe = None
         if not isinstance(stream, Pipe):
             stream.close()
         else:
@@ -217,8 +255,10 @@ def opened(url: str) -> Iterator[Any]:
             try:
                 status = stream.proc.wait(timeout=1)
             except TimeoutExpired:
-                stream.proc.kill()
+                end(stream)
                 stream.proc.wait()
+        if download.stalled:
+            raise OSError(errno.ETIMEDOUT, f"nothing came for {STALLED:.0f} s")
         if status and status not in UNREAD:
             # of curl 22: no such page, 6 and 7: no such host
             raise OSError(status, f"its command ended with status {status}")

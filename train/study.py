@@ -22,7 +22,7 @@ from configs.schema import flatten, load
 from mclr.errors import UserError
 from train.figures import Row, markdown_tables, write_family
 from train.files import lock, write_json
-from train.log import FREE
+from train.log import is_free
 from train.loop import NotFinite
 from train.report import image_grid
 from train.sample import read_record
@@ -223,7 +223,7 @@ FAMILY: dict[str, tuple[Method, ...]] = {
 def decided_by(model: str, objective: str, overrides: Point) -> dict[str, Any]:
     """All that decides a unit, as its record keeps it: settings without those that change nothing, checksums of weights."""
     config = flatten(load(model, objective, "digits", "local", list(overrides)))
-    settings = {key: value for key, value in config.items() if key.startswith(DECIDES) or not key.startswith(FREE)}
+    settings = {key: value for key, value in config.items() if key.startswith(DECIDES) or not is_free(key)}
     named = named_weights(settings) | {"judge": JUDGE_WEIGHTS}
     return {"settings": settings, "weights": {key: sha256(find_weights(name)) for key, name in named.items()}}
 

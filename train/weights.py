@@ -23,7 +23,7 @@ from models.features import ImageClassifier, ImageClassifierConfig, NoiseClassif
 from models.var import VAR, VARConfig
 from models.vqvae import VQVAE, VQVAEConfig
 from train.card import card
-from train.files import cache_folder, checksum, lock, new_folder, regular, write_file, write_json
+from train.files import cache_folder, checksum, lock, new_folder, regular, write_json, write_text
 from train.hub import SCHEME, fetch
 from train.published import TRAINING, read_published
 
@@ -78,7 +78,7 @@ def save_weights(
         except SafetensorError as error:
             raise UserError(f"cannot write {folder} ({error}): make room, or choose another place") from error
         write_json(temporary / "config.json", description)
-        write_file(temporary / "README.md", card(read_config(temporary)).encode(errors="backslashreplace"))
+        write_text(temporary / "README.md", card(read_config(temporary)))
 
 
 def describe(net: nn.Module, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> dict[str, Any]:

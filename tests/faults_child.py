@@ -1,0 +1,128 @@
+"""What a child of tests/test_faults.py does: `mclr train` in which something happens at one of its ticks.
+
+A tick is a call of one of PLACES, before it begins. They are counted from 0, and the same in every run of the same command.
+"""
+
+import ctypes
+import functools
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_resume import poison, skip
+
+import train.checkpoint
+import train.loop
+import train.progress
+import train.step
+from train.cli import main
+from train.data import Source
+from train.ema import EMA
+from train.engine import LocalEngine
+from train.log import RunFolder
+
+PLACES = [
+    (train.step.Task, "samples"),
+    (Source, "batch"),
+    (train.step, "score"),
+    (LocalEngine, "step"),
+    (EMA, "update"),
+    (RunFolder, "log"),
+    (train.progress, "write_snapshot"),
+    (train.progress, "save_checkpoint"),
+    (train.checkpoint, "save_file"),
+    (train.checkpoint, "write_json"),
+    (train.loop, "export"),
+    (shutil, "rmtree"),
+    (os, "unlink"),
+    (os, "fsync"),
+    (os, "rename"),
+    (os, "replace"),
+]
+
+
+class Ticks:
+    """names: of the ticks so far, each with the calls around it. act: called at tick `when`."""
+
+    def __init__(self, patch, when, act):
+        self.names, self.around, self.when, self.act = [], [], when, act
+        for owner, name in PLACES:
+            patch.setattr(owner, name, self._counting(getattr(owner, name), name))
+
+    def _counting(self, real, name):
+        @functools.wraps(real)
+        def call(*args, **options):
+            self.names.append("/".join([*self.around, name]))
+            if len(self.names) == self.when + 1:
+                self.act()
+            self.around.append(name)
+            try:
+                return real(*args, **options)
+            finally:
+                self.around.pop()
+
+        return call
+
+
+def send(number):
+    Path("sent").touch()
+    os.kill(os.getpid(), number)
+
+
+def hang():
+    time.sleep(1e6)
+
+
+def limit(size):
+    """No file may grow beyond so many bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def forbid(path):
+    """Nobody may write there. Root may all the same, until it gives that capability up."""
+    header, capabilities = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    libc = ctypes.CDLL(None)
+    assert libc.capget(header, capabilities) == 0
+    # CAP_DAC_OVERRIDE, of the effective ones
+    capabilities[0] &= ~(1 << 1)
+    assert libc.capset(header, capabilities) == 0
+    os.chmod(path, 0o555 if os.path.isdir(path) else 0o444)
+    assert not os.access(path, os.W_OK, effective_ids=True)
+
+
+def spoil(steps):
+    poison(steps, pytest.MonkeyPatch())
+
+
+def leave_out(steps):
+    skip(steps, pytest.MonkeyPatch())
+
+
+ACTIONS = {
+    "send": send,
+    "hang": hang,
+    "limit": limit,
+    "forbid": forbid,
+    "lose": os.rename,
+    "spoil": spoil,
+    "leave out": leave_out,
+}
+
+
+def child(folder, argv, when=-1, action="send", *words):
+    """Run in this folder: its output goes to ./log, the names of its ticks to ./ticks.json where the run is done."""
+    os.chdir(folder)
+    log = os.open("log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        ticks = Ticks(patch, when, functools.partial(ACTIONS[action], *words))
+        status = main(["train", *argv])
+    if status == 0:
+        Path("ticks.json").write_text(json.dumps(ticks.names))
+    sys.exit(status)

@@ -1,0 +1,40 @@
+"""Processes of a run: how one that fails alone leaves."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# NCCL, as far as it matters here: it takes itself down on all ranks together, and waits for the others
+PROGRAM = """
+import sys, time
+import torch.distributed as dist
+from mclr.errors import UserError
+from train.cli import run_rank
+from train.ranks import group
+dist.get_backend = lambda: "nccl"
+dist.destroy_process_group = lambda: time.sleep(1000)
+def main(argv):
+    with group(True):
+        raise {error}
+run_rank(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [("UserError('lower it')", 2, "error: lower it"), ("ZeroDivisionError('bug')", 1, "ZeroDivisionError: bug")],
+)
+def test_a_rank_that_fails_alone_says_so_and_waits_for_nobody(error, status, said):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = os.environ | rank | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", PROGRAM.format(error=error)]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == status and ran.stderr.splitlines()[-1] == said
