@@ -20,7 +20,7 @@ from configs.schema import load
 from mclr.errors import UserError
 from mclr.likelihood import Draws
 from train.build import build_encoder, open_source
-from train.cache import CachedSource, cache_line, precision_of, through_cache
+from train.cache import CachedSource, data_line, precision_of, through_cache
 from train.cli import main as mclr
 from train.cli import run
 from train.encoders import Latents, from_uint8
@@ -154,7 +154,7 @@ def test_on_tokens_a_run_is_the_same_bit_for_bit(flip, digits, tokenizer, tmp_pa
             assert source.cache.form.dtype == "uint8" and source.cache.form.shape == (21,)
             assert precision_of(source, trained.task.encoder) == {}
             said = f"data       tokens (uint8) from {folder(data)}"
-            assert cache_line(source, trained.task.encoder, config) == [said]
+            assert data_line(source, trained.task.encoder, config) == [said]
             trained.task = replace(trained.task, source=source)
             monkeypatch.setattr(train.data, "read_image", lambda *_: pytest.fail("an image was read"))
         weights[name] = trained.train(3).weights()
@@ -213,7 +213,7 @@ def test_a_stopped_job_goes_on_after_its_last_file(make, data, vae, monkeypatch)
     config, source, encoder = opened(data, vae)
     assert through_cache(source, encoder, config) is source
     says = f"data       nothing in {data / 'cache'} is complete and fits this run: every image is encoded at every visit"
-    assert cache_line(source, encoder, config) == [says]
+    assert data_line(source, encoder, config) == [says]
     # what a kill or a crash of the machine may leave
     (place / "000000.npy").write_bytes((place / "000000.npy").read_bytes()[:-1])
     (place / ".tmp-killed").write_bytes(b"half")
@@ -297,7 +297,7 @@ def test_a_stream_has_no_cache(data, vae):
     # no path at all
     source.info = replace(source.info, splits={}, path=Path("pipe:" + 300 * "x"))
     assert through_cache(source, encoder, config) is source
-    assert cache_line(source, encoder, config) == [
+    assert data_line(source, encoder, config) == [
         "data       streamed, shards drawn with replacement: a resumed run sees other samples"
     ]
 

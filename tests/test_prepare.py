@@ -200,6 +200,13 @@ def test_unusable_sources(tree, tmp_path, capsys):
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("out", ["http://x", "new.tar"])
+def test_a_folder_must_not_be_taken_for_a_stream(tree, tmp_path, capsys, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    assert f"{out} would be taken for a stream" in fails(["digits", out], capsys)
+    assert list(tmp_path.iterdir()) == [tree]
+
+
 def test_unusable_places_and_arguments(tree, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "taken").mkdir()

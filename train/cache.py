@@ -222,7 +222,7 @@ def _has_caches(source: Source) -> bool:
     return bool(source.info.splits) and (source.info.path / FOLDER).is_dir()
 
 
-def cache_line(source: Source, encoder: Encoder, config: RunConfig) -> list[str]:
+def data_line(source: Source, encoder: Encoder, config: RunConfig) -> list[str]:
     """What a run says at its start about a stream, about the cache that it reads, or about those that it leaves out; else nothing."""
     if not source.info.splits:
         return ["data       streamed, shards drawn with replacement: a resumed run sees other samples"]

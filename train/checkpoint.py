@@ -75,7 +75,7 @@ def newest_checkpoint(run: Path) -> tuple[Path | None, list[Path]]:
         try:
             if json.loads((folder / MANIFEST).read_bytes()) == _digests(folder):
                 return folder, damaged
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             pass
         damaged.append(folder)
     return None, damaged

@@ -207,7 +207,10 @@ def center_crop(image: Image.Image, resolution: int) -> Image.Image:
 
 
 def _existing(out: str | Path, header: dict[str, Any]) -> DatasetInfo | None:
-    """The dataset at `out` if it is the one that `header` describes; None if there is none; UserError if it is another."""
+    """The dataset at `out` if it is the one that `header` describes; None if there is none; UserError if it is another, or out names
+    a stream."""
+    if is_stream(str(out)):
+        raise UserError(f"{out} would be taken for a stream: choose another name for the dataset folder")
     if not os.path.exists(Path(out, "dataset.json")):
         return None
     info = open_dataset(out)

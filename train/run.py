@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.schema import DiffusionModel, RunConfig, dump, flatten, load
 from mclr.errors import UserError
 from train.cli import Parser, run_rank
-from train.ranks import Interrupt, group, on_signals, one_voice, own_device, together, world
+from train.ranks import Interrupt, from_all, group, on_signals, one_voice, own_device, together, world
 from train.sinks import refuse_missing
 
 EXAMPLE = """example:
@@ -131,7 +131,7 @@ def start(config: RunConfig, out: Path, micro_batch: int, command: str) -> int:
     import torch
 
     from train.build import build_networks, build_task, choose_kernels, open_source
-    from train.cache import cache_line, precision_of, through_cache
+    from train.cache import data_line, precision_of, through_cache
     from train.card import run_notes
     from train.gpus import peak_flops
     from train.grids import Grid
@@ -164,11 +164,13 @@ def start(config: RunConfig, out: Path, micro_batch: int, command: str) -> int:
             if rank != 0:
                 networks = build_networks(config, device)
                 source = through_cache(open_source(config), networks.encoder, config)
-        about = describe(config, ranks, micro_batch, networks.net)
+        about, read = describe(config, ranks, micro_batch, networks.net), data_line(source, networks.encoder, config)
+        if any(other != read for other in from_all(read)):
+            raise UserError("a cache was finished while the ranks started, and some read it: run the same command again")
         try:
             task = build_task(config, source, networks, device, micro_batch)
             if rank == 0:
-                print(about, *cache_line(source, networks.encoder, config), kernels, sep="\n")
+                print(about, *read, kernels, sep="\n")
             with closing(Pulse(out, rank, ranks, timeout)) as pulse:
                 grid, peak = Grid(task, config, run_folder), peak_flops(device, config.engine.precision)
                 return train(task, config.train, micro_batch, out, run_folder, interrupt, pulse, grid, peak, notes)

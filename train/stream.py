@@ -206,7 +206,8 @@ class Stream(Source):
 
 
 def read_shard(url: str, download: Download) -> Iterator[dict[str, Any]]:
-    """The samples of a tar file in order; after an error once more from its beginning. UserError where TRIES did not reach its end."""
+    """The samples of a tar file in order; after an error once more from its beginning. UserError where TRIES did not reach its end,
+    or where it is no file."""
     for tried in range(TRIES):
         empty = True
         try:
@@ -223,7 +224,8 @@ def read_shard(url: str, download: Download) -> Iterator[dict[str, Any]]:
             return
         # files, commands, tar files and whatever opens a URL
         except Exception as error:
-            if tried == TRIES - 1:
+            # a file that is not there will not come
+            if tried == TRIES - 1 or isinstance(error, FileNotFoundError | IsADirectoryError):
                 # webdataset adds what it read from
                 why = getattr(error, "strerror", None) or str(next(iter(error.args), error)).partition(" @ ")[0]
                 raise UserError(
