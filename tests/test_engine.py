@@ -1,15 +1,10 @@
 """DeepSpeed on several ranks is plain torch on the whole batch: at every ZeRO stage, for both paradigms, through every save and load."""
 
 import copy
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from launch import results_of
 from ranks import CLIP, COMPILED, KINDS, RESUMED, STAGES, WAYS
 from torch import nn
 
@@ -20,23 +15,10 @@ MODELS = ("edm2-digits", "var-digits")
 FOUR = pytest.param(4, marks=pytest.mark.slow)
 
 
-def run_ranks(ranks, digits, tokenizer, out, **environment):
-    """What tests/ranks.py finds on so many ranks."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks), "--master_port", str(port)]
-    command += [str(Path(__file__).with_name("ranks.py")), str(digits), str(tokenizer), str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""} | environment
-    # DeepSpeed compiles a small library the first time
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    return json.loads((out / "results.json").read_text())
-
-
 @pytest.fixture(scope="module", params=[2, FOUR])
 def results(request, digits, tokenizer, tmp_path_factory):
-    return run_ranks(request.param, digits, tokenizer, tmp_path_factory.mktemp("ranks"))
+    """What tests/ranks.py finds on so many ranks."""
+    return results_of("ranks.py", request.param, tmp_path_factory.mktemp("ranks"), digits, tokenizer)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -73,7 +55,7 @@ def test_a_step_that_is_not_finite_changes_nothing_at_any_stage(results, zero):
 
 @pytest.mark.slow
 def test_compiled_blocks_do_not_change_the_result(digits, tokenizer, tmp_path):
-    results = run_ranks(2, digits, tokenizer, tmp_path, COMPILED="1")
+    results = results_of("ranks.py", 2, tmp_path, digits, tokenizer, COMPILED="1")
     assert len(results) == len(MODELS) * sum(len(kinds) for kinds, _ in COMPILED.values())
     assert all(found["weights"] <= 1e-5 for found in results.values())
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 from faults_child import child
 from faults_runs import arguments, differences, steps_logged
+from launch import ROOT, RUN, environment, is_alive, launcher, of_ours, started, wait_for
 from test_resume import BATCH, MODELS, STEPS, same_tensors
-from test_run import ROOT, RUN, environment, is_alive, launcher, of_ours, started, wait_for
 from test_zero_resume import follow
 
 from train.checkpoint import MANIFEST

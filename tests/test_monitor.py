@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from launch import RUN, environment, launcher
 from PIL import Image
 from ranks import tiny
 from safetensors.torch import load_file
-from test_run import RUN, environment, launcher
 
 from configs.schema import load
 from mclr.likelihood import Draws

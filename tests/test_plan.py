@@ -1,16 +1,11 @@
 """What a plan says is what a run takes: bytes of live tensors on 1, 2 and 4 ranks, bytes sent, saved activations, FLOPs, rows."""
 
 import dataclasses
-import json
-import os
 import resource
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from launch import results_of
 from plan_ranks import BATCH, GATHERED, MICRO, MODELS, SMALL, planned_run
 
 import train.engine
@@ -25,17 +20,7 @@ from train.step import train_step
 @pytest.fixture(scope="module", params=[1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def ranks(request, digits, tokenizer, tmp_path_factory):
     """(number of ranks, what tests/plan_ranks.py found on them)."""
-    out = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(request.param)]
-    command += ["--master_port", str(port), str(Path(__file__).with_name("plan_ranks.py")), str(digits), str(tokenizer), str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    # DeepSpeed compiles a small library the first time
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    return request.param, json.loads((out / "results.json").read_text())
+    return request.param, results_of("plan_ranks.py", request.param, tmp_path_factory.mktemp("ranks"), digits, tokenizer)
 
 
 @pytest.mark.parametrize("zero", range(4))

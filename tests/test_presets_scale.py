@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from launch import RUN, environment, launcher
 from PIL import Image
 from safetensors.torch import load_file
 from test_encoders import save_tiny_vae
-from test_run import RUN, environment, launcher
 
 from configs.schema import PRESETS
 from models.vqvae import VQVAE, VQVAEConfig

@@ -5,17 +5,16 @@ import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
 import time
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from launch import ROOT, RUN, environment, is_alive, launcher, of_ours, started, wait_for
 from ranks import tiny
 from safetensors.torch import load_file, save_file
 from test_data import correct_size, edit_json, rewrite_shard
@@ -31,8 +30,6 @@ from train.cli import main
 from train.log import RunFolder
 from train.weights import load_net, save_weights
 
-RUN = Path(train.run.__file__)
-ROOT = RUN.parent.parent
 EDM2_TINY = tiny("edm2-digits", None)
 
 
@@ -329,31 +326,6 @@ def test_a_signal_before_training_ends_it_in_one_line(number, status, here, digi
     assert capsys.readouterr().err == "interrupted\n" and os.listdir(here) == []
 
 
-def environment():
-    return os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-
-
-@contextmanager
-def started(command, **streams):
-    """A process that ends with the block, and with it all that it started, also where the block fails."""
-    process = subprocess.Popen(command, text=True, env=environment(), start_new_session=True, **streams)
-    try:
-        yield process
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def wait_for(condition, process, seconds=300):
-    for _ in range(10 * seconds):
-        if condition():
-            return
-        assert process.poll() is None, "the run has ended"
-        time.sleep(0.1)
-    raise AssertionError(f"waited {seconds} s in vain")
-
-
 def test_ctrl_c_in_a_process_of_its_own(here, digits):
     argv = [*edm2_argv(digits), "train.images=100000000", "train.log_every=1"]
     with started([sys.executable, str(RUN), *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
@@ -364,23 +336,8 @@ def test_ctrl_c_in_a_process_of_its_own(here, digits):
     assert main(["train", *argv, "train.images=8"]) == 0
 
 
-def launcher(name):
-    """The command that starts two ranks, on a port that is free."""
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = str(free.getsockname()[1])
-    if name == "deepspeed":
-        return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", port]
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
-
-
 def metrics(run):
     return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
-
-
-def of_ours(text):
-    """The lines with our message, of all that a launcher tells."""
-    return [line for line in text.splitlines() if "error: " in line]
 
 
 def test_ranks_whose_launcher_dies_leave_a_checkpoint_that_one_process_goes_on_from(here, digits, capsys):
@@ -403,13 +360,6 @@ def test_ranks_whose_launcher_dies_leave_a_checkpoint_that_one_process_goes_on_f
     assert main(["train", *argv, "--engine", "local", f"train.images={images + 8}"]) == 0
     assert f"going on from run/checkpoints/{images:012d}" in capsys.readouterr().out
     assert [line["images"] for line in metrics("run")] == list(range(8, images + 9, 8))
-
-
-def is_alive(pid):
-    try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return False
 
 
 def test_torchrun_trains_as_one_process_does(here, digits):
@@ -448,7 +398,7 @@ def test_one_step_of_the_smallest_published_size(here, digits, tokenizer):
     """310M parameters, batch 4: about 6 GB of memory and some minutes on a CPU."""
     argv = ["--model", "var-d16", "--objective", "mclr", "--data", str(digits), "--out", "run", f"model.tokenizer={tokenizer}"]
     argv += ["train.batch=4", "train.images=4", "train.log_every=1"]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "1", *launcher("deepspeed")[-2:]]
+    command = launcher("deepspeed", 1)
     ran = subprocess.run([*command, str(RUN), *argv], capture_output=True, text=True, env=environment(), timeout=1800)
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert "no released weights were given: training from scratch" in ran.stdout

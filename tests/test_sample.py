@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from golden_weights import relative_rms
+from launch import ROOT, environment, launcher, of_ours
 from PIL import Image
-from test_run import ROOT, environment, launcher, of_ours
 
 import train.run
 import train.weights

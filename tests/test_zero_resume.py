@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from faults_runs import arguments, differences, steps_logged
+from launch import RUN, environment, launcher
 from ranks import relative_rms
 from safetensors.torch import load_file
 from test_resume import BATCH, DROPOUT, MODELS, STEPS
-from test_run import RUN, environment, launcher
 
 from train.cli import main
 
@@ -63,8 +63,7 @@ def test_other_numbers_of_ranks_and_stages_go_on_from_each_other(model, digits, 
     more = [DROPOUT[model].rpartition("=")[0] + "=0.0", "train.micro_batch=2"]
     for part, (ranks, zero) in enumerate(((2, 1), (1, 3), (4, 2)), 1):
         argv = arguments(model, digits, tokenizer, f"zero{zero}", *more, f"train.images={part * STEPS * BATCH // 3}")
-        # the first argument of a launcher is its number of ranks
-        command = [*launcher("deepspeed")[:-4], "--num_accelerators", str(ranks), *launcher("deepspeed")[-2:], str(RUN), *argv]
+        command = [*launcher("deepspeed", ranks), str(RUN), *argv]
         ran = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
         assert ran.returncode == 0, ran.stderr[-3000:]
     assert main(["train", *arguments(model, digits, tokenizer, "local", *more), "--out", "alone"]) == 0

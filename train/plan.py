@@ -20,8 +20,8 @@ Averages: 4P/N each. Reference: whole, its Linears in 2 bytes under bf16; or sha
 posterior: 16 bytes per parameter, at every stage. offload: optimizer and the gradients for it lie in host memory.
 tests/test_plan.py compares weights, gathered, gradients, optimizer, averages and bytes sent with a step's, at every stage.
 
-Activations: as train/fake.py counts them; or, where that is more, what AdamW makes in its step: 4 bytes per element that it steps, 8 at
-ZeRO 1 and 2, which flatten its gradients. Not counted are tokenizer or VAE (.4 GiB), libraries' workspaces, fragments: MARGIN is left.
+Activations: as train/fake.py counts them; or, where that is more, the gradients that ZeRO 1 and 2 flatten for AdamW, 4P/N. Not counted
+are tokenizer or VAE (.4 GiB), libraries' workspaces, fragments: MARGIN is left.
 
 Time of a step = FLOPs / (peak x MFU) + sent / (REACHED x link), nothing overlapped: MFU, REACHED and NETWORK are assumed. FLOPs: a
 row with gradient 3 forwards, one without 1, as torch counts a forward; activation checkpointing one more. What encodes the images is
@@ -143,7 +143,7 @@ def memory_of(model: Model, ranks: int, micro_batch: int) -> Memory:
         host = optimizer + 4 * P * share
         # what is left of the gradients on the GPU: at ZeRO 1 those that accumulate, else the one under way
         gradients, optimizer = 4 * P if zero == 1 and accumulates else 0, 0.0
-    stepping = 0 if offload else 4 * P * share * (2 if zero < 3 else 1) if zero else 4 * P
+    stepping = 4 * P * share if zero in (1, 2) and not offload else 0
     return Memory(
         weights=4 * P * (share if zero == 3 else 1) + sizes.buffers,
         gathered=gathered if zero == 3 and ranks > 1 else 0,
