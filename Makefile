@@ -20,6 +20,7 @@ test-slow: .venv/ready
 test-fuzz: .venv/ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m fuzz
 
+# runs that are killed, starved and poisoned: at most 10 minutes on two cores
 test-faults: .venv/ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m faults
 

@@ -44,7 +44,8 @@ def live_bytes() -> int:
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor):
+        # not isinstance: that asks deprecated objects for their class
+        if issubclass(type(thing), torch.Tensor):
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
@@ -166,7 +167,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--local_rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args(argv)
     for name, value in (("--rounds", args.rounds), ("--gigabytes", args.gigabytes), *(("--ranks", n) for n in args.ranks)):
-        if value <= 0:
+        # not of nan either
+        if not value > 0:
             parser.error(f"{name} {value}: must be > 0")
     if args.rank_out is not None:
         with group(True):
