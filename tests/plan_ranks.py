@@ -15,8 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import train.zero
 from configs.schema import load
-from train import engine
 from train.build import build_networks, build_task, open_source
 from train.ema import averages_of
 from train.ranks import group, world
@@ -168,7 +168,7 @@ def main(digits, tokenizer, out):
     results = {}
     for model in MODELS:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine, "BUCKET", SMALL)
+            patch.setattr(train.zero, "BUCKET", SMALL)
             results[f"{model} gathered"] = most_gathered(planned_run(model, tokenizer, *GATHERED, f"data.path={digits}"), patch)
         for zero in range(4):
             settings = ("engine.kind=deepspeed", f"engine.zero={zero}", f"data.path={digits}")

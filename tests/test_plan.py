@@ -8,7 +8,7 @@ import torch
 from launch import results_of
 from plan_ranks import BATCH, GATHERED, MICRO, MODELS, SMALL, planned_run
 
-import train.engine
+import train.zero
 from train.build import build_networks, build_task, open_source
 from train.cli import main
 from train.gpus import GPUS, gpu_named, peak_flops
@@ -38,7 +38,7 @@ def test_live_tensors_and_bytes_sent(ranks, tokenizer, model, zero):
 @pytest.mark.parametrize("model", MODELS)
 def test_what_zero_3_gathers(ranks, tokenizer, model, monkeypatch):
     count, results = ranks
-    monkeypatch.setattr(train.engine, "BUCKET", SMALL)
+    monkeypatch.setattr(train.zero, "BUCKET", SMALL)
     expected = memory_of(model_of(planned_run(model, tokenizer, *GATHERED)), count, MICRO).gathered
     assert 0.6 * expected <= results[f"{model} gathered"] <= expected
 

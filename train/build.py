@@ -30,10 +30,11 @@ from train.cache import through_cache
 from train.class_map import class_map
 from train.data import Source
 from train.encoders import RGB, Encoder, Latents, Tokens, load_vae
-from train.engine import DeepSpeedEngine, Engine, Frozen, LocalEngine, Sharded, make_optimizer
+from train.engine import Engine, Frozen, LocalEngine, make_optimizer
 from train.ranks import world
 from train.step import Task
 from train.weights import find_weights, load_into, load_net, read_config, sha256
+from train.zero import DeepSpeedEngine, Sharded
 
 # fp32 means fp32: convolutions on CUDA would default to TF32
 torch.backends.cudnn.allow_tf32 = False

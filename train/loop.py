@@ -83,10 +83,11 @@ def train(
             torch.manual_seed(((settings.seed * 1_000_003 + progress.images) * 1_021 + rank) % 2**63)
             first = progress.images + rank * share
             positions = range(first, first + share)
-            for source in filter(None, (task.source, task.generated)):
-                # its own of the first step, too: else they would come after the next one's
-                source.prefetch(positions)
-                source.prefetch(range(first + settings.batch, first + settings.batch + share))
+            for source in (task.source, task.generated):
+                if source is not None:
+                    # its own of the first step, too: else they would come after the next one's
+                    source.prefetch(positions)
+                    source.prefetch(range(first + settings.batch, first + settings.batch + share))
             lr = settings.lr * min(1.0, (progress.images + settings.batch) / max(settings.warmup_images, 1))
             metrics = train_step(task, positions, micro_batch, lr, lambda: interrupt.agreed(task.device), pulse.enter)
             if metrics is None:

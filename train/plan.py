@@ -12,7 +12,7 @@ P parameters, N ranks, a micro-batches per step. Weights, gradients, moments and
 | sent      | 8P            | 12P            | (8a + 4) P     | 4aP (1 + forwards) + 4aP'   |
 
 optimizer: two moments, with ZeRO fp32 masters. p: the weights of which a rank has a part, whole; of the rank that has most. buckets:
-DeepSpeed's, b = min(P, 1e8) elements (train/engine.py), and what is flattened out of it; without ZeRO f = min(P, 5e8) alone. gathered:
+DeepSpeed's, b = min(P, 1e8) elements (train/zero.py), and what is flattened out of it; without ZeRO f = min(P, 5e8) alone. gathered:
 DeepSpeed fetches ahead up to b elements beside the largest block, and the message that brought them, m = max(b, block), lies beside its
 copies until the last of them is used (a bound; measured on 2 ranks, 70 to 100 % of it). sent: per step, in rings, times (N - 1)/N;
 P' = P - b is what backward gathers again, since b stay from forward; P where the step has a forward without gradient too.
@@ -39,11 +39,11 @@ from mclr.errors import UserError
 from models.vqvae import VQVAE, VQVAEConfig
 from train.build import LARGE, build_encoder
 from train.encoders import RGB, Encoder, Tokens
-from train.engine import bucket_of
 from train.fake import Model
 from train.gpus import GPU, GPUS, NODE, gpu_named
 from train.noise import BareLatents
 from train.published import SCALES_256, SCALES_512
+from train.zero import bucket_of
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)  # of GPUs, where none is asked for
 MOST = 1024

@@ -13,7 +13,8 @@ from mclr.schedule import NONE
 from train.cache import CachedBatch
 from train.data import Batch, Source
 from train.encoders import Encoder, from_uint8, mirrored
-from train.engine import Engine, Frozen, Sharded
+from train.engine import Engine, Frozen
+from train.zero import Sharded
 
 # where the random numbers of generated samples begin: beyond all positions of training
 GENERATED = 2**62
