@@ -42,4 +42,4 @@ format: .venv/ready
 	@touch $@
 
 clean:
-	rm -rf .venv runs data *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -6,11 +6,9 @@ Also here: what the tests of training read, the digits and a tokenizer that has 
 """
 
 import os
-from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.cpp_extension import get_default_build_root
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -26,11 +24,7 @@ torch.utils.deterministic.fill_uninitialized_memory = True
 def cache(tmp_path_factory):
     """What a user's cache holds (converted weights, statistics of references) is neither read nor written."""
     with pytest.MonkeyPatch.context() as patch:
-        folder, built = tmp_path_factory.mktemp("cache"), Path(get_default_build_root())
-        built.mkdir(parents=True, exist_ok=True)
-        # else every session would compile DeepSpeed's operator again
-        (folder / "torch_extensions").symlink_to(built)
-        patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

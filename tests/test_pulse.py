@@ -18,10 +18,11 @@ def test_a_pulse_tells_step_and_phase_and_counts_time(tmp_path):
     time.sleep(0.05)
     pulse.enter("compute")
     pulse.enter("data", 8)
-    pulse.close()
-    assert pulse.waited >= 0.05
     ((rank, (step, phase, then)),) = read_pulses(tmp_path / "pulse", 4).items()
-    assert (rank, step, phase) == (2, 8, "data") and began - 0.001 <= then <= time.time()
+    pulse.close()
+    assert read_pulses(tmp_path / "pulse", 4)[2][1] == "ended"
+    assert pulse.waited >= 0.05
+    assert (rank, step, phase) == (2, 8, "data") and began - 0.002 <= then <= time.time()
 
 
 def test_ranks_of_an_earlier_start_with_more_of_them_do_not_count(tmp_path):

@@ -39,8 +39,10 @@ def open_sources(args: argparse.Namespace) -> Iterator[tuple[str, Source]]:
         yield "images", Source(load_data(args.data).path, "train", seed=0)
         return
     config = load(args.model, "mle", args.data, "auto", args.overrides)
-    source = open_source(config)
-    cached = through_cache(source, build_encoder(config, torch.device("cpu")), config)
+    source, encoder = open_source(config), build_encoder(config, torch.device("cpu"))
+    if not encoder.storage(config.data)[1]:
+        raise UserError(f"{args.model} models pixels, of which there is no cache: leave out --model")
+    cached = through_cache(source, encoder, config)
     if not isinstance(cached, CachedSource):
         how = "make one with `mclr prepare cache`, or leave out --model"
         raise UserError(f"{source.info.path} has no complete cache for {args.model}: {how}")

@@ -49,29 +49,30 @@ def save_checkpoint(
         write_json(folder / "config.json", about)
         write_json(folder / MANIFEST, _digests(folder))
     # newer ones were found damaged
-    newer, older = [p for p in _folders(run) if p > path], [p for p in _folders(run) if p <= path]
+    newer, older = [p for p in checkpoints(run) if p > path], [p for p in checkpoints(run) if p <= path]
     kept = older[-keep:]
     if keep_best and (best := best_checkpoint(older)):
-        kept.append(best)
+        kept.append(best[0])
     for old in newer + [p for p in older if p not in kept]:
         # somebody may read it on another machine, whose network file system then keeps names in it
         shutil.rmtree(old, ignore_errors=True)
 
 
-def best_checkpoint(folders: list[Path]) -> Path | None:
-    """That of the lowest held-out loss, the newest of equal ones; None where no state tells one."""
+def best_checkpoint(folders: list[Path]) -> tuple[Path, float] | None:
+    """That of the lowest held-out loss, the newest of equal ones, and its loss; None where no state tells one."""
     losses = {}
     for folder in folders:
         # damaged, or of a time when the run did not look
         with suppress(OSError, ValueError, KeyError, TypeError):
             losses[folder] = float(json.loads((folder / "state.json").read_text())["held_out"])
-    return min(reversed(losses), key=lambda folder: losses[folder], default=None)
+    best = min(reversed(losses), key=lambda folder: losses[folder], default=None)
+    return None if best is None else (best, losses[best])
 
 
 def newest_checkpoint(run: Path) -> tuple[Path | None, list[Path]]:
     """(the newest checkpoint whose files all match their checksums, or None; the damaged ones that are newer, newest first)."""
     damaged: list[Path] = []
-    for folder in reversed(_folders(run)):
+    for folder in reversed(checkpoints(run)):
         try:
             if json.loads((folder / MANIFEST).read_bytes()) == _digests(folder):
                 return folder, damaged
@@ -87,7 +88,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
     return tensors, json.loads((folder / "state.json").read_text())
 
 
-def _folders(run: Path) -> list[Path]:
+def checkpoints(run: Path) -> list[Path]:
     """Oldest first; what was being written when a process died has another name."""
     return sorted(p for p in (run / "checkpoints").glob("*") if p.name.isdigit())
 

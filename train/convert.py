@@ -53,6 +53,9 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"{args.settings[0]} has no effect: the settings of a weights folder stand in its config.json")
     if args.ema_std is None and (Path(args.src) / FILE).is_file():
         raise UserError(f"{args.src} is a run: give {args.src}/weights, or the width of an average by --ema-std")
+    if not (args.half or args.dst.suffix in SUFFIXES) and args.ema_std is None and (Path(args.src) / "config.json").is_file():
+        ways = f"copy it, store it in fp16 by --half, or give a DST that ends in {', '.join(SUFFIXES)}"
+        raise UserError(f"{args.src} is a weights folder already: {ways}")
     if args.half:
         to_half(args.src, args.dst, args.force)
     elif args.ema_std is not None:

@@ -131,11 +131,17 @@ def _images(line: str) -> float:
 
 
 def _refuse_other(path: Path, config: RunConfig, inputs: dict[str, str]) -> None:
-    there, here = flatten(load_resolved(path)), flatten(config)
+    try:
+        there, here = flatten(load_resolved(path)), flatten(config)
+    except UserError as error:
+        raise UserError(
+            f"{path / FILE} is damaged ({error}): remove it, and the run goes on with the settings given here"
+        ) from error
     for key in sorted(there.keys() | here.keys()):
         if not is_free(key) and there.get(key) != here.get(key):
             raise UserError(
-                f"run folder {path} holds a run with {key}={there.get(key)}, this one has {here.get(key)}: choose another with --out"
+                f"run folder {path} holds a run with {key}={there.get(key)}, this one has {here.get(key)}: choose another with "
+                "--out, or remove the folder"
             )
     try:
         began_with = json.loads((path / INPUTS).read_text())

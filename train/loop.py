@@ -12,6 +12,7 @@ from tqdm import tqdm
 from configs.schema import Train
 from mclr.errors import UserError
 from mclr.posterior import fold_bins
+from train.checkpoint import best_checkpoint, checkpoints
 from train.ema import averages_of, rewind_snapshots
 from train.grids import Grid
 from train.log import RunFolder
@@ -140,6 +141,8 @@ def train(
     with together():
         if rank == 0:
             export(task, weights, progress, path, notes)
+            if settings.keep_best and (best := best_checkpoint(checkpoints(path))):
+                print(f"best checkpoint: {best[0]}, held-out loss {best[1]:.4g}")
     return 0
 
 
@@ -182,7 +185,7 @@ def count_skipped(
         run.note_skipped(images=progress.images, loss=means["loss"], keys=[key for each in keys for key in each])
     if progress.skipped_in_a_row > settings.max_skipped:
         kept = f"; {path} keeps its checkpoint of {checkpointed} images" if checkpointed else ""
-        times = f"{progress.skipped_in_a_row} steps in a row"
+        times = f"{progress.skipped_in_a_row} step{'s' * (progress.skipped_in_a_row > 1)} in a row"
         what = f"gradient_norm is {means['gradient_norm']} at {progress.images} images, {times}"
         way_out = "start again with a lower train.lr or objective.lam and another --out"
         raise NotFinite(f"{what}: {way_out}{kept}", progress.images)

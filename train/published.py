@@ -109,6 +109,8 @@ def _tensor(entry: View | Tensor) -> Tensor:
 
 def _read(path: Path) -> tuple[dict[str, View | Tensor], Module | None]:
     """(entries of the state dict, the network that they were found in where the file is an EDM2's pickle)."""
+    if not path.exists() and path.suffix not in READABLE:
+        raise UserError(f"there is nothing at {path}: give a published state dict, or weights of ours")
     if path.suffix not in READABLE:
         raise UserError(f"{path} is no published state dict: give a file that ends in {', '.join(READABLE)}")
     try:

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 
 from tqdm import tqdm
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from mclr.errors import UserError
 from train.ranks import PATIENCE
 
-BYTES = 64  # of a pulse, padded: it is overwritten in place
+BYTES = 80  # of a pulse, padded: it is overwritten in place
 
 
 class Pulse:
@@ -47,12 +48,13 @@ class Pulse:
         self._write()
 
     def close(self) -> None:
+        self.enter("ended")
         self.ended.set()
         self.watcher.join()
         os.close(self.file)
 
     def _write(self) -> None:
-        beat = f"{self.step} {self.phase} {time.time():.3f}"
+        beat = f"{self.step} {self.phase} {datetime.now().astimezone().isoformat(timespec='milliseconds')}"
         # a full disk stops the run where that costs something: at a checkpoint
         with suppress(OSError):
             os.pwrite(self.file, beat.ljust(BYTES - 1).encode() + b"\n", 0)
@@ -100,5 +102,5 @@ def read_pulses(folder: Path, ranks: int) -> dict[int, tuple[int, str, float]]:
         # not there yet, or not written yet
         with suppress(OSError, ValueError):
             step, phase, then = (folder / f"{rank:05d}").read_text().split()
-            pulses[rank] = (int(step), phase, float(then))
+            pulses[rank] = (int(step), phase, datetime.fromisoformat(then).timestamp())
     return pulses

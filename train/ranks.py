@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -48,6 +49,12 @@ def group(launched: bool, timeout: float = 1800) -> Iterator[None]:
     import deepspeed
     import torch
 
+    if os.access(sys.prefix, os.W_OK):
+        # beside the torch that it is made for: elsewhere every other checkout's launch would compile it again
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix, "torch_extensions")))
+    made = Path(os.environ.get("TORCH_EXTENSIONS_DIR", sys.prefix))
+    if world()[0] == 0 and not torch.cuda.is_available() and not any(made.glob("deepspeed_shm_comm/*.so")):
+        print("DeepSpeed compiles a small operator, once, for about a minute", flush=True)
     # NCCL talks through the current GPU
     own_device()
     # waiting for the others happens outside of Python, whose handlers do not run meanwhile

@@ -63,6 +63,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     if not args.plan and (args.gpus or args.gpu) is not None:
         parser.error("--gpus and --gpu belong to --plan")
+    if args.plan and args.dry_run:
+        parser.error("--plan and --dry-run: give one of them")
     return args
 
 

@@ -231,6 +231,7 @@ def read_shard(url: str, download: Download) -> Iterator[dict[str, Any]]:
                 raise UserError(
                     f"shard {url} cannot be read ({why}): see that it is there and whole; then the same command goes on"
                 ) from error
+            tqdm.write(f"shard {url}: {error}; trying again ({tried + 2} of {TRIES})", file=sys.stderr)
         time.sleep(PAUSE * 2**tried)
 
 
