@@ -41,11 +41,15 @@ def wait_for(condition, process, seconds=300):
     raise AssertionError(f"waited {seconds} s in vain")
 
 
-def launcher(name, ranks=2):
-    """The command that starts so many ranks, on a port that is free."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+        return str(free.getsockname()[1])
+
+
+def launcher(name, ranks=2):
+    """The command that starts so many ranks, on a port that is free."""
+    port = free_port()
     if name == "deepspeed":
         return [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks), "--master_port", port]
     return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", port]

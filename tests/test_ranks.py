@@ -1,14 +1,11 @@
 """Processes of a run: how one that fails alone leaves."""
 
-import os
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from launch import ROOT, environment, free_port
 
-ROOT = Path(__file__).parent.parent
 # NCCL, as far as it matters here: it takes itself down on all ranks together, and waits for the others
 PROGRAM = """
 import sys, time
@@ -30,11 +27,7 @@ run_rank(main)
     [("UserError('lower it')", 2, "error: lower it"), ("ZeroDivisionError('bug')", 1, "ZeroDivisionError: bug")],
 )
 def test_a_rank_that_fails_alone_says_so_and_waits_for_nobody(error, status, said):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    environment = os.environ | rank | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     command = [sys.executable, "-c", PROGRAM.format(error=error)]
-    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    ran = subprocess.run(command, cwd=ROOT, env=environment() | rank, capture_output=True, text=True, timeout=120)
     assert ran.returncode == status and ran.stderr.splitlines()[-1] == said

@@ -16,10 +16,8 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode
 
 from configs.schema import DiffusionModel, RunConfig
 from kernels.choice import using
@@ -30,6 +28,7 @@ from models.features import NoiseClassifier, NoiseClassifierConfig
 from train.build import build_classifier, build_net, build_objective, build_paradigm
 from train.encoders import Encoder, Tokens
 from train.engine import autocast_of, make_optimizer
+from train.progress import flops_of
 from train.weights import find_weights, read_config, settings_of
 
 POINTS = (1, 2, 4, 8, 16, 32, 64)  # micro-batches that are run
@@ -168,15 +167,9 @@ class Model:
             # as Frozen stores it
             reference=4 * sum(p.numel() for p in self.net.parameters()) - (2 * linear if self.bf16 else 0),
             classifier=sum(p.numel() for p in self.classifier.parameters()) if self.classifier else 0,
-            flops=self._flops(lambda probe: self._values(probe, Forward(1), 1)),
-            classifier_flops=self._flops(self._classify) if self.classifier else 0,
+            flops=flops_of(lambda: self._values(self._probe(1), Forward(1), 1)),
+            classifier_flops=flops_of(lambda: self._classify(self._probe(1))) if self.classifier else 0,
         )
-
-    def _flops(self, run: Callable[[Probe], Any]) -> int:
-        # plain operations, as train/progress.py counts them
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), using("torch"), FlopCounterMode(display=False) as counter:
-            run(self._probe(1))
-        return counter.get_total_flops()
 
     def _probe(self, samples: int) -> Probe:
         if isinstance(self.paradigm, NextScale):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,18 +88,30 @@ def forward_flops(task: Task) -> dict[str, int]:
     x_B = task.encoder.draw(task.encode(batch), draws)
     probe = task.paradigm.probe(x_B, draws)
     index = torch.zeros(1, dtype=torch.int64, device=task.device)
-    counted = {"net": 0, "posterior": 0}
-    # plain operations: what torch.compile, fused attention and our kernels run is not counted everywhere
-    with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
-        with FlopCounterMode(display=False) as counter, using("torch"):
-            prediction = task.paradigm.predict(task.engine.net, probe, index, batch.c_B.to(task.device))
-            task.paradigm.log_likelihood(prediction, probe, index)
-        counted["net"] = counter.get_total_flops()
-        if isinstance(task.posterior, NoisyPosterior) and task.posterior_engine is not None:
-            with FlopCounterMode(display=False) as counter:
-                task.posterior_engine.net(probe.inputs["noisy"], probe.inputs["sigma"])
-            counted["posterior"] = counter.get_total_flops()
+
+    def value() -> None:
+        prediction = task.paradigm.predict(task.engine.net, probe, index, batch.c_B.to(task.device))
+        task.paradigm.log_likelihood(prediction, probe, index)
+
+    counted = {"net": flops_of(value), "posterior": 0}
+    if isinstance(task.posterior, NoisyPosterior) and task.posterior_engine is not None:
+        classifier = task.posterior_engine.net
+        counted["posterior"] = flops_of(lambda: classifier(probe.inputs["noisy"], probe.inputs["sigma"]))
     return counted
+
+
+def flops_of(run: Callable[[], Any]) -> int:
+    """Floating-point operations of a call, without gradient, as torch counts them."""
+    # plain operations: what torch.compile, fused attention and our kernels run is not counted everywhere
+    with (
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        torch.compiler.set_stance("force_eager"),
+        using("torch"),
+        FlopCounterMode(display=False) as counter,
+    ):
+        run()
+    return counter.get_total_flops()
 
 
 def resume(task: Task, averages: dict[str, EMA], path: Path, rank: int) -> Progress:

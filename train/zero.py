@@ -34,7 +34,11 @@ class DeepSpeedEngine(RowCounter):
         zero: int,
         offload: bool,
     ):
+        # imported with the first engine: a bare GPU machine has no DeepSpeed
+        from deepspeed import utils
+
         super().__init__(net)
+        self.utils = utils
         self.shapes = {name: p.shape for name, p in net.named_parameters()}
         config = deepspeed_config(net, micro_batch, accumulation, bf16, zero) | {"gradient_clipping": clip if zero else 0.0}
         if offload:
@@ -80,13 +84,11 @@ class DeepSpeedEngine(RowCounter):
     @torch.no_grad()
     def force_weights(self, weights: list[nn.Parameter]) -> None:
         if self.zero == 3:
-            from deepspeed.utils import safe_set_local_fp32_param
-
             # ranks hold parts of rows: what goes between them is the sum of squares of every row
             partitioned: list[Any] = weights
             force_pieces([p.ds_tensor[: numel_here(p.ds_shape)] for p in partitioned], [p.ds_shape for p in partitioned])
             for p in partitioned:
-                safe_set_local_fp32_param(p, p.ds_tensor)
+                self.utils.safe_set_local_fp32_param(p, p.ds_tensor)
             return
         force_weights(weights)
         for w in weights if self.zero else ():
@@ -141,41 +143,29 @@ class DeepSpeedEngine(RowCounter):
 
     def _weight(self, p: nn.Parameter) -> Tensor:
         if self.zero == 3:
-            from deepspeed.utils import safe_get_full_fp32_param
-
-            return safe_get_full_fp32_param(p)
+            return self.utils.safe_get_full_fp32_param(p)
         return p.detach()
 
     def _set_weight(self, p: Any, value: Tensor) -> None:
         """In the network, and in this rank's share of the fp32 masters: ZeRO would overwrite the network from those."""
         if self.zero == 3:
-            from deepspeed.utils import safe_set_local_fp32_param
-
             p.ds_tensor.copy_(padded(piece_of(value), value.shape))
-            safe_set_local_fp32_param(p, p.ds_tensor)
+            self.utils.safe_set_local_fp32_param(p, p.ds_tensor)
             return
         p.copy_(value)
         if self.zero:
-            from deepspeed.utils import safe_set_full_fp32_param
-
-            safe_set_full_fp32_param(p, value)
+            self.utils.safe_set_full_fp32_param(p, value)
 
     def _moment(self, p: nn.Parameter, key: str) -> Tensor:
         if self.zero:
-            from deepspeed.utils import safe_get_full_optimizer_state
-
-            return safe_get_full_optimizer_state(p, key)
+            return self.utils.safe_get_full_optimizer_state(p, key)
         return self.optimizer.state[p][key]
 
     def _set_moment(self, p: nn.Parameter, key: str, value: Tensor) -> None:
         if self.zero == 3:
-            from deepspeed.utils import safe_set_local_optimizer_state
-
-            safe_set_local_optimizer_state(p, padded(piece_of(value), value.shape), key)
+            self.utils.safe_set_local_optimizer_state(p, padded(piece_of(value), value.shape), key)
         elif self.zero:
-            from deepspeed.utils import safe_set_full_optimizer_state
-
-            safe_set_full_optimizer_state(p, value, key)
+            self.utils.safe_set_full_optimizer_state(p, value, key)
         else:
             self.optimizer.state[p][key].copy_(value)
 
