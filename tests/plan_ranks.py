@@ -18,6 +18,7 @@ import torch.distributed as dist
 import train.zero
 from configs.schema import load
 from train.build import build_networks, build_task, open_source
+from train.cli import run_rank
 from train.ema import averages_of
 from train.ranks import group, world
 from train.step import train_step
@@ -164,7 +165,7 @@ def most_gathered(config, patch):
     return max(sizes)
 
 
-def main(digits, tokenizer, out):
+def every_model(digits, tokenizer, out):
     results = {}
     for model in MODELS:
         with pytest.MonkeyPatch.context() as patch:
@@ -178,8 +179,12 @@ def main(digits, tokenizer, out):
         (out / "results.json").write_text(json.dumps(results, indent=1))
 
 
-if __name__ == "__main__":
+def main(argv):
     torch.set_num_threads(1)
     count_collectives()
     with group(True):
-        main(*map(Path, [word for word in sys.argv[1:] if not word.startswith("--local_rank")]))
+        every_model(*map(Path, [word for word in sys.argv[1:] if not word.startswith("--local_rank")]))
+
+
+if __name__ == "__main__":
+    run_rank(main)

@@ -17,6 +17,7 @@ from configs.schema import load
 from train.build import build_networks, build_task, open_source
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.cli import main as cli
+from train.cli import run_rank
 from train.ranks import group, world
 from train.step import train_step
 from train.weights import save_weights
@@ -271,7 +272,7 @@ def every_skip(make, model, results):
         results[f"poisoned zero{zero}"] = {"weights": distance(ranks.weights(), local.weights())}
 
 
-def main(digits, tokenizer, out):
+def every_model(digits, tokenizer, out):
     results, settings = {}, {}
 
     def make(model, kind, micro_batch, *more, **named):
@@ -292,7 +293,11 @@ def main(digits, tokenizer, out):
         (out / "results.json").write_text(json.dumps(results, indent=1))
 
 
-if __name__ == "__main__":
+def main(argv):
     torch.set_num_threads(1)
     with group(True):
-        main(*map(Path, [word for word in sys.argv[1:] if not word.startswith("--local_rank")]))
+        every_model(*map(Path, [word for word in sys.argv[1:] if not word.startswith("--local_rank")]))
+
+
+if __name__ == "__main__":
+    run_rank(main)

@@ -16,12 +16,13 @@ import torch
 
 import train.run
 import train.step
+from train.cli import run_rank
 from train.ranks import group, world
 
 real = train.step.score
 
 
-def main(folder, argv, step):
+def once(folder, argv, step):
     count = 0
 
     def score(*args):
@@ -42,10 +43,14 @@ def main(folder, argv, step):
         os.chdir(home)
 
 
-if __name__ == "__main__":
+def main(argv):
     torch.set_num_threads(1)
     with group(True):
         train.run.group = lambda *args: nullcontext()
-        statuses = [main(*run) for run in json.loads(Path("plan.json").read_text())]
+        statuses = [once(*run) for run in json.loads(Path("plan.json").read_text())]
         if world()[0] == 0:
             Path("statuses.json").write_text(json.dumps(statuses))
+
+
+if __name__ == "__main__":
+    run_rank(main)
