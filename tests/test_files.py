@@ -59,6 +59,17 @@ def test_what_stands_in_the_way_is_named(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
+def test_the_folder_that_one_is_in_stays(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for path in (".", "..", "below/..", "/", tmp_path / "here"):
+        with pytest.raises(UserError, match="the folder that you are in: choose another name"), new_folder(path):
+            raise AssertionError("the body must not run")
+    with new_folder("below"):
+        pass
+    assert os.listdir() == ["below"]
+
+
 def test_a_folder_is_replaced_whole_or_kept(tmp_path):
     path = tmp_path / "folder"
     path.mkdir()

@@ -233,9 +233,9 @@ def overrides(draw) -> str:
     return draw(st.sampled_from([f"{key}={value}"] * 9 + [key, f"{key}:{value}", f"={value}", f"{key}=={value}"]))
 
 
-def train_with(kind: str, name: str) -> list[str]:
+def train_with(kind: str, name: str, question: str = "--dry-run") -> list[str]:
     given = {"model": "edm2-digits"} | {kind: name}
-    return ["train", "--dry-run", *(f"--{kind}={name}" for kind, name in given.items())]
+    return ["train", question, *(f"--{kind}={name}" for kind, name in given.items())]
 
 
 @cases(700)
@@ -243,6 +243,13 @@ def train_with(kind: str, name: str) -> list[str]:
 def test_mutated_presets(place, counts, kind, text):
     (place / "case.yaml").write_text(text, encoding="utf-8", errors="surrogateescape")
     counts["mutated presets", check(place, train_with(kind, "case.yaml"))] += 1
+
+
+@cases(300)
+@given(kind=st.sampled_from(["model", "model", "model", *KINDS]), text=presets())
+def test_plans_of_mutated_presets(place, counts, kind, text):
+    (place / "case.yaml").write_text(text, encoding="utf-8", errors="surrogateescape")
+    counts["plans of mutated presets", check(place, train_with(kind, "case.yaml", "--plan"))] += 1
 
 
 @st.composite
@@ -323,6 +330,20 @@ GRAMMAR: dict[str, tuple[list[str], list[st.SearchStrategy[str]], dict[str, st.S
         },
         [],
     ),
+    "train --plan": (
+        [],
+        [overrides()],
+        {
+            "--model": mostly("edm2-digits var-digits good.yaml", st.one_of(NAMES, st.sampled_from(MODELS))),
+            "--objective": mostly("mclr mle cca ddo", NAMES),
+            "--data": DATA,
+            "--engine": mostly("auto local zero1 zero3 8x80gb", NAMES),
+            "--gpus": HUGE,
+            "--gpu": mostly("h100 a100-80", NAMES),
+            "--dry-run": None,
+        },
+        [],
+    ),
     "sample": (
         ["--count=2"],
         [mostly("edm2-digits var-digits weights edm2.pkl", NAMES), SAMPLING],
@@ -380,6 +401,16 @@ GRAMMAR: dict[str, tuple[list[str], list[st.SearchStrategy[str]], dict[str, st.S
         )
         for kind in ("tokenizer", "classifier", "posterior")
     },
+    "prepare cache": (
+        [],
+        [overrides()],
+        {
+            "--model": mostly("edm2-digits var-digits good.yaml", st.one_of(NAMES, st.sampled_from(MODELS))),
+            "--data": DATA,
+            "--half": None,
+        },
+        [],
+    ),
     "convert": (
         [],
         [mostly("edm2.pkl weights var-digits digits-tokenizer new", NAMES), OUTS, arguments],
@@ -387,8 +418,10 @@ GRAMMAR: dict[str, tuple[list[str], list[st.SearchStrategy[str]], dict[str, st.S
         [],
     ),
 }
-NEEDED = {"train": ["--model"], "sample": ["--out"], "prepare images": ["--resolution"]} | {
-    f"prepare {kind}": ["--data"] for kind in ("tokenizer", "classifier", "posterior")
+NEEDED = {
+    **{"train": ["--model"], "train --plan": ["--model"], "sample": ["--out"], "prepare images": ["--resolution"]},
+    **{f"prepare {kind}": ["--data"] for kind in ("tokenizer", "classifier", "posterior")},
+    "prepare cache": ["--model", "--data"],
 }
 
 
@@ -423,6 +456,7 @@ KNOWN = [
     ["sample", "edm2-digits", "--out", "new", "--seed", "9" * 30],
     ["prepare", "tokenizer", "new", "--data", "digits", "--seed", "9" * 30],
     ["prepare", "digits", "loop"],
+    ["prepare", "digits", "/"],
     ["convert", "--", "edm2.pkl", "--"],
     ["train", "--dry-run", "--model", "edm2-digits", "train.batch=2147483629", "train.micro_batch=2147483628"],
     ["train", "--dry-run", "--model", "edm2-digits", "model.weights=null", "model.net.num_blocks=100"],

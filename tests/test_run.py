@@ -192,6 +192,18 @@ def test_a_run_folder_that_is_taken(here, digits, capsys):
     assert "model=1" in refused(argv, capsys, here)
 
 
+@pytest.mark.parametrize("name", ["weights", "checkpoints", "metrics.jsonl"])
+def test_what_no_run_has_written_is_not_written_over(name, here, digits, capsys):
+    mine = here / "run" / name
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    says = refused(edm2_argv(digits), capsys, here)
+    assert says == f"run/{name} is of no run, and a run would write over it: choose another folder with --out"
+    # what a shell may have begun there is no matter of ours
+    mine.rename(mine.with_name("train.log"))
+    assert main(["train", *edm2_argv(digits)]) == 0 and (here / "run/train.log").read_text() == "mine"
+
+
 def test_a_run_does_not_go_on_from_what_changed_under_its_name(here, digits, tmp_path, capsys):
     """The reference of cca is read again when a run goes on."""
     argv = edm2_argv(digits, "--init", str(edm2(tmp_path / "weights")), "--objective", "cca")

@@ -40,6 +40,8 @@ FREE = (
 )
 INPUTS = "inputs.json"
 METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"
+LOCK = "lock"  # stays, and so tells a run folder from another
+WRITES = ("checkpoints", "grids", METRICS, "pulse", SKIPPED, "tensorboard", "weights")  # and writes over
 
 
 def is_free(key: str) -> bool:
@@ -47,7 +49,8 @@ def is_free(key: str) -> bool:
 
 
 class RunFolder:
-    """A run folder held by this process until it is closed. Raises UserError when it is unwritable, held, or holds another run.
+    """A run folder held by this process until it is closed. Raises UserError when it is unwritable, held, or holds another run
+    or what no run has written.
 
     inputs: checksum of each thing that the config names and that could change under its name.
     """
@@ -56,9 +59,15 @@ class RunFolder:
         self.path = path
         if (path / FILE).exists():
             _refuse_other(path, config, inputs)
+        elif not (path / LOCK).exists():
+            for name in WRITES:
+                if os.path.lexists(path / name):
+                    raise UserError(
+                        f"{path / name} is of no run, and a run would write over it: choose another folder with --out"
+                    )
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self.lock, mine = lock(path / "lock")
+            self.lock, mine = lock(path / LOCK)
         except OSError as error:
             raise UserError(f"cannot write the run folder {path} ({error.strerror}): choose another with --out") from error
         if not mine:

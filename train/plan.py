@@ -301,8 +301,8 @@ def plan(config: RunConfig, gpus: int | None, gpu: str | None) -> Iterator[str]:
     """
     name, counts = gpu_of(gpu), counts_of(config, gpus)
     model = model_of(config)
-    found = [line_of(model, ranks, GPUS[name]) for ranks in counts]
     yield from heading(model, name)
+    found = [line_of(model, ranks, GPUS[name]) for ranks in counts]
     table = [HEAD, *(line for line, _ in found)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:

@@ -97,7 +97,8 @@ def print_plan(args: argparse.Namespace, overrides: list[str]) -> None:
     from train.plan import plan, published_data
 
     config = load(args.model, args.objective, args.data, args.engine, [*published_data(args.model, args.data), *overrides])
-    print("\n".join(plan(config, args.gpus, args.gpu)))
+    for line in plan(config, args.gpus, args.gpu):
+        print(line, flush=True)
 
 
 def end_early(number: int, frame: Any) -> NoReturn:
