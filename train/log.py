@@ -41,7 +41,7 @@ FREE = (
 INPUTS = "inputs.json"
 METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"
 LOCK = "lock"  # stays, and so tells a run folder from another
-WRITES = ("checkpoints", "grids", METRICS, "pulse", SKIPPED, "tensorboard", "weights")  # and writes over
+WRITES = ("checkpoints", "grids", METRICS, "pulse", SKIPPED, "snapshots", "tensorboard", "weights")  # and writes over
 
 
 def is_free(key: str) -> bool:
