@@ -179,7 +179,7 @@ def every_model(digits, tokenizer, out):
         (out / "results.json").write_text(json.dumps(results, indent=1))
 
 
-def main(argv):
+def main(_):
     torch.set_num_threads(1)
     count_collectives()
     with group(True):

@@ -293,7 +293,7 @@ def every_model(digits, tokenizer, out):
         (out / "results.json").write_text(json.dumps(results, indent=1))
 
 
-def main(argv):
+def main(_):
     torch.set_num_threads(1)
     with group(True):
         every_model(*map(Path, [word for word in sys.argv[1:] if not word.startswith("--local_rank")]))

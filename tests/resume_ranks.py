@@ -43,7 +43,7 @@ def once(folder, argv, step):
         os.chdir(home)
 
 
-def main(argv):
+def main(_):
     torch.set_num_threads(1)
     with group(True):
         train.run.group = lambda *args: nullcontext()

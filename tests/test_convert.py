@@ -247,12 +247,15 @@ def test_force_replaces_weights_and_nothing_else(tmp_path, capsys, monkeypatch):
     (tmp_path / "photos/config.json").write_text("{}")
     (tmp_path / "photos/cat.png").write_text("")
     (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/README.md").write_text("mine")
     before = contents(tmp_path)
     for argv, line in [
         ((tmp_path / "a.pth", tmp_path / "old"), "old exists already: remove it, choose another name, or replace it by --force"),
         (("var-digits", tmp_path / "a.pth"), "a.pth exists already"),
         (("var-digits", tmp_path / "old", "--half"), "old exists already"),
         ((tmp_path / "a.pth", tmp_path / "photos", "--force"), "photos is not what --force may replace, weights"),
+        ((tmp_path / "a.pth", tmp_path / "notes", "--force"), "notes is not what --force may replace"),
         ((tmp_path / "a.pth", tmp_path / "notes.txt", "--force"), "notes.txt is not what --force may replace"),
         ((tmp_path / "photos/cat.png", tmp_path / "old", "--force"), "is no published state dict"),
     ]:
@@ -280,7 +283,7 @@ def test_force_replaces_weights_and_nothing_else(tmp_path, capsys, monkeypatch):
     assert convert_(tmp_path / "old", tmp_path / "a.pth", "--force") == 0
     assert convert_(tmp_path / "a.pth", tmp_path / "old", "--force") == 0
     assert load_net(str(tmp_path / "old"), "var").config == load_net("var-digits", "var").config
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "notes.txt", "old", "photos"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "notes", "notes.txt", "old", "photos"]
 
 
 @pytest.fixture(scope="module")

@@ -60,14 +60,28 @@ def test_what_stands_in_the_way_is_named(tmp_path):
 
 
 def test_the_folder_that_one_is_in_stays(tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for path in (".", "below/..", here):
+        for replace in (False, True):
+            with pytest.raises(UserError, match="is the folder that you are in"), new_folder(path, replace):
+                raise AssertionError("the body must not run")
+    for path in ("..", "/"):
+        with pytest.raises(UserError, match="exists already"), new_folder(path):
+            raise AssertionError("the body must not run")
+    assert os.listdir(tmp_path) == ["here"] and os.listdir() == []
+
+
+def test_what_is_written_elsewhere_needs_no_current_folder(tmp_path, monkeypatch):
+    """A run that lives longer than the folder that it was started in."""
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    for path in (".", "..", "below/..", "/", tmp_path / "here"):
-        with pytest.raises(UserError, match="the folder that you are in: choose another name"), new_folder(path):
-            raise AssertionError("the body must not run")
-    with new_folder("below"):
-        pass
-    assert os.listdir() == ["below"]
+    (tmp_path / "here").rmdir()
+    for name in ("new", "here"):
+        with new_folder(tmp_path / name) as folder:
+            (folder / "file").write_text("content")
+        assert (tmp_path / name / "file").read_text() == "content"
 
 
 def test_a_folder_is_replaced_whole_or_kept(tmp_path):

@@ -22,12 +22,13 @@ from test_data import correct_size, edit_json, rewrite_shard
 import train.build
 import train.ranks
 import train.run
-from configs.schema import load
+from configs.schema import dump, load
 from kernels.magnitude import normalize
 from models.edm2 import EDM2, EDM2Config
 from models.features import NoiseClassifier, NoiseClassifierConfig
+from train.checkpoint import checkpoints
 from train.cli import main
-from train.log import RunFolder
+from train.log import WRITES, RunFolder
 from train.weights import load_net, save_weights
 
 EDM2_TINY = tiny("edm2-digits", None)
@@ -192,16 +193,40 @@ def test_a_run_folder_that_is_taken(here, digits, capsys):
     assert "model=1" in refused(argv, capsys, here)
 
 
-@pytest.mark.parametrize("name", ["weights", "checkpoints", "metrics.jsonl"])
-def test_what_no_run_has_written_is_not_written_over(name, here, digits, capsys):
+@pytest.mark.parametrize("settings", [True, False])
+@pytest.mark.parametrize("name", WRITES)
+def test_what_no_run_has_written_is_not_written_over(name, settings, here, digits, capsys):
     mine = here / "run" / name
     mine.parent.mkdir()
     mine.write_text("mine")
+    if settings:
+        config = load("edm2-digits", "mclr", str(digits), "auto", edm2_argv(digits)[6:])
+        mine.with_name("config.yaml").write_text(dump(config))
     says = refused(edm2_argv(digits), capsys, here)
-    assert says == f"run/{name} is of no run, and a run would write over it: choose another folder with --out"
-    # what a shell may have begun there is no matter of ours
-    mine.rename(mine.with_name("train.log"))
-    assert main(["train", *edm2_argv(digits)]) == 0 and (here / "run/train.log").read_text() == "mine"
+    assert says.startswith(f"run/{name} is of no run that could go on") and mine.read_text() == "mine"
+
+
+def test_what_else_is_in_a_run_folder_stays(here, digits):
+    """A shell's log, somebody's unfinished work; empty places that were prepared for the run, also on another disk."""
+    run = here / "run"
+    (here / "scratch").mkdir()
+    (run / ".tmp-0123").mkdir(parents=True)
+    (run / "train.log").write_text("mine")
+    (run / "weights").mkdir()
+    (run / "metrics.jsonl").touch()
+    (run / "checkpoints").symlink_to(here / "scratch")
+    assert main(["train", *edm2_argv(digits)]) == 0
+    assert (run / "train.log").read_text() == "mine" and (run / ".tmp-0123").is_dir() and checkpoints(here / "run")
+    assert (run / "weights/config.json").exists() and next((here / "scratch").iterdir())
+
+
+@pytest.mark.parametrize("lost", [("config.yaml",), ("lock",), ("config.yaml", "lock"), ("checkpoints", "config.yaml")])
+def test_a_run_that_has_lost_something_goes_on(lost, here, digits):
+    assert main(["train", *edm2_argv(digits)]) == 0
+    for name in lost:
+        path = here / "run" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert main(["train", *edm2_argv(digits)]) == 0
 
 
 def test_a_run_does_not_go_on_from_what_changed_under_its_name(here, digits, tmp_path, capsys):

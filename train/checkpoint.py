@@ -89,8 +89,8 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Oldest first; what was being written when a process died has another name."""
-    return sorted(p for p in (run / "checkpoints").glob("*") if p.name.isdigit())
+    """Oldest first; what was being written when a process died, or is not ours, has another name."""
+    return sorted(p for p in (run / "checkpoints").glob("?" * 12 + "*") if p.name.isdigit())
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -77,7 +77,7 @@ def check_target(dst: Path, force: bool, folder: bool) -> None:
         raise UserError(f"cannot read {dst} ({error.strerror}): choose another name") from error
     if there and not force:
         raise UserError(f"{dst} exists already: remove it, choose another name, or replace it by --force")
-    if not (there <= WEIGHTS if dst.is_dir() else dst.suffix in SUFFIXES or not there):
+    if there and not ({"config.json"} <= there <= WEIGHTS if dst.is_dir() else dst.suffix in SUFFIXES):
         raise UserError(f"{dst} is not what --force may replace, weights: choose another name")
 
 

@@ -100,18 +100,19 @@ def new_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`; it becomes `path` when the body ends and vanishes when the body raises.
 
     Parents are made as needed; an empty folder at `path` is replaced; replace: so is one with content, at the end.
-    Raises UserError when `path` is taken, is or holds the current folder, or cannot be made (at the start, before any work), or when
-    the disk is full.
+    Raises UserError when `path` is taken, is the current folder, or cannot be made (at the start, before any work), or when the disk
+    is full.
     """
     # a link to an empty folder stays: what it points to is replaced
     path = Path(os.path.realpath(path))
-    # which would be another folder afterwards, and whoever sits in it in none
-    if path in (Path.cwd(), *Path.cwd().parents) and not replace:
-        raise UserError(f"{path} is or holds the folder that you are in: choose another name")
-    temporary = _temporary(path)
     try:
+        if path.exists() and os.path.samefile(path, "."):
+            # whoever sits in it would sit in a deleted one
+            raise UserError(f"{path} is the folder that you are in: choose another name")
         if path.exists() and not (path.is_dir() and (replace or not any(path.iterdir()))):
             raise UserError(f"{path} exists already: remove it or choose another name")
+        # / is taken, and has no place beside it
+        temporary = _temporary(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
     except OSError as error:

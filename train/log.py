@@ -10,7 +10,8 @@ from typing import Any
 
 from configs.schema import FILE, RunConfig, dump, flatten, load_resolved
 from mclr.errors import UserError
-from train.files import lock, write_file, write_json
+from train.checkpoint import MANIFEST, checkpoints
+from train.files import lock, regular, write_file, write_json
 from train.sinks import Sinks
 
 # may change between one start and the next: they do not decide what is learned; a section ends in a dot
@@ -40,8 +41,9 @@ FREE = (
 )
 INPUTS = "inputs.json"
 METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"
-LOCK = "lock"  # stays, and so tells a run folder from another
-WRITES = ("checkpoints", "grids", METRICS, "pulse", SKIPPED, "snapshots", "tensorboard", "weights")  # and writes over
+LOCK = "lock"  # holds the number of the process that was here last
+# what a run writes over or takes away in time
+WRITES = (INPUTS, LOCK, METRICS, SKIPPED, "checkpoints", "grids", "pulse", "snapshots", "weights")
 
 
 def is_free(key: str) -> bool:
@@ -57,14 +59,14 @@ class RunFolder:
 
     def __init__(self, path: Path, config: RunConfig, inputs: dict[str, str]):
         self.path = path
+        goes_on = _is_run(path)
+        for name in () if goes_on else WRITES:
+            if _holds_something(path / name):
+                raise UserError(
+                    f"{path / name} is of no run that could go on, and this one would write over it: choose another --out"
+                )
         if (path / FILE).exists():
             _refuse_other(path, config, inputs)
-        elif not (path / LOCK).exists():
-            for name in WRITES:
-                if os.path.lexists(path / name):
-                    raise UserError(
-                        f"{path / name} is of no run, and a run would write over it: choose another folder with --out"
-                    )
         try:
             path.mkdir(parents=True, exist_ok=True)
             self.lock, mine = lock(path / LOCK)
@@ -78,8 +80,8 @@ class RunFolder:
         self.lock.truncate(0)
         self.lock.write(str(os.getpid()))
         self.lock.flush()
-        # left by a process that died while writing
-        for torn in [*path.glob(".tmp-*"), *path.glob("checkpoints/.tmp-*"), *path.glob("grids/.tmp-*")]:
+        # left by a process of this run that died while writing
+        for torn in [*path.glob(".tmp-*"), *path.glob("checkpoints/.tmp-*"), *path.glob("grids/.tmp-*")] if goes_on else []:
             shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
         write_json(path / INPUTS, inputs)
         write_file(path / FILE, dump(config).encode())
@@ -137,6 +139,22 @@ def _images(line: str) -> float:
         return float(json.loads(line)["images"])
     except (ValueError, KeyError, TypeError):
         return math.inf  # torn by a crash
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a run has been in this folder: its lock names a process, or a checkpoint is there (a copy may lack the lock)."""
+    try:
+        if regular(path / LOCK).read_text(errors="replace").strip().isdecimal():
+            return True
+    except OSError:
+        pass
+    return any((folder / MANIFEST).is_file() for folder in checkpoints(path))
+
+
+def _holds_something(path: Path) -> bool:
+    if path.is_dir():
+        return any(path.iterdir())
+    return path.exists() and (not path.is_file() or path.stat().st_size > 0)
 
 
 def _refuse_other(path: Path, config: RunConfig, inputs: dict[str, str]) -> None:
