@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from launch import is_alive
 from PIL import Image
+from ranks import tiny
 
 import train.stream
 from configs.schema import Data
 from mclr.errors import UserError
+from train.cli import main
 from train.data import Source, load_split
 from train.prepare import center_crop
 from train.stream import Stream
@@ -22,8 +25,22 @@ from train.stream import Stream
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch):
+    """No pauses, no chance; and no reader outlives its test, into whose successors' output it would write."""
     monkeypatch.setattr(train.stream, "PAUSE", 0.0)
     monkeypatch.setattr(train.stream, "PATIENCE", 20.0)
+    # the same draws every time
+    monkeypatch.setattr(time, "time_ns", lambda: 0)
+    opened, init = [], Stream.__init__
+
+    def noted(self, *args, **settings):
+        init(self, *args, **settings)
+        opened.append(self)
+
+    monkeypatch.setattr(Stream, "__init__", noted)
+    yield
+    for stream in opened:
+        stream.close()
+        assert not any(reader.is_alive() for reader in stream.readers)
 
 
 def colour(c):
@@ -138,7 +155,6 @@ def test_images_of_other_sizes_and_kinds(tmp_path):
 def test_one_shard_serves_any_number_of_readers_and_ranks(tmp_path, monkeypatch):
     shard(tmp_path / "a.tar", ten())
     monkeypatch.setattr(train.stream, "READERS", 3)
-    monkeypatch.setattr(time, "time_ns", lambda: 0)
     orders = []
     for rank in (0, 1, 0):
         monkeypatch.setenv("RANK", str(rank))
@@ -189,7 +205,7 @@ def test_too_many_damaged_samples_end_the_run(tmp_path, share, says):
 
 def test_nothing_but_damage_ends_in_time(tmp_path, monkeypatch):
     shard(tmp_path / "a.tar", damage(ten(), *(f"{c:04d}" for c in range(10))))
-    with pytest.raises(UserError, match="2 of 2 samples read from"):
+    with pytest.raises(UserError, match="11 of 11 samples read from"):
         Stream(data(f"file://{tmp_path}/a.tar"), seed=0)
     monkeypatch.setattr(train.stream, "PATIENCE", 0.5)
     with pytest.raises(UserError, match="no image came from"):
@@ -232,10 +248,8 @@ def cut_shard(folder):
     ],
 )
 def test_what_cannot_be_read_ends_in_one_line(tmp_path, capfd, url, says):
-    started = time.monotonic()
     with pytest.raises(UserError, match=says) as error:
         Stream(data(url(tmp_path)), seed=0).batch(0, 1000)
-    assert time.monotonic() - started < 15
     assert "\n" not in str(error.value) and "@ <" not in str(error.value)
     assert all("; trying again (" in line for line in capfd.readouterr().err.splitlines())
 
@@ -261,9 +275,8 @@ def test_a_download_that_stalls_is_tried_again(tmp_path, monkeypatch):
     monkeypatch.setattr(train.stream, "STALLED", 0.5)
     batch = Stream(data(stalling(tmp_path, always=False)), seed=0).batch(0, 300)
     assert batch.c_B.tolist() == conditions_of(batch.image_BCHW)
-    # and what stalled is gone, not only the shell around it; dead, it may wait for its parent
-    stat = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat")
-    assert not stat.exists() or stat.read_text().split()[2] == "Z"
+    # and what stalled is gone, not only the shell around it
+    assert not is_alive((tmp_path / "pid").read_text().strip())
 
 
 def test_a_download_that_always_stalls_is_named(tmp_path, monkeypatch):
@@ -275,14 +288,30 @@ def test_a_download_that_always_stalls_is_named(tmp_path, monkeypatch):
     assert str(error.value).startswith(f"shard {url} cannot be read (nothing came for 0 s): ")
 
 
-def test_what_comes_slowly_does_not_stall(tmp_path, monkeypatch):
+def test_a_run_leaves_no_reader_and_no_command_behind(digits, tmp_path, monkeypatch):
+    """Though its commands would go on."""
+    monkeypatch.chdir(tmp_path)
+    before = set(threading.enumerate())
+    argv = [
+        "train", "--model", "edm2-digits", "--out", "run", "train.images=32", "train.batch=16",
+        "data.name=streamed", f"data.path=pipe:echo $$ >> pids; cat {digits}/train/{{000000..000003}}.tar; exec sleep 100",
+        *tiny("edm2-digits", None),
+    ]  # fmt: skip
+    assert main(argv) == 0
+    pids = Path("pids").read_text().split()
+    assert len(pids) >= 4 and not any(map(is_alive, pids))
+    assert not [thread for thread in set(threading.enumerate()) - before if "_fill" in thread.name]
+
+
+def test_what_comes_slowly_does_not_stall(tmp_path, monkeypatch, capfd):
     """A reader that gives nothing yet, but reads: the buffer it draws from is not full."""
     monkeypatch.setattr(train.stream, "STALLED", 0.5)
     shard(tmp_path / "a.tar", ten())
     monkeypatch.setattr(train.stream, "PATIENCE", 1.5)
-    monkeypatch.setattr(train.stream, "end", lambda pipe: pytest.fail("ended"))
     with pytest.raises(UserError, match="no image came from"):
         Stream(data(f"pipe:cat {tmp_path}/a.tar; sleep 0.3"), seed=0)
+    # nothing was ended and tried again
+    assert capfd.readouterr().err == ""
 
 
 class Shards(http.server.BaseHTTPRequestHandler):

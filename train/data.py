@@ -220,7 +220,7 @@ class SplitReader:
                 self.damaged.add(i)
                 tqdm.write(f"passed over: {error}", file=sys.stderr)
                 found, count = len(self.damaged), len(self.samples)
-                # of few samples one may be damaged, as of a stream
+                # of few samples one may be damaged
                 if found > max(1, self.tolerated * count):
                     share = f"{found / count:.2%}, more than data.damaged={self.tolerated:g}"
                     raise UserError(
@@ -302,6 +302,9 @@ class Source:
     def prefetch(self, positions: range) -> None:
         """Start reading the samples at these global positions in the background, so that their batches need not wait."""
         self.reader.read_ahead(self._indices(positions))
+
+    def close(self) -> None:
+        """End what reads in the background. Nothing here: what was asked for ahead ends by itself."""
 
     def _indices(self, positions: range) -> list[int]:
         return [self._balanced(p) if self.balanced else self._any(p) for p in positions]

@@ -181,6 +181,7 @@ def start(config: RunConfig, out: Path, micro_batch: int, command: str) -> int:
             smaller = f"halve train.micro_batch (now {micro_batch}), which leaves the result as it is"
             raise UserError(f"out of GPU memory: {smaller}") from error
         finally:
+            source.close()
             if run_folder is not None:
                 run_folder.close()
 

@@ -14,11 +14,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, Queue
 from subprocess import TimeoutExpired
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +42,8 @@ READY = 32  # images that a reader holds decoded
 TRIES, PAUSE = 6, 2.0  # of a shard that cannot be read, and the seconds after the first, doubled after each: a minute in all
 STALLED = 60.0  # seconds without one sample, after which a download is ended and counts as a try
 PATIENCE = 300.0  # seconds without one image, after which a stream is dead
+PARTING = 5.0  # seconds in which the readers of a stream that is closed come to their end
+FEW = 10  # damaged samples whose share says nothing yet: of a stream with half of the share tolerated, one in 70 begins with more
 REMEMBERED = 2**16  # positions whose keys are known
 # of commands whose output nobody read to the end: SIGPIPE, as a shell says it, as curl does; and killed
 UNREAD = (-13, 141, 23, -9)
@@ -58,17 +60,24 @@ class Drawn(NamedTuple):
 @dataclass
 class Download:
     """What a reader reads at the moment. pipe: its command, None for a file; since: when its last sample came, in seconds; stalled: it
-    was ended for that."""
+    was ended for that; closed: the reader is to end."""
 
     url: str = ""
     pipe: Pipe | None = None
     since: float = 0.0
     stalled: bool = False
+    closed: Event = field(default_factory=Event)
 
     def end_if_stalled(self) -> None:
         if self.pipe is not None and time.monotonic() - self.since >= STALLED:
             self.stalled = True
             end(self.pipe)
+
+    def close(self) -> None:
+        self.closed.set()
+        # the reader forgets it as soon as it has ended
+        if (pipe := self.pipe) is not None:
+            end(pipe)
 
 
 def end(pipe: Pipe) -> None:
@@ -109,8 +118,12 @@ class Stream(Source):
         self.given: OrderedDict[int, str] = OrderedDict()
         # the start time is in the seed, or a resumed run would begin with the same samples
         rank, started = world()[0], time.time_ns()
-        for reader in range(READERS):
-            Thread(target=self._fill, args=(reader, f"{seed} {rank} {reader} {started}"), daemon=True).start()
+        self.readers = [
+            Thread(target=self._fill, args=(reader, f"{seed} {rank} {reader} {started}"), daemon=True)
+            for reader in range(READERS)
+        ]
+        for thread in self.readers:
+            thread.start()
         self.first = [self._take()]
 
     def __len__(self) -> int:
@@ -123,7 +136,7 @@ class Stream(Source):
         return len(self.found)
 
     def batch(self, first: int, count: int) -> Batch:
-        """The next samples, whatever the positions. UserError where no more come, or too many are damaged."""
+        """The next samples, whatever the positions. UserError where no more come, or too many are damaged: the stream is closed then."""
         drawn = [self.first.pop() if self.first else self._take() for _ in range(count)]
         self.given.update((first + i, each.key) for i, each in enumerate(drawn))
         while len(self.given) > REMEMBERED:
@@ -138,7 +151,28 @@ class Stream(Source):
     def prefetch(self, positions: range) -> None:
         """Nothing: the readers are always ahead."""
 
+    def close(self) -> None:
+        """End the readers, and the commands that they read from, which run in sessions of their own and would outlive the run."""
+        # all at once, then one after the other
+        for download in self.downloads:
+            download.close()
+        parted = time.monotonic() + PARTING
+        for thread, ready, download in zip(self.readers, self.ready, self.downloads, strict=True):
+            while thread.is_alive() and time.monotonic() < parted:
+                # one may have started a command meanwhile, or wait for a place in its queue
+                download.close()
+                with suppress(Empty):
+                    ready.get(timeout=0.05)
+
     def _take(self) -> Drawn:
+        """The next image; what cannot be read closes the stream."""
+        try:
+            return self._next()
+        except UserError:
+            self.close()
+            raise
+
+    def _next(self) -> Drawn:
         """The next image, from the readers in turn; counts the damaged ones on the way."""
         patience_ends = time.monotonic() + PATIENCE
         while (left := patience_ends - time.monotonic()) > 0:
@@ -165,8 +199,7 @@ class Stream(Source):
             self.found.add(key)
             tqdm.write(f"passed over: {why}", file=sys.stderr)
         self.unreadable += 1
-        # before 1 / tolerated samples were read, a second one is too many for those as well
-        if self.unreadable > max(1, tolerated * self.taken):
+        if self.unreadable > max(FEW, tolerated * self.taken):
             raise UserError(
                 f"{self.unreadable} of {self.taken} samples read from {self.data.path} are damaged, more than "
                 f"data.damaged={tolerated:g}; {why}"
@@ -176,6 +209,8 @@ class Stream(Source):
         """What a reader's thread does, until an error, which it hands on."""
         try:
             for sample in shuffle(SHUFFLED, rng=random.Random(seed))(self._samples(reader, seed)):
+                if self.downloads[reader].closed.is_set():
+                    return
                 self.ready[reader].put(self._decode(sample))
         except Exception as error:
             self.ready[reader].put(error)
@@ -185,6 +220,8 @@ class Stream(Source):
         number = random.Random(seed).getrandbits(31)
         for drawn in ResampledShards(self.urls, deterministic=True, worker_seed=lambda: number):
             yield from read_shard(drawn["url"], self.downloads[reader])
+            if self.downloads[reader].closed.is_set():
+                return
 
     def _decode(self, sample: dict[str, Any]) -> Drawn:
         """Raises UserError where the condition is none of the config's."""
@@ -206,8 +243,8 @@ class Stream(Source):
 
 
 def read_shard(url: str, download: Download) -> Iterator[dict[str, Any]]:
-    """The samples of a tar file in order; after an error once more from its beginning. UserError where TRIES did not reach its end,
-    or where it is no file."""
+    """The samples of a tar file in order; after an error once more from its beginning; no more of them once it is closed. UserError
+    where TRIES did not reach its end, or where it is no file."""
     for tried in range(TRIES):
         empty = True
         try:
@@ -224,6 +261,8 @@ def read_shard(url: str, download: Download) -> Iterator[dict[str, Any]]:
             return
         # files, commands, tar files and whatever opens a URL
         except Exception as error:
+            if download.closed.is_set():
+                return
             # a file that is not there will not come
             if tried == TRIES - 1 or isinstance(error, FileNotFoundError | IsADirectoryError):
                 # webdataset adds what it read from
@@ -232,7 +271,7 @@ def read_shard(url: str, download: Download) -> Iterator[dict[str, Any]]:
                     f"shard {url} cannot be read ({why}): see that it is there and whole; then the same command goes on"
                 ) from error
             tqdm.write(f"shard {url}: {error}; trying again ({tried + 2} of {TRIES})", file=sys.stderr)
-        time.sleep(PAUSE * 2**tried)
+        download.closed.wait(PAUSE * 2**tried)
 
 
 @contextmanager
