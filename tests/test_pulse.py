@@ -44,7 +44,7 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path):
 
 def test_a_rank_that_goes_on_at_last_is_not_ended(tmp_path, monkeypatch):
     """It saw all silent, left the word to the first, and came back meanwhile; so does a rank that ends."""
-    monkeypatch.setattr(train.pulse, "PATIENCE", 1.0)
+    monkeypatch.setattr(train.pulse, "PATIENCE", 3.0)
     monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("ended"))
     for rank in (0, 1):
         Pulse(tmp_path, rank, ranks=3, timeout=100).close()
@@ -54,7 +54,7 @@ def test_a_rank_that_goes_on_at_last_is_not_ended(tmp_path, monkeypatch):
         if comes_back:
             pulse.timeout = 100
             pulse.enter("compute", 5)
-            time.sleep(1.0)
+            time.sleep(3.0)
             assert pulse.watcher.is_alive()
         pulse.close()
 
@@ -69,11 +69,13 @@ def test_what_cannot_be_read_ends_no_watch(tmp_path):
     pulse.close()
 
 
-def rank_of(run, rank, ranks, phases, goes_on):
+def rank_of(run, here, rank, ranks, phases, goes_on):
     """Enter these phases, then nothing more; goes_on: but the last one again and again."""
     with open(run / f"stderr-{rank}", "w") as stderr:
         os.dup2(stderr.fileno(), 2)
-    pulse = Pulse(run, rank, ranks, timeout=1.0)
+    # one may take seconds longer to start
+    here.wait()
+    pulse = Pulse(run, rank, ranks, timeout=2.0)
     for step, phase in enumerate(phases, start=1):
         pulse.enter(phase, step)
         time.sleep(0.2)
@@ -84,9 +86,10 @@ def rank_of(run, rank, ranks, phases, goes_on):
 
 
 def ends(run, ranks):
-    """Exit status of ranks that do this, and what they said; None: still alive after 8 seconds, and ended by us."""
+    """Exit status of ranks that do this, and what they said; None: still alive when the first has ended, and killed by us."""
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=rank_of, args=(run, rank, len(ranks), *how)) for rank, how in enumerate(ranks)]
+    here = context.Barrier(len(ranks))
+    processes = [context.Process(target=rank_of, args=(run, here, rank, len(ranks), *how)) for rank, how in enumerate(ranks)]
     for process in processes:
         process.start()
     first = [process for process, (_, goes_on) in zip(processes, ranks, strict=True) if not goes_on]
