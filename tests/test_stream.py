@@ -1,7 +1,10 @@
 """Streams: images and conditions arrive as they lie in the shards, from any number of shards; what is broken ends in one line, soon."""
 
+import gc
 import http.server
 import io
+import os
+import sys
 import tarfile
 import threading
 import time
@@ -38,9 +41,17 @@ def hurry(monkeypatch):
 
     monkeypatch.setattr(Stream, "__init__", noted)
     yield
+    # whose __init__ raises has closed itself
     for stream in opened:
         stream.close()
-        assert not any(reader.is_alive() for reader in stream.readers)
+    for reader in readers():
+        reader.join(30)
+    assert readers() == []
+
+
+def readers():
+    """The threads that read for any stream."""
+    return [thread for thread in threading.enumerate() if "_fill" in thread.name]
 
 
 def colour(c):
@@ -254,10 +265,66 @@ def test_what_cannot_be_read_ends_in_one_line(tmp_path, capfd, url, says):
     assert all("; trying again (" in line for line in capfd.readouterr().err.splitlines())
 
 
-def test_a_command_that_never_answers(monkeypatch):
-    monkeypatch.setattr(train.stream, "PATIENCE", 0.5)
-    with pytest.raises(UserError, match="no image came from pipe:sleep 5 for 0 s"):
-        Stream(data("pipe:sleep 5"), seed=0)
+def test_a_command_that_never_answers(tmp_path, monkeypatch):
+    """Nor outlives the stream, and what it has started neither, though the command itself has ended."""
+    monkeypatch.setattr(train.stream, "PATIENCE", 1.0)
+    url = f"pipe:sleep 100 & echo $! >> {tmp_path}/pids"
+    with pytest.raises(UserError) as error:
+        Stream(data(url), seed=0)
+    assert str(error.value).startswith(f"no image came from {url} for 1 s: ")
+    pids = (tmp_path / "pids").read_text().split()
+    assert len(pids) >= 4 and not any(map(is_alive, pids))
+
+
+def test_a_signal_before_the_first_image(tmp_path, monkeypatch):
+    """Commands in sessions of their own hear of no Ctrl-C."""
+    pids = tmp_path / "pids"
+
+    def interrupted(stream):
+        while not pids.exists():
+            time.sleep(0.01)
+        sys.exit(130)
+
+    monkeypatch.setattr(Stream, "_next", interrupted)
+    with pytest.raises(SystemExit):
+        Stream(data(f"pipe:echo $$ >> {pids}; exec sleep 100"), seed=0)
+    assert not any(map(is_alive, pids.read_text().split()))
+
+
+def test_what_a_command_says_of_an_unread_end_is_not_heard(tmp_path, capfd):
+    """The reader stops at a wrong condition, and nothing else is told or started."""
+    shard(tmp_path / "a.tar", [pair for first in range(0, 1000, 10) for pair in ten(first)])
+    with pytest.raises(UserError, match="has condition 9"):
+        Stream(data(f"pipe:cat {tmp_path}/a.tar || exit 7", num_classes=9), seed=0).batch(0, 1000)
+    gc.collect()
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("how, status", [("kill -9 $$", -9), ("exit 141", 141), ("exit 23", 23)])
+def test_a_command_that_failed_between_two_samples(tmp_path, how, status):
+    """A tar file does not say how long it is: half of one is whole but for the status."""
+    shard(tmp_path / "a.tar", ten())
+    with pytest.raises(UserError, match=rf"\(its command ended with status {status}\)"):
+        Stream(data(f"pipe:head -c 8192 {tmp_path}/a.tar; {how}"), seed=0).batch(0, 1000)
+
+
+def test_gsutil_is_ended_with_what_it_starts(tmp_path, monkeypatch):
+    """A script that starts another process."""
+    monkeypatch.setattr(train.stream, "PATIENCE", 1.0)
+    (tmp_path / "gsutil").write_text(f"#!/bin/sh\nsleep 100 & echo $! >> {tmp_path}/pids; echo $* > {tmp_path}/asked; wait\n")
+    (tmp_path / "gsutil").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(UserError, match=r"^no image came from gs://bucket/a b\.tar "):
+        Stream(data("gs://bucket/a b.tar"), seed=0)
+    pids = (tmp_path / "pids").read_text().split()
+    assert pids and not any(map(is_alive, pids)) and (tmp_path / "asked").read_text() == "cat gs://bucket/a b.tar\n"
+
+
+def test_a_run_that_is_refused_leaves_no_reader_behind(digits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").write_text("a file")
+    assert main(run_over(f"pipe:cat {digits}/train/{{000000..000003}}.tar; exec sleep 100")) == 2
+    assert readers() == []
 
 
 def stalling(folder, always):
@@ -288,28 +355,30 @@ def test_a_download_that_always_stalls_is_named(tmp_path, monkeypatch):
     assert str(error.value).startswith(f"shard {url} cannot be read (nothing came for 0 s): ")
 
 
+def run_over(url):
+    """The command line of a tiny run."""
+    settings = ["data.name=streamed", f"data.path={url}", "train.images=32", "train.batch=16", *tiny("edm2-digits", None)]
+    return ["train", "--model", "edm2-digits", "--out", "run", *settings]
+
+
 def test_a_run_leaves_no_reader_and_no_command_behind(digits, tmp_path, monkeypatch):
     """Though its commands would go on."""
     monkeypatch.chdir(tmp_path)
-    before = set(threading.enumerate())
-    argv = [
-        "train", "--model", "edm2-digits", "--out", "run", "train.images=32", "train.batch=16",
-        "data.name=streamed", f"data.path=pipe:echo $$ >> pids; cat {digits}/train/{{000000..000003}}.tar; exec sleep 100",
-        *tiny("edm2-digits", None),
-    ]  # fmt: skip
-    assert main(argv) == 0
+    assert main(run_over(f"pipe:echo $$ >> pids; cat {digits}/train/{{000000..000003}}.tar; exec sleep 100")) == 0
     pids = Path("pids").read_text().split()
     assert len(pids) >= 4 and not any(map(is_alive, pids))
-    assert not [thread for thread in set(threading.enumerate()) - before if "_fill" in thread.name]
+    assert readers() == []
 
 
 def test_what_comes_slowly_does_not_stall(tmp_path, monkeypatch, capfd):
     """A reader that gives nothing yet, but reads: the buffer it draws from is not full."""
-    monkeypatch.setattr(train.stream, "STALLED", 0.5)
+    monkeypatch.setattr(train.stream, "STALLED", 1.5)
     shard(tmp_path / "a.tar", ten())
-    monkeypatch.setattr(train.stream, "PATIENCE", 1.5)
+    monkeypatch.setattr(train.stream, "PATIENCE", 4.5)
+    # longer than that in all, but not between any two samples
+    slow = f"(head -c 10240; sleep 0.8; head -c 10240; sleep 0.8; cat; sleep 0.8) < {tmp_path}/a.tar"
     with pytest.raises(UserError, match="no image came from"):
-        Stream(data(f"pipe:cat {tmp_path}/a.tar; sleep 0.3"), seed=0)
+        Stream(data(f"pipe:{slow}"), seed=0)
     # nothing was ended and tried again
     assert capfd.readouterr().err == ""
 

@@ -7,7 +7,7 @@ import os
 import shlex
 import signal
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -136,6 +136,7 @@ def start(config: RunConfig, out: Path, micro_batch: int, command: str) -> int:
     from train.build import build_networks, build_task, choose_kernels, open_source
     from train.cache import data_line, precision_of, through_cache
     from train.card import run_notes
+    from train.data import Source
     from train.gpus import peak_flops
     from train.grids import Grid
     from train.log import RunFolder
@@ -148,42 +149,46 @@ def start(config: RunConfig, out: Path, micro_batch: int, command: str) -> int:
     device = own_device()
     kernels = choose_kernels(config, device)
     run_folder, notes = None, {"init": config.model.weights, "command": command, "out": str(out)} | run_notes(config)
-    if rank == 0:
-        # all that the run reads is found good before anything is written and before the ranks meet
-        new_digits = config.data.name == "digits" and not config.data.streamed and not Path(config.data.path).exists()
-        networks, inputs = build_networks(config, device), inputs_of(config)
-        if not new_digits:
-            source = through_cache(open_source(config), networks.encoder, config)
-            inputs |= precision_of(source, networks.encoder)
-        notes |= {"inputs": inputs} | inherited(config.model.weights)
-        run_folder = RunFolder(out, config, inputs)
-        if new_digits:
-            open_or_prepare(config.data.name, config.data.path)
-            source = open_source(config)
-        notes |= {"data_images": len(source), "classes": source.info.class_names}
-    interrupt, timeout = Interrupt(), config.engine.timeout
-    with group(config.engine.here() == "deepspeed", timeout), on_signals(interrupt.notice), one_voice():
-        with together():
-            if rank != 0:
-                networks = build_networks(config, device)
-                source = through_cache(open_source(config), networks.encoder, config)
-        about, read = describe(config, ranks, micro_batch, networks.net), data_line(source, networks.encoder, config)
-        if any(other != read for other in from_all(read)):
-            raise UserError("a cache was finished while the ranks started, and some read it: run the same command again")
-        try:
-            task = build_task(config, source, networks, device, micro_batch)
-            if rank == 0:
-                print(about, *read, kernels, sep="\n")
-            with closing(Pulse(out, rank, ranks, timeout)) as pulse:
-                grid, peak = Grid(task, config, run_folder), peak_flops(device, config.engine.precision)
-                return train(task, config.train, micro_batch, out, run_folder, interrupt, pulse, grid, peak, notes)
-        except torch.OutOfMemoryError as error:
-            smaller = f"halve train.micro_batch (now {micro_batch}), which leaves the result as it is"
-            raise UserError(f"out of GPU memory: {smaller}") from error
-        finally:
-            source.close()
-            if run_folder is not None:
-                run_folder.close()
+    with ExitStack() as sources:
+
+        def opened() -> Source:
+            return sources.enter_context(closing(open_source(config)))
+
+        if rank == 0:
+            # all that the run reads is found good before anything is written and before the ranks meet
+            new_digits = config.data.name == "digits" and not config.data.streamed and not Path(config.data.path).exists()
+            networks, inputs = build_networks(config, device), inputs_of(config)
+            if not new_digits:
+                source = through_cache(opened(), networks.encoder, config)
+                inputs |= precision_of(source, networks.encoder)
+            notes |= {"inputs": inputs} | inherited(config.model.weights)
+            run_folder = RunFolder(out, config, inputs)
+            if new_digits:
+                open_or_prepare(config.data.name, config.data.path)
+                source = opened()
+            notes |= {"data_images": len(source), "classes": source.info.class_names}
+        interrupt, timeout = Interrupt(), config.engine.timeout
+        with group(config.engine.here() == "deepspeed", timeout), on_signals(interrupt.notice), one_voice():
+            with together():
+                if rank != 0:
+                    networks = build_networks(config, device)
+                    source = through_cache(opened(), networks.encoder, config)
+            about, read = describe(config, ranks, micro_batch, networks.net), data_line(source, networks.encoder, config)
+            if any(other != read for other in from_all(read)):
+                raise UserError("a cache was finished while the ranks started, and some read it: run the same command again")
+            try:
+                task = build_task(config, source, networks, device, micro_batch)
+                if rank == 0:
+                    print(about, *read, kernels, sep="\n")
+                with closing(Pulse(out, rank, ranks, timeout)) as pulse:
+                    grid, peak = Grid(task, config, run_folder), peak_flops(device, config.engine.precision)
+                    return train(task, config.train, micro_batch, out, run_folder, interrupt, pulse, grid, peak, notes)
+            except torch.OutOfMemoryError as error:
+                smaller = f"halve train.micro_batch (now {micro_batch}), which leaves the result as it is"
+                raise UserError(f"out of GPU memory: {smaller}") from error
+            finally:
+                if run_folder is not None:
+                    run_folder.close()
 
 
 def inputs_of(config: RunConfig) -> dict[str, str]:

@@ -8,6 +8,7 @@ number of shards serves any number of them; what a position holds is what comes 
 import errno
 import os
 import random
+import shlex
 import signal
 import sys
 import time
@@ -45,8 +46,8 @@ PATIENCE = 300.0  # seconds without one image, after which a stream is dead
 PARTING = 5.0  # seconds in which the readers of a stream that is closed come to their end
 FEW = 10  # damaged samples whose share says nothing yet: of a stream with half of the share tolerated, one in 70 begins with more
 REMEMBERED = 2**16  # positions whose keys are known
-# of commands whose output nobody read to the end: SIGPIPE, as a shell says it, as curl does; and killed
-UNREAD = (-13, 141, 23, -9)
+# of commands whose output was not read to its end: SIGPIPE, as a shell says it, as curl does
+UNREAD = (-13, 141, 23)
 
 
 class Drawn(NamedTuple):
@@ -71,18 +72,22 @@ class Download:
     def end_if_stalled(self) -> None:
         if self.pipe is not None and time.monotonic() - self.since >= STALLED:
             self.stalled = True
-            end(self.pipe)
+            self._end()
 
     def close(self) -> None:
         self.closed.set()
-        # the reader forgets it as soon as it has ended
+        self._end()
+
+    def _end(self) -> None:
+        # the reader forgets it before it reaps it: until then its number is its own
         if (pipe := self.pipe) is not None:
             end(pipe)
 
 
 def end(pipe: Pipe) -> None:
     """Kill a command, with all that it started, which would keep its output open."""
-    with suppress(ProcessLookupError):
+    # sudo's are another user's
+    with suppress(ProcessLookupError, PermissionError):
         # one that runs in a session of its own, as opened() starts them; webdataset's curl starts nothing
         (os.killpg if os.getpgid(pipe.proc.pid) == pipe.proc.pid else os.kill)(pipe.proc.pid, signal.SIGKILL)
 
@@ -165,10 +170,10 @@ class Stream(Source):
                     ready.get(timeout=0.05)
 
     def _take(self) -> Drawn:
-        """The next image; what cannot be read closes the stream."""
+        """The next image; where none comes, or a signal does, the stream is closed."""
         try:
             return self._next()
-        except UserError:
+        except BaseException:
             self.close()
             raise
 
@@ -209,6 +214,7 @@ class Stream(Source):
         """What a reader's thread does, until an error, which it hands on."""
         try:
             for sample in shuffle(SHUFFLED, rng=random.Random(seed))(self._samples(reader, seed)):
+                # hundreds may be left among which it draws
                 if self.downloads[reader].closed.is_set():
                     return
                 self.ready[reader].put(self._decode(sample))
@@ -271,23 +277,33 @@ def read_shard(url: str, download: Download) -> Iterator[dict[str, Any]]:
                     f"shard {url} cannot be read ({why}): see that it is there and whole; then the same command goes on"
                 ) from error
             tqdm.write(f"shard {url}: {error}; trying again ({tried + 2} of {TRIES})", file=sys.stderr)
-        download.closed.wait(PAUSE * 2**tried)
+        if download.closed.wait(PAUSE * 2**tried):
+            return
 
 
 @contextmanager
 def opened(url: str, download: Download) -> Iterator[Any]:
     """What stands behind a URL, as bytes to read. Raises OSError where its command failed, of which a torn tar file tells nothing, or
     was ended because it stalled."""
-    if url.startswith("pipe:"):
-        stream = Pipe(["sh", "-c", url.removeprefix("pipe:")], mode="rb", start_new_session=True)
+    # webdataset would start gsutil, a script that starts Python, in no session of its own
+    command = f"pipe:gsutil cat {shlex.quote(url)}" if url.startswith("gs://") else url
+    if command.startswith("pipe:"):
+        stream = Pipe(["sh", "-c", command.removeprefix("pipe:")], mode="rb", start_new_session=True)
     # a URL ends at a #, which the name of a file may hold
     else:
         stream = gopen(url) if "://" in url or url.startswith("file:") else open(url, "rb")  # noqa: SIM115 (closed below)
-    status = 0
+    status, torn, abandoned = 0, True, False
     download.url, download.since, download.stalled = url, time.monotonic(), False
     download.pipe = stream if isinstance(stream, Pipe) else None
     try:
-        yield stream
+        # a Pipe would reap a command that has ended, whose number may be another's then
+        yield stream.stream if isinstance(stream, Pipe) else stream
+        # read to its end
+        torn = False
+    except GeneratorExit:
+        # nobody reads on, and what the command says to that is nobody's
+        abandoned = True
+        raise
     finally:
         download.pipe = None
         if not isinstance(stream, Pipe):
@@ -299,8 +315,8 @@ def opened(url: str, download: Download) -> Iterator[Any]:
             except TimeoutExpired:
                 end(stream)
                 stream.proc.wait()
-        if download.stalled:
+        if download.stalled and not abandoned:
             raise OSError(errno.ETIMEDOUT, f"nothing came for {STALLED:.0f} s")
-        if status and status not in UNREAD:
+        if status and not abandoned and not (torn and status in UNREAD):
             # of curl 22: no such page, 6 and 7: no such host
             raise OSError(status, f"its command ended with status {status}")
