@@ -292,12 +292,14 @@ def opened(url: str, download: Download) -> Iterator[Any]:
     # a URL ends at a #, which the name of a file may hold
     else:
         stream = gopen(url) if "://" in url or url.startswith("file:") else open(url, "rb")  # noqa: SIM115 (closed below)
+    pipe = stream if isinstance(stream, Pipe) else None
     status, torn, abandoned = 0, True, False
     download.url, download.since, download.stalled = url, time.monotonic(), False
-    download.pipe = stream if isinstance(stream, Pipe) else None
+    # last: from now on it may be judged by these, and ended
+    download.pipe = pipe
     try:
         # a Pipe would reap a command that has ended, whose number may be another's then
-        yield stream.stream if isinstance(stream, Pipe) else stream
+        yield stream if pipe is None else pipe.stream
         # read to its end
         torn = False
     except GeneratorExit:
@@ -306,15 +308,15 @@ def opened(url: str, download: Download) -> Iterator[Any]:
         raise
     finally:
         download.pipe = None
-        if not isinstance(stream, Pipe):
+        if pipe is None:
             stream.close()
         else:
-            stream.stream.close()
+            pipe.stream.close()
             try:
-                status = stream.proc.wait(timeout=1)
+                status = pipe.proc.wait(timeout=1)
             except TimeoutExpired:
-                end(stream)
-                stream.proc.wait()
+                end(pipe)
+                pipe.proc.wait()
         if download.stalled and not abandoned:
             raise OSError(errno.ETIMEDOUT, f"nothing came for {STALLED:.0f} s")
         if status and not abandoned and not (torn and status in UNREAD):
