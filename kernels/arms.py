@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from kernels.op import Cost, Op, Shape, triton
-from kernels.weight_norm import force_weights
+from mclr.kernels.op import Cost, Op, Shape, triton
+from mclr.kernels.weight_norm import force_weights
 
 # sides of VAR's token maps at 256 pixels, and where each map ends in the sequence
 SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)

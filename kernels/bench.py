@@ -35,12 +35,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.arms import COMPARISONS, Arm, arms, sized
-from kernels.choice import using
-from kernels.compile import Parser
-from kernels.op import DTYPES, TOLERANCE, Cost, Error, Op, Shape, as_tuple, cdiv, check, leaves, moved, triton
-from kernels.registry import OPS
-from kernels.results import PASSES, ROOT, Row, dump, load, machine, plot, publish, tables, write
+from mclr.kernels.arms import COMPARISONS, Arm, arms, sized
+from mclr.kernels.choice import using
+from mclr.kernels.compile import Parser
+from mclr.kernels.op import DTYPES, TOLERANCE, Cost, Error, Op, Shape, as_tuple, cdiv, check, leaves, moved, triton
+from mclr.kernels.registry import OPS
+from mclr.kernels.results import PASSES, ROOT, Row, dump, load, machine, plot, publish, tables, write
 
 # milliseconds of a round and of all rounds, and how many rounds that is at most and at least
 BATCH_MS, WARM_UP_MS, ROW_MS, MOST_CALLS, LEAST_ROUNDS, ROUNDS = 2.0, 50.0, {"cuda": 1000.0, "cpu": 300.0}, 200, 3, 20
@@ -297,7 +297,17 @@ def base_rows(args: argparse.Namespace, mine: list[Row]) -> list[Row]:
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "base.json"
-        command = [sys.executable, "-m", "kernels.bench", "--json", str(file), "--dtype", args.dtype, "--shapes", args.shapes]
+        command = [
+            sys.executable,
+            "-m",
+            "mclr.kernels.bench",
+            "--json",
+            str(file),
+            "--dtype",
+            args.dtype,
+            "--shapes",
+            args.shapes,
+        ]
         command += ["--minutes", str(args.minutes), "--only", *args.only]
         done = subprocess.run(command, cwd=args.base, capture_output=True, text=True)
         if done.returncode == 2 or not file.exists():
@@ -356,7 +366,7 @@ def without_gpu(names: list[str]) -> bool:
 
     program = "import sys; from kernels.bench import interpret; interpret(sys.argv[1:])"
     interpreter = python("-c", program, *names, TRITON_INTERPRET="1")
-    compiler = python("-m", "kernels.compile", "--arch", "90", "--dtype", "bf16", "--only", *names)
+    compiler = python("-m", "mclr.kernels.compile", "--arch", "90", "--dtype", "bf16", "--only", *names)
     red = [done.stderr.strip() or done.stdout.strip() for done in (interpreter, compiler) if done.returncode]
     red = [said.splitlines()[-1] for said in red]
     checked = {} if interpreter.returncode else json.loads(interpreter.stdout.splitlines()[-1])

@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from kernels.op import DTYPES, Launch, triton
-from kernels.registry import OPS
+from mclr.kernels.op import DTYPES, Launch, triton
+from mclr.kernels.registry import OPS
 
 ARCHITECTURES = (80, 90, 100)
 # Bytes spilled per thread, and of shared memory per block: what an A100, an H100 and a B200 grant one block.

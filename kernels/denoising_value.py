@@ -18,8 +18,8 @@ R rows; B samples; C H W image; N = C H W.
 import torch
 from torch import Tensor
 
-from kernels.choice import runs_triton
-from kernels.op import Cost, Op, Shape, cdiv, floats, jit, launch, power_of_2, refuse, refuse_index, refuse_unlike, tl
+from mclr.kernels.choice import runs_triton
+from mclr.kernels.op import Cost, Op, Shape, cdiv, floats, jit, launch, power_of_2, refuse, refuse_index, refuse_unlike, tl
 
 
 def definition(

@@ -30,8 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.choice import runs_triton
-from kernels.op import Cost, Op, Shape, cdiv, floats, jit, launch, power_of_2, refuse, refuse_unlike, tl, wide
+from mclr.kernels.choice import runs_triton
+from mclr.kernels.op import Cost, Op, Shape, cdiv, floats, jit, launch, power_of_2, refuse, refuse_unlike, tl, wide
 
 EPS = 1e-4  # beside every RMS; not a mere guard: published weights were trained with it and answer differently without
 SILU = 0.596  # RMS of silu(x) for unit normal x

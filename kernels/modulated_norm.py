@@ -36,8 +36,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.choice import runs_triton
-from kernels.op import Cost, Op, Shape, cdiv, floats, jit, launch, power_of_2, refuse, refuse_index, refuse_unlike, tl
+from mclr.kernels.choice import runs_triton
+from mclr.kernels.op import Cost, Op, Shape, cdiv, floats, jit, launch, power_of_2, refuse, refuse_index, refuse_unlike, tl
 
 
 def of_rows(x: Tensor, index_R: Tensor | None, first_RD: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from kernels.choice import interpreting, using
+from mclr.kernels.choice import interpreting, using
 
 try:
     import triton

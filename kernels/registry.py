@@ -1,6 +1,6 @@
 """The list of operations: tests, compile report and bench read it."""
 
-from kernels import denoising_value, magnitude, modulated_norm, token_logp, weight_norm
+from mclr.kernels import denoising_value, magnitude, modulated_norm, token_logp, weight_norm
 
 OPS = {
     op.name: op

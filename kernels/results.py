@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
-from kernels.choice import RESULTS, family
-from kernels.op import triton
-from kernels.registry import OPS
+from mclr.kernels.choice import RESULTS, family
+from mclr.kernels.op import triton
+from mclr.kernels.registry import OPS
 
 ROOT = Path(__file__).parent.parent
 PASSES = ("forward", "forward+backward")

@@ -29,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.choice import runs_triton
-from kernels.op import Cost, Op, Shape, cdiv, floats, jit, launch, power_of_2, refuse, refuse_index, refuse_unlike, tl, wide
+from mclr.kernels.choice import runs_triton
+from mclr.kernels.op import Cost, Op, Shape, cdiv, floats, jit, launch, power_of_2, refuse, refuse_index, refuse_unlike, tl, wide
 
 # how many logits, or gradients of logits, exist at a time: what a CPU's cache holds; 8,192 rows of 4,096, which fill a GPU
 CPU_LOGITS, GPU_LOGITS = 1 << 21, 1 << 25

@@ -30,9 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.choice import runs_triton
-from kernels.magnitude import EPS, layout
-from kernels.op import FLOATS, Cost, Op, Shape, jit, launch, refuse, tl
+from mclr.kernels.choice import runs_triton
+from mclr.kernels.magnitude import EPS, layout
+from mclr.kernels.op import FLOATS, Cost, Op, Shape, jit, launch, refuse, tl
 
 BLOCK = 2048
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.denoising_value import denoising_value
 from mclr.guidance import Guidance, mix
+from mclr.kernels.denoising_value import denoising_value
 from mclr.likelihood import Draws, LogLik, Net, Probe
 from mclr.solvers import SOLVERS, churned_heun, sigma_grid
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.weight_norm import used_weights
+from mclr.kernels.weight_norm import used_weights
 
 
 def trunk_dtype(x: Tensor) -> torch.dtype:

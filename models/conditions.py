@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from kernels.magnitude import normalize
+from mclr.kernels.magnitude import normalize
 
 VAR_LAYER, EDM2_LAYER = "embed_condition.weight", "condition_linear.weight"
 Sources = Sequence[int | None]

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from kernels.magnitude import mp_silu, mp_sum, norm_silu, normalize, scale_silu, sum_clip
-from kernels.weight_norm import used_weights
 from mclr.errors import UserError
-from models.blocks import MPConv, MPFourier, mp_cat, running, trunk_dtype
+from mclr.kernels.magnitude import mp_silu, mp_sum, norm_silu, normalize, scale_silu, sum_clip
+from mclr.kernels.weight_norm import used_weights
+from mclr.models.blocks import MPConv, MPFourier, mp_cat, running, trunk_dtype
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from kernels.modulated_norm import gated_norm, modulated_norm
-from kernels.token_logp import token_logp, wide_linear
-from models.blocks import running, trunk_dtype
+from mclr.kernels.modulated_norm import gated_norm, modulated_norm
+from mclr.kernels.token_logp import token_logp, wide_linear
+from mclr.models.blocks import running, trunk_dtype
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import torch
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-from models.vqvae import VQVAE, VQVAEConfig
-from train.prepare import prepare_digits
-from train.weights import save_weights
+from mclr.models.vqvae import VQVAE, VQVAEConfig
+from mclr.train.prepare import prepare_digits
+from mclr.train.weights import save_weights
 
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True

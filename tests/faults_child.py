@@ -16,28 +16,28 @@ from pathlib import Path
 import pytest
 from test_resume import poison, skip
 
-import train.checkpoint
-import train.loop
-import train.progress
-import train.step
-from train.cli import main
-from train.data import Source
-from train.ema import EMA
-from train.engine import LocalEngine
-from train.log import RunFolder
+import mclr.train.checkpoint
+import mclr.train.loop
+import mclr.train.progress
+import mclr.train.step
+from mclr.train.cli import main
+from mclr.train.data import Source
+from mclr.train.ema import EMA
+from mclr.train.engine import LocalEngine
+from mclr.train.log import RunFolder
 
 PLACES = [
-    (train.step.Task, "samples"),
+    (mclr.train.step.Task, "samples"),
     (Source, "batch"),
-    (train.step, "score"),
+    (mclr.train.step, "score"),
     (LocalEngine, "step"),
     (EMA, "update"),
     (RunFolder, "log"),
-    (train.progress, "write_snapshot"),
-    (train.progress, "save_checkpoint"),
-    (train.checkpoint, "save_file"),
-    (train.checkpoint, "write_json"),
-    (train.loop, "export"),
+    (mclr.train.progress, "write_snapshot"),
+    (mclr.train.progress, "save_checkpoint"),
+    (mclr.train.checkpoint, "save_file"),
+    (mclr.train.checkpoint, "write_json"),
+    (mclr.train.loop, "export"),
     (shutil, "rmtree"),
     (os, "unlink"),
     (os, "fsync"),

@@ -10,12 +10,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import train.run
-import train.step
-from train.cli import run_rank
+import mclr.train.run
+import mclr.train.step
+from mclr.train.cli import run_rank
 
 here, rank = Path.cwd(), os.environ["RANK"]
-real, count = train.step.score, 0
+real, count = mclr.train.step.score, 0
 
 
 def score(*args):
@@ -33,5 +33,5 @@ def score(*args):
     return real(*args)
 
 
-train.step.score = score
-run_rank(train.run.main)
+mclr.train.step.score = score
+run_rank(mclr.train.run.main)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from train import cli
+from mclr.train import cli
 
 SECONDS = 60  # that a case may take: the plan of a very deep network takes 20
 MEMORY = 3 * 2**30  # bytes that a case may take beside what the process has already

@@ -10,9 +10,9 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import train.run
+import mclr.train.run
 
-RUN = Path(train.run.__file__)
+RUN = Path(mclr.train.run.__file__)
 ROOT = RUN.parent.parent
 
 

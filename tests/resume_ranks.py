@@ -14,12 +14,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import train.run
-import train.step
-from train.cli import run_rank
-from train.ranks import group, world
+import mclr.train.run
+import mclr.train.step
+from mclr.train.cli import run_rank
+from mclr.train.ranks import group, world
 
-real = train.step.score
+real = mclr.train.step.score
 
 
 def once(folder, argv, step):
@@ -33,12 +33,12 @@ def once(folder, argv, step):
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
-    train.step.score = score
+    mclr.train.step.score = score
     Path(folder).mkdir(parents=True, exist_ok=True)
     home = Path.cwd()
     os.chdir(folder)
     try:
-        return train.run.main(argv)
+        return mclr.train.run.main(argv)
     finally:
         os.chdir(home)
 
@@ -46,7 +46,7 @@ def once(folder, argv, step):
 def main(_):
     torch.set_num_threads(1)
     with group(True):
-        train.run.group = lambda *args: nullcontext()
+        mclr.train.run.group = lambda *args: nullcontext()
         statuses = [once(*run) for run in json.loads(Path("plan.json").read_text())]
         if world()[0] == 0:
             Path("statuses.json").write_text(json.dumps(statuses))

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-import train.bench_data
-from train.bench_data import main, measure, simulate, tables
-from train.cli import run
-from train.prepare import main as prepare
+import mclr.train.bench_data
+from mclr.train.bench_data import main, measure, simulate, tables
+from mclr.train.cli import run
+from mclr.train.prepare import main as prepare
 
 
 class Clock:
@@ -61,7 +61,7 @@ class Slow:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(train.bench_data, "time", clock)
+    monkeypatch.setattr(mclr.train.bench_data, "time", clock)
     return clock
 
 
@@ -86,7 +86,7 @@ def test_rates_and_shares_are_those_of_the_steps_after_the_first(clock):
     assert [row["worst"] for row in found["loops"]] == pytest.approx([0, 0.2, 0.3])
     # no sample twice
     assert len(set(source.asked)) == len(source.asked) == 5 * 11
-    assert source.reader.readers._max_workers == train.bench_data.READERS and source.reader.keep is False
+    assert source.reader.readers._max_workers == mclr.train.bench_data.READERS and source.reader.keep is False
     lines = tables(found).splitlines()
     assert "| images | 2 | 10 |" in lines and "| images | 20 | 50.0% | 200.0 ms | 0.0% |" in lines
     # half of a second copying, in a second and a half

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from train import bench_ranks
-from train.bench_ranks import checkpoint_speed, live_bytes, main, table
-from train.cli import run
+from mclr.train import bench_ranks
+from mclr.train.bench_ranks import checkpoint_speed, live_bytes, main, table
+from mclr.train.cli import run
 
 
 def test_times_are_told_against_the_first_engine_of_as_many_ranks():

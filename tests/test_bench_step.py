@@ -7,11 +7,11 @@ import pytest
 import torch
 from ranks import tiny
 
-import train.bench_step
+import mclr.train.bench_step
 from mclr.schedule import NONE, Schedule
-from train.bench_step import FULL, OBJECTIVES, PAIR, as_run_by, build, draw, measure_sampling, measure_training, peak_memory
-from train.cli import run
-from train.step import train_step
+from mclr.train.bench_step import FULL, OBJECTIVES, PAIR, as_run_by, build, draw, measure_sampling, measure_training, peak_memory
+from mclr.train.cli import run
+from mclr.train.step import train_step
 
 CPU = torch.device("cpu")
 EAGER = ("fp32", "eager")
@@ -25,7 +25,7 @@ SMALL = {
 @pytest.fixture
 def quick(monkeypatch):
     """A step is measured against a rate that nobody measures."""
-    monkeypatch.setattr(train.bench_step, "flops_per_second", lambda device, precision: 1e12)
+    monkeypatch.setattr(mclr.train.bench_step, "flops_per_second", lambda device, precision: 1e12)
 
 
 def loss_of(task, batch, arm="eager", precision="fp32", lr=0.0):
@@ -43,7 +43,7 @@ def test_the_table_says_what_each_objective_costs(model, digits, tokenizer, caps
     # so small a share drops none of these samples
     settings += [f"data.path={digits}", "train.drop_condition=1e-9", "model.weights=null"]
     # without weights there is no reference to start from
-    monkeypatch.delitem(train.bench_step.OBJECTIVES, "cca")
+    monkeypatch.delitem(mclr.train.bench_step.OBJECTIVES, "cca")
     built = {objective: build(model, objective, [*settings, "train.batch=32"], CPU) for objective in OBJECTIVES}
     table = measure_training(built, ["fp32"], ["eager"], 3)
     assert table.keys() == {(objective, *EAGER) for objective in OBJECTIVES}
@@ -61,7 +61,7 @@ def test_the_table_says_what_each_objective_costs(model, digits, tokenizer, caps
         if objective in ("mle", "mclr uniform"):
             assert row["rows"] == pytest.approx(row["work"] * row["images"])
     argv = ["--model", model, "--rounds", "1", "--pairs", "8", "--images", "3", *settings]
-    assert run(train.bench_step.main, argv) == 0
+    assert run(mclr.train.bench_step.main, argv) == 0
     out = capsys.readouterr().out
     assert all(f"| {objective} | fp32 | eager | " in out for objective in OBJECTIVES) and " | 1.00 | 1.00 | " in out
     assert "8 samples per step" in out and ("| sigma from |" in out) == (model == "edm2-digits")
@@ -70,8 +70,8 @@ def test_the_table_says_what_each_objective_costs(model, digits, tokenizer, caps
 
 def test_contrast_rows_are_computed_where_the_noise_hides_the_class(digits):
     task, config = build("edm2-digits", "mclr posterior", [f"data.path={digits}", "train.drop_condition=0.0"], CPU)
-    bands = train.bench_step.computed_shares(task, config.train.batch, batches=4)
-    assert [low for low, _, _ in bands] == list(train.bench_step.BANDS)
+    bands = mclr.train.bench_step.computed_shares(task, config.train.batch, batches=4)
+    assert [low for low, _, _ in bands] == list(mclr.train.bench_step.BANDS)
     assert sum(share for _, share, _ in bands) == pytest.approx(1)
     assert bands[0][2] < 0.05 and bands[-1][2] > 0.7
 
@@ -118,14 +118,14 @@ def test_a_row_that_a_gpu_has_no_memory_for_leaves_the_others(monkeypatch, quick
     task, config = small("var-d16", batch=1)
 
     def step(task, positions, *others):
-        if isinstance(task.engine.net, train.bench_step.Separate):
+        if isinstance(task.engine.net, mclr.train.bench_step.Separate):
             raise torch.OutOfMemoryError
         return train_step(task, positions, *others)
 
-    monkeypatch.setattr(train.bench_step, "train_step", step)
+    monkeypatch.setattr(mclr.train.bench_step, "train_step", step)
     table = measure_training({PAIR: (task, config)}, ["fp32"], ["separate", "eager"], 1)
     assert table[PAIR, "fp32", "separate"] == {} and table[PAIR, "fp32", "eager"]["work"] == 2
-    lines = train.bench_step.training_table(table).splitlines()
+    lines = mclr.train.bench_step.training_table(table).splitlines()
     assert lines[2].startswith(f"| {PAIR} | fp32 | separate | out of memory |") and " | 1.00 | 2.00 | " in lines[3]
     assert len({line.count("|") for line in lines}) == 1
 
@@ -135,7 +135,7 @@ def test_sampling_is_measured_with_and_without_guidance(model, monkeypatch):
     task, _ = small(model)
     task = replace(task, paradigm=replace(task.paradigm, **({"steps": 2} if model.startswith("edm2") else {})))
     calls = []
-    monkeypatch.setattr(train.bench_step, "draw", lambda *args: calls.append(args) or draw(*args))
+    monkeypatch.setattr(mclr.train.bench_step, "draw", lambda *args: calls.append(args) or draw(*args))
     found = measure_sampling(task, Schedule("ramp", 1.0), ["fp32", "bf16"], ["eager"], 1, 1)
     assert found.keys() == {("fp32", "eager"), ("bf16", "eager")} and len(calls) == 2 * 2 * 2
     assert all(plain > 0 and guided > 0 for plain, guided in found.values())
@@ -154,7 +154,7 @@ def test_sampling_is_measured_with_and_without_guidance(model, monkeypatch):
 def test_without_a_gpu_ours_is_left_out(capsys, monkeypatch, quick):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     argv = [*SMALL["var"], "--model", "var-d16", "--arms", "ours", "eager", "--precision", "fp32", "--rounds", "1"]
-    assert run(train.bench_step.main, argv) == 0
+    assert run(mclr.train.bench_step.main, argv) == 0
     out = capsys.readouterr().out
     assert out.startswith("ours is left out") and "| eager |" in out and "| ours |" not in out
     assert "1 samples per step" in out and "Sampling 1 at a time:" in out
@@ -175,7 +175,7 @@ def test_without_a_gpu_ours_is_left_out(capsys, monkeypatch, quick):
 )
 def test_bad_arguments_are_one_line(argv, says, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert run(train.bench_step.main, argv) == 2
+    assert run(mclr.train.bench_step.main, argv) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and says in err
 

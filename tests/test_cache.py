@@ -13,18 +13,18 @@ from ranks import Trained, tiny
 from safetensors.torch import load_file
 from test_encoders import save_tiny_vae
 
-import train.cache
-import train.data
-import train.files
-from configs.schema import load
+import mclr.train.cache
+import mclr.train.data
+import mclr.train.files
+from mclr.configs.schema import load
 from mclr.errors import UserError
 from mclr.likelihood import Draws
-from train.build import build_encoder, open_source
-from train.cache import CachedSource, data_line, precision_of, through_cache
-from train.cli import main as mclr
-from train.cli import run
-from train.encoders import Latents, from_uint8
-from train.prepare import main, prepare_images
+from mclr.train.build import build_encoder, open_source
+from mclr.train.cache import CachedSource, data_line, precision_of, through_cache
+from mclr.train.cli import main as mclr
+from mclr.train.cli import run
+from mclr.train.encoders import Latents, from_uint8
+from mclr.train.prepare import main, prepare_images
 
 CPU = torch.device("cpu")
 COUNT = 22  # of the photos in the train split
@@ -32,8 +32,8 @@ COUNT = 22  # of the photos in the train split
 
 @pytest.fixture(autouse=True)
 def small_files(monkeypatch):
-    monkeypatch.setattr(train.cache, "CHUNK", 5)
-    monkeypatch.setattr(train.cache, "BATCH", 3)
+    monkeypatch.setattr(mclr.train.cache, "CHUNK", 5)
+    monkeypatch.setattr(mclr.train.cache, "BATCH", 3)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_a_run_reads_its_cache_and_no_image(make, data, vae, monkeypatch):
     plain_x, plain_c, *_ = trained.task.samples(30, 40)
     source = cached(data, vae, "data.flip=true")
     assert isinstance(source, CachedSource)
-    monkeypatch.setattr(train.data, "read_image", lambda *_: pytest.fail("an image was read"))
+    monkeypatch.setattr(mclr.train.data, "read_image", lambda *_: pytest.fail("an image was read"))
     task = replace(trained.task, source=source)
     source.prefetch(range(30, 50))
     x, c, *_ = task.samples(30, 40)
@@ -143,7 +143,7 @@ def test_a_run_reads_its_cache_and_no_image(make, data, vae, monkeypatch):
 @pytest.mark.parametrize("flip", ["data.flip=true", "data.flip=false"])
 def test_on_tokens_a_run_is_the_same_bit_for_bit(flip, digits, tokenizer, tmp_path, monkeypatch, capsys):
     data = shutil.copytree(digits, tmp_path / "data")
-    monkeypatch.setattr(train.cache, "CHUNK", 256)
+    monkeypatch.setattr(mclr.train.cache, "CHUNK", 256)
     weights = {}
     for name in ("plain", "cached"):
         trained = Trained("var-digits", "local", data, tokenizer, 8, settings=[flip])
@@ -156,7 +156,7 @@ def test_on_tokens_a_run_is_the_same_bit_for_bit(flip, digits, tokenizer, tmp_pa
             said = f"data       tokens (uint8) from {folder(data)}"
             assert data_line(source, trained.task.encoder, config) == [said]
             trained.task = replace(trained.task, source=source)
-            monkeypatch.setattr(train.data, "read_image", lambda *_: pytest.fail("an image was read"))
+            monkeypatch.setattr(mclr.train.data, "read_image", lambda *_: pytest.fail("an image was read"))
         weights[name] = trained.train(3).weights()
     assert all(torch.equal(w, weights["cached"][key]) for key, w in weights["plain"].items())
 
@@ -258,17 +258,17 @@ def test_a_file_system_without_locks_is_one_line(make, data, monkeypatch):
 
 
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(make, data, vae, monkeypatch):
-    write, written = train.cache.write_file, []
+    write, written = mclr.train.cache.write_file, []
 
     def full(path, content):
         if len(written) == 2:
             # what write_file does when os.write fails
-            raise train.files._cannot_write(path, OSError(28, "No space left on device"))
+            raise mclr.train.files._cannot_write(path, OSError(28, "No space left on device"))
         written.append(path)
         write(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.cache, "write_file", full)
+        patch.setattr(mclr.train.cache, "write_file", full)
         status, said = make()
     assert status == 2 and said.count("error: ") == 1 and "(No space left on device)" in said
     assert [path.name for path in sorted(folder(data).iterdir())] == ["000000.npy", "000001.npy"]
@@ -413,7 +413,7 @@ def test_a_run_on_tokens_may_gain_and_lose_its_cache(digits, tokenizer, tmp_path
     assert "data       tokens" not in start("plain", 32) and "data       nothing" not in start("other", 16)
     assert mclr(["prepare", "cache", *argv[1:5], f"model.tokenizer={tokenizer}", "data.flip=true"]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(train.data, "read_image", lambda *_: pytest.fail("an image was read"))
+        patch.setattr(mclr.train.data, "read_image", lambda *_: pytest.fail("an image was read"))
         assert f"data       tokens (uint8) from {folder(data)}\n" in start("other", 24)
     shutil.rmtree(data / "cache")
     start("other", 32)

@@ -7,10 +7,10 @@ import torch
 import yaml
 
 from mclr.errors import UserError
-from models.features import ImageClassifier, ImageClassifierConfig
-from models.vqvae import VQVAE, VQVAEConfig
-from train.card import add_scores, card
-from train.weights import read_config, save_weights
+from mclr.models.features import ImageClassifier, ImageClassifierConfig
+from mclr.models.vqvae import VQVAE, VQVAEConfig
+from mclr.train.card import add_scores, card
+from mclr.train.weights import read_config, save_weights
 
 RUN = {
     "kind": "edm2",

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import train.checkpoint
+import mclr.train.checkpoint
 from mclr.errors import UserError
-from train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from mclr.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -101,13 +101,13 @@ train.checkpoint.save_checkpoint(pathlib.Path({str(tmp_path)!r}), 128, {{"engine
 def test_a_full_disk_is_told_and_costs_nothing(tmp_path, monkeypatch, function):
     save(tmp_path, 64, keep=1)
     # as safetensors and our own writer say it
-    error = {"save_file": train.checkpoint.SafetensorError("I/O error: No space left on device (os error 28)")}
+    error = {"save_file": mclr.train.checkpoint.SafetensorError("I/O error: No space left on device (os error 28)")}
     full = error.get(function, UserError("cannot write state.json (No space left on device)"))
 
     def fail(*args):
         raise full
 
-    monkeypatch.setattr(train.checkpoint, function, fail)
+    monkeypatch.setattr(mclr.train.checkpoint, function, fail)
     with pytest.raises(UserError, match="No space left"):
         save(tmp_path, 128, keep=1)
     assert names(tmp_path) == ["000000000064"] and newest(tmp_path) == (64, [])

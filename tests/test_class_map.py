@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file
 from test_data import edit_json
 
-from configs.schema import load
-from kernels.magnitude import normalize
+from mclr.configs.schema import load
 from mclr.errors import UserError
-from train.build import build_networks
-from train.class_map import class_map
-from train.cli import main
-from train.weights import save_weights
+from mclr.kernels.magnitude import normalize
+from mclr.train.build import build_networks
+from mclr.train.class_map import class_map
+from mclr.train.cli import main
+from mclr.train.weights import save_weights
 
 LAYER = "condition_linear.weight"
 TINY = [

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from mclr.errors import UserError
-from train import cli
+from mclr.train import cli
 
 
 def raises(error: BaseException):
@@ -41,7 +41,7 @@ def test_nobody_who_reads_is_no_error(unbuffered):
     unread, stdout = os.pipe()
     os.close(unread)
     environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
-    ran = subprocess.run([sys.executable, "-m", "train.cli"], stdout=stdout, stderr=subprocess.PIPE, env=environment)
+    ran = subprocess.run([sys.executable, "-m", "mclr.train.cli"], stdout=stdout, stderr=subprocess.PIPE, env=environment)
     os.close(stdout)
     assert (ran.returncode, ran.stderr) == (141, b"")
 
@@ -79,7 +79,7 @@ def test_an_unknown_command_is_one_line(name, line, capsys):
 
 def test_the_rest_of_the_arguments_reaches_the_program(monkeypatch):
     seen = []
-    monkeypatch.setitem(sys.modules, "train.report", SimpleNamespace(main=lambda argv: seen.append(argv)))
+    monkeypatch.setitem(sys.modules, "mclr.train.report", SimpleNamespace(main=lambda argv: seen.append(argv)))
     assert cli.main(["report", "--help", "runs/a"]) == 0
     assert seen == [["--help", "runs/a"]]
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from toy import logits_of
 
-from kernels.magnitude import normalize
-from models.conditions import EDM2_LAYER, VAR_LAYER, map_columns, map_conditions, map_rows
-from models.edm2 import EDM2, EDM2Config
-from models.var import VAR, VARConfig
+from mclr.kernels.magnitude import normalize
+from mclr.models.conditions import EDM2_LAYER, VAR_LAYER, map_columns, map_conditions, map_rows
+from mclr.models.edm2 import EDM2, EDM2Config
+from mclr.models.var import VAR, VARConfig
 
 
 def edm2(num_classes, seed):

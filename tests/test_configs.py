@@ -9,12 +9,12 @@ import sys
 import pydantic
 import pytest
 
-from configs import schema
-from configs.schema import PRESETS, RunConfig, dump, flatten, from_dict, load, load_resolved
+from mclr.configs import schema
+from mclr.configs.schema import PRESETS, RunConfig, dump, flatten, from_dict, load, load_resolved
 from mclr.errors import UserError
+from mclr.models.edm2 import EDM2Config
+from mclr.models.var import VARConfig
 from mclr.schedule import Schedule
-from models.edm2 import EDM2Config
-from models.var import VARConfig
 
 
 def names(kind: str) -> list[str]:

@@ -12,15 +12,15 @@ import safetensors.torch
 import torch
 from golden_weights import FOLDER, load_golden, rule_weights
 
-import train.run
-from models.edm2 import EDM2, EDM2Config
-from models.features import ImageClassifier, ImageClassifierConfig
-from models.var import VAR, VARConfig
-from train import convert
-from train.cli import run
-from train.convert import main
-from train.ema import reconstruct
-from train.weights import load_net, read_config, save_weights
+import mclr.train.run
+from mclr.models.edm2 import EDM2, EDM2Config
+from mclr.models.features import ImageClassifier, ImageClassifierConfig
+from mclr.models.var import VAR, VARConfig
+from mclr.train import convert
+from mclr.train.cli import run
+from mclr.train.convert import main
+from mclr.train.ema import reconstruct
+from mclr.train.weights import load_net, read_config, save_weights
 
 # golden file -> kind, what has to be said beside the file, our names of the reference's arguments
 GOLDEN = {
@@ -297,7 +297,7 @@ def snapshots(digits, tmp_path_factory):
         "--model", "edm2-digits", "--objective", "mle", "--data", str(digits), "--init", str(folder / "base"), "--out", str(folder / "run"),
         "model.net.model_channels=8", "model.net.channels_per_head=8", "train.images=32", "train.batch=16", "train.snapshot_every=16",
     ]  # fmt: skip
-    assert run(train.run.main, argv) == 0
+    assert run(mclr.train.run.main, argv) == 0
     return folder / "run"
 
 

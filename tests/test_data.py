@@ -20,10 +20,10 @@ import webdataset
 from PIL import Image
 from sklearn.datasets import load_digits
 
-import train.shards
+import mclr.train.shards
 from mclr.errors import UserError
-from train.data import Source, SplitReader, load_split, open_dataset, permutation
-from train.prepare import open_or_prepare, prepare_digits
+from mclr.train.data import Source, SplitReader, load_split, open_dataset, permutation
+from mclr.train.prepare import open_or_prepare, prepare_digits
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_batches_larger_than_an_epoch(digits):
 
 
 def test_large_splits_are_not_kept_in_memory(digits, monkeypatch):
-    monkeypatch.setattr("train.data.KEPT_BYTES", 0)
+    monkeypatch.setattr("mclr.train.data.KEPT_BYTES", 0)
     source, expected = Source(digits, "val", 0), load_split(digits, "val")
     source.prefetch(range(0, 20))
     assert len(source.reader.coming) == 20
@@ -144,7 +144,7 @@ def test_large_splits_are_not_kept_in_memory(digits, monkeypatch):
 def test_small_splits_are_read_once(digits, monkeypatch):
     source = Source(digits, "val", 0)
     first = source.batch(0, 297)
-    monkeypatch.setattr("train.data.read_image", None)
+    monkeypatch.setattr("mclr.train.data.read_image", None)
     again = source.batch(0, 297)
     assert torch.equal(first.image_BCHW, again.image_BCHW)
 
@@ -161,7 +161,7 @@ def test_index_is_written_reused_and_rebuilt(copy, monkeypatch):
     written = index.read_bytes()
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.shards, "_index_shard", None)
+        patch.setattr(mclr.train.shards, "_index_shard", None)
         assert SplitReader(open_dataset(copy), "train").samples == expected
 
     stale = json.loads(written)
@@ -173,9 +173,9 @@ def test_index_is_written_reused_and_rebuilt(copy, monkeypatch):
 
 
 def test_the_index_is_parsed_once_for_all_readers(digits):
-    train.shards._parsed_index.cache_clear()
+    mclr.train.shards._parsed_index.cache_clear()
     readers = [SplitReader(open_dataset(digits), split) for split in ("train", "val", "train")]
-    assert train.shards._parsed_index.cache_info().misses == 1 and gc.isenabled()
+    assert mclr.train.shards._parsed_index.cache_info().misses == 1 and gc.isenabled()
     assert readers[0].samples == readers[2].samples and readers[0].samples[0] is readers[2].samples[0]
 
 
@@ -183,7 +183,7 @@ def test_index_stays_in_memory_when_the_folder_is_read_only(copy, monkeypatch):
     def refuse(path, data):
         raise UserError("read-only")
 
-    monkeypatch.setattr(train.shards, "write_file", refuse)
+    monkeypatch.setattr(mclr.train.shards, "write_file", refuse)
     assert len(Source(copy, "train", 0)) == 1500
     assert not (copy / "index.json").exists()
 
@@ -352,7 +352,7 @@ def stood_for(c_N, i, bad):
 
 @pytest.mark.parametrize("balanced, kept", [(False, 0), (True, 2**28)])
 def test_damaged_samples_are_passed_over_alike_everywhere(copy, digits, monkeypatch, capsys, balanced, kept):
-    monkeypatch.setattr("train.data.KEPT_BYTES", kept)
+    monkeypatch.setattr("mclr.train.data.KEPT_BYTES", kept)
     image_NCHW, c_N = load_split(digits, "train")
     whole = Source(digits, "train", 3, balanced)
     # of one condition two in a row, and its last, which the first stands for; and some others
@@ -536,12 +536,12 @@ def test_ten_thousand_shards_are_not_read_to_be_opened(copy, monkeypatch):
         os.link(copy / one["file"], copy / shard["file"])
     record["splits"] = {"train": {"count": len(shards), "shards": shards}, "val": {"count": 1, "shards": [one]}}
     (copy / "dataset.json").write_text(json.dumps(record))
-    rows = [sample[1:] for sample in train.shards._index_shard(copy, train.shards.Shard(**one))]
+    rows = [sample[1:] for sample in mclr.train.shards._index_shard(copy, mclr.train.shards.Shard(**one))]
     index = {shard["file"]: [one["sha256"], rows] for shard in [*shards, one]}
     (copy / "index.json").write_text(json.dumps(index))
     # a hit: no shard is indexed, nor the index written
-    monkeypatch.setattr(train.shards, "_index_shard", None)
-    monkeypatch.setattr(train.shards, "write_file", None)
+    monkeypatch.setattr(mclr.train.shards, "_index_shard", None)
+    monkeypatch.setattr(mclr.train.shards, "write_file", None)
     source = Source(copy, "train", 0)
     assert len(source) == 10_000 and source.keys(0, 1)[0].endswith(".tar:00000007")
     assert source.batch(0, 2).image_BCHW.shape[0] == 2
@@ -551,12 +551,12 @@ def test_processes_may_index_at_once(copy):
     """Whoever reads index.json while others write it finds none or a whole one."""
     info = open_dataset(copy)
     shards = [shard for split in info.splits.values() for shard in split.shards]
-    expected = train.shards.load_index(copy, shards)
+    expected = mclr.train.shards.load_index(copy, shards)
     content = (copy / "index.json").read_bytes()
 
     def index_anew(_):
         (copy / "index.json").unlink(missing_ok=True)
-        assert train.shards.load_index(copy, shards) == expected
+        assert mclr.train.shards.load_index(copy, shards) == expected
 
     def look(_):
         with contextlib.suppress(FileNotFoundError):

@@ -7,15 +7,15 @@ import pytest
 import torch
 from golden_weights import load_golden, relative_rms, rule_weights
 
-from kernels.magnitude import mp_silu, mp_sum, normalize
 from mclr.diffusion import Diffusion
 from mclr.errors import UserError
 from mclr.guidance import Guidance
+from mclr.kernels.magnitude import mp_silu, mp_sum, normalize
+from mclr.models.blocks import MPFourier, mp_cat
+from mclr.models.convert import NAMED, load_published, published_entries, to_published
+from mclr.models.edm2 import EDM2, Block, EDM2Config, edm2_published_name
 from mclr.schedule import Schedule
-from models.blocks import MPFourier, mp_cat
-from models.convert import NAMED, load_published, published_entries, to_published
-from models.edm2 import EDM2, Block, EDM2Config, edm2_published_name
-from train.weights import save_weights
+from mclr.train.weights import save_weights
 
 ARRAYS, REFERENCE_CONFIG, NAMES = load_golden("edm2_tiny.npz")
 CONFIG = EDM2Config(
@@ -199,8 +199,8 @@ def test_a_folded_network_answers_the_same_and_normalises_no_weight(net, bf16, m
     folded.fold()
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         expected = [denoise(net, NOISY, SIGMA, c) for c in (CONDITION, NULL)]
-        monkeypatch.delattr("models.blocks.used_weights")
-        monkeypatch.delattr("models.edm2.used_weights")
+        monkeypatch.delattr("mclr.models.blocks.used_weights")
+        monkeypatch.delattr("mclr.models.edm2.used_weights")
         found = [denoise(folded, NOISY, SIGMA, c) for c in (CONDITION, NULL)]
     assert all(torch.equal(a, b) for x, y in zip(expected, found, strict=True) for a, b in zip(x, y, strict=True))
     assert not folded.training and not any(p.requires_grad for p in folded.parameters())

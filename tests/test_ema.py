@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mclr.errors import UserError
-from train.ema import EMA, beta_of, coefficients, exponent_of, reconstruct, rewind_snapshots, write_snapshot
-from train.run import main
+from mclr.train.ema import EMA, beta_of, coefficients, exponent_of, reconstruct, rewind_snapshots, write_snapshot
+from mclr.train.run import main
 
 
 @pytest.mark.parametrize("std", [0.01, 0.05, 0.1, 0.15, 0.25])

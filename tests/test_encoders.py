@@ -9,15 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.schema import load
+from mclr.configs.schema import load
 from mclr.errors import UserError
 from mclr.likelihood import Draws
-from train import monitor, sample
-from train.build import build_encoder
-from train.encoders import RGB, VAE_WEIGHTS, Latents, Tokens, find_vae, from_uint8, load_vae, mirrored, to_uint8
-from train.prepare import prepare_images
-from train.run import main
-from train.weights import load_net, read_config
+from mclr.train import monitor, sample
+from mclr.train.build import build_encoder
+from mclr.train.encoders import RGB, VAE_WEIGHTS, Latents, Tokens, find_vae, from_uint8, load_vae, mirrored, to_uint8
+from mclr.train.prepare import prepare_images
+from mclr.train.run import main
+from mclr.train.weights import load_net, read_config
 
 CPU = torch.device("cpu")
 

@@ -8,8 +8,8 @@ from launch import results_of
 from ranks import CLIP, COMPILED, KINDS, RESUMED, STAGES, WAYS
 from torch import nn
 
-from models.var import VAR, VARConfig
-from train.engine import Frozen, LocalEngine, make_optimizer
+from mclr.models.var import VAR, VARConfig
+from mclr.train.engine import Frozen, LocalEngine, make_optimizer
 
 MODELS = ("edm2-digits", "var-digits")
 FOUR = pytest.param(4, marks=pytest.mark.slow)

@@ -12,17 +12,17 @@ import scipy.linalg
 import torch
 from PIL import Image
 
-from configs.schema import dump, load
 from mclr import metrics
+from mclr.configs.schema import dump, load
 from mclr.metrics import neighbour_radii, neighbour_scores
-from models.features import ImageClassifier, ImageClassifierConfig
-from train import evaluate, image_sets, judges, references, sample, scores
-from train.build import build_encoder, build_net
-from train.cli import run
-from train.data import SplitReader, load_split
-from train.evaluate import judge
-from train.prepare import prepare_images
-from train.weights import save_weights
+from mclr.models.features import ImageClassifier, ImageClassifierConfig
+from mclr.train import evaluate, image_sets, judges, references, sample, scores
+from mclr.train.build import build_encoder, build_net
+from mclr.train.cli import run
+from mclr.train.data import SplitReader, load_split
+from mclr.train.evaluate import judge
+from mclr.train.prepare import prepare_images
+from mclr.train.weights import save_weights
 
 CLASSES = 3
 ROOT = Path(__file__).parent.parent

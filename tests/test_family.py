@@ -9,10 +9,10 @@ import torch
 from ranks import tiny
 from safetensors.torch import load_file
 
-import train.step
-from train.cli import main
-from train.data import load_split, open_dataset
-from train.meter import TIMING
+import mclr.train.step
+from mclr.train.cli import main
+from mclr.train.data import load_split, open_dataset
+from mclr.train.meter import TIMING
 
 MODELS = ("edm2-digits", "var-digits")
 BATCH = 8
@@ -81,13 +81,13 @@ def test_drawn_tokens_are_trained_on_as_they_were_drawn(fine_tune, monkeypatch, 
     assert before == {path.name: path.read_bytes() for path in Path("drawn/images").iterdir()}
     tokens_NL = torch.stack([torch.from_numpy(np.load(path)) for path in sorted(Path("drawn/tokens").iterdir())])
     seen = []
-    real = train.step.score
+    real = mclr.train.step.score
 
     def score(paradigm, net, probe, *rest):
         seen.append(probe.inputs["tokens"][4:])
         return real(paradigm, net, probe, *rest)
 
-    monkeypatch.setattr(train.step, "score", score)
+    monkeypatch.setattr(mclr.train.step, "score", score)
     more = ("objective.generated=drawn/dataset", "train.micro_batch=4", "train.batch=4")
     assert fine_tune("var-digits", "ddo", *more, images=4)[0] == 0
     (seen_BL,) = seen
@@ -102,13 +102,13 @@ def test_drawn_tokens_are_trained_on_as_they_were_drawn(fine_tune, monkeypatch, 
 def test_generated_samples_keep_their_condition_and_their_place(fine_tune, monkeypatch):
     """Real and generated samples in turn, whatever the micro-batch; a dropped condition leaves its generated one alone."""
     seen = []
-    real = train.step.score
+    real = mclr.train.step.score
 
     def score(paradigm, net, probe, rows, null, reference, lockstep):
         seen.append((rows.index_R, rows.c_R, null))
         return real(paradigm, net, probe, rows, null, reference)
 
-    monkeypatch.setattr(train.step, "score", score)
+    monkeypatch.setattr(mclr.train.step, "score", score)
     assert main(["sample", "edm2-digits-base", "--out", "drawn", "--count", "10", "--dataset", "sample.batch=4"]) == 0
     more = ("objective.generated=drawn/dataset", "train.drop_condition=0.5", "train.micro_batch=4")
     assert fine_tune("edm2-digits", "ddo", *more, images=BATCH)[0] == 0

@@ -23,7 +23,7 @@ from launch import ROOT, RUN, environment, is_alive, launcher, of_ours, started,
 from test_resume import BATCH, MODELS, STEPS, same_tensors
 from test_zero_resume import follow
 
-from train.checkpoint import MANIFEST
+from mclr.train.checkpoint import MANIFEST
 
 pytestmark = pytest.mark.faults
 
@@ -48,7 +48,7 @@ def table(request):
         for name, value in environment().items():
             patch.setenv(name, value)
         # imported once, before the children are forked
-        SERVER.set_forkserver_preload(["faults_child", "train.run", "train.build", "torch._dynamo"])
+        SERVER.set_forkserver_preload(["faults_child", "mclr.train.run", "mclr.train.build", "torch._dynamo"])
         patch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{ROOT}")
         started_at = time.monotonic()
         yield

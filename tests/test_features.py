@@ -9,13 +9,13 @@ from sklearn.datasets import load_digits
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs.schema import load
+from mclr.configs.schema import load
 from mclr.errors import UserError
 from mclr.likelihood import Draws
-from models.edm2 import EDM2, EDM2Config
-from models.features import ImageClassifier, ImageClassifierConfig, NoiseClassifier, NoiseClassifierConfig, channel_mult_for
-from train.build import build_classifier, build_encoder, build_net
-from train.weights import load_net, save_weights
+from mclr.models.edm2 import EDM2, EDM2Config
+from mclr.models.features import ImageClassifier, ImageClassifierConfig, NoiseClassifier, NoiseClassifierConfig, channel_mult_for
+from mclr.train.build import build_classifier, build_encoder, build_net
+from mclr.train.weights import load_net, save_weights
 
 DIGITS = ImageClassifierConfig(img_channels=1, num_classes=10)
 NOISY_DIGITS = NoiseClassifierConfig(img_channels=1, num_classes=10)

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from mclr.errors import UserError
-from train.files import new_folder, write_file, write_json
+from mclr.train.files import new_folder, write_file, write_json
 
 
 def test_a_file_is_replaced_whole_or_kept(tmp_path, monkeypatch):

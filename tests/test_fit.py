@@ -8,16 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
-import train.fit
-from configs.schema import load
+import mclr.train.fit
+from mclr.configs.schema import load
 from mclr.errors import UserError
 from mclr.likelihood import Draws
-from train.build import build_classifier, build_networks
-from train.cli import run
-from train.data import Source, SplitReader, load_split, open_dataset
-from train.fit import LOSSES, Recipe, fit, new_network, quality, shifted
-from train.prepare import main, prepare_digits, prepare_images
-from train.weights import load_net, save_weights
+from mclr.train.build import build_classifier, build_networks
+from mclr.train.cli import run
+from mclr.train.data import Source, SplitReader, load_split, open_dataset
+from mclr.train.fit import LOSSES, Recipe, fit, new_network, quality, shifted
+from mclr.train.prepare import main, prepare_digits, prepare_images
+from mclr.train.weights import load_net, save_weights
 
 KINDS = {"tokenizer": "vqvae", "classifier": "image_classifier", "posterior": "noise_classifier"}
 
@@ -133,7 +133,7 @@ def test_quality_in_batches_is_quality_at_once(digits, kind, monkeypatch):
     cpu, sizes = torch.device("cpu"), []
     for module in (net.encoder,) if kind == "tokenizer" else (net,):
         module.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
-    monkeypatch.setattr(train.fit, "BATCH", 1000)
+    monkeypatch.setattr(mclr.train.fit, "BATCH", 1000)
     at_once = quality(kind, net, held_out, cpu)
     monkeypatch.undo()
     sizes.clear()
@@ -145,7 +145,7 @@ def test_weights_outlive_their_scoring(digits, tmp_path, monkeypatch, capsys):
     def fail(*args):
         raise UserError("an image is damaged")
 
-    monkeypatch.setattr(train.fit, "quality", fail)
+    monkeypatch.setattr(mclr.train.fit, "quality", fail)
     out = tmp_path / "out"
     assert run(main, ["classifier", str(out), "--data", str(digits), "--steps", "1", "--batch", "8"]) == 2
     assert "an image is damaged" in capsys.readouterr().err
@@ -153,7 +153,7 @@ def test_weights_outlive_their_scoring(digits, tmp_path, monkeypatch, capsys):
 
 
 def test_what_cannot_be_used_is_found_before_the_fit(digits, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train.fit, "fit", None)
+    monkeypatch.setattr(mclr.train.fit, "fit", None)
     (tmp_path / "file").write_text("")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken/x").write_text("")

@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from configs.schema import PRESETS, dump, flatten, load
-from train.cli import PROGRAMS
-from train.prepare import prepare_images
-from train.weights import BUNDLED
+from mclr.configs.schema import PRESETS, dump, flatten, load
+from mclr.train.cli import PROGRAMS
+from mclr.train.prepare import prepare_images
+from mclr.train.weights import BUNDLED
 
 ROOT = Path(__file__).parent.parent
 counts = fuzz.counts
@@ -143,7 +143,7 @@ def bounds(place):
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         patch.setitem(sys.modules, "deepspeed", None)
-        patch.setattr("train.run.start", None)
+        patch.setattr("mclr.train.run.start", None)
         yield
 
 
@@ -507,7 +507,7 @@ def test_every_kind_of_file_as_an_argument(place, counts, option, name):
 
 def process(argv: list[str]) -> tuple[int, str, str]:
     """`mclr ARGV` in a process of its own; train/run.py by its path half of the time."""
-    program = [str(ROOT / "train/run.py"), *argv[1:]] if argv[0] == "train" and len(argv) % 2 else ["-m", "train.cli", *argv]
+    program = [str(ROOT / "train/run.py"), *argv[1:]] if argv[0] == "train" and len(argv) % 2 else ["-m", "mclr.train.cli", *argv]
     ran = subprocess.run([sys.executable, *program], capture_output=True, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)})
     return ran.returncode, ran.stdout.decode(), ran.stderr.decode()
 

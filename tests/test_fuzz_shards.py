@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mclr.errors import UserError
-from train.checkpoint import MANIFEST, newest_checkpoint
-from train.data import Source, SplitReader, open_dataset
-from train.files import in_memory
-from train.prepare import prepare_images
-from train.weights import BUNDLED
+from mclr.train.checkpoint import MANIFEST, newest_checkpoint
+from mclr.train.data import Source, SplitReader, open_dataset
+from mclr.train.files import in_memory
+from mclr.train.prepare import prepare_images
+from mclr.train.weights import BUNDLED
 
 counts = fuzz.counts
 

@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 from test_encoders import save_tiny_vae
 
-import train.grids
-from configs.schema import load
+import mclr.train.grids
+from mclr.configs.schema import load
 from mclr.errors import UserError
-from train.build import build_networks, build_task, open_source
-from train.cli import main
-from train.grids import Grid, columns
-from train.sample import SAMPLING, image_paths, read_images
+from mclr.train.build import build_networks, build_task, open_source
+from mclr.train.cli import main
+from mclr.train.grids import Grid, columns
+from mclr.train.sample import SAMPLING, image_paths, read_images
 
 CPU = torch.device("cpu")
 FEW = {"edm2-digits": ["sample.steps=8"], "var-digits": []}
@@ -66,7 +66,7 @@ def test_it_shows_what_sample_draws(model, make, digits, tmp_path):
     picture = np.asarray(Image.open(grid.run.given[0][2]).convert("L"))[::8, ::8]
     assert picture.shape == (4 * 9 - 1, 10 * 9 - 1)
     argv = ["sample", model, "--data", str(digits), "--out", str(tmp_path / "drawn"), "--count", "40", *FEW[model]]
-    assert main(argv) == 0 and train.grids.SAMPLING == SAMPLING
+    assert main(argv) == 0 and mclr.train.grids.SAMPLING == SAMPLING
     drawn_NCHW = read_images(image_paths(tmp_path / "drawn"))
     for i, image_CHW in enumerate(drawn_NCHW):
         row, column = 9 * (i // 10), 9 * (i % 10)
@@ -149,7 +149,7 @@ def test_latents_are_decoded(digits, tmp_path):
         engine=engine,
         device=CPU,
         encoder=networks.encoder,
-        paradigm=train.build.build_paradigm(config, networks.encoder),
+        paradigm=mclr.train.build.build_paradigm(config, networks.encoder),
     )
     grid = Grid(task, config, Run(tmp_path))
     grid.draw(8)

@@ -4,7 +4,7 @@ import huggingface_hub
 import pytest
 
 from mclr.errors import UserError
-from train.hub import fetch
+from mclr.train.hub import fetch
 
 
 @pytest.fixture(autouse=True)

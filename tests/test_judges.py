@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torchvision.models.inception import Inception3
 
 from mclr.errors import UserError
-from models.inception import Inception, resize_as_tensorflow
-from train.judges import dinov2, dinov2_input, open_judge
+from mclr.models.inception import Inception, resize_as_tensorflow
+from mclr.train.judges import dinov2, dinov2_input, open_judge
 
 
 def uint8(*shape: int, seed: int = 0) -> torch.Tensor:

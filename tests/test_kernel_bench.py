@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from kernels import arms, bench
-from kernels import results as becomes
-from kernels.arms import Arm
-from kernels.op import DTYPES, Cost, Op, results
-from kernels.registry import OPS
-from kernels.results import PASSES, dump, machine, plot, tables, winners
+from mclr.kernels import arms, bench
+from mclr.kernels import results as becomes
+from mclr.kernels.arms import Arm
+from mclr.kernels.op import DTYPES, Cost, Op, results
+from mclr.kernels.registry import OPS
+from mclr.kernels.results import PASSES, dump, machine, plot, tables, winners
 
 NAME = "denoising_value"
 QUICK = ["--only", NAME, "--shapes", "img64"]

@@ -5,15 +5,15 @@ import torch
 from golden_weights import relative_rms
 from ranks import tiny
 
-import kernels.op
-from configs.schema import load
-from kernels.choice import using
-from kernels.registry import OPS
-from train.build import build_networks, build_task, choose_kernels, open_source
-from train.cli import run
-from train.progress import forward_flops
-from train.run import main
-from train.step import train_step
+import mclr.kernels.op
+from mclr.configs.schema import load
+from mclr.kernels.choice import using
+from mclr.kernels.registry import OPS
+from mclr.train.build import build_networks, build_task, choose_kernels, open_source
+from mclr.train.cli import run
+from mclr.train.progress import forward_flops
+from mclr.train.run import main
+from mclr.train.step import train_step
 
 CPU = torch.device("cpu")
 # of both paradigms, and of the contrasts those that reach an operation in another way
@@ -69,7 +69,7 @@ def weights_after_a_step(model, settings, digits, tokenizer, kernels):
 def test_a_step_through_every_operation_is_the_step_in_torch(name, digits, tokenizer, monkeypatch):
     model, settings = STEPS[name]
     launched = set()
-    launch = kernels.op.launch
+    launch = mclr.kernels.op.launch
 
     def noted(kernel, *arguments, **options):
         given = dict(zip(kernel.arg_names, arguments, strict=False)) | options

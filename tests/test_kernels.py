@@ -11,12 +11,12 @@ import pytest
 import torch
 from test_house import ROOT
 
-from kernels import choice
-from kernels.choice import use, using
-from kernels.compile import main as compile_main
-from kernels.op import as_tuple, check, compare, leaves, moved, results
-from kernels.registry import OPS
-from kernels.results import source
+from mclr.kernels import choice
+from mclr.kernels.choice import use, using
+from mclr.kernels.compile import main as compile_main
+from mclr.kernels.op import as_tuple, check, compare, leaves, moved, results
+from mclr.kernels.registry import OPS
+from mclr.kernels.results import source
 
 CASES = [pytest.param(op, shape, id=f"{op.name}, {name}") for op in OPS.values() for name, shape in op.tiny.items()]
 # of the dtypes that the interpreter computes rightly: in bf16 it is silently wrong
@@ -118,7 +118,7 @@ def test_a_wrong_result_is_found(op):
 
 def compiler(*arguments):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "kernels.compile", *arguments]
+    command = [sys.executable, "-m", "mclr.kernels.compile", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from configs.schema import load
+from mclr.configs.schema import load
 from mclr.errors import UserError
-from train import meter, sinks
-from train.log import RunFolder
-from train.meter import TIMING, Meter
+from mclr.train import meter, sinks
+from mclr.train.log import RunFolder
+from mclr.train.meter import TIMING, Meter
 
 CPU = torch.device("cpu")
 

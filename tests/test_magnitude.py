@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from kernels.choice import using
-from kernels.magnitude import EPS, NORM_SILU, SCALE_SILU, SILU, SUM_CLIP, mp_sum, norm_silu, scale_silu, sum_clip
-from kernels.op import as_tuple, compare
+from mclr.kernels.choice import using
+from mclr.kernels.magnitude import EPS, NORM_SILU, SCALE_SILU, SILU, SUM_CLIP, mp_sum, norm_silu, scale_silu, sum_clip
+from mclr.kernels.op import as_tuple, compare
 
 both = pytest.mark.parametrize("kernels", ["torch", "triton"])
 LAST = torch.channels_last

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from kernels.choice import using
-from kernels.modulated_norm import GATED_NORM, MODULATED_NORM, gated_norm, modulated_norm
-from kernels.op import as_tuple, compare, leaves, moved, results
+from mclr.kernels.choice import using
+from mclr.kernels.modulated_norm import GATED_NORM, MODULATED_NORM, gated_norm, modulated_norm
+from mclr.kernels.op import as_tuple, compare, leaves, moved, results
 
 both = pytest.mark.parametrize("kernels", ["torch", "triton"])
 per_op = pytest.mark.parametrize("op", [MODULATED_NORM, GATED_NORM], ids=lambda op: op.name)

@@ -12,18 +12,18 @@ from PIL import Image
 from ranks import tiny
 from safetensors.torch import load_file
 
-from configs.schema import load
+from mclr.configs.schema import load
 from mclr.likelihood import Draws
-from models.edm2 import EDM2, EDM2Config
-from train import monitor
-from train.build import build_networks, build_task, open_source
-from train.cli import main
-from train.data import load_split, open_dataset, permutation
-from train.encoders import RGB, from_uint8
-from train.meter import TIMING
-from train.prepare import prepare_images
-from train.sample import image_paths, read_images
-from train.weights import load_net
+from mclr.models.edm2 import EDM2, EDM2Config
+from mclr.train import monitor
+from mclr.train.build import build_networks, build_task, open_source
+from mclr.train.cli import main
+from mclr.train.data import load_split, open_dataset, permutation
+from mclr.train.encoders import RGB, from_uint8
+from mclr.train.meter import TIMING
+from mclr.train.prepare import prepare_images
+from mclr.train.sample import image_paths, read_images
+from mclr.train.weights import load_net
 
 BATCH, STEPS = 8, 6
 READ = {"mle_loss", "mle_loss_val", "icr", "icr_val"}

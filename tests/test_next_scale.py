@@ -9,11 +9,11 @@ from toy import SCALES, Given, K, V, float64, logits_of, toy, wave
 
 from mclr.guidance import Guidance, mix
 from mclr.likelihood import Draws
+from mclr.models.var import VAR, VARConfig
+from mclr.models.vqvae import VQVAE, VQVAEConfig
 from mclr.next_scale import NextScale, blend, pick, scale_progress
 from mclr.objective import Objective
 from mclr.schedule import Schedule
-from models.var import VAR, VARConfig
-from models.vqvae import VQVAE, VQVAEConfig
 
 ALMOST_ONE = 1 - 2**-24  # the largest fp32 uniform
 

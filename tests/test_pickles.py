@@ -27,9 +27,9 @@ import torch
 from golden_weights import FOLDER
 
 from mclr.errors import UserError
-from models.edm2 import EDM2
-from train import pickles
-from train.published import read_published
+from mclr.models.edm2 import EDM2
+from mclr.train import pickles
+from mclr.train.published import read_published
 
 SNAPSHOT = (FOLDER / "edm2_tiny.pkl").read_bytes()
 ROOT = Path(__file__).parent.parent

@@ -8,13 +8,13 @@ import torch
 from launch import results_of
 from plan_ranks import BATCH, GATHERED, MICRO, MODELS, SMALL, planned_run
 
-import train.zero
-from train.build import build_networks, build_task, open_source
-from train.cli import main
-from train.gpus import GPUS, gpu_named, peak_flops
-from train.plan import GIB, MARGIN, largest_share, largest_that_fits, memory_of, model_of, sent_by, shares
-from train.progress import forward_flops
-from train.step import train_step
+import mclr.train.zero
+from mclr.train.build import build_networks, build_task, open_source
+from mclr.train.cli import main
+from mclr.train.gpus import GPUS, gpu_named, peak_flops
+from mclr.train.plan import GIB, MARGIN, largest_share, largest_that_fits, memory_of, model_of, sent_by, shares
+from mclr.train.progress import forward_flops
+from mclr.train.step import train_step
 
 
 @pytest.fixture(scope="module", params=[1, 2, pytest.param(4, marks=pytest.mark.slow)])
@@ -38,7 +38,7 @@ def test_live_tensors_and_bytes_sent(ranks, tokenizer, model, zero):
 @pytest.mark.parametrize("model", MODELS)
 def test_what_zero_3_gathers(ranks, tokenizer, model, monkeypatch):
     count, results = ranks
-    monkeypatch.setattr(train.zero, "BUCKET", SMALL)
+    monkeypatch.setattr(mclr.train.zero, "BUCKET", SMALL)
     expected = memory_of(model_of(planned_run(model, tokenizer, *GATHERED)), count, MICRO).gathered
     assert 0.6 * expected <= results[f"{model} gathered"] <= expected
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-import train.prepare
+import mclr.train.prepare
 from mclr.errors import UserError
-from train.cli import run
-from train.data import load_split, open_dataset
-from train.prepare import center_crop, main, open_or_prepare, prepare_digits, prepare_images
+from mclr.train.cli import run
+from mclr.train.data import load_split, open_dataset
+from mclr.train.prepare import center_crop, main, open_or_prepare, prepare_digits, prepare_images
 
 COLORS = {"blue": (10, 20, 200), "green": (20, 180, 30), "red": (210, 15, 25)}
 
@@ -235,7 +235,7 @@ def test_same_dataset_is_reused_and_another_is_refused(tree, tmp_path, capsys, m
     prepare_images(tree, tmp_path / "images", resolution=8)
     before = files_below(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(train.prepare, "write_split", None)
+        patch.setattr(mclr.train.prepare, "write_split", None)
         assert prepare_digits(tmp_path / "digits") == open_dataset(tmp_path / "digits")
         assert main(["images", str(tree), str(tmp_path / "images"), "--resolution", "8"]) == 0
     assert "images: 11 train and 1 val images, 8x8 RGB, 3 classes" in capsys.readouterr().out
@@ -252,13 +252,13 @@ def test_same_dataset_is_reused_and_another_is_refused(tree, tmp_path, capsys, m
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError(28, "No space left on device")])
 @pytest.mark.parametrize("at", ["write_split", "write_json"])
 def test_an_interrupted_run_leaves_nothing(tree, tmp_path, monkeypatch, interruption, at):
-    whole = getattr(train.prepare, at)
+    whole = getattr(mclr.train.prepare, at)
 
     def interrupted(*args, **kwargs):
         whole(*args, **kwargs)
         raise interruption
 
-    monkeypatch.setattr(train.prepare, at, interrupted)
+    monkeypatch.setattr(mclr.train.prepare, at, interrupted)
     for prepare in (lambda: prepare_digits(tmp_path / "out"), lambda: prepare_images(tree, tmp_path / "out", 8)):
         with pytest.raises(KeyboardInterrupt if interruption is KeyboardInterrupt else UserError):
             prepare()
@@ -284,9 +284,9 @@ def test_two_processes_may_prepare_the_digits_at_once(tmp_path, monkeypatch):
         prepare_digits(path)
         raise UserError(f"cannot write {path} (Directory not empty)")
 
-    monkeypatch.setattr(train.prepare, "prepare_digits", overtaken)
+    monkeypatch.setattr(mclr.train.prepare, "prepare_digits", overtaken)
     assert open_or_prepare("digits", tmp_path / "digits").splits["train"].count == 1500
-    monkeypatch.setattr(train.prepare, "prepare_digits", lambda path: overtaken(path / "elsewhere"))
+    monkeypatch.setattr(mclr.train.prepare, "prepare_digits", lambda path: overtaken(path / "elsewhere"))
     with pytest.raises(UserError, match="not empty"):
         open_or_prepare("digits", tmp_path / "others")
 

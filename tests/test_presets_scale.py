@@ -14,11 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_encoders import save_tiny_vae
 
-from configs.schema import PRESETS
-from models.vqvae import VQVAE, VQVAEConfig
-from train.cli import main
-from train.published import SCALES_512
-from train.weights import save_weights
+from mclr.configs.schema import PRESETS
+from mclr.models.vqvae import VQVAE, VQVAEConfig
+from mclr.train.cli import main
+from mclr.train.published import SCALES_512
+from mclr.train.weights import save_weights
 
 IMAGES, BATCH, STEPS = 8, 4, 3
 # narrow and shallow, with the levels, attention, scales, dropout, precision and classifier's kind of the preset

@@ -15,9 +15,9 @@ import torch
 from golden_weights import FOLDER, load_golden, rule_weights
 
 from mclr.errors import UserError
-from models.convert import NAMED, to_published
-from models.edm2 import EDM2Config, edm2_published_name
-from train.published import FAMILIES, Shapes, read_published, read_state_dict, size_of
+from mclr.models.convert import NAMED, to_published
+from mclr.models.edm2 import EDM2Config, edm2_published_name
+from mclr.train.published import FAMILIES, Shapes, read_published, read_state_dict, size_of
 
 _, ARGUMENTS, NAMES = load_golden("edm2_tiny.npz")
 TINY = rule_weights(NAMES)

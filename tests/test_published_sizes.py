@@ -9,14 +9,14 @@ import torch
 from golden_weights import FOLDER
 from test_encoders import save_tiny_vae
 
-from configs.schema import PRESETS, load
-from models.convert import published_entries
-from models.edm2 import EDM2, EDM2Config
-from models.vqvae import VQVAE, VQVAEConfig
-from train.build import build_classifier, build_encoder, build_guide, build_net, build_paradigm
-from train.published import FAMILIES, SCALES_256, SCALES_512
-from train.run import main
-from train.weights import save_weights
+from mclr.configs.schema import PRESETS, load
+from mclr.models.convert import published_entries
+from mclr.models.edm2 import EDM2, EDM2Config
+from mclr.models.vqvae import VQVAE, VQVAEConfig
+from mclr.train.build import build_classifier, build_encoder, build_guide, build_net, build_paradigm
+from mclr.train.published import FAMILIES, SCALES_256, SCALES_512
+from mclr.train.run import main
+from mclr.train.weights import save_weights
 
 with gzip.open(FOLDER / "published_names.json.gz") as stored:
     NAMES = {

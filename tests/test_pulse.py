@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-import train.pulse
+import mclr.train.pulse
 from mclr.errors import UserError
-from train.pulse import Pulse, read_pulses
+from mclr.train.pulse import Pulse, read_pulses
 
 
 def test_a_pulse_tells_step_and_phase_and_counts_time(tmp_path):
@@ -44,7 +44,7 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path):
 
 def test_a_rank_that_goes_on_at_last_is_not_ended(tmp_path, monkeypatch):
     """It saw all silent, left the word to the first, and came back meanwhile; so does a rank that ends."""
-    monkeypatch.setattr(train.pulse, "PATIENCE", 3.0)
+    monkeypatch.setattr(mclr.train.pulse, "PATIENCE", 3.0)
     monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("ended"))
     for rank in (0, 1):
         Pulse(tmp_path, rank, ranks=3, timeout=100).close()

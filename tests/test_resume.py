@@ -10,13 +10,13 @@ import torch
 from ranks import tiny
 from safetensors.torch import load_file
 
-import train.checkpoint
-import train.loop
-import train.progress
-import train.step
-from train.cli import main
-from train.meter import TIMING
-from train.weights import load_net, read_config
+import mclr.train.checkpoint
+import mclr.train.loop
+import mclr.train.progress
+import mclr.train.step
+from mclr.train.cli import main
+from mclr.train.meter import TIMING
+from mclr.train.weights import load_net, read_config
 
 MODELS = ("edm2-digits", "var-digits")
 BATCH, STEPS = 8, 6
@@ -79,7 +79,7 @@ def assert_same(run, other, steps=STEPS):
 
 def in_step(step, monkeypatch, action):
     """Do this in the first of the two micro-batches of the given step, counted from 1."""
-    real, count = train.step.score, 0
+    real, count = mclr.train.step.score, 0
 
     def score(*args):
         nonlocal count
@@ -88,7 +88,7 @@ def in_step(step, monkeypatch, action):
             action()
         return real(*args)
 
-    monkeypatch.setattr(train.step, "score", score)
+    monkeypatch.setattr(mclr.train.step, "score", score)
 
 
 def interrupt_in(step, monkeypatch, number=signal.SIGINT):
@@ -143,23 +143,23 @@ def test_an_impatient_user_does_no_harm(start, whole, monkeypatch):
     model = MODELS[0]
     with monkeypatch.context() as patch:
         interrupt_in(3, patch)
-        real = train.checkpoint.write_json
+        real = mclr.train.checkpoint.write_json
 
         def write_json(*args):
             os.kill(os.getpid(), signal.SIGINT)
             real(*args)
             os.kill(os.getpid(), signal.SIGTERM)
 
-        patch.setattr(train.checkpoint, "write_json", write_json)
+        patch.setattr(mclr.train.checkpoint, "write_json", write_json)
         assert start(model, STEPS)[0] in (130, 143)
     with monkeypatch.context() as patch:
-        real_resume = train.loop.resume
+        real_resume = mclr.train.loop.resume
 
         def resume(*args):
             os.kill(os.getpid(), signal.SIGINT)
             return real_resume(*args)
 
-        patch.setattr(train.loop, "resume", resume)
+        patch.setattr(mclr.train.loop, "resume", resume)
         status, run = start(model, STEPS)
         assert status == 130 and os.listdir(run / "checkpoints") == [f"{2 * BATCH:012d}"]
     assert start(model, STEPS)[0] == 0
@@ -198,7 +198,7 @@ def test_a_crash_costs_the_steps_since_the_checkpoint(start, whole, tmp_path, mo
 def test_a_crash_between_the_snapshots_of_one_time_is_made_good(start, whole, monkeypatch):
     model, written = MODELS[1], 0
     with monkeypatch.context() as patch:
-        real = train.progress.write_snapshot
+        real = mclr.train.progress.write_snapshot
 
         def write_snapshot(*args):
             nonlocal written
@@ -207,7 +207,7 @@ def test_a_crash_between_the_snapshots_of_one_time_is_made_good(start, whole, mo
                 raise Crash
             real(*args)
 
-        patch.setattr(train.progress, "write_snapshot", write_snapshot)
+        patch.setattr(mclr.train.progress, "write_snapshot", write_snapshot)
         with pytest.raises(Crash):
             start(model, STEPS, f"train.checkpoint_every={BATCH}")
     status, run = start(model, STEPS)
@@ -257,7 +257,7 @@ def test_weights_that_a_crash_took_are_written_again(harm, start, whole, capsys)
 
 def poison(steps, patch):
     """The images of these steps, counted from 1, are no numbers."""
-    real, count = train.step.Task.samples, 0
+    real, count = mclr.train.step.Task.samples, 0
 
     def samples(*args):
         nonlocal count
@@ -266,12 +266,12 @@ def poison(steps, patch):
         # two micro-batches each; tokens make NaN where they become teacher inputs
         return (x_P * float("nan") if (count + 1) // 2 in steps else x_P), *rest
 
-    patch.setattr(train.step.Task, "samples", samples)
+    patch.setattr(mclr.train.step.Task, "samples", samples)
 
 
 def skip(steps, patch):
     """A run told to pass over the batches of these steps."""
-    real, count, found = train.loop.train_step, 0, {}
+    real, count, found = mclr.train.loop.train_step, 0, {}
 
     def train_step(*args):
         nonlocal count
@@ -282,7 +282,7 @@ def skip(steps, patch):
         found.update(real(*args))
         return dict(found)
 
-    patch.setattr(train.loop, "train_step", train_step)
+    patch.setattr(mclr.train.loop, "train_step", train_step)
 
 
 def same_tensors(run, other):
@@ -334,7 +334,7 @@ def test_a_checkpoint_is_a_weights_folder(start, tmp_path):
 def test_the_best_checkpoint_stays(start, monkeypatch):
     losses = iter((3.0, 1.0, 2.0, 4.0))
     with monkeypatch.context() as patch:
-        patch.setattr(train.loop, "mle_loss", lambda task, images: {"mle_loss_val": next(losses)})
+        patch.setattr(mclr.train.loop, "mle_loss", lambda task, images: {"mle_loss_val": next(losses)})
         status, run = start(MODELS[1], 4, f"train.checkpoint_every={BATCH}", "train.keep=1", "train.keep_best=true")
     assert status == 0 and sorted(os.listdir(run / "checkpoints")) == [f"{steps * BATCH:012d}" for steps in (2, 4)]
     assert json.loads((run / "checkpoints" / f"{2 * BATCH:012d}" / "state.json").read_text())["held_out"] == 1.0

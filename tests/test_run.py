@@ -19,17 +19,17 @@ from ranks import tiny
 from safetensors.torch import load_file, save_file
 from test_data import correct_size, edit_json, rewrite_shard
 
-import train.build
-import train.ranks
-import train.run
-from configs.schema import dump, load
-from kernels.magnitude import normalize
-from models.edm2 import EDM2, EDM2Config
-from models.features import NoiseClassifier, NoiseClassifierConfig
-from train.checkpoint import checkpoints
-from train.cli import main
-from train.log import WRITES, RunFolder
-from train.weights import load_net, save_weights
+import mclr.train.build
+import mclr.train.ranks
+import mclr.train.run
+from mclr.configs.schema import dump, load
+from mclr.kernels.magnitude import normalize
+from mclr.models.edm2 import EDM2, EDM2Config
+from mclr.models.features import NoiseClassifier, NoiseClassifierConfig
+from mclr.train.checkpoint import checkpoints
+from mclr.train.cli import main
+from mclr.train.log import WRITES, RunFolder
+from mclr.train.weights import load_net, save_weights
 
 EDM2_TINY = tiny("edm2-digits", None)
 
@@ -211,12 +211,12 @@ def test_what_else_is_in_a_run_folder_stays(here, digits):
     run = here / "run"
     (here / "scratch").mkdir()
     (run / ".tmp-0123").mkdir(parents=True)
-    (run / "train.log").write_text("mine")
+    (run / "mclr.train.log").write_text("mine")
     (run / "weights").mkdir()
     (run / "metrics.jsonl").touch()
     (run / "checkpoints").symlink_to(here / "scratch")
     assert main(["train", *edm2_argv(digits)]) == 0
-    assert (run / "train.log").read_text() == "mine" and (run / ".tmp-0123").is_dir() and checkpoints(here / "run")
+    assert (run / "mclr.train.log").read_text() == "mine" and (run / ".tmp-0123").is_dir() and checkpoints(here / "run")
     assert (run / "weights/config.json").exists() and next((here / "scratch").iterdir())
 
 
@@ -262,7 +262,7 @@ def test_a_batch_that_the_ranks_cannot_share(ranks, more, says, here, digits, mo
 def test_a_rank_that_fails_alone_says_who_it_is(here, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(train.ranks, "PATIENCE", 0)
+    monkeypatch.setattr(mclr.train.ranks, "PATIENCE", 0)
     assert refused(["--model", "edm2-digit"], capsys, here).startswith("rank 1: unknown model edm2-digit")
 
 
@@ -350,13 +350,13 @@ def test_training_from_scratch_is_said_with_the_time_it_takes(here, digits, tmp_
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_before_training_ends_it_in_one_line(number, status, here, digits, monkeypatch, capsys):
-    real = train.build.build_networks
+    real = mclr.train.build.build_networks
 
     def build_networks(*args):
         os.kill(os.getpid(), number)
         return real(*args)
 
-    monkeypatch.setattr(train.build, "build_networks", build_networks)
+    monkeypatch.setattr(mclr.train.build, "build_networks", build_networks)
     with pytest.raises(SystemExit) as ended:
         main(["train", *edm2_argv(digits)])
     assert ended.value.code == status

@@ -13,16 +13,16 @@ from golden_weights import relative_rms
 from launch import ROOT, environment, launcher, of_ours
 from PIL import Image
 
-import train.run
-import train.weights
-from configs.schema import dump, load
+import mclr.train.run
+import mclr.train.weights
+from mclr.configs.schema import dump, load
 from mclr.diffusion import Diffusion
 from mclr.guidance import Guidance
-from models.vqvae import VQVAE, VQVAEConfig
-from train import sample
-from train.build import build_encoder, build_net
-from train.cli import run
-from train.weights import load_net, read_tensors, save_weights
+from mclr.models.vqvae import VQVAE, VQVAEConfig
+from mclr.train import sample
+from mclr.train.build import build_encoder, build_net
+from mclr.train.cli import run
+from mclr.train.weights import load_net, read_tensors, save_weights
 
 EDM2 = ["model.net.model_channels=8", "model.net.channels_per_head=8", "sample.steps=3", "sample.batch=8"]
 VAR = ["model.net.depth=1", "model.net.embed_dim=16", "model.net.num_heads=2", "sample.batch=8"]
@@ -148,8 +148,8 @@ def test_networks_are_folded_and_images_are_those_of_networks_that_are_not(diffu
     plain = replace(guidance, guide=load_net(str(guides["diffusion_run"]), "edm2"))
     arguments = (torch.arange(8), list(range(8)), 8, cpu)
     expected = sample.generate(paradigm, load_net(str(weights), "edm2"), plain, *arguments)
-    monkeypatch.delattr("models.blocks.used_weights")
-    monkeypatch.delattr("models.edm2.used_weights")
+    monkeypatch.delattr("mclr.models.blocks.used_weights")
+    monkeypatch.delattr("mclr.models.edm2.used_weights")
     assert torch.equal(sample.generate(paradigm, net, guidance, *arguments), expected)
 
 
@@ -201,7 +201,7 @@ def test_two_ranks_draw_what_one_draws(diffusion_run, tmp_path):
 
     for name in ("000001-1.png", "000020-0.png"):
         (tmp_path / "two/images" / name).unlink()
-    ran = subprocess.run([*launcher("torchrun"), "-m", "train.sample", *argv, str(tmp_path / "two")], **settings)
+    ran = subprocess.run([*launcher("torchrun"), "-m", "mclr.train.sample", *argv, str(tmp_path / "two")], **settings)
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert ran.stdout.count("22 images drawn, 5 network forwards per image, no guidance") == 1
     assert ran.stdout.count("samples.npz: 44 images") == 1
@@ -334,7 +334,7 @@ def test_a_trained_guide_knows_its_tokenizer(digits, tokenizer, tmp_path, capsys
         next(other.parameters()).add_(0.1)
     save_weights(tmp_path / "other", other)
     argv = ["--model", "var-digits", "--data", str(digits), "--init", "none", "--out", str(tmp_path / "run"), *VAR]
-    assert run(train.run.main, [*argv, f"model.tokenizer={tokenizer}", "train.images=8", "train.batch=8"]) == 0
+    assert run(mclr.train.run.main, [*argv, f"model.tokenizer={tokenizer}", "train.images=8", "train.batch=8"]) == 0
     capsys.readouterr()
     guided = ("--count", 1, "sample.gamma=1", f"sample.guide={tmp_path / 'run/weights'}")
     assert sample_(tmp_path / "run", "--out", tmp_path / "same", *guided) == 0
@@ -417,7 +417,7 @@ def test_weights_go_with_a_preset(diffusion_run, tmp_path, monkeypatch):
     assert sample_(diffusion_run, "--out", tmp_path / "b", "--count", 9) == 0
     assert images(tmp_path / "a") == images(tmp_path / "b")
     # bundled weights have the preset of their name
-    monkeypatch.setattr(train.weights, "BUNDLED", tmp_path / "bundled")
+    monkeypatch.setattr(mclr.train.weights, "BUNDLED", tmp_path / "bundled")
     save_random(tmp_path / "bundled/edm2-digits", load("edm2-digits", "mle", "digits", "local", []))
     assert sample_("edm2-digits", "--out", tmp_path / "c", "--count", 2, "sample.steps=1", "sample.batch=2") == 0
     assert record(tmp_path / "c")["data"] == {"name": "digits", "path": "data/digits"}

@@ -17,20 +17,20 @@ from launch import is_alive
 from PIL import Image
 from ranks import tiny
 
-import train.stream
-from configs.schema import Data
+import mclr.train.stream
+from mclr.configs.schema import Data
 from mclr.errors import UserError
-from train.cli import main
-from train.data import Source, load_split
-from train.prepare import center_crop
-from train.stream import Stream
+from mclr.train.cli import main
+from mclr.train.data import Source, load_split
+from mclr.train.prepare import center_crop
+from mclr.train.stream import Stream
 
 
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch):
     """No pauses, no chance; and no reader outlives its test, into whose successors' output it would write."""
-    monkeypatch.setattr(train.stream, "PAUSE", 0.0)
-    monkeypatch.setattr(train.stream, "PATIENCE", 20.0)
+    monkeypatch.setattr(mclr.train.stream, "PAUSE", 0.0)
+    monkeypatch.setattr(mclr.train.stream, "PATIENCE", 20.0)
     # the same draws every time
     monkeypatch.setattr(time, "time_ns", lambda: 0)
     opened, init = [], Stream.__init__
@@ -165,7 +165,7 @@ def test_images_of_other_sizes_and_kinds(tmp_path):
 
 def test_one_shard_serves_any_number_of_readers_and_ranks(tmp_path, monkeypatch):
     shard(tmp_path / "a.tar", ten())
-    monkeypatch.setattr(train.stream, "READERS", 3)
+    monkeypatch.setattr(mclr.train.stream, "READERS", 3)
     orders = []
     for rank in (0, 1, 0):
         monkeypatch.setenv("RANK", str(rank))
@@ -218,7 +218,7 @@ def test_nothing_but_damage_ends_in_time(tmp_path, monkeypatch):
     shard(tmp_path / "a.tar", damage(ten(), *(f"{c:04d}" for c in range(10))))
     with pytest.raises(UserError, match="11 of 11 samples read from"):
         Stream(data(f"file://{tmp_path}/a.tar"), seed=0)
-    monkeypatch.setattr(train.stream, "PATIENCE", 0.5)
+    monkeypatch.setattr(mclr.train.stream, "PATIENCE", 0.5)
     with pytest.raises(UserError, match="no image came from"):
         Stream(data(f"file://{tmp_path}/a.tar", damaged=1.0), seed=0)
 
@@ -267,7 +267,7 @@ def test_what_cannot_be_read_ends_in_one_line(tmp_path, capfd, url, says):
 
 def test_a_command_that_never_answers(tmp_path, monkeypatch):
     """Nor outlives the stream, and what it has started neither, though the command itself has ended."""
-    monkeypatch.setattr(train.stream, "PATIENCE", 1.0)
+    monkeypatch.setattr(mclr.train.stream, "PATIENCE", 1.0)
     url = f"pipe:sleep 100 & echo $! >> {tmp_path}/pids"
     with pytest.raises(UserError) as error:
         Stream(data(url), seed=0)
@@ -310,7 +310,7 @@ def test_a_command_that_failed_between_two_samples(tmp_path, how, status):
 
 def test_gsutil_is_ended_with_what_it_starts(tmp_path, monkeypatch):
     """A script that starts another process."""
-    monkeypatch.setattr(train.stream, "PATIENCE", 1.0)
+    monkeypatch.setattr(mclr.train.stream, "PATIENCE", 1.0)
     (tmp_path / "gsutil").write_text(f"#!/bin/sh\nsleep 100 & echo $! >> {tmp_path}/pids; echo $* > {tmp_path}/asked; wait\n")
     (tmp_path / "gsutil").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
@@ -338,8 +338,8 @@ def stalling(folder, always):
 
 
 def test_a_download_that_stalls_is_tried_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(train.stream, "READERS", 1)
-    monkeypatch.setattr(train.stream, "STALLED", 0.5)
+    monkeypatch.setattr(mclr.train.stream, "READERS", 1)
+    monkeypatch.setattr(mclr.train.stream, "STALLED", 0.5)
     batch = Stream(data(stalling(tmp_path, always=False)), seed=0).batch(0, 300)
     assert batch.c_B.tolist() == conditions_of(batch.image_BCHW)
     # and what stalled is gone, not only the shell around it
@@ -347,8 +347,8 @@ def test_a_download_that_stalls_is_tried_again(tmp_path, monkeypatch):
 
 
 def test_a_download_that_always_stalls_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(train.stream, "STALLED", 0.2)
-    monkeypatch.setattr(train.stream, "TRIES", 2)
+    monkeypatch.setattr(mclr.train.stream, "STALLED", 0.2)
+    monkeypatch.setattr(mclr.train.stream, "TRIES", 2)
     url = stalling(tmp_path, always=True)
     with pytest.raises(UserError) as error:
         Stream(data(url), seed=0)
@@ -372,9 +372,9 @@ def test_a_run_leaves_no_reader_and_no_command_behind(digits, tmp_path, monkeypa
 
 def test_what_comes_slowly_does_not_stall(tmp_path, monkeypatch, capfd):
     """A reader that gives nothing yet, but reads: the buffer it draws from is not full."""
-    monkeypatch.setattr(train.stream, "STALLED", 1.5)
+    monkeypatch.setattr(mclr.train.stream, "STALLED", 1.5)
     shard(tmp_path / "a.tar", ten())
-    monkeypatch.setattr(train.stream, "PATIENCE", 4.5)
+    monkeypatch.setattr(mclr.train.stream, "PATIENCE", 4.5)
     # longer than that in all, but not between any two samples
     slow = f"(head -c 10240; sleep 0.8; head -c 10240; sleep 0.8; cat; sleep 0.8) < {tmp_path}/a.tar"
     with pytest.raises(UserError, match="no image came from"):
@@ -415,7 +415,7 @@ def server(tmp_path, monkeypatch):
 
 
 def test_a_download_that_breaks_off_is_tried_again(server, monkeypatch, capfd):
-    monkeypatch.setattr(train.stream, "READERS", 1)
+    monkeypatch.setattr(mclr.train.stream, "READERS", 1)
     batch = Stream(data(f"{server}/flaky.tar"), seed=0).batch(0, 100)
     assert batch.c_B.tolist() == conditions_of(batch.image_BCHW) and Shards.asked > 4
     assert all("; trying again (" in line for line in capfd.readouterr().err.splitlines())

@@ -12,16 +12,16 @@ import pytest
 from PIL import Image
 
 import mclr
-import train.tour
-from configs.schema import load
+import mclr.train.tour
+from mclr.configs.schema import load
 from mclr.errors import UserError
-from train.cli import main
-from train.data import load_split
-from train.figures import STYLES, Row, curves_figure, emergence_figure, gap, label, markdown_tables, write_family
-from train.loop import NotFinite
-from train.report import image_grid
-from train.study import BUDGET, FAMILY, GENERATED, GENERATED_COST, SEEDS, Method, Study, Unit, decided_by, over, store_of
-from train.weights import BUNDLED
+from mclr.train.cli import main
+from mclr.train.data import load_split
+from mclr.train.figures import STYLES, Row, curves_figure, emergence_figure, gap, label, markdown_tables, write_family
+from mclr.train.loop import NotFinite
+from mclr.train.report import image_grid
+from mclr.train.study import BUDGET, FAMILY, GENERATED, GENERATED_COST, SEEDS, Method, Study, Unit, decided_by, over, store_of
+from mclr.train.weights import BUNDLED
 
 
 def method_of(model: str, name: str) -> Method:
@@ -106,7 +106,7 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(train.tour, "load_split", lambda path, name: tuple(t[:60] for t in load_split(path, name)))
+        patch.setattr(mclr.train.tour, "load_split", lambda path, name: tuple(t[:60] for t in load_split(path, name)))
         family = {"var-digits": (CONTROL, replace(MCLR, grid=MCLR.grid[:1], repeated=False), CFG)}
         study = Study(folder / "out", folder / "kept", family, seeds=(1,), overrides=TINY)
         study.run("var-digits/control")
@@ -142,7 +142,7 @@ def test_the_other_seeds_repeat_the_best_point(tiny):
 def test_the_score_is_the_tours(tiny):
     study, _ = tiny
     config = load("var-digits", "mle", "digits", "local", ["sample.batch=50", "sample.gamma=0.5"])
-    arm = train.tour.Arm(config, study.folder(study.units()[0], ()) / "weights")
+    arm = mclr.train.tour.Arm(config, study.folder(study.units()[0], ()) / "weights")
     kept = next(study.record(u) for u in study.units() if u.name == "var-digits/cfg-gamma0.5")
     assert arm.judged(study.judge, 0) == kept["scores"]
 

@@ -7,10 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import token_logp as module
-from kernels.choice import using
-from kernels.op import compare, moved, results
-from kernels.token_logp import OP, cost, draw, token_logp
+from mclr.kernels import token_logp as module
+from mclr.kernels.choice import using
+from mclr.kernels.op import compare, moved, results
+from mclr.kernels.token_logp import OP, cost, draw, token_logp
 
 SHAPE = {"B": 3, "R": 4, "L": 5, "D": 20, "V": 37}
 both = pytest.mark.parametrize("kernels", ["torch", "triton"])

@@ -10,11 +10,11 @@ from toy import logits_of
 
 from mclr.guidance import Guidance
 from mclr.likelihood import Draws
+from mclr.models.convert import load_published
+from mclr.models.var import IGNORED, VAR, Attention, VARConfig, var_published_name
+from mclr.models.vqvae import VQVAE, VQVAEConfig, vqvae_published_name
 from mclr.next_scale import NextScale
 from mclr.schedule import Schedule
-from models.convert import load_published
-from models.var import IGNORED, VAR, Attention, VARConfig, var_published_name
-from models.vqvae import VQVAE, VQVAEConfig, vqvae_published_name
 
 TINY = VARConfig(
     num_classes=10, depth=3, embed_dim=64, num_heads=2, patch_nums=(1, 2, 3, 4), vocab_size=64, z_channels=8, mlp_ratio=2.0

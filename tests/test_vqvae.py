@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from golden_weights import load_golden, relative_rms, rule_weights
 
 from mclr.errors import UserError
-from models.convert import load_published
-from models.vqvae import IGNORED, VQVAE, VQVAEConfig, vqvae_published_name
+from mclr.models.convert import load_published
+from mclr.models.vqvae import IGNORED, VQVAE, VQVAEConfig, vqvae_published_name
 
 DIGITS = VQVAEConfig(img_channels=1, ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=8, vocab_size=64, scales=(1, 2, 3, 4))
 

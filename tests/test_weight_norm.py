@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from kernels.choice import using
-from kernels.magnitude import EPS, normalize
-from kernels.op import check, compare
-from kernels.weight_norm import FORCE_WEIGHTS, USED_WEIGHTS, force_copies, force_weights, network, used_weights
-from models.edm2 import EDM2, EDM2Config
+from mclr.kernels.choice import using
+from mclr.kernels.magnitude import EPS, normalize
+from mclr.kernels.op import check, compare
+from mclr.kernels.weight_norm import FORCE_WEIGHTS, USED_WEIGHTS, force_copies, force_weights, network, used_weights
+from mclr.models.edm2 import EDM2, EDM2Config
 
 both = pytest.mark.parametrize("kernels", ["torch", "triton"])
 # fan-in 1, odd, of whole vectors, of several blocks; one row; a kernel of 1

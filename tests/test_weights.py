@@ -10,13 +10,23 @@ import torch
 from test_convert import published
 
 from mclr.errors import UserError
-from models.edm2 import EDM2Config
-from models.features import ImageClassifier, ImageClassifierConfig
-from models.var import VAR, VARConfig
-from train import convert, sample
-from train.cli import run
-from train.hub import fetch
-from train.weights import BUNDLED, find_weights, inherited, load_into, load_net, presets_of, read_config, save_weights, sha256
+from mclr.models.edm2 import EDM2Config
+from mclr.models.features import ImageClassifier, ImageClassifierConfig
+from mclr.models.var import VAR, VARConfig
+from mclr.train import convert, sample
+from mclr.train.cli import run
+from mclr.train.hub import fetch
+from mclr.train.weights import (
+    BUNDLED,
+    find_weights,
+    inherited,
+    load_into,
+    load_net,
+    presets_of,
+    read_config,
+    save_weights,
+    sha256,
+)
 
 VAR_SIZE = {"patch_nums": (1, 2, 3, 4), "vocab_size": 64, "z_channels": 8}
 
@@ -171,9 +181,9 @@ def test_three_entries_at_most_are_named(tmp_path):
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
-    import train.files
+    import mclr.train.files
 
-    monkeypatch.setattr(train.files.os, "fsync", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(mclr.train.files.os, "fsync", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match=r"cannot write .* \(No space left on device\)"):
         save_weights(tmp_path / "net", ImageClassifier(ImageClassifierConfig(1, 3)))
     assert list(tmp_path.iterdir()) == []

@@ -12,7 +12,7 @@ from ranks import relative_rms
 from safetensors.torch import load_file
 from test_resume import BATCH, DROPOUT, MODELS, STEPS
 
-from train.cli import main
+from mclr.train.cli import main
 
 STOPPED = 4  # the step in which rank 1 is sent a signal
 PLAN = Path(__file__).with_name("resume_ranks.py")

@@ -13,9 +13,9 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from kernels.token_logp import token_logp
 from mclr.diffusion import Diffusion
 from mclr.guidance import mix
+from mclr.kernels.token_logp import token_logp
 from mclr.likelihood import Draws, LogLik, Paradigm, Probe, Rows, Scores, score
 from mclr.next_scale import NextScale
 from mclr.objective import Objective

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from configs.schema import load, load_data
+from mclr.configs.schema import load, load_data
 from mclr.errors import UserError
-from train.build import build_encoder, open_source
-from train.cache import CachedSource, through_cache
-from train.cli import Parser, run
-from train.data import READERS, Source
-from train.files import write_json
+from mclr.train.build import build_encoder, open_source
+from mclr.train.cache import CachedSource, through_cache
+from mclr.train.cli import Parser, run
+from mclr.train.data import READERS, Source
+from mclr.train.files import write_json
 
 EXAMPLE = """examples:
   python -m train.bench_data --data data/imagenet-512 --rate 100 400

@@ -25,15 +25,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from configs.schema import load
+from mclr.configs.schema import load
 from mclr.errors import UserError
-from train.build import build_networks, build_task, open_source
-from train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from train.cli import Parser, run_rank
-from train.ema import averages_of
-from train.prepare import open_or_prepare
-from train.ranks import group, own_device, world
-from train.step import train_step
+from mclr.train.build import build_networks, build_task, open_source
+from mclr.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from mclr.train.cli import Parser, run_rank
+from mclr.train.ema import averages_of
+from mclr.train.prepare import open_or_prepare
+from mclr.train.ranks import group, own_device, world
+from mclr.train.step import train_step
 
 WARM_UP, LIMIT = 2, 3600
 KINDS = ("local", "zero0", "zero1", "zero2", "zero3")

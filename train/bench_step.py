@@ -28,22 +28,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from configs.schema import RunConfig, load
-from kernels.bench import reached
-from kernels.choice import using
-from kernels.op import DTYPES
+from mclr.configs.schema import RunConfig, load
 from mclr.errors import UserError
 from mclr.guidance import Guidance
+from mclr.kernels.bench import reached
+from mclr.kernels.choice import using
+from mclr.kernels.op import DTYPES
 from mclr.likelihood import Draws
+from mclr.models.edm2 import EDM2
 from mclr.posterior import NoisyPosterior
 from mclr.schedule import NONE, Schedule
-from models.edm2 import EDM2
-from train.build import build_networks, build_schedule, build_task, compile_every_length, open_source
-from train.cli import Parser, run
-from train.engine import autocast_of
-from train.noise import build_noise
-from train.progress import Progress, add_up, count_compute, forward_flops, rows_of
-from train.step import Task, train_step
+from mclr.train.build import build_networks, build_schedule, build_task, compile_every_length, open_source
+from mclr.train.cli import Parser, run
+from mclr.train.engine import autocast_of
+from mclr.train.noise import build_noise
+from mclr.train.progress import Progress, add_up, count_compute, forward_flops, rows_of
+from mclr.train.step import Task, train_step
 
 EXAMPLE = """examples:
   python -m train.bench_step --rounds 20
@@ -106,7 +106,7 @@ def build(model: str, objective: str, overrides: list[str], device: torch.device
     preset, settings = OBJECTIVES[objective]
     if model in DIGITS:
         # its webdataset is not on every machine with a GPU
-        from train.prepare import open_or_prepare
+        from mclr.train.prepare import open_or_prepare
 
         config = load(model, preset, "digits", "local", [*settings, *overrides])
         open_or_prepare("digits", config.data.path)

@@ -9,32 +9,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from configs.schema import DiffusionModel, NextScaleModel, RunConfig
-from configs.schema import Schedule as ScheduleConfig
-from kernels.choice import interpreting, runs_triton, use
-from kernels.registry import OPS
-from kernels.weight_norm import force_weights
+from mclr.configs.schema import DiffusionModel, NextScaleModel, RunConfig
+from mclr.configs.schema import Schedule as ScheduleConfig
 from mclr.diffusion import Diffusion, sigma_of
 from mclr.errors import UserError
 from mclr.guidance import Guidance
+from mclr.kernels.choice import interpreting, runs_triton, use
+from mclr.kernels.registry import OPS
+from mclr.kernels.weight_norm import force_weights
 from mclr.likelihood import Net, Paradigm
+from mclr.models.edm2 import EDM2, EDM2Config
+from mclr.models.features import CONVNEXT_SMALLEST, NoiseClassifier, NoiseClassifierConfig, channel_mult_for
+from mclr.models.var import VAR, VARConfig
+from mclr.models.vqvae import VQVAE
 from mclr.next_scale import NextScale, scale_progress
 from mclr.objective import Objective
 from mclr.posterior import NoisyPosterior, PrefixPosterior
 from mclr.schedule import Schedule
-from models.edm2 import EDM2, EDM2Config
-from models.features import CONVNEXT_SMALLEST, NoiseClassifier, NoiseClassifierConfig, channel_mult_for
-from models.var import VAR, VARConfig
-from models.vqvae import VQVAE
-from train.cache import through_cache
-from train.class_map import class_map
-from train.data import Source
-from train.encoders import RGB, Encoder, Latents, Tokens, load_vae
-from train.engine import Engine, Frozen, LocalEngine, make_optimizer
-from train.ranks import world
-from train.step import Task
-from train.weights import find_weights, load_into, load_net, read_config, sha256
-from train.zero import DeepSpeedEngine, Sharded
+from mclr.train.cache import through_cache
+from mclr.train.class_map import class_map
+from mclr.train.data import Source
+from mclr.train.encoders import RGB, Encoder, Latents, Tokens, load_vae
+from mclr.train.engine import Engine, Frozen, LocalEngine, make_optimizer
+from mclr.train.ranks import world
+from mclr.train.step import Task
+from mclr.train.weights import find_weights, load_into, load_net, read_config, sha256
+from mclr.train.zero import DeepSpeedEngine, Sharded
 
 # fp32 means fp32: convolutions on CUDA would default to TF32
 torch.backends.cudnn.allow_tf32 = False
@@ -232,7 +232,7 @@ def open_source(config: RunConfig, path: str | None = None) -> Source:
     data = config.data
     if path is None and data.streamed:
         # its webdataset is not on every machine
-        from train.stream import Stream
+        from mclr.train.stream import Stream
 
         return Stream(data, config.train.seed)
     path = path or data.path

@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.schema import DiffusionModel, RunConfig
+from mclr.configs.schema import DiffusionModel, RunConfig
 from mclr.errors import UserError
-from train.data import Batch, Source
-from train.encoders import VAE_WEIGHTS, Encoder, Latents, find_vae, from_uint8
-from train.files import checksum, lock, write_file, write_json
-from train.ranks import world
-from train.weights import find_weights, sha256
+from mclr.train.data import Batch, Source
+from mclr.train.encoders import VAE_WEIGHTS, Encoder, Latents, find_vae, from_uint8
+from mclr.train.files import checksum, lock, write_file, write_json
+from mclr.train.ranks import world
+from mclr.train.weights import find_weights, sha256
 
 FOLDER, RECORD = "cache", "cache.json"
 CHUNK = 256  # samples of a file: 32 MiB of latents of 512 pixels in fp32
@@ -253,7 +253,7 @@ def make_cache(config: RunConfig, source: Source, encoder: Encoder, half: bool, 
     Raises UserError where there is nothing to cache, an image is damaged, or the disk is full.
     """
     # which imports this file, by way of the step
-    from train.loop import progress_bar
+    from mclr.train.loop import progress_bar
 
     dtypes = encoder.storage(config.data)[1]
     if not dtypes or source.tokens_NL is not None:

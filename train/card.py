@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from configs.schema import PRESETS, RunConfig
+from mclr.configs.schema import PRESETS, RunConfig
 from mclr.errors import UserError
-from train.files import write_json, write_text
+from mclr.train.files import write_json, write_text
 
 NETWORKS = {
     "edm2": "An EDM2 diffusion network",

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mclr.errors import UserError
-from train.files import new_folder, write_json
+from mclr.train.files import new_folder, write_json
 
 MANIFEST = "manifest.json"
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from configs.schema import RunConfig
+from mclr.configs.schema import RunConfig
 from mclr.errors import UserError
-from train.data import open_dataset
-from train.files import regular
-from train.weights import read_config
+from mclr.train.data import open_dataset
+from mclr.train.files import regular
+from mclr.train.weights import read_config
 
 FRESH = "fresh"
 

@@ -15,12 +15,15 @@ from mclr.errors import UserError
 
 # Imported only when called: `mclr --help` and a typo answer at once, without torch.
 PROGRAMS = {
-    "train": ("train.run", "fine-tune or train a generator"),
-    "sample": ("train.sample", "draw images from a run or from weights"),
-    "evaluate": ("train.evaluate", "score samples against real images: FD, precision, recall, FID, FD_DINOv2, ..."),
-    "report": ("train.report", "turn a tour's results into a page; finish a study"),
-    "prepare": ("train.prepare", "turn images into a dataset folder; fit a tokenizer or a judge to one; cache latents or tokens"),
-    "convert": ("train.convert", "turn published weights into a weights folder, and back"),
+    "train": ("mclr.train.run", "fine-tune or train a generator"),
+    "sample": ("mclr.train.sample", "draw images from a run or from weights"),
+    "evaluate": ("mclr.train.evaluate", "score samples against real images: FD, precision, recall, FID, FD_DINOv2, ..."),
+    "report": ("mclr.train.report", "turn a tour's results into a page; finish a study"),
+    "prepare": (
+        "mclr.train.prepare",
+        "turn images into a dataset folder; fit a tokenizer or a judge to one; cache latents or tokens",
+    ),
+    "convert": ("mclr.train.convert", "turn published weights into a weights folder, and back"),
 }
 
 HELP = "\n".join(

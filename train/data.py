@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from configs.schema import is_stream
+from mclr.configs.schema import is_stream
 from mclr.errors import UserError
-from train.shards import Damaged, Shard, load_index, read_image
+from mclr.train.shards import Damaged, Shard, load_index, read_image
 
 # Decoded splits below this many bytes stay in memory, so that small runs read each image once.
 KEPT_BYTES = 256 * 2**20

@@ -8,8 +8,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from models.edm2 import EDM2Config
-from train.pickles import Module, View, refuse
+from mclr.models.edm2 import EDM2Config
+from mclr.train.pickles import Module, View, refuse
 
 LONGEST = 200  # letters of an entry's name; EDM2's have 36
 MANY = 2000  # parts of a network, or entries of one part; a published EDM2 has about 250

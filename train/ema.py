@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from configs.schema import Train
+from mclr.configs.schema import Train
 from mclr.errors import UserError
-from train.files import write_file
+from mclr.train.files import write_file
 
 FARTHEST = 0.1  # most that a reconstructed profile may be off, as a share of its L2 norm
 

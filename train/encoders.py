@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configs.schema import VAE_FACTOR, Data
+from mclr.configs.schema import VAE_FACTOR, Data
 from mclr.errors import UserError
 from mclr.likelihood import Draws
-from models.vqvae import VQVAE
-from train.hub import fetch
+from mclr.models.vqvae import VQVAE
+from mclr.train.hub import fetch
 
 VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
 VAE_BATCH = 8  # images that go through a VAE at a time

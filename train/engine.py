@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kernels.weight_norm import force_weights
+from mclr.kernels.weight_norm import force_weights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs.schema import FILE, DiffusionModel
+from mclr.configs.schema import FILE, DiffusionModel
 from mclr.errors import UserError
-from models.edm2 import EDM2
-from models.features import ImageClassifier
-from train import monitor
-from train.build import build_encoder
-from train.card import add_scores
-from train.cli import Parser, run
-from train.files import write_json
-from train.image_sets import ImageSet, find_images, in_memory_images, open_folder, open_npz
-from train.judges import PUBLISHED, Judge, classifier_judge, open_judge
-from train.references import MOST, SPLITS, Reference, Statistics, measure, open_reference, reference_statistics
-from train.sample import draw, find_generator, parse_classes, read_record
-from train.scores import Range, score, table
-from train.weights import find_weights, load_net
+from mclr.models.edm2 import EDM2
+from mclr.models.features import ImageClassifier
+from mclr.train import monitor
+from mclr.train.build import build_encoder
+from mclr.train.card import add_scores
+from mclr.train.cli import Parser, run
+from mclr.train.files import write_json
+from mclr.train.image_sets import ImageSet, find_images, in_memory_images, open_folder, open_npz
+from mclr.train.judges import PUBLISHED, Judge, classifier_judge, open_judge
+from mclr.train.references import MOST, SPLITS, Reference, Statistics, measure, open_reference, reference_statistics
+from mclr.train.sample import draw, find_generator, parse_classes, read_record
+from mclr.train.scores import Range, score, table
+from mclr.train.weights import find_weights, load_net
 
 EXAMPLE = """examples:
   mclr evaluate samples/mine --reference digits --judge digits-classifier

@@ -19,17 +19,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from configs.schema import DiffusionModel, RunConfig
-from kernels.choice import using
+from mclr.configs.schema import DiffusionModel, RunConfig
+from mclr.kernels.choice import using
 from mclr.likelihood import Paradigm, Probe
+from mclr.models.features import NoiseClassifier, NoiseClassifierConfig
 from mclr.next_scale import NextScale, scale_progress
 from mclr.objective import Objective
-from models.features import NoiseClassifier, NoiseClassifierConfig
-from train.build import build_classifier, build_net, build_objective, build_paradigm
-from train.encoders import Encoder, Tokens
-from train.engine import autocast_of, make_optimizer
-from train.progress import flops_of
-from train.weights import find_weights, read_config, settings_of
+from mclr.train.build import build_classifier, build_net, build_objective, build_paradigm
+from mclr.train.encoders import Encoder, Tokens
+from mclr.train.engine import autocast_of, make_optimizer
+from mclr.train.progress import flops_of
+from mclr.train.weights import find_weights, read_config, settings_of
 
 POINTS = (1, 2, 4, 8, 16, 32, 64)  # micro-batches that are run
 

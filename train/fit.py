@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from configs.schema import load_data
+from mclr.configs.schema import load_data
 from mclr.errors import UserError
 from mclr.likelihood import Draws
-from models.features import ImageClassifier, ImageClassifierConfig, NoiseClassifier, NoiseClassifierConfig, channel_mult_for
-from models.vqvae import VQVAE, VQVAEConfig
-from train.card import card
-from train.data import Source, SplitReader
-from train.encoders import from_uint8
-from train.files import new_folder, write_json, write_text
-from train.loop import progress_bar
-from train.prepare import open_or_prepare
-from train.weights import read_config, save_weights
+from mclr.models.features import ImageClassifier, ImageClassifierConfig, NoiseClassifier, NoiseClassifierConfig, channel_mult_for
+from mclr.models.vqvae import VQVAE, VQVAEConfig
+from mclr.train.card import card
+from mclr.train.data import Source, SplitReader
+from mclr.train.encoders import from_uint8
+from mclr.train.files import new_folder, write_json, write_text
+from mclr.train.loop import progress_bar
+from mclr.train.prepare import open_or_prepare
+from mclr.train.weights import read_config, save_weights
 
 BATCH = 256  # held-out images per forward
 

@@ -7,17 +7,17 @@ average, with the sampling of the config but without guidance. N images of a pic
 import torch
 from torch import Tensor
 
-from configs.schema import RunConfig
+from mclr.configs.schema import RunConfig
 from mclr.errors import UserError
 from mclr.guidance import Guidance
 from mclr.likelihood import Draws
-from train.encoders import to_uint8
-from train.engine import answering
-from train.files import write_file
-from train.log import RunFolder
-from train.ranks import together
-from train.report import image_grid
-from train.step import Task
+from mclr.train.encoders import to_uint8
+from mclr.train.engine import answering
+from mclr.train.files import write_file
+from mclr.train.log import RunFolder
+from mclr.train.ranks import together
+from mclr.train.report import image_grid
+from mclr.train.step import Task
 
 COLUMNS, ROWS = 10, 4
 SAMPLING = 2**63  # of train/sample.py: a picture shows what `mclr sample` draws for seeds from 0

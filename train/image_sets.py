@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from mclr.errors import UserError
-from train.data import DatasetInfo, SplitReader
-from train.files import checksum, regular
-from train.sample import condition_of, image_paths, read_images
+from mclr.train.data import DatasetInfo, SplitReader
+from mclr.train.files import checksum, regular
+from mclr.train.sample import condition_of, image_paths, read_images
 
 JPEG = (".jpg", ".jpeg")
 

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mclr.errors import UserError
-from models.features import ImageClassifier
-from models.inception import Inception
-from train.encoders import from_uint8
-from train.files import checksum
-from train.hub import fetch
-from train.published import read_state_dict
-from train.weights import find_weights, load_net, sha256
+from mclr.models.features import ImageClassifier
+from mclr.models.inception import Inception
+from mclr.train.encoders import from_uint8
+from mclr.train.files import checksum
+from mclr.train.hub import fetch
+from mclr.train.published import read_state_dict
+from mclr.train.weights import find_weights, load_net, sha256
 
 PUBLISHED = ("dinov2", "inception")
 BATCH = 256  # images per forward of a classifier

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from configs.schema import FILE, RunConfig, dump, flatten, load_resolved
+from mclr.configs.schema import FILE, RunConfig, dump, flatten, load_resolved
 from mclr.errors import UserError
-from train.checkpoint import MANIFEST, checkpoints
-from train.files import lock, regular, write_file, write_json
-from train.sinks import Sinks
+from mclr.train.checkpoint import MANIFEST, checkpoints
+from mclr.train.files import lock, regular, write_file, write_json
+from mclr.train.sinks import Sinks
 
 # may change between one start and the next: they do not decide what is learned; a section ends in a dot
 FREE = (

@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from configs.schema import Train
+from mclr.configs.schema import Train
 from mclr.errors import UserError
 from mclr.posterior import fold_bins
-from train.checkpoint import best_checkpoint, checkpoints
-from train.ema import averages_of, rewind_snapshots
-from train.grids import Grid
-from train.log import RunFolder
-from train.meter import Meter
-from train.monitor import Monitor, mle_loss, open_images
-from train.progress import Progress, add_up, count_compute, export, forward_flops, resume, rows_of, save, snapshot
-from train.pulse import Pulse
-from train.ranks import Interrupt, from_all, together, world
-from train.step import Task, train_step
+from mclr.train.checkpoint import best_checkpoint, checkpoints
+from mclr.train.ema import averages_of, rewind_snapshots
+from mclr.train.grids import Grid
+from mclr.train.log import RunFolder
+from mclr.train.meter import Meter
+from mclr.train.monitor import Monitor, mle_loss, open_images
+from mclr.train.progress import Progress, add_up, count_compute, export, forward_flops, resume, rows_of, save, snapshot
+from mclr.train.pulse import Pulse
+from mclr.train.ranks import Interrupt, from_all, together, world
+from mclr.train.step import Task, train_step
 
 
 def train(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from train.ranks import world
+from mclr.train.ranks import world
 
 # columns of metrics.jsonl that differ between a run and its repetition, or between one that was stopped and one that was not
 TIMING = ("seconds", "images_per_second", "rows_per_second", "mfu", "memory", "data_wait", "damaged")

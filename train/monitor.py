@@ -16,12 +16,12 @@ from tqdm import tqdm
 from mclr.errors import UserError
 from mclr.likelihood import Draws, score
 from mclr.metrics import icr
+from mclr.models.edm2 import EDM2
 from mclr.objective import Objective
-from models.edm2 import EDM2
-from train.data import Batch, DatasetInfo, SplitReader, permutation
-from train.encoders import Encoder, from_uint8, mirrored
-from train.engine import answering
-from train.step import Task
+from mclr.train.data import Batch, DatasetInfo, SplitReader, permutation
+from mclr.train.encoders import Encoder, from_uint8, mirrored
+from mclr.train.engine import answering
+from mclr.train.step import Task
 
 SIGMA = 0.29  # noise of a view; the paper's choice
 WIDTH = 32  # features; those of wider blocks are projected at random

@@ -2,12 +2,12 @@
 
 import torch
 
-from configs.schema import RunConfig
+from mclr.configs.schema import RunConfig
 from mclr.likelihood import Draws
-from models.vqvae import VQVAE, VQVAEConfig
-from train.build import Networks, build_classifier, build_net, build_objective
-from train.data import Batch, Source
-from train.encoders import RGB, Encoder, Latents, Tokens
+from mclr.models.vqvae import VQVAE, VQVAEConfig
+from mclr.train.build import Networks, build_classifier, build_net, build_objective
+from mclr.train.data import Batch, Source
+from mclr.train.encoders import RGB, Encoder, Latents, Tokens
 
 
 class Noise(Source):

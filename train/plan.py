@@ -34,16 +34,16 @@ from dataclasses import dataclass
 
 import torch
 
-from configs.schema import DiffusionModel, RunConfig
+from mclr.configs.schema import DiffusionModel, RunConfig
 from mclr.errors import UserError
-from models.vqvae import VQVAE, VQVAEConfig
-from train.build import LARGE, build_encoder
-from train.encoders import RGB, Encoder, Tokens
-from train.fake import Model
-from train.gpus import GPU, GPUS, NODE, gpu_named
-from train.noise import BareLatents
-from train.published import SCALES_256, SCALES_512
-from train.zero import bucket_of
+from mclr.models.vqvae import VQVAE, VQVAEConfig
+from mclr.train.build import LARGE, build_encoder
+from mclr.train.encoders import RGB, Encoder, Tokens
+from mclr.train.fake import Model
+from mclr.train.gpus import GPU, GPUS, NODE, gpu_named
+from mclr.train.noise import BareLatents
+from mclr.train.published import SCALES_256, SCALES_512
+from mclr.train.zero import bucket_of
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)  # of GPUs, where none is asked for
 MOST = 1024

@@ -12,17 +12,17 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs.schema import Train
-from kernels.choice import using
+from mclr.configs.schema import Train
 from mclr.errors import UserError
+from mclr.kernels.choice import using
 from mclr.likelihood import Draws
 from mclr.posterior import NoisyPosterior
-from train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from train.ema import EMA, write_snapshot
-from train.engine import Engine, buffers_of
-from train.ranks import from_rank_0, together
-from train.step import Task
-from train.weights import describe, save_weights
+from mclr.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from mclr.train.ema import EMA, write_snapshot
+from mclr.train.engine import Engine, buffers_of
+from mclr.train.ranks import from_rank_0, together
+from mclr.train.step import Task
+from mclr.train.weights import describe, save_weights
 
 
 @dataclass

@@ -21,14 +21,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mclr.errors import UserError
-from models import var, vqvae
-from models.convert import NameOf, load_published, to_published
-from models.edm2 import EDM2, EDM2Config, edm2_published_name
-from models.var import VAR, VARConfig, var_published_name
-from models.vqvae import VQVAE, VQVAEConfig, vqvae_published_name
-from train import pickles
-from train.edm2_pickle import LONGEST, MANY, entries_of, recorded_edm2
-from train.pickles import Module, Refused, View, refuse
+from mclr.models import var, vqvae
+from mclr.models.convert import NameOf, load_published, to_published
+from mclr.models.edm2 import EDM2, EDM2Config, edm2_published_name
+from mclr.models.var import VAR, VARConfig, var_published_name
+from mclr.models.vqvae import VQVAE, VQVAEConfig, vqvae_published_name
+from mclr.train import pickles
+from mclr.train.edm2_pickle import LONGEST, MANY, entries_of, recorded_edm2
+from mclr.train.pickles import Module, Refused, View, refuse
 
 SUFFIXES = (".pth", ".pt", ".safetensors")  # of state dicts, which are also written
 READABLE = (*SUFFIXES, ".pkl")

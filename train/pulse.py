@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mclr.errors import UserError
-from train.ranks import PATIENCE
+from mclr.train.ranks import PATIENCE
 
 BYTES = 80  # of a pulse, padded: it is overwritten in place
 

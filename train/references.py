@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from configs.schema import PRESETS, load_data
+from mclr.configs.schema import PRESETS, load_data
 from mclr.errors import UserError
 from mclr.metrics import NEIGHBOURS, Gaussian, Moments, neighbour_radii
-from train.data import DatasetInfo, permutation
-from train.files import cache_folder, checksum, in_memory, write_file
-from train.image_sets import ImageSet, npz_names, open_folder, open_npz, open_splits
-from train.judges import Judge
-from train.loop import progress_bar
-from train.prepare import open_or_prepare
+from mclr.train.data import DatasetInfo, permutation
+from mclr.train.files import cache_folder, checksum, in_memory, write_file
+from mclr.train.image_sets import ImageSet, npz_names, open_folder, open_npz, open_splits
+from mclr.train.judges import Judge
+from mclr.train.loop import progress_bar
+from mclr.train.prepare import open_or_prepare
 
 SPLITS = {"all": ("train", "val"), "train": ("train",), "val": ("val",)}
 MOST = 50_000  # images of a set that the scores by neighbours look at: what the field reports on

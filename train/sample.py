@@ -24,21 +24,21 @@ from torch import Tensor
 # other distributions own packages named `models` or `kernels`, and an editable install comes after them
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from configs.schema import FILE, PRESETS, NextScaleModel, RunConfig, Sample, load
+from mclr.configs.schema import FILE, PRESETS, NextScaleModel, RunConfig, Sample, load
 from mclr.errors import UserError
 from mclr.guidance import Guidance
 from mclr.likelihood import Draws, Net, Paradigm
+from mclr.models.edm2 import EDM2
 from mclr.next_scale import NextScale
-from models.edm2 import EDM2
-from train.build import build_encoder, build_guidance, build_guide, build_net, build_paradigm, choose_kernels, schedule_table
-from train.cli import Parser, run_rank
-from train.encoders import ROUNDING, VAE_WEIGHTS, Encoder, find_vae, to_uint8
-from train.files import checksum, in_memory, regular, write_file, write_json
-from train.loop import progress_bar
-from train.prepare import prepare_samples
-from train.ranks import from_rank_0, group, on_signals, one_voice, own_device, together, world
-from train.report import image_grid
-from train.weights import find_weights, load_into, presets_of, read_config, sha256
+from mclr.train.build import build_encoder, build_guidance, build_guide, build_net, build_paradigm, choose_kernels, schedule_table
+from mclr.train.cli import Parser, run_rank
+from mclr.train.encoders import ROUNDING, VAE_WEIGHTS, Encoder, find_vae, to_uint8
+from mclr.train.files import checksum, in_memory, regular, write_file, write_json
+from mclr.train.loop import progress_bar
+from mclr.train.prepare import prepare_samples
+from mclr.train.ranks import from_rank_0, group, on_signals, one_voice, own_device, together, world
+from mclr.train.report import image_grid
+from mclr.train.weights import find_weights, load_into, presets_of, read_config, sha256
 
 EXAMPLE = """examples:
   mclr sample runs/mine --out samples/mine --per-class 50

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mclr.metrics import class_accuracy, class_frechet_distance, frechet_from_moments, inception_score, neighbour_scores
-from train.judges import Judge
-from train.references import Statistics, neighbour_bar
+from mclr.train.judges import Judge
+from mclr.train.references import Statistics, neighbour_bar
 
 SCORES = {
     "accuracy": "↑ class accuracy: share of samples that the judge puts under their condition",

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from mclr.errors import UserError
-from train.files import regular, write_file
+from mclr.train.files import regular, write_file
 
 INDEX = "index.json"
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from mclr.errors import UserError
-from train.files import write_json
+from mclr.train.files import write_json
 
 FINISH = 60  # seconds that W&B gets at the end of a run to upload what is left
 

@@ -10,11 +10,11 @@ from mclr.likelihood import Draws, Paradigm, score
 from mclr.objective import Objective
 from mclr.posterior import NoisyPosterior, PrefixPosterior, calibration
 from mclr.schedule import NONE
-from train.cache import CachedBatch
-from train.data import Batch, Source
-from train.encoders import Encoder, from_uint8, mirrored
-from train.engine import Engine, Frozen
-from train.zero import Sharded
+from mclr.train.cache import CachedBatch
+from mclr.train.data import Batch, Source
+from mclr.train.encoders import Encoder, from_uint8, mirrored
+from mclr.train.engine import Engine, Frozen
+from mclr.train.zero import Sharded
 
 # where the random numbers of generated samples begin: beyond all positions of training
 GENERATED = 2**62

@@ -30,12 +30,12 @@ from webdataset.gopen import Pipe, gopen
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from configs.schema import Data
+from mclr.configs.schema import Data
 from mclr.errors import UserError
-from train.data import READERS, Batch, DatasetInfo, Source
-from train.prepare import center_crop, convert
-from train.ranks import world
-from train.shards import Damaged, open_image
+from mclr.train.data import READERS, Batch, DatasetInfo, Source
+from mclr.train.prepare import center_crop, convert
+from mclr.train.ranks import world
+from mclr.train.shards import Damaged, open_image
 
 KINDS, FORMATS = ("jpg", "jpeg", "png", "webp"), ["JPEG", "PNG", "WEBP"]
 SHUFFLED = 500  # samples among which a reader draws the next

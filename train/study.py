@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import mclr
-import train.sample
-from configs.schema import flatten, load
+import mclr.train.sample
+from mclr.configs.schema import flatten, load
 from mclr.errors import UserError
-from train.figures import Row, markdown_tables, write_family
-from train.files import lock, write_json
-from train.log import is_free
-from train.loop import NotFinite
-from train.report import image_grid
-from train.sample import read_record
-from train.tour import GAMMAS, JUDGE_WEIGHTS, Arm, Judge, digits_judge, fine_tune
-from train.weights import find_weights, named_weights, sha256
+from mclr.train.figures import Row, markdown_tables, write_family
+from mclr.train.files import lock, write_json
+from mclr.train.log import is_free
+from mclr.train.loop import NotFinite
+from mclr.train.report import image_grid
+from mclr.train.sample import read_record
+from mclr.train.tour import GAMMAS, JUDGE_WEIGHTS, Arm, Judge, digits_judge, fine_tune
+from mclr.train.weights import find_weights, named_weights, sha256
 
 # What a fine-tuning may cost, as images of plain maximum likelihood: about what the preset's own mclr run costs
 # (mclr train --model MODEL --objective mclr; `mle_images` in the last line of metrics.jsonl).
@@ -404,7 +404,7 @@ class Study:
         with self.claim(marker, wait=True):
             count = ["--per-class", str(GENERATED), "--seed", str(FIRST_GENERATED)]
             source = [str(config.model.weights), "--model", model, "--out", str(folder), "--dataset"]
-            train.sample.main([*source, *count, *self.overrides])
+            mclr.train.sample.main([*source, *count, *self.overrides])
         record = read_record(folder)
         assert record is not None
         return folder / "dataset", {key: record[key] for key in ("count", "forwards_per_image")}

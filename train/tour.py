@@ -17,19 +17,19 @@ from typing import Any
 
 import torch
 
-import train.run
-from configs.schema import RunConfig, load
+import mclr.train.run
+from mclr.configs.schema import RunConfig, load
 from mclr.errors import UserError
-from models.features import ImageClassifier
-from train.cli import Parser, run
-from train.data import load_split
-from train.encoders import ROUNDING
-from train.evaluate import judge
-from train.files import write_file, write_json
-from train.prepare import prepare_digits
-from train.report import image_grid, markdown_table, write_report
-from train.sample import generate, load_generator, to_images
-from train.weights import find_weights, load_net, sha256
+from mclr.models.features import ImageClassifier
+from mclr.train.cli import Parser, run
+from mclr.train.data import load_split
+from mclr.train.encoders import ROUNDING
+from mclr.train.evaluate import judge
+from mclr.train.files import write_file, write_json
+from mclr.train.prepare import prepare_digits
+from mclr.train.report import image_grid, markdown_table, write_report
+from mclr.train.sample import generate, load_generator, to_images
+from mclr.train.weights import find_weights, load_net, sha256
 
 # the five guidance weights of the sweep, around the best one of each control
 GAMMAS = {"edm2-digits": (0.2, 0.35, 0.5, 0.65, 0.8), "var-digits": (0.25, 0.5, 0.75, 1.0, 1.5)}
@@ -182,7 +182,7 @@ def speeds(arms: dict[str, Arm], rounds: int = 5) -> dict[str, dict[str, Any]]:
 
 def fine_tune(folder: Path, model: str, arguments: list[str]) -> dict[str, Any]:
     """Train (or go on, or find finished) in this run folder; returns the last line of its metrics."""
-    status = train.run.main(["--model", model, "--engine", "local", "--out", str(folder), *arguments])
+    status = mclr.train.run.main(["--model", model, "--engine", "local", "--out", str(folder), *arguments])
     if status:
         raise SystemExit(status)
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])

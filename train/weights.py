@@ -14,18 +14,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import models
-from configs import schema
+import mclr.models
+from mclr.configs import schema
 from mclr.errors import UserError
-from models.conditions import Sources, map_conditions
-from models.edm2 import EDM2, EDM2Config
-from models.features import ImageClassifier, ImageClassifierConfig, NoiseClassifier, NoiseClassifierConfig
-from models.var import VAR, VARConfig
-from models.vqvae import VQVAE, VQVAEConfig
-from train.card import card
-from train.files import cache_folder, checksum, lock, new_folder, regular, write_json, write_text
-from train.hub import SCHEME, fetch
-from train.published import TRAINING, read_published
+from mclr.models.conditions import Sources, map_conditions
+from mclr.models.edm2 import EDM2, EDM2Config
+from mclr.models.features import ImageClassifier, ImageClassifierConfig, NoiseClassifier, NoiseClassifierConfig
+from mclr.models.var import VAR, VARConfig
+from mclr.models.vqvae import VQVAE, VQVAEConfig
+from mclr.train.card import card
+from mclr.train.files import cache_folder, checksum, lock, new_folder, regular, write_json, write_text
+from mclr.train.hub import SCHEME, fetch
+from mclr.train.published import TRAINING, read_published
 
 KINDS: dict[str, tuple[type, type]] = {
     "edm2": (EDM2Config, EDM2),
@@ -35,7 +35,7 @@ KINDS: dict[str, tuple[type, type]] = {
     "noise_classifier": (NoiseClassifierConfig, NoiseClassifier),
 }
 PARADIGMS = {"edm2": "diffusion", "var": "next_scale"}
-BUNDLED = Path(models.__file__).parent / "weights"
+BUNDLED = Path(mclr.models.__file__).parent / "weights"
 OWN = ("kind", "config", "parameters")  # entries of config.json that follow from the network; the others are notes
 WEIGHTS = ("model.weights", "model.tokenizer", "model.posterior.weights", "sample.guide")  # settings that name weights
 DEPTHS = ("num_blocks", "depth", "num_res_blocks", "share_quant_resi")

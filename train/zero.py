@@ -8,9 +8,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.magnitude import EPS
-from kernels.weight_norm import force_weights
-from train.engine import MOMENTS, RowCounter, buffers_of, clipped, start_moments
+from mclr.kernels.magnitude import EPS
+from mclr.kernels.weight_norm import force_weights
+from mclr.train.engine import MOMENTS, RowCounter, buffers_of, clipped, start_moments
 
 BUCKET = 10**8  # elements that DeepSpeed sends at a time, and that ZeRO 3 keeps gathered: 400 MB of each; larger than any weight
 
