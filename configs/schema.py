@@ -24,7 +24,7 @@ FILE = "config.yaml"  # of a resolved config in its run folder
 PRESETS = Path(__file__).parent
 MOST_LEVELS = 10  # of nested sections and lists
 NO_NAME = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # what no file name holds: NUL, halves of characters
-VAE_FACTOR = 8  # pixels per latent along a side (train/encoders.py, Latents)
+VAE_FACTOR = 8  # pixels per latent along a side (train/data/encoders.py, Latents)
 
 Count = Annotated[int, Field(gt=0)]
 Size = Annotated[int, Field(gt=0, le=2**16)]  # of images and layers
@@ -140,7 +140,7 @@ class DiffusionModel(Section):
     name: str
     paradigm: Literal["diffusion"]
     net: DiffusionNet
-    weights: str | None = None  # what train/weights.py finds by name; None: from scratch
+    weights: str | None = None  # what train/weights/folder.py finds by name; None: from scratch
     class_map: str | None = None  # weights of other conditions: JSON file {name here: condition there}, or fresh; None: refused
     vae: str | None = None  # folder of a diffusers AutoencoderKL, or hf://ORG/REPO, for latents; None: pixels
     noise_mean: float = -0.4  # of ln sigma in training
@@ -153,9 +153,9 @@ class NextScaleModel(Section):
     name: str
     paradigm: Literal["next_scale"]
     net: NextScaleNet
-    weights: str | None = None  # what train/weights.py finds by name; None: from scratch
+    weights: str | None = None  # what train/weights/folder.py finds by name; None: from scratch
     class_map: str | None = None  # weights of other conditions: JSON file {name here: condition there}, or fresh; None: refused
-    tokenizer: str  # what train/weights.py finds by name
+    tokenizer: str  # what train/weights/folder.py finds by name
 
 
 def is_stream(path: str) -> bool:
@@ -175,7 +175,7 @@ class Data(Section):
 
     @property
     def streamed(self) -> bool:
-        """Whether path names shards to stream (train/stream.py), and no folder."""
+        """Whether path names shards to stream (train/data/stream.py), and no folder."""
         return is_stream(self.path)
 
 
@@ -215,7 +215,7 @@ class Train(Section):
     log_every: Count = 10  # steps
     log_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Field(strict=False)] = ()  # beside metrics.jsonl
     grid_every: Annotated[int, Field(ge=0)] = 0  # images between pictures of samples, always of the same seeds; 0: none
-    # images between readings of the memorisation monitor (train/monitor.py); 0: off
+    # images between readings of the memorisation monitor (train/training/memorisation.py); 0: off
     monitor_every: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")

@@ -28,7 +28,7 @@ from mclr.kernels.choice import RESULTS, family
 from mclr.kernels.op import triton
 from mclr.kernels.registry import OPS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 PASSES = ("forward", "forward+backward")
 Row = dict[str, Any]
 # what every row has

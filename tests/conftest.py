@@ -14,7 +14,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 from mclr.models.vqvae import VQVAE, VQVAEConfig
 from mclr.train.prepare import prepare_digits
-from mclr.train.weights import save_weights
+from mclr.train.weights.folder import save_weights
 
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True

@@ -16,28 +16,28 @@ from pathlib import Path
 import pytest
 from test_resume import poison, skip
 
-import mclr.train.checkpoint
-import mclr.train.loop
-import mclr.train.progress
-import mclr.train.step
+import mclr.train.engine.checkpoint
+import mclr.train.training.loop
+import mclr.train.training.state
+import mclr.train.training.step
 from mclr.train.cli import main
-from mclr.train.data import Source
-from mclr.train.ema import EMA
-from mclr.train.engine import LocalEngine
-from mclr.train.log import RunFolder
+from mclr.train.data.source import Source
+from mclr.train.engine.base import LocalEngine
+from mclr.train.engine.ema import EMA
+from mclr.train.training.log import RunFolder
 
 PLACES = [
-    (mclr.train.step.Task, "samples"),
+    (mclr.train.training.step.Task, "samples"),
     (Source, "batch"),
-    (mclr.train.step, "score"),
+    (mclr.train.training.step, "score"),
     (LocalEngine, "step"),
     (EMA, "update"),
     (RunFolder, "log"),
-    (mclr.train.progress, "write_snapshot"),
-    (mclr.train.progress, "save_checkpoint"),
-    (mclr.train.checkpoint, "save_file"),
-    (mclr.train.checkpoint, "write_json"),
-    (mclr.train.loop, "export"),
+    (mclr.train.training.state, "write_snapshot"),
+    (mclr.train.training.state, "save_checkpoint"),
+    (mclr.train.engine.checkpoint, "save_file"),
+    (mclr.train.engine.checkpoint, "write_json"),
+    (mclr.train.training.loop, "export"),
     (shutil, "rmtree"),
     (os, "unlink"),
     (os, "fsync"),

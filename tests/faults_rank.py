@@ -11,11 +11,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mclr.train.run
-import mclr.train.step
+import mclr.train.training.step
 from mclr.train.cli import run_rank
 
 here, rank = Path.cwd(), os.environ["RANK"]
-real, count = mclr.train.step.score, 0
+real, count = mclr.train.training.step.score, 0
 
 
 def score(*args):
@@ -33,5 +33,5 @@ def score(*args):
     return real(*args)
 
 
-mclr.train.step.score = score
+mclr.train.training.step.score = score
 run_rank(mclr.train.run.main)

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from test_resume import BATCH, DROPOUT, RECIPE, STEPS
 
-from mclr.train.meter import TIMING
+from mclr.train.training.throughput import TIMING
 
 # of the moment: who held the folder, what ranks last did, checksums and a page of files that tell the time a run took
 IGNORED = ("lock", "manifest.json", "README.md")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import mclr.train.run
 
-RUN = Path(mclr.train.run.__file__)
+RUN = Path(mclr.train.run.__file__).resolve()
 ROOT = RUN.parent.parent
 
 

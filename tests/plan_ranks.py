@@ -15,13 +15,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import mclr.train.zero
+import mclr.train.engine.zero
 from mclr.configs.schema import load
-from mclr.train.build import build_networks, build_task, open_source
 from mclr.train.cli import run_rank
-from mclr.train.ema import averages_of
-from mclr.train.ranks import group, world
-from mclr.train.step import train_step
+from mclr.train.engine.ema import averages_of
+from mclr.train.system.ranks import group, world
+from mclr.train.training.build import build_networks, build_task, open_source
+from mclr.train.training.step import train_step
 
 BATCH, MICRO = 8, 2
 SMALL = 60_000  # of a bucket, below the weights of both networks
@@ -169,7 +169,7 @@ def every_model(digits, tokenizer, out):
     results = {}
     for model in MODELS:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(mclr.train.zero, "BUCKET", SMALL)
+            patch.setattr(mclr.train.engine.zero, "BUCKET", SMALL)
             results[f"{model} gathered"] = most_gathered(planned_run(model, tokenizer, *GATHERED, f"data.path={digits}"), patch)
         for zero in range(4):
             settings = ("engine.kind=deepspeed", f"engine.zero={zero}", f"data.path={digits}")

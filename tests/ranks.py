@@ -14,13 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from mclr.configs.schema import load
-from mclr.train.build import build_networks, build_task, open_source
-from mclr.train.checkpoint import load_checkpoint, save_checkpoint
 from mclr.train.cli import main as cli
 from mclr.train.cli import run_rank
-from mclr.train.ranks import group, world
-from mclr.train.step import train_step
-from mclr.train.weights import save_weights
+from mclr.train.engine.checkpoint import load_checkpoint, save_checkpoint
+from mclr.train.system.ranks import group, world
+from mclr.train.training.build import build_networks, build_task, open_source
+from mclr.train.training.step import train_step
+from mclr.train.weights.folder import save_weights
 
 BATCH, STEPS, MORE, LONG, LR, CLIP = 16, 20, 3, 50, 2e-3, 1.4
 STAGES = (0, 1, 2, 3)

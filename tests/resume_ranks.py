@@ -15,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import mclr.train.run
-import mclr.train.step
+import mclr.train.training.step
 from mclr.train.cli import run_rank
-from mclr.train.ranks import group, world
+from mclr.train.system.ranks import group, world
 
-real = mclr.train.step.score
+real = mclr.train.training.step.score
 
 
 def once(folder, argv, step):
@@ -33,7 +33,7 @@ def once(folder, argv, step):
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
-    mclr.train.step.score = score
+    mclr.train.training.step.score = score
     Path(folder).mkdir(parents=True, exist_ok=True)
     home = Path.cwd()
     os.chdir(folder)

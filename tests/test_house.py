@@ -122,7 +122,7 @@ BANS = {
         r"torch\.(rand|normal|bernoulli|multinomial|manual_seed)\w*\(|np\.random\.(?!Generator|Philox)",
         ("mclr",),
     ),
-    "a step never waits for the device": (r"\.item\(|\.tolist\(|\.cpu\(", ("train/step.py",)),
+    "a step never waits for the device": (r"\.item\(|\.tolist\(|\.cpu\(", ("train/training/step.py",)),
 }
 
 

@@ -14,10 +14,10 @@ from mclr.configs.schema import FILE
 from mclr.errors import UserError
 from mclr.models.convert import to_published
 from mclr.train.cli import Parser, run
-from mclr.train.ema import reconstruct
-from mclr.train.files import write_file
-from mclr.train.published import FAMILIES, READABLE, SCALES_512, SUFFIXES, TRAINING, Shapes
-from mclr.train.weights import convert_published, find_weights, load_net, notes_of, read_config, save_weights
+from mclr.train.engine.ema import reconstruct
+from mclr.train.system.files import write_file
+from mclr.train.weights.folder import convert_published, find_weights, load_net, notes_of, read_config, save_weights
+from mclr.train.weights.published import FAMILIES, READABLE, SCALES_512, SUFFIXES, TRAINING, Shapes
 
 EXAMPLE = f"""examples:
   mclr convert var_d16.pth weights/var-d16                  published -> ours

@@ -17,17 +17,17 @@ from mclr.configs.schema import FILE, DiffusionModel
 from mclr.errors import UserError
 from mclr.models.edm2 import EDM2
 from mclr.models.features import ImageClassifier
-from mclr.train import monitor
-from mclr.train.build import build_encoder
-from mclr.train.card import add_scores
 from mclr.train.cli import Parser, run
-from mclr.train.files import write_json
-from mclr.train.image_sets import ImageSet, find_images, in_memory_images, open_folder, open_npz
-from mclr.train.judges import PUBLISHED, Judge, classifier_judge, open_judge
-from mclr.train.references import MOST, SPLITS, Reference, Statistics, measure, open_reference, reference_statistics
 from mclr.train.sample import draw, find_generator, parse_classes, read_record
-from mclr.train.scores import Range, score, table
-from mclr.train.weights import find_weights, load_net
+from mclr.train.scoring.extractors import PUBLISHED, Judge, classifier_judge, open_judge
+from mclr.train.scoring.image_readers import ImageSet, find_images, in_memory_images, open_folder, open_npz
+from mclr.train.scoring.scores import Range, score, table
+from mclr.train.scoring.statistics import MOST, SPLITS, Reference, Statistics, measure, open_reference, reference_statistics
+from mclr.train.system.files import write_json
+from mclr.train.training import memorisation as monitor
+from mclr.train.training.build import build_encoder
+from mclr.train.weights.folder import find_weights, load_net
+from mclr.train.weights.model_card import add_scores
 
 EXAMPLE = """examples:
   mclr evaluate samples/mine --reference digits --judge digits-classifier

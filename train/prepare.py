@@ -1,4 +1,4 @@
-"""`mclr prepare`: turn images into a dataset folder (dataset.json, train/*.tar, val/*.tar) that train/data.py reads.
+"""`mclr prepare`: turn images into a dataset folder (dataset.json, train/*.tar, val/*.tar) that train/data/source.py reads.
 
 A shard is a tar file in webdataset's format: every sample is KEY.png and KEY.cls (its condition, a decimal number).
 """
@@ -24,11 +24,11 @@ from webdataset import TarWriter
 from mclr.configs.schema import Data, is_stream, load
 from mclr.errors import UserError
 from mclr.train.cli import Parser, run_rank
-from mclr.train.data import TOKENS, DatasetInfo, SplitReader, open_dataset, permutation
-from mclr.train.files import in_memory, new_folder, write_file, write_json
-from mclr.train.image_folders import FORMATS, Images, find_images
-from mclr.train.ranks import on_signals, one_voice, own_device, world
-from mclr.train.shards import Shard, open_image
+from mclr.train.data.folders import FORMATS, Images, find_images
+from mclr.train.data.shards import Shard, open_image
+from mclr.train.data.source import TOKENS, DatasetInfo, SplitReader, open_dataset, permutation
+from mclr.train.system.files import in_memory, new_folder, write_file, write_json
+from mclr.train.system.ranks import on_signals, one_voice, own_device, world
 
 CHUNK = 64
 
@@ -354,15 +354,15 @@ def _images(args: argparse.Namespace) -> None:
 
 def _network(args: argparse.Namespace) -> None:
     # torch's optimisers and the networks are slow to import, and the other subcommands do without
-    from mclr.train.fit import Recipe, fit_to_data
+    from mclr.train.training.small_networks import Recipe, fit_to_data
 
     fit_to_data(args.kind, args.data, args.out, Recipe(args.steps, args.batch, args.lr), args.seed, args.half, args.command)
 
 
 def _cache(args: argparse.Namespace) -> None:
     # as above
-    from mclr.train.build import build_encoder, open_source
-    from mclr.train.cache import make_cache
+    from mclr.train.data.cache import make_cache
+    from mclr.train.training.build import build_encoder, open_source
 
     rank = world()[0]
     with on_signals(signal.SIG_DFL) if rank else nullcontext(), one_voice():

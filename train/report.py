@@ -23,7 +23,7 @@ from PIL import Image
 
 from mclr.errors import UserError
 from mclr.train.cli import Parser, run
-from mclr.train.files import in_memory, regular, write_file, write_text
+from mclr.train.system.files import in_memory, regular, write_file, write_text
 
 # Row -> its name in the tables; its weight, where it has one: key in results.json and symbol.
 ROWS = {"base": "base", "control": "control (more mle)", "cfg": "control + CFG", "mclr": "MCLR"}
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("give the folder of a tour, or --study family")
     if args.study:
         # imports torch, and this file
-        from mclr.train.study import report
+        from mclr.train.studies.study import report
 
         report(args.out or Path("runs") / args.study, args.only or "", args.markdown)
         return 0

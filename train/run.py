@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from mclr.configs.schema import DiffusionModel, RunConfig, dump, flatten, load
 from mclr.errors import UserError
 from mclr.train.cli import Parser, run_rank
-from mclr.train.ranks import Interrupt, from_all, group, on_signals, one_voice, own_device, together, world
-from mclr.train.sinks import refuse_missing
+from mclr.train.system.ranks import Interrupt, from_all, group, on_signals, one_voice, own_device, together, world
+from mclr.train.training.trackers import refuse_missing
 
 EXAMPLE = """example:
   mclr train --model edm2-digits --objective mclr objective.lam=0.3
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def print_plan(args: argparse.Namespace, overrides: list[str]) -> None:
-    from mclr.train.plan import plan, published_data
+    from mclr.train.planning.plan import plan, published_data
 
     config = load(args.model, args.objective, args.data, args.engine, [*published_data(args.model, args.data), *overrides])
     for line in plan(config, args.gpus, args.gpu):
@@ -133,17 +133,17 @@ def start(config: RunConfig, out: Path, micro_batch: int, command: str) -> int:
     """Read what the run reads, meet the other ranks, build and train. Returns what train() returns."""
     import torch
 
-    from mclr.train.build import build_networks, build_task, choose_kernels, open_source
-    from mclr.train.cache import data_line, precision_of, through_cache
-    from mclr.train.card import run_notes
-    from mclr.train.data import Source
-    from mclr.train.gpus import peak_flops
-    from mclr.train.grids import Grid
-    from mclr.train.log import RunFolder
-    from mclr.train.loop import train
+    from mclr.train.data.cache import data_line, precision_of, through_cache
+    from mclr.train.data.source import Source
     from mclr.train.prepare import open_or_prepare
-    from mclr.train.pulse import Pulse
-    from mclr.train.weights import inherited
+    from mclr.train.system.gpus import peak_flops
+    from mclr.train.system.watchdog import Pulse
+    from mclr.train.training.build import build_networks, build_task, choose_kernels, open_source
+    from mclr.train.training.log import RunFolder
+    from mclr.train.training.loop import train
+    from mclr.train.training.previews import Grid
+    from mclr.train.weights.folder import inherited
+    from mclr.train.weights.model_card import run_notes
 
     rank, _, ranks = world()
     device = own_device()
@@ -193,10 +193,10 @@ def start(config: RunConfig, out: Path, micro_batch: int, command: str) -> int:
 
 def inputs_of(config: RunConfig) -> dict[str, str]:
     """Setting -> checksum of the weights, the class map or the dataset that it names; without digits that are still to be prepared."""
-    from mclr.train.class_map import FRESH
-    from mclr.train.encoders import VAE_WEIGHTS, find_vae
-    from mclr.train.files import checksum
-    from mclr.train.weights import find_weights, named_weights, sha256
+    from mclr.train.data.encoders import VAE_WEIGHTS, find_vae
+    from mclr.train.system.files import checksum
+    from mclr.train.training.class_map import FRESH
+    from mclr.train.weights.folder import find_weights, named_weights, sha256
 
     model, named = config.model, named_weights(flatten(config))
     # how a run is sampled decides nothing of it
@@ -215,9 +215,9 @@ def planned(config: RunConfig) -> Any:
     """The network of a run, without memory. Raises UserError where weights that the run names are missing, or do not fit it."""
     import torch
 
-    from mclr.train.build import build_encoder, build_net
-    from mclr.train.class_map import class_map
-    from mclr.train.weights import find_weights, named_weights, refuse_misfit
+    from mclr.train.training.build import build_encoder, build_net
+    from mclr.train.training.class_map import class_map
+    from mclr.train.weights.folder import find_weights, named_weights, refuse_misfit
 
     encoder = build_encoder(config, torch.device("cpu"))
     with torch.device("meta"):
@@ -230,7 +230,7 @@ def planned(config: RunConfig) -> Any:
 
 def describe(config: RunConfig, ranks: int, micro_batch: int, net: Any) -> str:
     """The run in a few lines: what is trained, on what, how, at what cost."""
-    from mclr.train.build import build_objective, posterior_warmup, schedule_table
+    from mclr.train.training.build import build_objective, posterior_warmup, schedule_table
 
     count = sum(p.numel() for p in net.parameters())
     objective, settings, engine = build_objective(config), config.train, config.engine

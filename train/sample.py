@@ -30,15 +30,23 @@ from mclr.guidance import Guidance
 from mclr.likelihood import Draws, Net, Paradigm
 from mclr.models.edm2 import EDM2
 from mclr.next_scale import NextScale
-from mclr.train.build import build_encoder, build_guidance, build_guide, build_net, build_paradigm, choose_kernels, schedule_table
 from mclr.train.cli import Parser, run_rank
-from mclr.train.encoders import ROUNDING, VAE_WEIGHTS, Encoder, find_vae, to_uint8
-from mclr.train.files import checksum, in_memory, regular, write_file, write_json
-from mclr.train.loop import progress_bar
+from mclr.train.data.encoders import ROUNDING, VAE_WEIGHTS, Encoder, find_vae, to_uint8
 from mclr.train.prepare import prepare_samples
-from mclr.train.ranks import from_rank_0, group, on_signals, one_voice, own_device, together, world
 from mclr.train.report import image_grid
-from mclr.train.weights import find_weights, load_into, presets_of, read_config, sha256
+from mclr.train.system.files import checksum, in_memory, regular, write_file, write_json
+from mclr.train.system.ranks import from_rank_0, group, on_signals, one_voice, own_device, together, world
+from mclr.train.training.build import (
+    build_encoder,
+    build_guidance,
+    build_guide,
+    build_net,
+    build_paradigm,
+    choose_kernels,
+    schedule_table,
+)
+from mclr.train.training.loop import progress_bar
+from mclr.train.weights.folder import find_weights, load_into, presets_of, read_config, sha256
 
 EXAMPLE = """examples:
   mclr sample runs/mine --out samples/mine --per-class 50

@@ -22,14 +22,14 @@ from mclr.configs.schema import RunConfig, load
 from mclr.errors import UserError
 from mclr.models.features import ImageClassifier
 from mclr.train.cli import Parser, run
-from mclr.train.data import load_split
-from mclr.train.encoders import ROUNDING
+from mclr.train.data.encoders import ROUNDING
+from mclr.train.data.source import load_split
 from mclr.train.evaluate import judge
-from mclr.train.files import write_file, write_json
 from mclr.train.prepare import prepare_digits
 from mclr.train.report import image_grid, markdown_table, write_report
 from mclr.train.sample import generate, load_generator, to_images
-from mclr.train.weights import find_weights, load_net, sha256
+from mclr.train.system.files import write_file, write_json
+from mclr.train.weights.folder import find_weights, load_net, sha256
 
 # the five guidance weights of the sweep, around the best one of each control
 GAMMAS = {"edm2-digits": (0.2, 0.35, 0.5, 0.65, 0.8), "var-digits": (0.25, 0.5, 0.75, 1.0, 1.5)}

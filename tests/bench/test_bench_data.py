@@ -1,0 +1,131 @@
+"""train/bench/data.py: its arithmetic on a clock that only the test moves, its tables, its bad arguments."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+import mclr.train.bench.data
+from mclr.train.bench.data import main, measure, simulate, tables
+from mclr.train.cli import run
+from mclr.train.prepare import main as prepare
+
+
+class Clock:
+    """In place of the module `time`: it goes on when somebody sleeps."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+class Coming:
+    """A sample that is there at a time, and waited for until then."""
+
+    def __init__(self, clock, ready):
+        self.clock, self.ready = clock, ready
+
+    def exception(self):
+        self.clock.now = max(self.clock.now, self.ready)
+
+
+class Slow:
+    """Samples that one reader makes one after the other, in so many seconds each; a batch of them is copied in `copy` seconds."""
+
+    def __init__(self, clock, seconds, copy=0.0):
+        self.clock, self.seconds, self.copy = clock, seconds, copy
+        self.reader, self.busy, self.asked = SimpleNamespace(coming={}), 0.0, []
+
+    def _indices(self, positions):
+        return list(positions)
+
+    def prefetch(self, positions):
+        for p in positions:
+            if p not in self.reader.coming:
+                self.busy = max(self.busy, self.clock.now) + self.seconds
+                self.reader.coming[p] = Coming(self.clock, self.busy)
+
+    def batch(self, first, count):
+        self.asked.append(first)
+        for p in range(first, first + count):
+            self.reader.coming.pop(p).exception()
+        self.clock.now += self.copy
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(mclr.train.bench.data, "time", clock)
+    return clock
+
+
+def test_a_step_waits_for_what_its_readers_have_not_finished(clock):
+    # 4 samples a step: .4 s of reading beside a step of .3 s, or of .25 s and .05 s of copying
+    for sleep, copy in ((0.3, 0.0), (0.25, 0.05)):
+        source = Slow(clock, 0.1, copy)
+        waits = simulate(source, first=8, steps=3, batch=4, sleep=sleep)
+        assert waits.waiting == pytest.approx([0.1] * 3) and waits.copying == pytest.approx([copy] * 3)
+        assert source.asked == [8, 12, 16, 20]
+    assert simulate(Slow(clock, 0.1), 0, 3, batch=4, sleep=0.4).waiting == pytest.approx([0.0] * 3)
+
+
+def test_rates_and_shares_are_those_of_the_steps_after_the_first(clock):
+    args = SimpleNamespace(readers=[1, 2], rate=[5.0, 20.0, 40.0], batch=4, steps=10)
+    source = Slow(clock, 0.1)
+    found = measure({"images": source}, args)
+    assert [row["readers"] for row in found["read"]] == [1, 2]
+    assert [row["per_second"] for row in found["read"]] == pytest.approx([10, 10])
+    # steps of .8, .2 and .1 s, read in .4 s each
+    assert [row["waiting"] for row in found["loops"]] == pytest.approx([0, 0.5, 0.75])
+    assert [row["worst"] for row in found["loops"]] == pytest.approx([0, 0.2, 0.3])
+    # no sample twice
+    assert len(set(source.asked)) == len(source.asked) == 5 * 11
+    assert source.reader.readers._max_workers == mclr.train.bench.data.READERS and source.reader.keep is False
+    lines = tables(found).splitlines()
+    assert "| images | 2 | 10 |" in lines and "| images | 20 | 50.0% | 200.0 ms | 0.0% |" in lines
+    # half of a second copying, in a second and a half
+    (row,) = measure({"images": Slow(clock, 0.0, copy=0.05)}, SimpleNamespace(readers=[], rate=[40.0], batch=4, steps=10))[
+        "loops"
+    ]
+    assert row == {"source": "images", "rate": 40, "waiting": 0, "copying": pytest.approx(1 / 3), "worst": 0}
+
+
+def test_the_digits_are_read_from_shards_and_from_a_cache(digits, tokenizer, tmp_path, capsys):
+    data = shutil.copytree(digits, tmp_path / "data")
+    model = ["--model", "var-digits", f"model.tokenizer={tokenizer}"]
+    quick = ["--data", str(data), "--steps", "2", "--batch", "8", "--readers", "1", "2", "--rate", "1000"]
+    assert run(main, [*quick, *model]) == 2
+    assert f"error: {data} has no complete cache for var-digits: make one" in capsys.readouterr().err
+    assert prepare(["cache", "--data", str(data), *model]) == 0
+    capsys.readouterr()
+    for given, names in (([], ["images"]), (model, ["images", "tokens"])):
+        assert run(main, [*quick, *given, "--json", str(tmp_path / "found.json")]) == 0
+        found = json.loads((tmp_path / "found.json").read_text())
+        assert [row["source"] for row in found["loops"]] == names
+        assert [(row["source"], row["readers"]) for row in found["read"]] == [(name, n) for name in names for n in (1, 2)]
+        assert all(row["per_second"] > 0 for row in found["read"]) and all(0 <= row["waiting"] < 1 for row in found["loops"])
+        assert capsys.readouterr().out == tables(found) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ([], "arguments are required: --data"),
+        (["--data", "digits", "--readers", "0"], "--readers 0: more than 0"),
+        (["--data", "digits", "--rate", "10", "-1"], "--rate -1: more than 0"),
+        (["--data", "digits", "--rate", "nan"], "--rate nan: more than 0"),
+        (["--data", "digits", "--batch", "0"], "--batch 0: more than 0"),
+        (["--data", "digits", "data.flip=true"], "data.flip=true has no effect without --model"),
+        (["--data", "nowhere"], "unknown data nowhere"),
+    ],
+)
+def test_bad_arguments_are_one_line(argv, says, capsys):
+    assert run(main, argv) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and says in err

@@ -1,0 +1,457 @@
+"""Caches of latents and tokens: what is read is what the encoder gives, however the making was stopped; damage is one line."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from ranks import Trained, tiny
+from safetensors.torch import load_file
+from test_encoders import save_tiny_vae
+
+import mclr.train.data.cache
+import mclr.train.data.source
+import mclr.train.system.files
+from mclr.configs.schema import load
+from mclr.errors import UserError
+from mclr.likelihood import Draws
+from mclr.train.cli import main as mclr
+from mclr.train.cli import run
+from mclr.train.data.cache import CachedSource, data_line, precision_of, through_cache
+from mclr.train.data.encoders import Latents, from_uint8
+from mclr.train.prepare import main, prepare_images
+from mclr.train.training.build import build_encoder, open_source
+
+CPU = torch.device("cpu")
+COUNT = 22  # of the photos in the train split
+
+
+@pytest.fixture(autouse=True)
+def small_files(monkeypatch):
+    monkeypatch.setattr(mclr.train.data.cache, "CHUNK", 5)
+    monkeypatch.setattr(mclr.train.data.cache, "BATCH", 3)
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    return save_tiny_vae(tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """24 images of 64 pixels, which are latents of 8."""
+    path, images = tmp_path_factory.mktemp("photos"), torch.Generator().manual_seed(0)
+    for i, image in enumerate(torch.randint(0, 256, (24, 64, 64, 3), dtype=torch.uint8, generator=images)):
+        (path / f"{i % 2}").mkdir(exist_ok=True)
+        Image.fromarray(image.numpy()).save(path / f"{i % 2}" / f"{i}.png")
+    prepare_images(path, path.with_name("data"), resolution=64)
+    return path.with_name("data")
+
+
+@pytest.fixture
+def data(photos, tmp_path):
+    return shutil.copytree(photos, tmp_path / "data")
+
+
+@pytest.fixture
+def make(data, vae, capsys):
+    """make(*arguments) -> (status, what was said) of `mclr prepare cache` on the photos."""
+
+    def make(*arguments):
+        capsys.readouterr()
+        status = run(main, ["cache", "--model", "edm2-digits", "--data", str(data), f"model.vae={vae}", *arguments])
+        out, err = capsys.readouterr()
+        return status, out + "".join(line for line in err.splitlines() if line.startswith("error"))
+
+    return make
+
+
+def opened(data, vae, *overrides):
+    """(config, source without a cache, encoder)."""
+    config = load("edm2-digits", "mle", str(data), "local", [f"model.vae={vae}", "model.weights=null", *overrides])
+    return config, open_source(config), build_encoder(config, CPU)
+
+
+def cached(data, vae, *overrides):
+    config, source, encoder = opened(data, vae, *overrides)
+    return through_cache(source, encoder, config)
+
+
+def expected(data, vae, mirror=False):
+    """What the VAE gives of every image of the split, in shard order."""
+    _, source, encoder = opened(data, vae)
+    images = from_uint8(source.reader.images(list(range(COUNT))))
+    return encoder.encode(images.flip(-1) if mirror else images).numpy()
+
+
+def folder(data):
+    return next((data / "cache").iterdir())
+
+
+def files(data):
+    return {path.relative_to(data / "cache"): path.read_bytes() for path in (data / "cache").rglob("*.npy")}
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_a_cache_holds_what_the_encoder_gives(views, make, data, vae):
+    status, said = make(f"data.flip={views == 2}")
+    assert status == 0
+    what = "latents of 22 images and their mirror images" if views == 2 else "latents of 22 images"
+    assert said == f"{folder(data)}: {what}, float32, 0.{views - 1} MiB\n"
+    source = cached(data, vae, f"data.flip={views == 2}")
+    stored_NV = np.stack([source.cache.read(i) for i in range(COUNT)])
+    assert stored_NV.shape == (COUNT, views, 8, 8, 8)
+    for view in range(views):
+        np.testing.assert_allclose(stored_NV[:, view], expected(data, vae, mirror=view == 1), rtol=0, atol=1e-4)
+    # any program reads it
+    whole = np.concatenate([np.load(file)["x"] for file in sorted(folder(data).glob("*.npy"))])
+    assert np.array_equal(whole, stored_NV)
+    record = json.loads((folder(data) / "cache.json").read_text())
+    assert (record["count"], record["shape"], record["views"]) == (COUNT, [8, 8, 8], views)
+    assert record["command"].startswith("mclr prepare cache --model edm2-digits --data ")
+    # and again: nothing to do
+    before = {path: path.stat().st_mtime_ns for path in folder(data).iterdir()}
+    assert "is complete: latents of 22" in make(f"data.flip={views == 2}")[1]
+    assert {path: path.stat().st_mtime_ns for path in folder(data).iterdir()} == before
+
+
+def test_a_run_reads_its_cache_and_no_image(make, data, vae, monkeypatch):
+    """At every position the same x up to the rounding of a batch, mirrored where the run mirrors."""
+    make("data.flip=true")
+    overrides = ["model.vae=" + str(vae), "data.flip=true", "data.resolution=64", "data.channels=3", "data.num_classes=2"]
+    trained = Trained("edm2-digits", "local", data, None, 8, settings=overrides)
+    plain_x, plain_c, *_ = trained.task.samples(30, 40)
+    source = cached(data, vae, "data.flip=true")
+    assert isinstance(source, CachedSource)
+    monkeypatch.setattr(mclr.train.data.source, "read_image", lambda *_: pytest.fail("an image was read"))
+    task = replace(trained.task, source=source)
+    source.prefetch(range(30, 50))
+    x, c, *_ = task.samples(30, 40)
+    assert torch.equal(c, plain_c) and x.dtype == torch.float32
+    assert ((x - plain_x).square().mean() / plain_x.square().mean()).sqrt() < 1e-5
+    # with mirror images among them, which are others
+    flip_B, batch = Draws(task.seed, list(range(30, 70))).uniform() < 0.5, source.batch(30, 40)
+    changed_B = (task.encode(batch, flip_B) - task.encode(batch)).flatten(1).abs().amax(1) > 1e-2
+    assert 8 < flip_B.sum() < 32 and torch.equal(changed_B, flip_B)
+    assert not source.coming
+
+
+@pytest.mark.parametrize("flip", ["data.flip=true", "data.flip=false"])
+def test_on_tokens_a_run_is_the_same_bit_for_bit(flip, digits, tokenizer, tmp_path, monkeypatch, capsys):
+    data = shutil.copytree(digits, tmp_path / "data")
+    monkeypatch.setattr(mclr.train.data.cache, "CHUNK", 256)
+    weights = {}
+    for name in ("plain", "cached"):
+        trained = Trained("var-digits", "local", data, tokenizer, 8, settings=[flip])
+        if name == "cached":
+            assert run(main, ["cache", "--model", "var-digits", "--data", str(data), f"model.tokenizer={tokenizer}", flip]) == 0
+            config = load("var-digits", "mclr", str(data), "local", [*tiny("var-digits", tokenizer), flip])
+            source = through_cache(trained.task.source, trained.task.encoder, config)
+            assert source.cache.form.dtype == "uint8" and source.cache.form.shape == (21,)
+            assert precision_of(source, trained.task.encoder) == {}
+            said = f"data       tokens (uint8) from {folder(data)}"
+            assert data_line(source, trained.task.encoder, config) == [said]
+            trained.task = replace(trained.task, source=source)
+            monkeypatch.setattr(mclr.train.data.source, "read_image", lambda *_: pytest.fail("an image was read"))
+        weights[name] = trained.train(3).weights()
+    assert all(torch.equal(w, weights["cached"][key]) for key, w in weights["plain"].items())
+
+
+def test_fp16_moves_latents_by_as_much_as_is_said(make, data, vae):
+    """Half is one cache, exact another, and the exact one is read where both are there."""
+    assert "float16" in make("--half")[1]
+    half = cached(data, vae)
+    assert half.cache.form.dtype == "float16"
+    _, _, encoder = opened(data, vae)
+    assert precision_of(half, encoder) == {"latents": "float16"}
+    stored = half.batch(0, COUNT).stored_BV
+    assert stored.dtype == torch.float32
+    half_size = sum(path.stat().st_size for path in folder(data).glob("*.npy"))
+    make()
+    exact = cached(data, vae)
+    assert exact.cache.form.dtype == "float32" and precision_of(exact, encoder) == {"latents": "float32"}
+    assert sum(path.stat().st_size for path in exact.cache.folder.glob("*.npy")) > 1.7 * half_size
+    assert 0 < (stored - exact.batch(0, COUNT).stored_BV).abs().max() < 2**-10
+    # latents of EDM2's statistics: means as spread as all of them, a small standard deviation
+    mean, std = (torch.tensor(v)[None, :, None, None] for v in (Latents.MEAN, Latents.STD))
+    stored = torch.cat([mean + std * Draws(1, list(range(8))).normal(4, 64, 64), torch.full((8, 4, 64, 64), 0.1)], 1)
+    x, rounded = (encoder.draw(each, Draws(0, list(range(8)))) for each in (stored, stored.half().float()))
+    assert ((x - rounded).square().mean() / x.var()).sqrt() == pytest.approx(2.5e-4, rel=0.1)
+
+
+class Stop(Exception):
+    pass
+
+
+def stopping(monkeypatch, images):
+    """Let the VAE be stopped after so many images; returns what counts them."""
+    count, encode = [0], Latents.encode
+
+    def counted(self, image_BCHW):
+        count[0] += len(image_BCHW)
+        if count[0] > images:
+            raise Stop
+        return encode(self, image_BCHW)
+
+    monkeypatch.setattr(Latents, "encode", counted)
+    return count
+
+
+def test_a_stopped_job_goes_on_after_its_last_file(make, data, vae, monkeypatch):
+    make()
+    whole, place = files(data), folder(data)
+    shutil.rmtree(place)
+    with monkeypatch.context() as patch:
+        stopping(patch, 13)
+        with pytest.raises(Stop):
+            make()
+    assert sorted(path.name for path in place.iterdir()) == ["000000.npy", "000001.npy"]
+    config, source, encoder = opened(data, vae)
+    assert through_cache(source, encoder, config) is source
+    says = f"data       nothing in {data / 'cache'} is complete and fits this run: every image is encoded at every visit"
+    assert data_line(source, encoder, config) == [says]
+    # what a kill or a crash of the machine may leave
+    (place / "000000.npy").write_bytes((place / "000000.npy").read_bytes()[:-1])
+    (place / ".tmp-killed").write_bytes(b"half")
+    kept = (place / "000001.npy").stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        count = stopping(patch, 1000)
+        assert make()[0] == 0
+    assert count[0] == COUNT - 5 and (place / "000001.npy").stat().st_mtime_ns == kept
+    assert files(data) == whole and not list(place.glob(".tmp-*"))
+
+
+def test_ranks_share_the_files_without_a_word(make, data, vae, monkeypatch):
+    make("data.flip=true")
+    whole = files(data)
+    shutil.rmtree(data / "cache")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, there in ((1, ["000001.npy", "000003.npy"]), (0, sorted([*(path.name for path in whole), "cache.json", "lock"]))):
+        monkeypatch.setenv("RANK", str(rank))
+        status, said = make("data.flip=true")
+        assert status == 0 and sorted(path.name for path in folder(data).iterdir()) == there
+        assert bool(said) == (rank == 0)
+    # rank 0 at the end, and files of another that it does not see
+    (folder(data) / "cache.json").unlink()
+    (folder(data) / "000001.npy").unlink()
+    assert f"{folder(data)}: 1 of 5 files are still being made elsewhere" in make("data.flip=true")[1]
+    monkeypatch.delenv("WORLD_SIZE")
+    make("data.flip=true")
+    assert files(data) == whole
+    # who comes second to the end leaves the first one's word
+    record = (folder(data) / "cache.json").read_text()
+    assert not cached(data, vae, "data.flip=true").cache.finish("another command")
+    assert (folder(data) / "cache.json").read_text() == record
+
+
+def test_a_file_system_without_locks_is_one_line(make, data, monkeypatch):
+    def refuse(file, how):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    status, said = make()
+    assert status == 2 and said.startswith(f"error: cannot lock {folder(data)} (Function not implemented): ")
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(make, data, vae, monkeypatch):
+    write, written = mclr.train.data.cache.write_file, []
+
+    def full(path, content):
+        if len(written) == 2:
+            # what write_file does when os.write fails
+            raise mclr.train.system.files._cannot_write(path, OSError(28, "No space left on device"))
+        written.append(path)
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mclr.train.data.cache, "write_file", full)
+        status, said = make()
+    assert status == 2 and said.count("error: ") == 1 and "(No space left on device)" in said
+    assert [path.name for path in sorted(folder(data).iterdir())] == ["000000.npy", "000001.npy"]
+    assert make()[0] == 0 and cached(data, vae).batch(0, COUNT).stored_BV.shape == (COUNT, 1, 8, 8, 8)
+
+
+def test_a_cache_is_for_its_encoder_data_and_mirroring(make, data, vae, tmp_path):
+    make()
+    other = save_tiny_vae(tmp_path / "other", block_out_channels=(8, 8, 16, 16))
+    for overrides in (["data.flip=true"], [f"model.vae={other}"]):
+        assert not isinstance(cached(data, vae, *overrides), CachedSource)
+    make("data.flip=true")
+    assert cached(data, vae, "data.flip=true").cache.form.views == 2
+    # the one without mirror images is shorter; with it gone the other serves as well
+    source = cached(data, vae)
+    assert source.cache.form.views == 1
+    shutil.rmtree(source.cache.folder)
+    assert cached(data, vae).cache.form.views == 2
+    record = json.loads((data / "dataset.json").read_text())
+    (data / "dataset.json").write_text(json.dumps(record | {"source": "elsewhere"}))
+    assert not isinstance(cached(data, vae), CachedSource)
+
+
+def test_a_stream_has_no_cache(data, vae):
+    config, source, encoder = opened(data, vae)
+    # no path at all
+    source.info = replace(source.info, splits={}, path=Path("pipe:" + 300 * "x"))
+    assert through_cache(source, encoder, config) is source
+    assert data_line(source, encoder, config) == [
+        "data       streamed, shards drawn with replacement: a resumed run sees other samples"
+    ]
+
+
+def shorten(place):
+    file = place / "000002.npy"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def reshape(place):
+    record = json.loads((place / "cache.json").read_text())
+    (place / "cache.json").write_text(json.dumps(record | {"shape": [8, 8, 4]}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (shorten, "000002.npy is missing or cut off"),
+        (lambda place: (place / "000004.npy").unlink(), "000004.npy is missing or cut off"),
+        (reshape, "cache.json says shape [8, 8, 4], this data and encoder have [8, 8, 8]"),
+        (lambda place: (place / "cache.json").write_text("{"), "Expecting property name"),
+        (lambda place: (place / "cache.json").write_text("[]"), "list indices must be integers"),
+        (lambda place: (place / "cache.json").write_text("{}"), "'what'"),
+    ],
+)
+def test_a_damaged_cache_is_refused_when_a_run_starts(damage, says, make, data, vae):
+    make()
+    damage(folder(data))
+    with pytest.raises(UserError) as refused:
+        cached(data, vae)
+    said = str(refused.value)
+    assert said.startswith(f"{folder(data)} is damaged ({says}") and "remove this folder, and make it again" in said
+    assert "\n" not in said
+    # nor does making it again overlook that
+    status, said = make()
+    assert status == 2 and said.startswith("error: ") and says in said
+
+
+def test_damage_inside_of_a_file_is_noticed_when_it_is_read(make, data, vae):
+    make()
+    file = folder(data) / "000001.npy"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    source = cached(data, vae)
+    order = source._indices(range(COUNT))
+    for position, i in enumerate(order):
+        if i != 9:
+            source.batch(position, 1)
+    with pytest.raises(UserError, match=r"is damaged \(sample 9 in 000001.npy: its checksum differs\): remove this folder"):
+        source.batch(order.index(9), 1)
+    # a file of other samples is of the right size and whole
+    shutil.copy(folder(data) / "000000.npy", file)
+    with pytest.raises(UserError, match=r"\(sample 5 in 000001.npy: its checksum differs\)"):
+        cached(data, vae).batch(order.index(5), 1)
+
+
+def test_a_damaged_image_stops_the_making_with_the_usual_line(make, data, vae):
+    _, source, _ = opened(data, vae)
+    sample = source.reader.samples[7]
+    content = bytearray((data / sample.file).read_bytes())
+    content[sample.offset + 40 : sample.offset + 400] = bytes(360)
+    (data / sample.file).write_bytes(content)
+    status, said = make("data.damaged=0.5")
+    assert status == 2 and f"the image of sample {sample.key} is damaged" in said and said.count("\n") == 0
+    assert [path.name for path in folder(data).iterdir()] == ["000000.npy"]
+
+
+def test_what_cannot_be_cached_is_one_line(make, data, digits, tokenizer, capsys):
+    tokens = ["cache", "--model", "var-digits", "--data", str(digits), f"model.tokenizer={tokenizer}"]
+    for argv, says in (
+        (["cache", "--model", "edm2-digits", "--data", str(digits)], "edm2-digits models pixels: there is nothing to cache"),
+        ([*tokens, "--half"], "var-digits models tokens, which are whole numbers: leave out --half"),
+        (["cache", "--model", "edm2-digits"], "arguments are required: --data"),
+        ([*tokens, "data.flipp=true"], "did you mean data.flip?"),
+        ([*tokens, "data.path=pipe:cat a.tar"], "pipe:cat a.tar is a stream, whose samples have no numbers"),
+    ):
+        assert run(main, argv) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and says in err
+    assert not (digits / "cache").exists() and not (data / "cache").exists()
+
+
+def test_numbers_that_fp16_does_not_hold_are_refused(make, data, monkeypatch):
+    encode = Latents.encode
+    monkeypatch.setattr(Latents, "encode", lambda self, image_BCHW: encode(self, image_BCHW) + 1e5)
+    status, said = make("--half")
+    assert status == 2 and "numbers that float16 does not hold" in said and not files(data)
+
+
+def weights(run):
+    return load_file(run / "weights" / "model.safetensors")
+
+
+def test_a_run_on_tokens_may_gain_and_lose_its_cache(digits, tokenizer, tmp_path, capsys, monkeypatch):
+    data = shutil.copytree(digits, tmp_path / "data")
+    argv = [
+        "train",
+        "--model",
+        "var-digits",
+        "--data",
+        str(data),
+        *tiny("var-digits", tokenizer),
+        "train.batch=8",
+        "data.flip=true",
+    ]
+
+    def start(out, images):
+        capsys.readouterr()
+        assert mclr([*argv, f"train.images={images}", "--out", str(tmp_path / out)]) == 0
+        return capsys.readouterr().out
+
+    assert "data       tokens" not in start("plain", 32) and "data       nothing" not in start("other", 16)
+    assert mclr(["prepare", "cache", *argv[1:5], f"model.tokenizer={tokenizer}", "data.flip=true"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(mclr.train.data.source, "read_image", lambda *_: pytest.fail("an image was read"))
+        assert f"data       tokens (uint8) from {folder(data)}\n" in start("other", 24)
+    shutil.rmtree(data / "cache")
+    start("other", 32)
+    plain, other = weights(tmp_path / "plain"), weights(tmp_path / "other")
+    assert all(torch.equal(w, other[key]) for key, w in plain.items())
+
+
+def test_a_run_on_fp16_latents_may_not_change_them(make, data, vae, tmp_path, capsys):
+    argv = [
+        "train",
+        "--model",
+        "edm2-digits",
+        "--data",
+        str(data),
+        f"model.vae={vae}",
+        "model.weights=null",
+        "--objective",
+        "mle",
+    ]
+    argv += ["train.batch=8", "model.posterior.weights=null", "--out", str(tmp_path / "run")]
+    assert mclr([*argv, "train.images=8"]) == 0
+    assert json.loads((tmp_path / "run" / "inputs.json").read_text())["latents"] == "float32"
+    make("--half")
+    capsys.readouterr()
+    assert mclr([*argv, "train.images=16"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: run folder {tmp_path / 'run'} began with another latents=float32 than lies there now: choose")
+    # an exact one takes the place of both
+    make()
+    assert mclr([*argv, "train.images=16"]) == 0
+    assert f"data       latents (float32) from {data / 'cache'}" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run")
+    shutil.rmtree(data / "cache")
+    make("--half")
+    assert mclr([*argv, "train.images=8"]) == 0
+    (folder(data) / "000000.npy").unlink()
+    assert mclr([*argv, "train.images=16"]) == 2
+    assert "is damaged (000000.npy is missing or cut off)" in capsys.readouterr().err
+    shutil.rmtree(data / "cache")
+    assert mclr([*argv, "train.images=16"]) == 2
+    assert "began with another latents=float16 than" in capsys.readouterr().err

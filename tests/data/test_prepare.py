@@ -1,0 +1,418 @@
+"""`mclr prepare`: folders of images become datasets whole or not at all, and every unusable input gets one line."""
+
+import json
+import os
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mclr.train.prepare
+from mclr.errors import UserError
+from mclr.train.cli import run
+from mclr.train.data.source import load_split, open_dataset
+from mclr.train.prepare import center_crop, main, open_or_prepare, prepare_digits, prepare_images
+
+COLORS = {"blue": (10, 20, 200), "green": (20, 180, 30), "red": (210, 15, 25)}
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Three classes of one colour each, 4 images per class, of many sizes and file formats."""
+    src = tmp_path / "src"
+    for name, color in COLORS.items():
+        (src / name / "deeper").mkdir(parents=True)
+        for place, size in (("a.png", (8, 8)), ("b.PNG", (40, 20)), ("c.bmp", (9, 33)), ("deeper/d.webp", (5, 7))):
+            Image.new("RGB", size, color).save(src / name / place, lossless=True)
+    (src / "red" / "notes.txt").write_text("not an image")
+    (src / ".hidden").mkdir()
+    (src / "red" / "._a.png").write_text("not an image either")
+    return src
+
+
+def files_below(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_images_become_a_dataset(tree, tmp_path):
+    info = prepare_images(tree, tmp_path / "out", resolution=8, val_share=0.25, shard_size=4)
+    assert info.class_names == ("blue", "green", "red") and info.num_classes == 3
+    assert (info.name, info.resolution, info.channels, info.seed) == ("src", 8, 3, 0)
+    assert [shard.count for shard in info.splits["train"].shards] == [4, 4, 1] and info.splits["val"].count == 3
+    conditions = []
+    for split in ("train", "val"):
+        image_NCHW, c_N = load_split(tmp_path / "out", split)
+        assert image_NCHW.shape[1:] == (3, 8, 8)
+        for image, c in zip(image_NCHW, c_N.tolist(), strict=True):
+            assert image.amax((1, 2)).tolist() == image.amin((1, 2)).tolist() == list(COLORS[info.class_names[c]])
+        conditions += c_N.tolist()
+    assert sorted(conditions) == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_same_images_give_the_same_bytes_and_another_seed_another_split(tree, tmp_path):
+    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
+        prepare_images(tree, tmp_path / name, resolution=8, seed=seed)
+    one, two, three = (files_below(tmp_path / name) for name in ("one", "two", "three"))
+    assert one == two and one["train/000000.tar"] != three["train/000000.tar"]
+
+
+@pytest.mark.parametrize(
+    "make, channels, expected",
+    [
+        (lambda: Image.new("L", (8, 8), 77), 3, (77, 77, 77)),
+        (lambda: Image.new("L", (8, 8), 77), 1, (77,)),
+        (lambda: Image.new("RGB", (8, 8), (90, 90, 90)), 1, (90,)),
+        (lambda: Image.new("1", (8, 8), 1), 3, (255, 255, 255)),
+        (lambda: Image.new("RGB", (8, 8), (200, 30, 60)).quantize(4), 3, (200, 30, 60)),
+        (lambda: Image.new("RGBA", (8, 8), (200, 30, 60, 255)), 3, (200, 30, 60)),
+        (lambda: Image.new("RGBA", (8, 8), (200, 30, 60, 0)), 3, (255, 255, 255)),
+        (lambda: Image.new("LA", (8, 8), (0, 0)), 1, (255,)),
+        (lambda: Image.fromarray(np.full((8, 8), 100 * 257, np.uint16)), 1, (100,)),
+        (lambda: Image.fromarray(np.full((8, 8), 100 * 257, np.uint16)), 3, (100, 100, 100)),
+    ],
+    ids=[
+        "gray-rgb",
+        "gray",
+        "rgb-gray",
+        "bilevel",
+        "palette",
+        "opaque",
+        "transparent",
+        "gray-transparent",
+        "16-bit",
+        "16-bit-rgb",
+    ],
+)
+def test_every_kind_of_pixel(tmp_path, make, channels, expected):
+    (tmp_path / "src" / "only").mkdir(parents=True)
+    make().save(tmp_path / "src" / "only" / "1.png")
+    prepare_images(tmp_path / "src", tmp_path / "out", resolution=4, channels=channels, val_share=0)
+    image_NCHW, _ = load_split(tmp_path / "out", "train")
+    assert torch.equal(image_NCHW, torch.tensor(expected, dtype=torch.uint8).view(1, -1, 1, 1).expand(1, channels, 4, 4))
+
+
+def test_photos_are_turned_upright(tmp_path):
+    (tmp_path / "src" / "only").mkdir(parents=True)
+    upright = np.zeros((16, 16, 3), np.uint8)
+    upright[:8] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 3  # stored upside down
+    Image.fromarray(upright[::-1, ::-1].copy()).save(tmp_path / "src" / "only" / "1.jpg", exif=exif)
+    prepare_images(tmp_path / "src", tmp_path / "out", resolution=16, val_share=0)
+    image_NCHW, _ = load_split(tmp_path / "out", "train")
+    assert image_NCHW[0, :, :7].min() > 200 and image_NCHW[0, :, 9:].max() < 50
+
+
+def test_crop_keeps_the_centre_and_the_mean():
+    # the outer thirds are black, so only the middle square may be left; each of two halvings rounds twice
+    pixels = np.zeros((32, 96, 3), np.uint8)
+    pixels[:, 32:64] = np.random.default_rng(0).integers(0, 256, (32, 32, 3))
+    crop = np.asarray(center_crop(Image.fromarray(pixels), 8)).astype(float)
+    means = pixels[:, 32:64].reshape(8, 4, 8, 4, 3).mean((1, 3))
+    assert crop.shape == (8, 8, 3) and np.abs(crop - means).max() < 2
+    assert center_crop(Image.new("L", (3, 5)), 8).size == (8, 8)
+    assert center_crop(Image.new("L", (1000, 3)), 8).size == (8, 8)
+
+
+def test_few_unreadable_images_are_named_and_left_out(tmp_path, capsys):
+    (tmp_path / "src" / "only").mkdir(parents=True)
+    for i in range(199):
+        Image.new("L", (4, 4), i).save(tmp_path / "src" / "only" / f"{i:03}.png")
+    (tmp_path / "src" / "only" / "bad.png").write_bytes(b"not a PNG")
+    info = prepare_images(tmp_path / "src", tmp_path / "out", resolution=4, channels=1)
+    assert sum(split.count for split in info.splits.values()) == 199
+    assert "1 of 200 images" in capsys.readouterr().err
+
+    for i in range(7):
+        (tmp_path / "src" / "only" / f"{i:03}.png").write_bytes(b"")
+    with pytest.raises(UserError) as error:
+        prepare_images(tmp_path / "src", tmp_path / "again", resolution=4, channels=1)
+    names = ", ".join(f"only/{i:03}.png" for i in range(5))
+    assert f"8 of 200 images in {tmp_path / 'src'} cannot be read ({names}, ...), more than 1%" in str(error.value)
+    assert sorted(os.listdir(tmp_path)) == ["out", "src"]
+
+
+def test_only_unreadable_images(tree, tmp_path):
+    for path in tree.rglob("*.*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:30])
+    os.symlink("nowhere", tree / "red" / "dangling.png")
+    with pytest.raises(UserError, match="13 of 13 images"):
+        prepare_images(tree, tmp_path / "out", resolution=8)
+
+
+def test_postscript_called_an_image_is_not_run(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    (tree / "red" / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    with pytest.raises(UserError, match=r"1 of 13 images in .* cannot be read \(red/x.png\)"):
+        prepare_images(tree, tmp_path / "out", resolution=8)
+
+
+@pytest.mark.parametrize(
+    "links", [{"red/up": ".."}, {"red/up": "../.."}, {"red/x": "../blue", "blue/y": "../red"}, {"red/self": "../red"}]
+)
+def test_links_that_lead_back_are_refused(tree, tmp_path, capsys, links):
+    for link, target in links.items():
+        os.symlink(target, tree / link)
+    assert "is a link to a folder that it lies in: remove the link" in fails(
+        ["images", tree, tmp_path / "out", "--resolution", 8], capsys
+    )
+
+
+def test_other_links_are_followed(tree, tmp_path):
+    os.rename(tree / "red", tmp_path / "elsewhere")
+    os.symlink(tmp_path / "elsewhere", tree / "red")
+    # twice the same folder
+    os.symlink("../red/deeper", tree / "blue" / "more")
+    (tree / "blue" / "loop.png").symlink_to("loop.png")
+    for number in range(100):
+        Image.new("RGB", (8, 8)).save(tree / "green" / f"{number}.png")
+    info = prepare_images(tree, tmp_path / "out", resolution=8, val_share=0)
+    assert info.splits["train"].count == 113 and "114 images of" in info.source
+
+
+def fails(argv, capsys):
+    """The one line that the program prints before it exits with status 2."""
+    capsys.readouterr()
+    assert run(main, [str(arg) for arg in argv]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("error: ") and printed.err.count("\n") == 1
+    return printed.err
+
+
+def test_unusable_sources(tree, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "hollow" / "cats").mkdir(parents=True)
+    (tmp_path / "loose").mkdir()
+    (tmp_path / "loose" / "cat.JPG").write_text("")
+    for src, says in (
+        ("nowhere", "no folder of images at"),
+        ("file", "no folder of images at"),
+        ("file/below", "no folder of images at"),
+        ("empty", "has no class folders"),
+        ("hollow", "hollow/cats has no images"),
+        ("loose", "1 images outside of any class folder (cat.JPG)"),
+    ):
+        assert says in fails(["images", tmp_path / src, tmp_path / "out", "--resolution", 8], capsys)
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", ["http://x", "new.tar"])
+def test_a_folder_must_not_be_taken_for_a_stream(tree, tmp_path, capsys, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    assert f"{out} would be taken for a stream" in fails(["digits", out], capsys)
+    assert list(tmp_path.iterdir()) == [tree]
+
+
+def test_unusable_places_and_arguments(tree, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("precious")
+    before = files_below(tmp_path)
+    images = ["images", tree, tmp_path / "out", "--resolution", 8]
+    for argv, says in (
+        (["digits", tmp_path / "file"], "exists already"),
+        (["digits", tmp_path / "file" / "below"], "lies below a regular file"),
+        (["digits", tmp_path / "taken"], "exists already"),
+        (["digits", "/proc/nowhere/out"], "cannot write"),
+        (["images", tree, tree / "out", "--resolution", 8], "lies inside the images"),
+        (["images", tree, tmp_path / "taken", "--resolution", 8], "exists already"),
+        (["images", tree, tmp_path / "out", "--resolution", 0], "resolution is 0"),
+        ([*images, "--shard-size", 0], "shard size 0"),
+        ([*images, "--val-share", 1], "val share is 1.0"),
+        ([*images, "--val-share", 0.99], "leaves none to train on"),
+        ([*images, "--seed", -1], "seed -1"),
+    ):
+        assert says in fails(argv, capsys)
+    assert files_below(tmp_path) == before
+
+
+def test_same_dataset_is_reused_and_another_is_refused(tree, tmp_path, capsys, monkeypatch):
+    prepare_digits(tmp_path / "digits")
+    prepare_images(tree, tmp_path / "images", resolution=8)
+    before = files_below(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(mclr.train.prepare, "write_split", None)
+        assert prepare_digits(tmp_path / "digits") == open_dataset(tmp_path / "digits")
+        assert main(["images", str(tree), str(tmp_path / "images"), "--resolution", "8"]) == 0
+    assert "images: 11 train and 1 val images, 8x8 RGB, 3 classes" in capsys.readouterr().out
+    assert "already holds another dataset" in fails(["digits", tmp_path / "images"], capsys)
+    assert "resolution: 8" in fails(["images", tree, tmp_path / "images", "--resolution", 16], capsys)
+    assert files_below(tmp_path) == before
+
+    Image.new("RGB", (8, 8)).save(tree / "red" / "new.png")
+    assert "source: 12 images" in fails(["images", tree, tmp_path / "images", "--resolution", 8], capsys)
+    (tmp_path / "digits" / "val" / "000000.tar").unlink()
+    assert "000000.tar is missing" in fails(["digits", tmp_path / "digits"], capsys)
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError(28, "No space left on device")])
+@pytest.mark.parametrize("at", ["write_split", "write_json"])
+def test_an_interrupted_run_leaves_nothing(tree, tmp_path, monkeypatch, interruption, at):
+    whole = getattr(mclr.train.prepare, at)
+
+    def interrupted(*args, **kwargs):
+        whole(*args, **kwargs)
+        raise interruption
+
+    monkeypatch.setattr(mclr.train.prepare, at, interrupted)
+    for prepare in (lambda: prepare_digits(tmp_path / "out"), lambda: prepare_images(tree, tmp_path / "out", 8)):
+        with pytest.raises(KeyboardInterrupt if interruption is KeyboardInterrupt else UserError):
+            prepare()
+    assert os.listdir(tmp_path) == ["src"]
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    (tmp_path / "out").mkdir()
+    os.symlink(tmp_path / "out", tmp_path / "link")
+    assert prepare_digits(tmp_path / "link").splits["train"].count == 1500
+    assert open_dataset(tmp_path / "out").name == "digits" and sorted(os.listdir(tmp_path)) == ["link", "out"]
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["digits", "--help"], ["images", "--help"]])
+def test_help_shows_an_example(argv, capsys):
+    with pytest.raises(SystemExit) as leave:
+        main(argv)
+    assert leave.value.code == 0 and "example: mclr prepare" in capsys.readouterr().out
+
+
+def test_two_processes_may_prepare_the_digits_at_once(tmp_path, monkeypatch):
+    def overtaken(path):
+        prepare_digits(path)
+        raise UserError(f"cannot write {path} (Directory not empty)")
+
+    monkeypatch.setattr(mclr.train.prepare, "prepare_digits", overtaken)
+    assert open_or_prepare("digits", tmp_path / "digits").splits["train"].count == 1500
+    monkeypatch.setattr(mclr.train.prepare, "prepare_digits", lambda path: overtaken(path / "elsewhere"))
+    with pytest.raises(UserError, match="not empty"):
+        open_or_prepare("digits", tmp_path / "others")
+
+
+def zipped(tree, path, **options):
+    """The content of a folder as a zip file, in an order of its own and without entries for the folders."""
+    with ZipFile(path, "w", **options) as archive:
+        for file in sorted(tree.rglob("*"), reverse=True):
+            if file.is_file():
+                archive.write(file, str(file.relative_to(tree)))
+    return path
+
+
+def labelled(tree, labels, **other):
+    (tree / "dataset.json").write_text(json.dumps({"labels": labels} | other))
+    return tree
+
+
+def shards_of(folder):
+    return {name: content for name, content in files_below(folder).items() if name.endswith(".tar")}
+
+
+@pytest.mark.parametrize("compression", [ZIP_STORED, ZIP_DEFLATED])
+def test_a_zip_file_gives_the_shards_of_its_folder(tree, tmp_path, compression):
+    # sorted by folders, not by characters: "-" and "." come before "/"
+    for name in ("red/deeper-a.png", "red/deeper.png", "red-ish/a.png"):
+        (tree / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8), (len(name), 0, 0)).save(tree / name)
+    (tree / "red" / "bad.png").write_bytes(b"not a PNG")
+    for number in range(100):
+        Image.new("RGB", (8, 8), (0, number, 0)).save(tree / "green" / f"{number}.png")
+    archive = zipped(tree, tmp_path / "photos.zip", compression=compression)
+    with ZipFile(archive, "a") as more:
+        more.writestr("__MACOSX/red/a.png", b"")
+    one = prepare_images(tree, tmp_path / "one", resolution=8, shard_size=4)
+    two = prepare_images(archive, tmp_path / "two", resolution=8, shard_size=4)
+    assert shards_of(tmp_path / "one") == shards_of(tmp_path / "two") and len(one.splits["train"].shards) > 20
+    assert one.class_names == two.class_names == ("blue", "green", "red", "red-ish") and two.name == "photos"
+    # the same images, so the same fingerprint: what differs is where they lie
+    assert two.source == one.source.replace(str(tree), str(archive))
+    assert prepare_images(archive, tmp_path / "two", resolution=8, shard_size=4) == two
+
+
+def test_a_list_of_labels_decides_in_folder_and_zip(tree, tmp_path, capsys):
+    names = sorted(str(path.relative_to(tree)) for path in tree.rglob("*.*") if path.suffix != ".txt" and path.is_file())
+    names = [name for name in names if not name.startswith("red/.")]
+    assert len(names) == 12
+    label = {"blue": 1, "green": 0, "red": 1}
+    labelled(tree, [[name, label[name.split("/")[0]]] for name in names])
+    archive = zipped(tree, tmp_path / "labelled.zip")
+    for src, out in ((tree, tmp_path / "one"), (archive, tmp_path / "two")):
+        info = prepare_images(src, out, resolution=8, val_share=0)
+        assert info.class_names == ("0", "1")
+        image_NCHW, c_N = load_split(out, "train")
+        assert sorted(c_N.tolist()) == [0] * 4 + [1] * 8
+        assert [int(c) for c in c_N] == [int(image[1, 0, 0] != COLORS["green"][1]) for image in image_NCHW]
+    assert shards_of(tmp_path / "one") == shards_of(tmp_path / "two")
+
+
+def test_unusable_labels(tree, tmp_path, capsys):
+    names = sorted(str(path.relative_to(tree)) for path in tree.rglob("*") if path.suffix in (".png", ".PNG", ".bmp", ".webp"))
+    good = [[name, 0] for name in names if "/._" not in name]
+    for labels, says in (
+        (None, "has no labels (null)"),
+        ([[0]], "is no list of labels"),
+        (7, "is no list of labels"),
+        ([[1, 0], ["zzz", 0]], "is no list of labels (1 is no name of an image)"),
+        (good[1:], "has no label for 1 images (blue/a.png)"),
+        ([*good, ["red/z.png", 0]], "has labels for 1 images that are not there (red/z.png)"),
+        ([*good[1:], ["blue/a.png", -1]], "the label of blue/a.png is -1"),
+        ([*good[1:], ["blue/a.png", None]], "the label of blue/a.png is None"),
+        ([*good[1:], ["blue/a.png", True]], "the label of blue/a.png is True"),
+        ([*good[1:], ["blue/a.png", [1.0, 0.0]]], "the label of blue/a.png is [1.0, 0.0]"),
+        ([*good[1:], ["blue/a.png", 2]], "labels go to 2, but no image has 1"),
+    ):
+        labelled(tree, labels)
+        for src in (tree, zipped(tree, tmp_path / "labelled.zip")):
+            assert says in fails(["images", src, tmp_path / "out", "--resolution", 8], capsys)
+    for text in ("{", "[]", '{"splits": {}}', '{"labels": ' + "[" * 100_000):
+        (tree / "dataset.json").write_text(text)
+        assert "is no list of labels" in fails(["images", tree, tmp_path / "out", "--resolution", 8], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unusable_zip_files(tree, tmp_path, capsys):
+    whole = zipped(tree, tmp_path / "whole.zip")
+    (tmp_path / "cut.zip").write_bytes(whole.read_bytes()[:-30])
+    (tmp_path / "none.zip").write_bytes(b"")
+    (tmp_path / "folder.zip").mkdir()
+    content = bytearray(whole.read_bytes())
+    with ZipFile(whole) as archive:
+        place = archive.start_dir
+    # bit 0 of the flags of the first entry: encrypted
+    content[place + 8] |= 1
+    (tmp_path / "locked.zip").write_bytes(content)
+    with ZipFile(tmp_path / "torn.zip", "w", ZIP_DEFLATED) as archive:
+        archive.writestr("dataset.json", json.dumps({"labels": [["a.png", 0]] * 50}))
+    torn = (tmp_path / "torn.zip").read_bytes()
+    # beyond the entry's header of 30 bytes and its name
+    (tmp_path / "torn.zip").write_bytes(torn[:42] + bytes(8 * [255]) + torn[50:])
+    for name, entry in (("slip", "../evil/a.png"), ("root", "/evil/a.png"), ("inner", "red/../../a.png")):
+        with ZipFile(tmp_path / f"{name}.zip", "w") as archive:
+            archive.writestr(entry, (tree / "red" / "a.png").read_bytes())
+    with ZipFile(tmp_path / "wrapped.zip", "w") as archive:
+        archive.writestr("src/red/a.png", b"")
+        archive.writestr("src/blue/a.png", b"")
+    for name, says in (
+        ("cut", "is damaged, or no zip file"),
+        ("none", "is damaged, or no zip file"),
+        ("torn", "is damaged, or no zip file"),
+        ("folder", "has no class folders"),
+        ("locked", "is encrypted"),
+        ("slip", "lies outside of it"),
+        ("root", "lies outside of it"),
+        ("inner", "lies outside of it"),
+        ("wrapped", "holds one folder, src/"),
+        ("nowhere", "no folder of images at"),
+    ):
+        assert says in fails(["images", tmp_path / f"{name}.zip", tmp_path / "out", "--resolution", 8], capsys)
+        assert not (tmp_path / "out").exists() and not (tmp_path / "evil").exists()
+
+
+def test_damaged_images_of_a_zip_file_are_counted(tree, tmp_path):
+    archive = zipped(tree, tmp_path / "photos.zip")
+    content = archive.read_bytes()
+    place = content.index((tree / "red" / "a.png").read_bytes())
+    archive.write_bytes(content[: place + 20] + b"\0\0\0\0" + content[place + 24 :])
+    with pytest.raises(UserError, match=r"1 of 12 images in .* cannot be read \(red/a.png\), more than 1%"):
+        prepare_images(archive, tmp_path / "out", resolution=8)

@@ -1,0 +1,493 @@
+"""train/sample.py: an image depends on its seed and condition alone; what is there is not drawn again; the work is counted."""
+
+import json
+import shutil
+import subprocess
+from dataclasses import replace
+from unittest.mock import MagicMock, call
+
+import numpy as np
+import pytest
+import torch
+from golden_weights import relative_rms
+from launch import ROOT, environment, launcher, of_ours
+from PIL import Image
+
+import mclr.train.run
+import mclr.train.weights.folder
+from mclr.configs.schema import dump, load
+from mclr.diffusion import Diffusion
+from mclr.guidance import Guidance
+from mclr.models.vqvae import VQVAE, VQVAEConfig
+from mclr.train import sample
+from mclr.train.cli import run
+from mclr.train.training.build import build_encoder, build_net
+from mclr.train.weights.folder import load_net, read_tensors, save_weights
+
+EDM2 = ["model.net.model_channels=8", "model.net.channels_per_head=8", "sample.steps=3", "sample.batch=8"]
+VAR = ["model.net.depth=1", "model.net.embed_dim=16", "model.net.num_heads=2", "sample.batch=8"]
+
+
+def save_random(folder, config):
+    """Weights of the config's network under which image and condition both matter."""
+    torch.manual_seed(0)
+    net = build_net(config, build_encoder(config, torch.device("cpu")))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.ones(()) if p.ndim == 0 else torch.randn_like(p) * 0.3)
+    save_weights(folder, net)
+
+
+def make_run(folder, config):
+    save_random(folder / "weights", config)
+    (folder / "config.yaml").write_text(dump(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def diffusion_run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("edm2"), load("edm2-digits", "mclr", "digits", "local", EDM2))
+
+
+@pytest.fixture(scope="module")
+def token_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("var")
+    torch.manual_seed(1)
+    tokenizer = VQVAEConfig(
+        img_channels=1, ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=8, vocab_size=64, scales=(1, 2, 3, 4)
+    )
+    save_weights(folder / "tokenizer", VQVAE(tokenizer))
+    overrides = [*VAR, f"model.tokenizer={folder / 'tokenizer'}"]
+    return make_run(folder, load("var-digits", "mclr", "digits", "local", overrides))
+
+
+def sample_(*argv):
+    return run(sample.main, [str(arg) for arg in argv])
+
+
+def images(folder):
+    return {path.name: path.read_bytes() for path in (folder / "images").iterdir()}
+
+
+def record(folder):
+    return json.loads((folder / "sample.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["diffusion_run", "token_run"])
+def test_an_image_depends_on_its_seed_and_condition_alone(kind, request, tmp_path, capsys):
+    source = request.getfixturevalue(kind)
+    assert sample_(source, "--out", tmp_path / "all", "--count", 23) == 0
+    everything = images(tmp_path / "all")
+    assert sorted(everything) == [f"{seed:06d}-{seed % 10}.png" for seed in range(23)]
+    assert len(set(everything.values())) == 23
+
+    # another count, another first seed
+    assert sample_(source, "--out", tmp_path / "few", "--count", 3, "--seed", 6) == 0
+    few = images(tmp_path / "few")
+    assert sorted(few) == ["000006-6.png", "000007-7.png", "000008-8.png"]
+    # the same seed of another condition is another image; of the same condition it is the same
+    assert sample_(source, "--out", tmp_path / "two", "--per-class", 4, "--classes", "3,1") == 0
+    two = images(tmp_path / "two")
+    assert sorted(two) == [f"{seed:06d}-{1 if seed % 2 else 3}.png" for seed in range(8)]
+    for name, data in (few | {"000001-1.png": two["000001-1.png"]}).items():
+        assert everything[name] == data, name
+    assert everything["000004-4.png"] != two["000004-3.png"]
+
+    # a run that was cut short, then one that asks for more
+    for name in ("000000-0.png", "000011-1.png"):
+        (tmp_path / "all/images" / name).unlink()
+    capsys.readouterr()
+    assert sample_(source, "--out", tmp_path / "all", "--count", 23) == 0
+    assert "2 images drawn" in capsys.readouterr().out
+    assert images(tmp_path / "all") == everything
+    assert sample_(source, "--out", tmp_path / "few", "--count", 17, "--seed", 6) == 0
+    assert images(tmp_path / "few") == {name: data for name, data in everything.items() if name >= "000006"}
+
+
+def test_the_bar_moves_by_the_images_of_a_batch(diffusion_run, tmp_path, monkeypatch):
+    bar = MagicMock()
+    monkeypatch.setattr(sample, "progress_bar", bar)
+    assert sample_(diffusion_run, "--out", tmp_path / "s", "--count", 12, "--seed", 6) == 0
+    assert bar.call_args == call(12, begun=0, quiet=False)
+    assert bar().__enter__().update.call_args_list == [call(2), call(8), call(2)]
+
+
+def test_order_and_neighbours_do_not_matter_to_generate(diffusion_run):
+    config, weights = sample.find_generator(str(diffusion_run), None, None, [])
+    cpu = torch.device("cpu")
+    net, paradigm, _, _ = sample.load_generator(config, weights, cpu)
+    seeds, c_N = list(range(11)), torch.arange(11) % 10
+    x_N = sample.generate(paradigm, net, Guidance(), c_N, seeds, 4, cpu)
+    order = torch.randperm(11, generator=torch.Generator().manual_seed(0))
+    y_N = sample.generate(paradigm, net, Guidance(), c_N[order], order.tolist(), 4, cpu)
+    assert x_N.shape == (11, 1, 8, 8) and torch.equal(x_N[order], y_N)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [("edm2-digits", []), ("edm2-digits", ["sample.churn=10"]), ("var-digits", ["sample.gamma=1", "sample.top_k=20"])],
+)
+def test_the_size_of_the_micro_batch_hardly_matters(name, overrides):
+    """The bundled weights, before rounding: images to 1e-4, and the very same tokens.
+
+    Seeds from 32: of those from 0 to 149 only seed 24 draws a uniform so near the edge of a code's share (1e-7) that rounding decides.
+    """
+    cpu = torch.device("cpu")
+    net, paradigm, _, guidance = sample.load_generator(*sample.find_generator(name, None, None, overrides), cpu)
+    one, seven, all_ = (
+        sample.generate(paradigm, net, guidance, torch.arange(32) % 10, list(range(32, 64)), batch, cpu) for batch in (1, 7, 32)
+    )
+    for other in (seven, all_):
+        assert torch.equal(other, one) if name == "var-digits" else relative_rms(other, one) < 1e-4
+
+
+def test_networks_are_folded_and_images_are_those_of_networks_that_are_not(diffusion_run, guides, monkeypatch):
+    overrides, cpu = ["sample.gamma=1.5", f"sample.guide={guides['diffusion_run']}"], torch.device("cpu")
+    config, weights = sample.find_generator(str(diffusion_run), None, None, overrides)
+    net, paradigm, _, guidance = sample.load_generator(config, weights, cpu)
+    plain = replace(guidance, guide=load_net(str(guides["diffusion_run"]), "edm2"))
+    arguments = (torch.arange(8), list(range(8)), 8, cpu)
+    expected = sample.generate(paradigm, load_net(str(weights), "edm2"), plain, *arguments)
+    monkeypatch.delattr("mclr.models.blocks.used_weights")
+    monkeypatch.delattr("mclr.models.edm2.used_weights")
+    assert torch.equal(sample.generate(paradigm, net, guidance, *arguments), expected)
+
+
+def test_blends_of_codes_are_pictures_and_no_dataset(token_run, tmp_path, capsys):
+    assert sample_(token_run, "--out", tmp_path / "plain", "--count", 9) == 0
+    assert sample_(token_run, "--out", tmp_path / "smooth", "--count", 9, "sample.more_smooth=true") == 0
+    assert record(tmp_path / "smooth")["settings"]["sample.more_smooth"] is True
+    assert record(tmp_path / "smooth")["forwards_per_image"] == 1
+    plain, smooth = images(tmp_path / "plain"), images(tmp_path / "smooth")
+    assert plain.keys() == smooth.keys() and all(plain[name] != smooth[name] for name in plain)
+    # by seed, as everything else
+    (tmp_path / "smooth/images/000003-3.png").unlink()
+    assert sample_(token_run, "--out", tmp_path / "smooth", "--count", 9, "sample.more_smooth=true") == 0
+    assert images(tmp_path / "smooth") == smooth
+    assert sample_(token_run, "--out", tmp_path / "smooth", "--count", 9) == 2
+    assert "holds images of sample.more_smooth=true" in capsys.readouterr().err
+    assert sample_(token_run, "--out", tmp_path / "d", "--count", 9, "--dataset", "sample.more_smooth=true") == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "sample.more_smooth=true makes pictures of no tokens: leave out --dataset" in err
+    assert not (tmp_path / "d").exists()
+
+
+def test_two_ranks_draw_what_one_draws(diffusion_run, tmp_path):
+    """They fail together, in one line; what was there by then and what was drawn later are the same images."""
+    argv = [str(diffusion_run), "--count", "44", "--npz", "--out"]
+    assert sample_(*argv, tmp_path / "one") == 0
+    everything = images(tmp_path / "one")
+    script = tmp_path / "full_disk.py"
+    script.write_text(
+        "import os, runpy, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import train.files\n"
+        "from mclr.errors import UserError\n"
+        "write_file = train.files.write_file\n"
+        "def write(path, data):\n"
+        "    if os.environ['RANK'] == '1' and '000024' in str(path):\n"
+        "        raise UserError('no room')\n"
+        "    write_file(path, data)\n"
+        "train.files.write_file = write\n"
+        f"runpy.run_path({sample.__file__!r}, run_name='__main__')\n"
+    )
+    settings = {"capture_output": True, "text": True, "env": environment(), "cwd": ROOT, "timeout": 300}
+    ran = subprocess.run([*launcher("deepspeed"), str(script), *argv, str(tmp_path / "two")], **settings)
+    assert ran.returncode == 2 and of_ours(ran.stderr) == ["error: rank 1: no room"] and "Traceback" not in ran.stderr
+    # the micro-batches of the first turn, and that of rank 0 in the second
+    there = images(tmp_path / "two")
+    assert there == {name: everything[name] for name in there} and len(there) == 24
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {"images", "sample.json"}
+
+    for name in ("000001-1.png", "000020-0.png"):
+        (tmp_path / "two/images" / name).unlink()
+    ran = subprocess.run([*launcher("torchrun"), "-m", "mclr.train.sample", *argv, str(tmp_path / "two")], **settings)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert ran.stdout.count("22 images drawn, 5 network forwards per image, no guidance") == 1
+    assert ran.stdout.count("samples.npz: 44 images") == 1
+    assert images(tmp_path / "two") == everything and record(tmp_path / "two") == record(tmp_path / "one")
+    for name in ("grid.png", "samples.npz"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_a_complete_set_says_so_and_loads_nothing(diffusion_run, tmp_path, capsys, monkeypatch):
+    argv = (diffusion_run, "--out", tmp_path / "s", "--count", 12)
+    assert sample_(*argv) == 0
+    before = record(tmp_path / "s")
+    monkeypatch.setattr(sample, "load_generator", None)
+    capsys.readouterr()
+    assert sample_(*argv) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 's'} is complete: 12 images of these settings; nothing to draw\n"
+    (tmp_path / "s/grid.png").unlink()  # as if stopped just before the end
+    assert sample_(*argv) == 0
+    assert record(tmp_path / "s") == before
+    assert {path.name for path in (tmp_path / "s").iterdir()} == {"images", "grid.png", "sample.json"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "overrides", "forwards"),
+    [
+        ("diffusion_run", [], 5),  # Heun: two evaluations per step, one in the last
+        ("diffusion_run", ["sample.steps=1"], 1),
+        ("diffusion_run", ["sample.gamma=0.5"], 10),
+        # of the evaluations at 80, 2.5, 2.5, 0.002 and 0.002
+        ("diffusion_run", ["sample.gamma=0.5", "sample.schedule.kind=interval", "sample.schedule.low=0.1", "sample.schedule.high=0.5"], 7),
+        ("token_run", ["sample.gamma=0.5", "sample.schedule.kind=interval", "sample.schedule.high=0.4"], 1 + 5 / 30),
+        ("token_run", [], 1),  # every token once
+        ("token_run", ["sample.gamma=0.5"], 2),
+        ("token_run", ["sample.gamma=0.5", "sample.schedule.kind=ramp"], 2),  # no guidance at scale 0, whose tokens the guide reads later
+    ],
+)  # fmt: skip
+def test_forwards_are_counted(kind, overrides, forwards, request, tmp_path, capsys):
+    assert sample_(request.getfixturevalue(kind), "--out", tmp_path, "--count", 9, *overrides) == 0
+    guidance = "guidance 0.5" if "sample.gamma=0.5" in overrides else "no guidance"
+    assert f"9 images drawn, {forwards:g} network forwards per image, {guidance}" in capsys.readouterr().out
+    assert record(tmp_path)["forwards_per_image"] == forwards
+
+
+GUIDE = {"diffusion_run": ["model.net.num_blocks=2"], "token_run": ["model.net.depth=2", "model.net.embed_dim=24"]}
+
+
+@pytest.fixture(scope="module")
+def guides(tmp_path_factory, diffusion_run, token_run):
+    """A larger network for each kind of run."""
+    folders = {}
+    for kind, source in (("diffusion_run", diffusion_run), ("token_run", token_run)):
+        config, _ = sample.find_generator(str(source), None, None, GUIDE[kind])
+        folders[kind] = tmp_path_factory.mktemp("guide") / "weights"
+        save_random(folders[kind], config)
+    return folders
+
+
+@pytest.mark.parametrize(("kind", "evaluations"), [("diffusion_run", 5), ("token_run", 1)])
+def test_another_network_may_guide(kind, evaluations, guides, request, tmp_path, capsys):
+    source = request.getfixturevalue(kind)
+    drawn = {}
+    for name, guide in (("none", None), ("null", "null"), ("other", guides[kind]), ("itself", source / "weights")):
+        overrides = [] if guide is None else ["sample.gamma=1.5", "sample.schedule.kind=constant", f"sample.guide={guide}"]
+        assert sample_(source, "--out", tmp_path / name, "--count", 9, *overrides) == 0
+        drawn[name] = images(tmp_path / name)
+    out, made = capsys.readouterr().out, record(tmp_path / "other")
+    assert len({tuple(drawn[name].values()) for name in ("none", "null", "other")}) == 3
+    # pred + gamma (pred - pred)
+    assert drawn["itself"] == drawn["none"]
+
+    # a forward of the guide counts as one, whatever its size
+    assert made["forwards_per_image"] == 2 * evaluations and made["guide"] == str(guides[kind])
+    own, other = (sum(t.numel() for t in read_tensors(folder).values()) for folder in (source / "weights", guides[kind]))
+    size = made["guide_size"]
+    assert size > 1.2 and size == pytest.approx(other / own, rel=1e-3)
+    assert f"guidance 1.5 by {guides[kind]} ({size:.3g} x the model's size)" in out
+    assert record(tmp_path / "null")["guide"] is record(tmp_path / "null")["guide_size"] is None
+
+    # what tells guides apart is their weights, not where they lie
+    moved = shutil.copytree(guides[kind], tmp_path / "moved")
+    argv = (source, "--out", tmp_path / "other", "--count", 9, "sample.gamma=1.5", "sample.schedule.kind=constant")
+    assert sample_(*argv, f"sample.guide={moved}") == 0 and "nothing to draw" in capsys.readouterr().out
+    assert sample_(*argv, f"sample.guide={source / 'weights'}") == 2
+    assert "holds images of sample.guide=" in capsys.readouterr().err
+
+
+def test_a_run_keeps_its_guide(diffusion_run, guides, tmp_path):
+    """As `mclr evaluate RUN` draws: the settings of the run say which network guides."""
+    overrides = ["sample.gamma=1.5", f"sample.guide={guides['diffusion_run']}"]
+    run_ = make_run(tmp_path / "run", load("edm2-digits", "mclr", "digits", "local", [*EDM2, *overrides]))
+    assert sample_(run_, "--out", tmp_path / "a", "--count", 3) == 0
+    assert sample_(diffusion_run, "--out", tmp_path / "b", "--count", 3, *overrides) == 0
+    assert images(tmp_path / "a") == images(tmp_path / "b") and record(tmp_path / "a")["guide_size"] > 1
+
+
+def test_a_guide_that_does_not_fit_is_one_line(diffusion_run, token_run, guides, tmp_path, capsys):
+    config, _ = sample.find_generator(str(diffusion_run), None, None, ["data.num_classes=3"])
+    save_random(tmp_path / "three", config)
+    config, _ = sample.find_generator(str(diffusion_run), None, None, ["data.resolution=16", "model.net.attn_resolutions=[]"])
+    save_random(tmp_path / "large", config)
+    config, _ = sample.find_generator(str(diffusion_run), None, None, ["model.sigma_data=1.0"])
+    save_random(tmp_path / "louder", config)
+    tokenizer = VQVAEConfig(
+        img_channels=1, ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=8, vocab_size=32, scales=(1, 2, 4)
+    )
+    save_weights(tmp_path / "tokenizer", VQVAE(tokenizer))
+    config, _ = sample.find_generator(str(token_run), None, None, [f"model.tokenizer={tmp_path / 'tokenizer'}"])
+    save_random(tmp_path / "tokens", config)
+    on = ["sample.gamma=0.5"]
+    for source, guide, extra, line in [
+        (diffusion_run, tmp_path / "nothing", on, f"no weights at {tmp_path / 'nothing'}"),
+        (diffusion_run, "digits-tokenizer", on, "weights digits-tokenizer hold a network of kind vqvae, not edm2"),
+        (token_run, guides["diffusion_run"], on, "hold a network of kind edm2, not var"),
+        (diffusion_run, tmp_path / "three", on, "three has num_classes 3, edm2-digits has 10: give a guide for the same samples"),
+        (diffusion_run, tmp_path / "large", on, "large has img_resolution 16, edm2-digits has 8: give a guide"),
+        (diffusion_run, tmp_path / "louder", on, "louder has sigma_data 1.0, edm2-digits has 0.5: give a guide"),
+        (token_run, tmp_path / "tokens", on, "tokens has patch_nums (1, 2, 4), var-digits has (1, 2, 3, 4): give a guide"),
+        (diffusion_run, 3, on, "sample.guide=3: expected text or null"),
+        (diffusion_run, "edm2-digits", [], "sample.guide=edm2-digits has no effect with gamma=0.0; set sample.gamma"),
+    ]:
+        assert sample_(source, "--out", tmp_path / "s", f"sample.guide={guide}", *extra) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1 and line in err, err
+        assert not (tmp_path / "s").exists()
+
+
+def test_a_trained_guide_knows_its_tokenizer(digits, tokenizer, tmp_path, capsys):
+    other = load_net(str(tokenizer), "vqvae")
+    with torch.no_grad():
+        next(other.parameters()).add_(0.1)
+    save_weights(tmp_path / "other", other)
+    argv = ["--model", "var-digits", "--data", str(digits), "--init", "none", "--out", str(tmp_path / "run"), *VAR]
+    assert run(mclr.train.run.main, [*argv, f"model.tokenizer={tokenizer}", "train.images=8", "train.batch=8"]) == 0
+    capsys.readouterr()
+    guided = ("--count", 1, "sample.gamma=1", f"sample.guide={tmp_path / 'run/weights'}")
+    assert sample_(tmp_path / "run", "--out", tmp_path / "same", *guided) == 0
+    capsys.readouterr()
+    assert sample_(tmp_path / "run", "--out", tmp_path / "s", *guided, f"model.tokenizer={tmp_path / 'other'}") == 2
+    line = f"run/weights is of another tokenizer than {tmp_path / 'other'}: give a guide for the same tokens"
+    assert line in capsys.readouterr().err
+
+
+def test_a_schedule_is_shown_with_its_sigmas_or_scales(diffusion_run, token_run, tmp_path, capsys):
+    interval = ["sample.schedule.kind=interval", "sample.schedule.low=0.31", "sample.schedule.high=0.6"]
+    assert sample_(diffusion_run, "--out", tmp_path / "a", "--count", 1, "sample.gamma=0.5", *interval) == 0
+    assert sample_(token_run, "--out", tmp_path / "b", "--count", 1, "sample.gamma=2", "sample.schedule.kind=ramp") == 0
+    assert [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  ")] == [
+        ["sigma", "80", "13.7", "3", "2.34", "0.4", "0.139", "0.0684", "0.0117", "0.002"],
+        ["progress", "0", "0.167", "0.31", "0.333", "0.5", "0.6", "0.667", "0.833", "1"],
+        ["gamma", "0", "0", "0.5", "0.5", "0.5", "0.5", "0", "0", "0"],
+        ["scale", "1", "2", "3", "4"],
+        ["progress", "0", "0.333", "0.667", "1"],
+        ["gamma", "0", "0.667", "1.33", "2"],
+    ]
+    # nothing to show where the weight is the same everywhere, or 0 whatever the schedule
+    for name, overrides in (("c", ["sample.gamma=1"]), ("d", interval)):
+        assert sample_(diffusion_run, "--out", tmp_path / name, "--count", 1, *overrides) == 0
+        assert capsys.readouterr().out.count("\n") == 1
+    # a negative part is guidance although gamma is 0
+    assert sample_(diffusion_run, "--out", tmp_path / "e", "--count", 1, "sample.schedule.kind=negative_window") == 0
+    out = capsys.readouterr().out
+    assert "7 network forwards per image, guidance 0 (negative_window)" in out and "gamma" in out
+
+
+def test_without_guidance_there_is_exactly_one_call_per_step():
+    calls = []
+
+    def net(x, sigma, c):
+        calls.append(c.tolist())
+        return x * 0, sigma
+
+    counted = sample.WorkCounter(net)
+    paradigm = Diffusion(shape=(1, 2, 2), null=10, steps=7, solver="euler")
+    sample.generate(paradigm, counted, Guidance(), torch.tensor([4, 5, 6]), [0, 1, 2], 2, torch.device("cpu"))
+    assert calls == [[4, 5]] * 7 + [[6, 6]] * 7
+    assert counted.per_image(4, None) == 7
+
+
+def test_the_pixels_are_those_of_the_record_and_of_the_npz(diffusion_run, tmp_path):
+    assert sample_(diffusion_run, "--out", tmp_path, "--count", 12, "--seed", 95, "--npz") == 0
+    arrays = np.load(tmp_path / "samples.npz")
+    assert arrays["arr_0"].shape == (12, 8, 8, 1) and arrays["arr_0"].dtype == np.uint8
+    assert arrays["arr_1"].tolist() == [seed % 10 for seed in range(95, 107)]
+    for seed, image in zip(range(95, 107), arrays["arr_0"], strict=True):
+        with Image.open(tmp_path / "images" / f"{seed:06d}-{seed % 10}.png") as png:
+            assert np.array_equal(np.asarray(png), image[..., 0])
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (10 * 9 * 8 - 8, 9 * 8 - 8)  # one row of ten conditions, eightfold
+    settings = record(tmp_path)["settings"]
+    assert settings["sample.steps"] == 3 and settings["sample.gamma"] == 0 and settings["seed"] == 95
+    assert settings["rounding"] == "round(127.5 x + 127.5), half to even, x in [-1, 1]"
+    # an npz of fewer images does not stay behind
+    assert sample_(diffusion_run, "--out", tmp_path, "--count", 13, "--seed", 95) == 0
+    assert not (tmp_path / "samples.npz").exists()
+
+
+def test_pixels_are_rounded_as_the_record_says(diffusion_run, tmp_path):
+    """Before rounding they are what generate() gives: 127.5 x + 127.5, half to even."""
+    assert sample_(diffusion_run, "--out", tmp_path, "--count", 16) == 0
+    cpu = torch.device("cpu")
+    config, weights = sample.find_generator(str(diffusion_run), None, None, [])
+    net, paradigm, _, guidance = sample.load_generator(config, weights, cpu)
+    x_N = sample.generate(paradigm, net, guidance, torch.arange(16) % 10, list(range(16)), 8, cpu)
+    expected = np.rint(127.5 * x_N.clamp(-1, 1).numpy() + np.float32(127.5))
+    assert np.array_equal(sample.read_images(sample.image_paths(tmp_path)), expected) and len(np.unique(expected)) > 100
+
+
+def test_weights_go_with_a_preset(diffusion_run, tmp_path, monkeypatch):
+    argv = (*EDM2, "--count", 9)
+    preset = tmp_path / "small.yaml"
+    preset.write_text((sample.PRESETS / "model/edm2-digits.yaml").read_text())
+    assert sample_(diffusion_run / "weights", "--model", preset, "--out", tmp_path / "a", *argv) == 0
+    assert sample_(diffusion_run, "--out", tmp_path / "b", "--count", 9) == 0
+    assert images(tmp_path / "a") == images(tmp_path / "b")
+    # bundled weights have the preset of their name
+    monkeypatch.setattr(mclr.train.weights.folder, "BUNDLED", tmp_path / "bundled")
+    save_random(tmp_path / "bundled/edm2-digits", load("edm2-digits", "mle", "digits", "local", []))
+    assert sample_("edm2-digits", "--out", tmp_path / "c", "--count", 2, "sample.steps=1", "sample.batch=2") == 0
+    assert record(tmp_path / "c")["data"] == {"name": "digits", "path": "data/digits"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--count", 11], "holds 12 images, more than 11: remove it, or choose another folder"),
+        (["--count", 12, "--seed", 1], "holds images of seed=0: remove it, or choose another folder"),
+        (["--count", 12, "--classes", "1,2"], "holds images of conditions=[0, 1, 2, 3, 4, 5, 6, 7, 8, 9]:"),
+        (["--count", 12, "sample.steps=2"], "holds images of sample.steps=3:"),
+        (["--count", 12, "sample.gamma=0.2"], "holds images of sample.gamma=0.0:"),
+    ],
+)
+def test_images_of_other_settings_are_never_mixed(argv, line, diffusion_run, tmp_path, capsys):
+    assert sample_(diffusion_run, "--out", tmp_path, "--count", 12) == 0
+    before = images(tmp_path), record(tmp_path)
+    assert sample_(diffusion_run, "--out", tmp_path, *argv) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith("error: ") and line in err
+    assert (images(tmp_path), record(tmp_path)) == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["--count", 0], "0 images from seed 0: there must be at least one"),
+        (["--per-class", -1], "-10 images from seed 0"),
+        (["--seed", -1], "100 images from seed -1: there must be at least one, and seeds start at 0"),
+        (["--classes", "1,x"], "--classes 1,x: give conditions separated by commas"),
+        (["--classes", "1,10"], "--classes 1,10: give different conditions of 0..9"),
+        (["--classes", "1,1"], "give different conditions of 0..9"),
+        (["sample.step=3"], "unknown key sample.step; did you mean sample.steps?"),
+        (["--model", "edm2-digits"], "is a run, its settings say which model and data"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_write_nothing(argv, line, diffusion_run, tmp_path, capsys):
+    assert sample_(diffusion_run, "--out", tmp_path / "s", *argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and line in err
+    assert not (tmp_path / "s").exists()
+
+
+def test_bad_sources_and_folders_are_one_line(diffusion_run, tmp_path, capsys):
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished/config.yaml").write_bytes((diffusion_run / "config.yaml").read_bytes())
+    (tmp_path / "file").write_text("")
+    (tmp_path / "foreign/images").mkdir(parents=True)
+    (tmp_path / "foreign/images/cat.png").write_text("")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/sample.json").write_text("{}")
+    weights = diffusion_run / "weights"
+    for source, out, extra, line in [
+        (tmp_path / "unfinished", "s", [], "has no weights: it has not finished; repeat its `mclr train` command"),
+        (tmp_path / "nothing", "s", [], "no weights at"),
+        (weights, "s", [], "say by --model which one they belong to"),
+        (weights, "s", ["--model", "edm2-digits"], "have model_channels 8, this run has 16"),
+        (weights, "s", ["--model", "nonsense"], "unknown model nonsense"),
+        (diffusion_run, "file", [], "choose another folder with --out"),
+        (diffusion_run, "foreign", [], "holds files of unknown origin"),
+        (diffusion_run, "damaged", [], "is no record of samples"),
+    ]:
+        assert sample_(source, "--out", tmp_path / out, *extra) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and line in err, err
+        assert not (tmp_path / "s").exists()
+
+
+def test_help_shows_an_example(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        sample.main(["--help"])
+    assert exit_.value.code == 0 and "mclr sample runs/mine --out samples/mine" in capsys.readouterr().out

@@ -1,0 +1,107 @@
+"""Files and folders appear whole or not at all, and what stands in their way is named in one line."""
+
+import json
+import os
+
+import pytest
+
+from mclr.errors import UserError
+from mclr.train.system.files import new_folder, write_file, write_json
+
+
+def test_a_file_is_replaced_whole_or_kept(tmp_path, monkeypatch):
+    path = tmp_path / "file.json"
+    write_file(path, b"old")
+    write_json(path, {"name": "é", "values": [1, 2.5, None]})
+    assert json.loads(path.read_text()) == {"name": "é", "values": [1, 2.5, None]}
+    before = path.read_bytes()
+    for step in ("fsync", "replace"):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
+            patch.setattr(os, step, lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            write_file(path, b"new")
+        assert path.read_bytes() == before and os.listdir(tmp_path) == ["file.json"]
+
+
+def test_a_folder_appears_at_the_end(tmp_path):
+    path = tmp_path / "parent" / "folder"
+    with new_folder(path) as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "file").write_text("content")
+        assert not path.exists() and folder.parent == path.parent
+    assert (path / "deep" / "file").read_text() == "content" and os.listdir(path.parent) == ["folder"]
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, ValueError, UserError, FileNotFoundError])
+def test_a_failed_folder_vanishes(tmp_path, interruption):
+    with pytest.raises(interruption), new_folder(tmp_path / "folder") as folder:
+        (folder / "file").write_text("content")
+        raise interruption
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_stands_in_the_way_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("")
+    for path, says in (
+        (tmp_path / "file", "exists already"),
+        (tmp_path / "folder", "exists already"),
+        (tmp_path / "file" / "below", "below a regular file"),
+        ("/proc/nowhere/folder", "cannot write"),
+        (tmp_path / ("long" * 100), "name too long"),
+    ):
+        with pytest.raises(UserError, match=says) as error, new_folder(path):
+            raise AssertionError("the body must not run")
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+    for path in (tmp_path / "file" / "below", tmp_path / "nowhere" / "file", tmp_path / "folder"):
+        with pytest.raises(UserError, match="cannot write"):
+            write_file(path, b"")
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+def test_the_folder_that_one_is_in_stays(tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for path in (".", "below/..", here):
+        for replace in (False, True):
+            with pytest.raises(UserError, match="is the folder that you are in"), new_folder(path, replace):
+                raise AssertionError("the body must not run")
+    for path in ("..", "/"):
+        with pytest.raises(UserError, match="exists already"), new_folder(path):
+            raise AssertionError("the body must not run")
+    assert os.listdir(tmp_path) == ["here"] and os.listdir() == []
+
+
+def test_what_is_written_elsewhere_needs_no_current_folder(tmp_path, monkeypatch):
+    """A run that lives longer than the folder that it was started in."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here").rmdir()
+    for name in ("new", "here"):
+        with new_folder(tmp_path / name) as folder:
+            (folder / "file").write_text("content")
+        assert (tmp_path / name / "file").read_text() == "content"
+
+
+def test_a_folder_is_replaced_whole_or_kept(tmp_path):
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old").write_text("old")
+    with pytest.raises(ValueError), new_folder(path, replace=True):
+        raise ValueError
+    assert os.listdir(path) == ["old"]
+    with new_folder(path, replace=True) as folder:
+        (folder / "new").write_text("new")
+        assert os.listdir(path) == ["old"]
+    assert os.listdir(path) == ["new"] and os.listdir(tmp_path) == ["folder"]
+    with pytest.raises(UserError, match="exists already"), new_folder(path / "new", replace=True):
+        raise AssertionError("a file is not replaced")
+
+
+def test_a_folder_taken_meanwhile_is_not_overwritten(tmp_path):
+    with pytest.raises(UserError, match="not empty"), new_folder(tmp_path / "folder") as folder:
+        (folder / "file").write_text("mine")
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / "file").write_text("theirs")
+    assert (tmp_path / "folder" / "file").read_text() == "theirs" and os.listdir(tmp_path) == ["folder"]

@@ -1,0 +1,122 @@
+"""The pulse: what a rank writes of itself, and what becomes of a run in which one has gone silent."""
+
+import multiprocessing
+import os
+import time
+
+import pytest
+
+import mclr.train.system.watchdog
+from mclr.errors import UserError
+from mclr.train.system.watchdog import Pulse, read_pulses
+
+
+def test_a_pulse_tells_step_and_phase_and_counts_time(tmp_path):
+    began = time.time()
+    pulse = Pulse(tmp_path, rank=2, ranks=4, timeout=100)
+    pulse.enter("data", 7)
+    time.sleep(0.05)
+    pulse.enter("compute")
+    pulse.enter("data", 8)
+    ((rank, (step, phase, then)),) = read_pulses(tmp_path / "pulse", 4).items()
+    pulse.close()
+    assert read_pulses(tmp_path / "pulse", 4)[2][1] == "ended"
+    assert pulse.waited >= 0.05
+    assert (rank, step, phase) == (2, 8, "data") and began - 0.002 <= then <= time.time()
+
+
+def test_ranks_of_an_earlier_start_with_more_of_them_do_not_count(tmp_path):
+    for rank in (0, 3):
+        Pulse(tmp_path, rank, ranks=4, timeout=100).close()
+    assert list(read_pulses(tmp_path / "pulse", 2)) == [0]
+
+
+def test_a_pulse_may_end_at_once_and_again(tmp_path):
+    for _ in range(2):
+        Pulse(tmp_path, 0, 1, timeout=1000).close()
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "pulse").write_text("a file")
+    with pytest.raises(UserError, match="cannot write"):
+        Pulse(tmp_path, 0, 1, timeout=100)
+
+
+def test_a_rank_that_goes_on_at_last_is_not_ended(tmp_path, monkeypatch):
+    """It saw all silent, left the word to the first, and came back meanwhile; so does a rank that ends."""
+    monkeypatch.setattr(mclr.train.system.watchdog, "PATIENCE", 3.0)
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("ended"))
+    for rank in (0, 1):
+        Pulse(tmp_path, rank, ranks=3, timeout=100).close()
+    for comes_back in (True, False):
+        pulse = Pulse(tmp_path, rank=2, ranks=3, timeout=0.3)
+        time.sleep(0.6)
+        if comes_back:
+            pulse.timeout = 100
+            pulse.enter("compute", 5)
+            time.sleep(3.0)
+            assert pulse.watcher.is_alive()
+        pulse.close()
+
+
+def test_what_cannot_be_read_ends_no_watch(tmp_path):
+    """A pulse that is made and not written yet, or not seen on a shared folder."""
+    pulse = Pulse(tmp_path, rank=0, ranks=3, timeout=100)
+    (tmp_path / "pulse" / "00001").write_text("")
+    assert list(read_pulses(tmp_path / "pulse", 3)) == [0] and pulse._blame()[0] == [0]
+    (tmp_path / "pulse" / "00000").unlink()
+    assert "rank 0 has been silent for 100 s" in pulse._blame()[1]
+    pulse.close()
+
+
+def rank_of(run, here, rank, ranks, phases, goes_on):
+    """Enter these phases, then nothing more; goes_on: but the last one again and again."""
+    with open(run / f"stderr-{rank}", "w") as stderr:
+        os.dup2(stderr.fileno(), 2)
+    # one may take seconds longer to start
+    here.wait()
+    pulse = Pulse(run, rank, ranks, timeout=2.0)
+    for step, phase in enumerate(phases, start=1):
+        pulse.enter(phase, step)
+        time.sleep(0.2)
+    while True:
+        time.sleep(0.1)
+        if goes_on:
+            pulse.enter(phases[-1])
+
+
+def ends(run, ranks):
+    """Exit status of ranks that do this, and what they said; None: still alive when the first has ended, and killed by us."""
+    context = multiprocessing.get_context("spawn")
+    here = context.Barrier(len(ranks))
+    processes = [context.Process(target=rank_of, args=(run, here, rank, len(ranks), *how)) for rank, how in enumerate(ranks)]
+    for process in processes:
+        process.start()
+    first = [process for process, (_, goes_on) in zip(processes, ranks, strict=True) if not goes_on]
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not any(process.exitcode is not None for process in first):
+        time.sleep(0.1)
+    status = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    return status, [(run / f"stderr-{rank}").read_text() for rank in range(len(ranks))]
+
+
+def test_a_rank_that_hangs_alone_names_itself(tmp_path):
+    status, (said,) = ends(tmp_path, [(("data", "compute"), False)])
+    assert status == [1]
+    assert said.startswith("error: rank 0 has been silent for ") and "since phase compute of step 2" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_the_others_name_the_rank_that_they_wait_for(tmp_path):
+    """Rank 1 stops in its first step, before rank 0, which then waits for it."""
+    status, said = ends(tmp_path, [(("data", "compute", "meet"), False), (("data",), False)])
+    assert status[0] == 1 and "rank 1 has been silent" in said[0] and "phase data of step 1" in said[0]
+    assert said[1] == ""
+
+
+def test_who_goes_on_is_not_ended(tmp_path):
+    status, _ = ends(tmp_path, [(("data",), True), (("data", "compute"), False)])
+    assert status[0] is None and status[1] == 1

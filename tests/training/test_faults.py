@@ -1,0 +1,448 @@
+"""Faults on purpose: killed, stopped and hanging ranks, full disks, lost files; the same command again ends as if nothing had happened.
+
+At most 8 minutes on two busy cores, 2 of them without launchers. Every run ends in the tensors, snapshots, weights and metrics of an
+undisturbed one, bit for bit. Faults of one rank happen in children of a fork server, those of several under the launchers. At the end
+a table tells what was lost.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+from faults_child import child
+from faults_runs import arguments, differences, steps_logged
+from launch import RUN, environment, is_alive, launcher, of_ours, started, wait_for
+from test_resume import BATCH, MODELS, STEPS, same_tensors
+from test_zero_resume import follow
+
+from mclr.train.engine.checkpoint import MANIFEST
+
+pytestmark = pytest.mark.faults
+
+KILLS = 20  # SIGKILLs, over both models
+PROMPT = 20  # seconds within which a rank that is told to end has ended
+LONGEST = 120  # seconds that anything may take
+EVERY = 2  # steps between checkpoints
+HOLDER = Path(__file__).parent.parent / "faults_rank.py"
+HELD = 4  # the step in which launched ranks wait for their fault
+SILENT = 15  # engine.timeout of launched ranks: more than PATIENCE, with which a rank that failed tells of it
+
+EDM2, VAR = MODELS
+SERVER = multiprocessing.get_context("forkserver")
+TABLE: dict[str, list[int | None]] = {}  # fault -> steps that each try cost; None: not survived
+NOTES: list[str] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table(request):
+    """Printed when all is done, -q or not."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment().items():
+            patch.setenv(name, value)
+        # imported once, before the children are forked
+        SERVER.set_forkserver_preload(["faults_child", "mclr.train.run", "mclr.train.training.build", "torch._dynamo"])
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        started_at = time.monotonic()
+        yield
+    lines = [f"{'fault':44} tries  survived  lost steps"]
+    for fault, lost in TABLE.items():
+        costs = [cost for cost in lost if cost is not None]
+        spread = f"{min(costs)} to {max(costs)}" if costs else "-"
+        lines.append(f"{fault:44} {len(lost):5}  {len(costs):8}  {spread}")
+    lines += [*NOTES, f"a checkpoint every {EVERY} steps; {time.monotonic() - started_at:.0f} s in all"]
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print("", *lines, sep="\n")
+
+
+def run_child(folder, argv, *fault):
+    """(exit status, what it said) of `mclr train` in a child. fault: see tests/faults_child.py."""
+    process = SERVER.Process(target=child, args=(folder, argv, *fault))
+    process.start()
+    process.join(LONGEST)
+    if hung := process.is_alive():
+        process.kill()
+        process.join()
+    assert not hung, f"not ended after {LONGEST} s"
+    return process.exitcode, (folder / "log").read_text()
+
+
+class Case:
+    """A run that suffers a fault in a folder of its own; whole: the run that suffers none."""
+
+    def __init__(self, fault, folder, argv, whole):
+        self.fault, self.folder, self.argv, self.whole, self.run = fault, folder, argv, whole, folder / "run"
+        TABLE.setdefault(fault, []).append(None)
+
+    def start(self, *fault):
+        return run_child(self.folder, self.argv, *fault)
+
+    def refused(self, *fault):
+        """The one line with which the command ends, with status 2 and nothing torn left."""
+        status, said = self.start(*fault)
+        assert status == 2 and "Traceback" not in said and not list(self.run.rglob(".tmp-*")), said
+        (error,) = of_ours(said)
+        return error
+
+    def goes_on(self):
+        """The same command again does the rest; what it said."""
+        before = max(steps_logged(self.run), default=0)
+        status, said = self.start()
+        assert status == 0, said
+        assert differences(self.run, self.whole) == []
+        assert steps_logged(self.run) == list(range(1, STEPS + 1))
+        began = [int(line.rpartition("/")[2]) // BATCH for line in said.splitlines() if line.startswith("going on from ")]
+        TABLE[self.fault][-1] = before - (began or [0])[0]
+        return said
+
+
+@pytest.fixture(scope="module")
+def fresh(digits, tmp_path_factory):
+    """fresh(NAME): a new folder in which ./data are the digits."""
+    home = tmp_path_factory.mktemp("faults")
+
+    def fresh(name):
+        (home / name).mkdir()
+        (home / name / "data").symlink_to(digits)
+        return home / name
+
+    return fresh
+
+
+@pytest.fixture(scope="module")
+def whole(fresh, tokenizer):
+    """whole(model, overrides, fault) -> (its arguments, the folder it ran in): a run that ends, begun once."""
+    ran = {}
+
+    def whole(model, overrides=(), fault=()):
+        if (key := (model, overrides, fault)) not in ran:
+            argv = arguments(model, "data", tokenizer, "local", f"train.checkpoint_every={EVERY * BATCH}", *overrides)
+            folder = fresh(f"whole-{len(ran)}")
+            status, said = run_child(folder, argv, *fault)
+            assert status == 0, said
+            ran[key] = argv, folder
+        return ran[key]
+
+    return whole
+
+
+@pytest.fixture
+def begin(fresh, whole):
+    """begin(fault, model, overrides, of the whole) -> Case."""
+
+    def begin(fault, model, overrides=(), of_whole=()):
+        argv, folder = whole(model, overrides, of_whole)
+        return Case(fault, fresh(f"case-{sum(map(len, TABLE.values()))}"), argv, folder / "run")
+
+    return begin
+
+
+@pytest.fixture
+def tick(whole):
+    """tick(model, name, nth) -> number of the nth such call, counted from 1."""
+
+    def tick(model, name, nth):
+        return [number for number, place in enumerate(ticks_of(whole, model)) if place.endswith(name)][nth - 1]
+
+    return tick
+
+
+def ticks_of(whole, model):
+    return json.loads((whole(model)[1] / "ticks.json").read_text())
+
+
+def in_step(step):
+    """Number of the call of `score` in the first of its two micro-batches."""
+    return 2 * step - 1
+
+
+def test_sigkill_anywhere(begin, whole):
+    """At random ticks, the same ones in every session; many of them while a checkpoint, a snapshot or the weights are written."""
+    chance, writing = random.Random(0), 0
+    for model in MODELS:
+        ticks = ticks_of(whole, model)
+        for when in sorted(chance.sample(range(len(ticks)), KILLS // len(MODELS))):
+            writing += "save_checkpoint" in ticks[when]
+            case = begin("SIGKILL at a random moment", model)
+            assert case.start(when, "send", signal.SIGKILL)[0] == -signal.SIGKILL
+            case.goes_on()
+    assert writing >= 5
+    NOTES.append(f"{writing} of {KILLS} SIGKILLs fell into the writing of a checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("name", "nth"), [("score", in_step(4)), ("samples", in_step(2)), ("step", 3), ("save_file", 2), ("write_snapshot", 1)]
+)
+def test_sigterm(name, nth, begin, tick):
+    case = begin("SIGTERM", EDM2)
+    status, said = case.start(tick(EDM2, name, nth), "send", signal.SIGTERM)
+    assert status == 128 + signal.SIGTERM and "stopped by a signal at" in said.splitlines()[-1], said
+    assert time.time() - (case.folder / "sent").stat().st_mtime < PROMPT
+    case.goes_on()
+    assert TABLE[case.fault][-1] == 0
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def killed(fresh, whole):
+    """A folder with a run that was killed in step 5, after its second checkpoint; to be copied."""
+    argv, folder = whole(EDM2)[0], fresh("killed")
+    when = [number for number, place in enumerate(ticks_of(whole, EDM2)) if place == "score"][in_step(5) - 1]
+    assert run_child(folder, argv, when, "send", signal.SIGKILL)[0] == -signal.SIGKILL
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("harm", "file"),
+    [
+        (cut, "engine.safetensors"),
+        (cut, MANIFEST),
+        (flip_a_bit, "model.safetensors"),
+        (flip_a_bit, "state.json"),
+        (Path.unlink, "posterior.safetensors"),
+        (Path.unlink, MANIFEST),
+    ],
+)
+def test_the_newest_checkpoint_is_damaged(harm, file, begin, killed):
+    case = begin("newest checkpoint damaged", EDM2)
+    shutil.copytree(killed / "run", case.run)
+    harm(case.run / "checkpoints" / f"{4 * BATCH:012d}" / file)
+    said = case.goes_on()
+    assert f"checkpoint run/checkpoints/{4 * BATCH:012d} is damaged" in said and f"from run/checkpoints/{2 * BATCH:012d}" in said
+
+
+@pytest.mark.parametrize(
+    ("step", "size", "full"),
+    [(1, 400_000, "checkpoints/000000000016"), (1, 50_000, "snapshots/000000000016-0."), (3, 1_500, "metrics.jsonl")],
+)
+def test_files_may_grow_no_further(step, size, full, begin, tick):
+    case = begin("a file cannot grow (RLIMIT_FSIZE)", EDM2)
+    error = case.refused(tick(EDM2, "score", in_step(step)), "limit", size)
+    assert f"run/{full}" in error and "File too large" in error and "room" in error
+    case.goes_on()
+
+
+@contextmanager
+def small_disk(folder, size):
+    """A file system of so many bytes at this new folder."""
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], capture_output=True, text=True)
+    if mounted.returncode:
+        NOTES.append(f"full disk: not tried, mounting is not permitted here ({mounted.stderr.strip()})")
+        pytest.skip("mounting is not permitted")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+# a run needs 4 MB
+@pytest.mark.parametrize("size", ["600k", "1300k", "1700k", "2200k", "2700k", "3200k"])
+def test_a_full_disk(size, begin):
+    case = begin("full disk (tmpfs)", EDM2)
+    with small_disk(case.run, size):
+        assert "room" in case.refused()
+        subprocess.run(["mount", "-o", "remount,size=64m", str(case.run)], check=True)
+        case.goes_on()
+
+
+def test_a_shard_goes_missing(begin, tick):
+    case = begin("a shard goes missing", EDM2)
+    data = case.folder / "data"
+    digits = data.readlink()
+    data.unlink()
+    shutil.copytree(digits, data)
+    lost = "data/train/000001.tar"
+    # images are read a step ahead
+    error = case.refused(tick(EDM2, "score", in_step(3)), "lose", lost, "elsewhere.tar")
+    assert lost in error and 3 <= max(steps_logged(case.run)) < STEPS
+    assert lost in case.refused()
+    os.rename(case.folder / "elsewhere.tar", case.folder / lost)
+    case.goes_on()
+
+
+# where the next checkpoint, the next snapshot, the weights, the next line go
+@pytest.mark.parametrize("path", ["run/checkpoints", "run/snapshots", "run", "run/metrics.jsonl"])
+def test_no_more_writing(path, begin, tick):
+    case = begin("a folder becomes unwritable", EDM2)
+    error = case.refused(tick(EDM2, "score", in_step(3)), "forbid", path)
+    assert path in error and "Permission denied" in error
+    os.chmod(case.folder / path, 0o755)
+    case.goes_on()
+
+
+def test_batches_of_nan_are_left_out(begin):
+    """They change nothing, as where they are not there at all; their samples are noted."""
+    bad, settings = (2, 4, 5), ("train.max_skipped=2",)
+    case = begin("batches of NaN", EDM2, settings, (0, "leave out", bad))
+    assert case.start(0, "spoil", bad)[0] == 0
+    same_tensors(case.run, case.whole)
+    noted = [json.loads(line) for line in (case.run / "skipped.jsonl").read_text().splitlines()]
+    assert [(each["images"] // BATCH, len(set(each["keys"]))) for each in noted] == [(step, BATCH) for step in bad]
+    TABLE[case.fault][-1] = 0
+
+
+def test_too_many_batches_of_nan_end_a_run(begin):
+    """Steps 3 to 5; the last of them is a good one when it goes on."""
+    case = begin("batches of NaN", EDM2, ("train.max_skipped=2",), (0, "spoil", (3, 4)))
+    assert f"gradient_norm is nan at {5 * BATCH} images, 3 steps in a row" in case.refused(0, "spoil", (3, 4, 5))
+    case.goes_on()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_rank_that_hangs_is_named(model, begin, tick):
+    case = begin("a rank hangs", model, ("engine.timeout=3",))
+    status, said = case.start(tick(model, "samples/batch", in_step(4)), "hang")
+    (error,) = of_ours(said)
+    assert status == 1 and "rank 0 has been silent for 3 s, since phase data of step 4" in error
+    case.goes_on()
+
+
+@pytest.fixture(scope="module")
+def launched(fresh, tokenizer):
+    """launched(fault, model, stage, launcher) -> Launched."""
+    settings = ["train.micro_batch=2", f"train.checkpoint_every={EVERY * BATCH}", f"engine.timeout={SILENT}"]
+    kinds = ((EDM2, 1), (VAR, 2), (EDM2, 3))
+    plan = {kind: (arguments(kind[0], "data", tokenizer, f"zero{kind[1]}", *settings)) for kind in kinds}
+    home = fresh("launched")
+    for model, zero in plan:
+        (home / f"{model}-{zero}").mkdir()
+        (home / f"{model}-{zero}" / "data").symlink_to(home / "data")
+    statuses = follow([(f"{model}-{zero}", argv, None) for (model, zero), argv in plan.items()], home)
+    assert statuses == [0, 0, 0]
+
+    def launched(fault, model, zero, name):
+        folder = fresh(f"case-{sum(map(len, TABLE.values()))}")
+        return Launched(fault, folder, plan[model, zero], home / f"{model}-{zero}" / "run", name)
+
+    return launched
+
+
+class Launched(Case):
+    """A run on two ranks. name: of the launcher, whose port is the same at every start."""
+
+    def __init__(self, fault, folder, argv, whole, name):
+        super().__init__(f"{fault}, {name}, {argv[argv.index('--engine') + 1]}", folder, argv, whole)
+        self.command = launcher(name)
+
+    def start(self):
+        command = [*self.command, str(RUN), *self.argv]
+        ran = subprocess.run(command, cwd=self.folder, env=environment(), capture_output=True, text=True, timeout=LONGEST)
+        return ran.returncode, ran.stdout + ran.stderr
+
+    def suffer(self, strike, lost=None):
+        """(the launcher's status, seconds until all had ended, what was said) when `strike` happens in step HELD.
+
+        strike(process id of the launcher, those of the ranks). lost: the rank that loses sight of its data then.
+        """
+        marks = [self.folder / f"held-{rank}" for rank in range(2)]
+        with pytest.MonkeyPatch.context() as patch, open(self.folder / "log", "w") as log:
+            patch.setenv("HOLD", str(HELD))
+            patch.setenv("LOST", str(lost))
+            command = [*self.command, str(HOLDER), *self.argv]
+            with started(command, stdout=log, stderr=log, cwd=self.folder) as process:
+                wait_for(lambda: all(mark.exists() for mark in marks), process, LONGEST)
+                ranks = [int(mark.read_text()) for mark in marks]
+                # torchrun gives its ranks sessions of their own
+                everybody = {*ranks, *of_session(process.pid)}
+                try:
+                    strike(process.pid, ranks)
+                    (self.folder / "go").touch()
+                    began = time.monotonic()
+                    status = process.wait(LONGEST)
+                    while any(map(is_alive, everybody)) and time.monotonic() - began < LONGEST:
+                        time.sleep(0.1)
+                    took = time.monotonic() - began
+                    said = (self.folder / "log").read_text()
+                    assert not any(map(is_alive, everybody)), said
+                finally:
+                    for pid in filter(is_alive, everybody):
+                        os.kill(pid, signal.SIGKILL)
+                    # 66 MiB each, which ranks that were killed cannot take back
+                    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self.command[-1]}_?"):
+                        buffer.unlink()
+        return status, took, said
+
+
+def of_session(session):
+    """Ids of its processes."""
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    found = []
+    for pid in pids:
+        with suppress(OSError):
+            if os.getsid(pid) == session:
+                found.append(pid)
+    return found
+
+
+def to_rank_1(number):
+    return lambda process, ranks: os.kill(ranks[1], number)
+
+
+def to_the_launcher(number):
+    return lambda process, ranks: os.kill(process, number)
+
+
+def test_sigterm_to_one_of_two_ranks(launched):
+    case = launched("SIGTERM to a rank", EDM2, 1, "deepspeed")
+    status, took, said = case.suffer(to_rank_1(signal.SIGTERM))
+    assert status == 128 + signal.SIGTERM and took < PROMPT, said
+    assert said.count(f"stopped by a signal at {(HELD - 1) * BATCH} images") == 1 and not of_ours(said)
+    case.goes_on()
+    assert TABLE[case.fault] == [0]
+
+
+@pytest.mark.parametrize(
+    ("number", "model", "zero", "name"),
+    [
+        (signal.SIGTERM, VAR, 2, "deepspeed"),
+        (signal.SIGTERM, EDM2, 1, "torchrun"),
+        (signal.SIGKILL, EDM2, 3, "torchrun"),
+    ],
+)
+def test_the_launcher_dies(number, model, zero, name, launched):
+    """Its ranks end by themselves; folder and port are free at once."""
+    case = launched(f"{number.name} to the launcher", model, zero, name)
+    _, took, said = case.suffer(to_the_launcher(number))
+    assert took < PROMPT and said.count("stopped by a signal at") == 1, said
+    case.goes_on()
+    assert TABLE[case.fault] == [0]
+
+
+def test_one_of_two_ranks_is_killed(launched):
+    case = launched("SIGKILL to a rank", EDM2, 3, "deepspeed")
+    status, _, said = case.suffer(to_rank_1(signal.SIGKILL))
+    assert status not in (0, None), said
+    case.goes_on()
+
+
+def test_one_of_two_ranks_is_stopped(launched):
+    case = launched("SIGSTOP to a rank", VAR, 2, "deepspeed")
+    status, _, said = case.suffer(to_rank_1(signal.SIGSTOP))
+    (error,) = of_ours(said)
+    assert status == 1 and "rank 1 has been silent for" in error and f"since phase compute of step {HELD}" in error, said
+    case.goes_on()
+
+
+def test_one_of_two_ranks_loses_sight_of_its_data(launched):
+    case = launched("a rank loses its data", EDM2, 1, "torchrun")
+    status, _, said = case.suffer(lambda process, ranks: None, lost=1)
+    (error,) = of_ours(said)
+    assert status not in (0, None) and "error: rank 1: data/train/" in error, said
+    case.goes_on()

@@ -1,0 +1,388 @@
+"""train/convert.py: published files of every kind in and out, bit by bit; and every bad file is one line with nothing written."""
+
+import dataclasses
+import io
+import json
+import os
+import shutil
+import zipfile
+
+import pytest
+import safetensors.torch
+import torch
+from golden_weights import FOLDER, load_golden, rule_weights
+
+import mclr.train.run
+from mclr.models.edm2 import EDM2, EDM2Config
+from mclr.models.features import ImageClassifier, ImageClassifierConfig
+from mclr.models.var import VAR, VARConfig
+from mclr.train import convert
+from mclr.train.cli import run
+from mclr.train.convert import main
+from mclr.train.engine.ema import reconstruct
+from mclr.train.weights.folder import load_net, read_config, save_weights
+
+# golden file -> kind, what has to be said beside the file, our names of the reference's arguments
+GOLDEN = {
+    "var_tiny.npz": ("var", [], {}),
+    "var_tiny_shared_aln.npz": ("var", [], {}),
+    "vqvae_tiny.npz": ("vqvae", [], {"v_patch_nums": "scales"}),
+    "vqvae_10scales.npz": ("vqvae", [], {"v_patch_nums": "scales"}),
+    "edm2_tiny.npz": ("edm2", ["channels_per_head=16"], {"label_dim": "num_classes"}),
+}
+
+
+def published(file):
+    """(state dict as published, constants included; kind; settings; the config it was made with)."""
+    kind, settings, renamed = GOLDEN[file]
+    _, config, names = load_golden(file)
+    constants = {name: torch.zeros(shape) for name, shape in names.items()}
+    if kind == "var":
+        scale_L = torch.repeat_interleave(torch.arange(4), torch.tensor([1, 4, 9, 16]))
+        constants["lvl_1L"] = scale_L[None]
+        mask = torch.zeros(30, 30).masked_fill(scale_L[:, None] < scale_L[None], -torch.inf)
+        constants["attn_bias_for_masking"] = mask[None, None]
+    config = {renamed.get(key, key): tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+    return constants | rule_weights(names), kind, settings, config
+
+
+def convert_(*argv):
+    return run(convert.main, [str(arg) for arg in argv])
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name].dtype == expected[name].dtype, name
+        assert torch.equal(found[name], expected[name]), name
+
+
+@pytest.mark.parametrize("file", GOLDEN)
+def test_published_weights_come_in_and_go_out_unchanged(file, tmp_path, capsys):
+    state_dict, kind, settings, config = published(file)
+    torch.save(state_dict, tmp_path / "in.pth")
+    assert convert_(tmp_path / "in.pth", tmp_path / "ours", *settings) == 0
+    found = dataclasses.asdict(load_net(str(tmp_path / "ours"), kind).config)
+    assert {key: found[key] for key in config} == config
+    licence = "licence: published EDM2 weights and all weights made from them: CC BY-NC-SA 4.0"
+    assert (licence in capsys.readouterr().out) == ("licence" in read_config(tmp_path / "ours")) == (kind == "edm2")
+
+    assert convert_(tmp_path / "ours", tmp_path / "out.pth") == 0
+    assert_equal(torch.load(tmp_path / "out.pth", weights_only=True), state_dict)
+    out = capsys.readouterr().out
+    assert ("does not show 'channels_per_head=16'" in out) == ("licence: " in out) == (kind == "edm2")
+    assert convert_(tmp_path / "ours", tmp_path / "out.safetensors") == 0
+    assert_equal(safetensors.torch.load_file(tmp_path / "out.safetensors"), state_dict)
+
+    assert convert_(tmp_path / "out.safetensors", tmp_path / "again", *settings) == 0
+    first, second = (tmp_path / name / "model.safetensors" for name in ("ours", "again"))
+    assert first.read_bytes() == second.read_bytes()
+    assert read_config(tmp_path / "ours")["made_by"] == " ".join(
+        ["mclr convert", f"{tmp_path}/in.pth", f"{tmp_path}/ours", *settings]
+    )
+
+
+def test_trainer_checkpoints_half_precision_and_wrapped_names(tmp_path):
+    state_dict, *_ = published("var_tiny.npz")
+    torch.save(state_dict, tmp_path / "plain.pth")
+    wrapped = {f"module._orig_mod.{name}": t for name, t in state_dict.items()}
+    optimizer = {"state": {0: {"step": torch.tensor(1.0)}}, "param_groups": [{"lr": 0.1}]}
+    checkpoint = {"epoch": 3, "trainer": {"var_wo_ddp": wrapped, "var_opt": optimizer}, "args": {"depth": 2}}
+    torch.save(checkpoint, tmp_path / "ar-ckpt-last.pth")
+    assert convert_(tmp_path / "plain.pth", tmp_path / "a") == 0
+    assert convert_(tmp_path / "ar-ckpt-last.pth", tmp_path / "b") == 0
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+    half = {name: t.half() for name, t in state_dict.items()}
+    safetensors.torch.save_file(half, tmp_path / "half.safetensors")
+    assert convert_(tmp_path / "half.safetensors", tmp_path / "c") == 0
+    net = load_net(str(tmp_path / "c"), "var")
+    assert torch.equal(net.head.weight, half["head.weight"].float())
+
+
+def test_a_snapshot_of_edm2_in_half_precision_stays_so(tmp_path):
+    assert convert_(FOLDER / "edm2_tiny.pkl", tmp_path / "ours") == 0
+    assert {t.dtype for t in safetensors.torch.load_file(tmp_path / "ours/model.safetensors").values()} == {torch.float16}
+    assert "CC BY-NC-SA 4.0" in read_config(tmp_path / "ours")["licence"]
+
+
+def test_scales_of_a_tokenizer_can_be_given(tmp_path):
+    state_dict, *_ = published("vqvae_10scales.npz")
+    torch.save(state_dict, tmp_path / "in.pt")
+    assert convert_(tmp_path / "in.pt", tmp_path / "ours", "scales=[1, 2, 3, 4, 6, 9, 13, 18, 24, 32]") == 0
+    assert load_net(str(tmp_path / "ours"), "vqvae").config.scales == (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+
+
+def test_what_the_file_does_not_show_is_said_when_it_is_written(tmp_path, capsys):
+    config = VARConfig(10, depth=1, embed_dim=16, num_heads=2, patch_nums=(1, 2, 4), attn_l2_norm=False, drop_path=0.1)
+    save_weights(tmp_path / "ours", VAR(config))
+    assert convert_(tmp_path / "ours", tmp_path / "out.pth") == 0
+    assert "does not show 'num_heads=2', 'patch_nums=[1, 2, 4]': repeat" in capsys.readouterr().out
+    assert convert_(tmp_path / "out.pth", tmp_path / "again", "num_heads=2", "patch_nums=[1, 2, 4]") == 0
+    assert load_net(str(tmp_path / "again"), "var").config == dataclasses.replace(config, drop_path=0.0)
+
+
+def test_an_edm2_of_unusual_widths_is_recognised(tmp_path, capsys):
+    config = EDM2Config(
+        8, 1, 0, model_channels=8, channel_mult=(2, 4), channel_mult_noise=1, channel_mult_emb=3, num_blocks=2,
+        attn_resolutions=(), channels_per_head=64, logvar_channels=6,
+    )  # fmt: skip
+    config = dataclasses.replace(config, channels_per_head=32)
+    net = EDM2(config)
+    save_weights(tmp_path / "ours", net)
+    assert convert_(tmp_path / "ours", tmp_path / "out.pth") == 0
+    assert convert_(tmp_path / "out.pth", tmp_path / "again") == 2
+    assert "64 does not divide the 32 channels" in (err := capsys.readouterr().err) and err.endswith("give channels_per_head=N\n")
+    assert convert_(tmp_path / "out.pth", tmp_path / "again", "channels_per_head=32") == 0
+    assert load_net(str(tmp_path / "again"), "edm2").config == config
+
+
+def zip_of(name):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(name, b"x")
+    return buffer.getvalue()
+
+
+def saved(content):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def var_without(*missing, **changed):
+    state_dict = published("var_tiny.npz")[0]
+    return saved({name: t for name, t in (state_dict | changed).items() if name not in missing})
+
+
+BAD = {
+    "no file": ("a.pth", None, "a.pth (No such file or directory): give a published state dict"),
+    "other ending": ("a.bin", b"x", "is no published state dict: give a file that ends in .pth, .pt, .safetensors"),
+    "pickle": ("edm2.pkl", b"\x80\x04.", "is damaged"),
+    "empty": ("a.pth", b"", "is empty"),
+    "noise": ("a.pth", b"\x80\x02garbage", "asks for what no published network needs"),
+    "zip": ("a.pth", zip_of("a/data.pkl"), "asks for what no published network needs"),
+    "truncated": ("a.pth", saved({"a": torch.zeros(9999)})[:20000], "is incomplete"),
+    "truncated safetensors": ("a.safetensors", safetensors.torch.save({"a": torch.zeros(99)})[:200], "is incomplete"),
+    "code": ("a.pth", saved(torch.nn.Linear(2, 2)), "is no published VAR, VQVAE or EDM2 (its entries: weight, bias, ...)"),
+    "number": ("a.pth", saved(3), "is no state dict"),
+    "other values": ("a.pth", saved({"epoch": 3, "w": torch.zeros(2)}), "is no state dict"),
+    "trainer without network": ("a.pth", saved({"trainer": {}}), "is no state dict"),
+    "other network": ("a.pth", saved({"fc.weight": torch.zeros(2)}), "is no published VAR, VQVAE or EDM2 (its entries: fc.weight, ...)"),
+    "missing entry": ("a.pth", var_without("blocks.1.ffn.fc2.bias"), "blocks.1.ffn.fc2.bias is missing"),
+    "missing table": ("a.pth", var_without("class_emb.weight"), "is no whole VAR: class_emb.weight is missing"),
+    "unexpected entry": ("a.pth", var_without(lora=torch.zeros(2)), "lora is unexpected"),
+    "bad shape": ("a.pth", var_without(pos_1LC=torch.zeros(2)), "is no whole VAR"),
+    "unknown scales": ("a.pth", var_without(pos_1LC=torch.zeros(1, 21, 128)), "the sides of its scales are none of the published ones"),
+    "a stub": ("a.pth", saved({"unet.out_gain": torch.zeros(())}), "is no whole EDM2: entries like unet.enc.#x#_block0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_file_is_one_line_and_leaves_nothing(case, tmp_path, capsys):
+    name, content, line = BAD[case]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    before = sorted(tmp_path.iterdir())
+    assert convert_(tmp_path / name, tmp_path / "ours") == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and line in err, err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("num_heads", "is no setting of this network: give key=value, where key is one of num_classes, depth"),
+        ("heads=2", "is no setting of this network"),
+        ("num_heads=two", "the value is no number or list"),
+        ("num_heads=0", "num_heads must be like 2"),
+        ("num_heads=[2]", "num_heads must be like 2"),
+        ("num_heads=3", "3 heads cannot share a width of 128"),
+        ("patch_nums=[1, 2]", "the weights do not fit this VAR"),
+        ("patch_nums=[]", "the sides of its scales are none of the published ones"),
+        ("patch_nums=[1, -2]", "patch_nums must be like [1, 2, 3, 4]"),
+        ("depth=3", "the weights do not fit this VAR"),
+    ],
+)
+def test_a_bad_setting_is_one_line(setting, line, tmp_path, capsys):
+    torch.save(published("var_tiny.npz")[0], tmp_path / "a.pth")
+    assert convert_(tmp_path / "a.pth", tmp_path / "ours", setting) == 2
+    assert line in capsys.readouterr().err
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_target_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    torch.save(published("var_tiny.npz")[0], tmp_path / "a.pth")
+    save_weights(tmp_path / "judge", ImageClassifier(ImageClassifierConfig(1, 3)))
+    for argv, line in [
+        ((tmp_path / "a.pth", tmp_path / "judge"), "exists already"),
+        ((tmp_path / "judge", tmp_path / "a.pth"), "exists already"),
+        ((tmp_path / "judge", tmp_path / "b.pth"), "kind image_classifier: only var, vqvae, edm2 have a published form"),
+        ((tmp_path / "none", tmp_path / "b.pth"), "no weights at"),
+        ((tmp_path / "judge", tmp_path / "b.pth", "depth=2"), "depth=2 has no effect"),
+        ((tmp_path / "judge", tmp_path / "b", "depth=2", "--half"), "depth=2 has no effect"),
+        ((tmp_path / "judge", tmp_path / "b.pth", "--half"), "is named like a published file"),
+        ((tmp_path / "a.pth", tmp_path / "b.pkl"), "is named like a published file"),
+        (("var-digits", tmp_path / "none" / "b.pth"), "cannot write"),
+        (("var-digits", tmp_path / "a.pth" / "b.pth"), "below a regular file"),
+        ((tmp_path / "a.pth", tmp_path / "a.pth" / "b"), "below a regular file"),
+        (("var-digits", "/proc/nowhere.pth"), "cannot write"),
+        ((tmp_path / "a.pth", "/proc/nowhere/b"), "cannot write"),
+    ]:
+        assert convert_(*argv) == 2
+        err = capsys.readouterr().err
+        assert line in err and err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "judge"]
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_force_replaces_weights_and_nothing_else(tmp_path, capsys, monkeypatch):
+    torch.save(published("var_tiny.npz")[0], tmp_path / "a.pth")
+    save_weights(tmp_path / "old", ImageClassifier(ImageClassifierConfig(1, 3)))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/config.json").write_text("{}")
+    (tmp_path / "photos/cat.png").write_text("")
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/README.md").write_text("mine")
+    before = contents(tmp_path)
+    for argv, line in [
+        ((tmp_path / "a.pth", tmp_path / "old"), "old exists already: remove it, choose another name, or replace it by --force"),
+        (("var-digits", tmp_path / "a.pth"), "a.pth exists already"),
+        (("var-digits", tmp_path / "old", "--half"), "old exists already"),
+        ((tmp_path / "a.pth", tmp_path / "photos", "--force"), "photos is not what --force may replace, weights"),
+        ((tmp_path / "a.pth", tmp_path / "notes", "--force"), "notes is not what --force may replace"),
+        ((tmp_path / "a.pth", tmp_path / "notes.txt", "--force"), "notes.txt is not what --force may replace"),
+        ((tmp_path / "photos/cat.png", tmp_path / "old", "--force"), "is no published state dict"),
+    ]:
+        assert convert_(*argv) == 2
+        err = capsys.readouterr().err
+        assert line in err and err.count("\n") == 1 and contents(tmp_path) == before
+    # a failure in the last moment leaves the old weights
+    with monkeypatch.context() as patch:
+        rename = os.rename
+
+        def fail(src, dst):
+            if str(dst).endswith("old") and patch_on:
+                patch_on.clear()
+                raise OSError(28, "No space left on device", str(src))
+            rename(src, dst)
+
+        patch_on = [True]
+        patch.setattr(os, "rename", fail)
+        assert convert_(tmp_path / "a.pth", tmp_path / "old", "--force") == 2
+    assert "No space left" in capsys.readouterr().err and contents(tmp_path) == before
+
+    assert convert_(tmp_path / "a.pth", tmp_path / "old", "--force") == 0
+    assert load_net(str(tmp_path / "old"), "var")
+    assert convert_("var-digits", tmp_path / "old", "--half", "--force") == 0
+    assert convert_(tmp_path / "old", tmp_path / "a.pth", "--force") == 0
+    assert convert_(tmp_path / "a.pth", tmp_path / "old", "--force") == 0
+    assert load_net(str(tmp_path / "old"), "var").config == load_net("var-digits", "var").config
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "notes", "notes.txt", "old", "photos"]
+
+
+@pytest.fixture(scope="module")
+def snapshots(digits, tmp_path_factory):
+    """A finished run of two steps that kept snapshots, from weights with a licence."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(3)
+    sizes = {"channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,), "channels_per_head": 8, "logvar_channels": 32}
+    save_weights(folder / "base", EDM2(EDM2Config(8, 1, 10, model_channels=8, **sizes)), licence="CC BY-NC-SA 4.0")
+    argv = [
+        "--model", "edm2-digits", "--objective", "mle", "--data", str(digits), "--init", str(folder / "base"), "--out", str(folder / "run"),
+        "model.net.model_channels=8", "model.net.channels_per_head=8", "train.images=32", "train.batch=16", "train.snapshot_every=16",
+    ]  # fmt: skip
+    assert run(mclr.train.run.main, argv) == 0
+    return folder / "run"
+
+
+def test_another_average_of_a_run(snapshots, tmp_path, capsys):
+    assert convert_(snapshots, tmp_path / "a", "--ema-std", 0.1) == 0
+    described, of_run = read_config(tmp_path / "a"), read_config(snapshots / "weights")
+    assert described == of_run | {"ema_std": 0.1, "images_seen": 32} and described["licence"] == "CC BY-NC-SA 4.0"
+    found, whole = (
+        safetensors.torch.load_file(folder / "model.safetensors") for folder in (tmp_path / "a", snapshots / "weights")
+    )
+    average, _ = reconstruct(snapshots, 0.1)
+    assert found.keys() == whole.keys() > average.keys()
+    for name, t in found.items():
+        assert torch.equal(t, average.get(name, whole[name])), name
+
+    shutil.copytree(snapshots, tmp_path / "unfinished")
+    shutil.rmtree(tmp_path / "unfinished/weights")
+    capsys.readouterr()
+    for argv, line in [
+        ((snapshots, tmp_path / "c", "--ema-std", "x"), "invalid float value"),
+        ((snapshots, tmp_path / "c", "--ema-std", 0.5), "std=0.5 is out of range"),
+        ((snapshots, tmp_path / "c", "--ema-std", 0.1, "--half"), "not allowed with argument"),
+        ((snapshots, tmp_path / "a", "--ema-std", 0.1), "exists already"),
+        ((snapshots, tmp_path / "c.pth", "--ema-std", 0.1), "is named like a published file"),
+        ((tmp_path, tmp_path / "c", "--ema-std", 0.1), "is no finished run: --ema-std needs the folder that `mclr train` made"),
+        ((tmp_path / "unfinished", tmp_path / "c", "--ema-std", 0.1), "is no finished run"),
+    ]:
+        assert convert_(*argv) == 2
+        err = capsys.readouterr().err
+        assert line in err and err.count("\n") == 1
+    assert not (tmp_path / "c").exists()
+
+
+def test_the_licence_goes_with_all_that_is_made_from_weights(snapshots, tmp_path, capsys):
+    for src, dst, *options in (
+        (snapshots / "weights", tmp_path / "half", "--half"),
+        (tmp_path / "half", tmp_path / "quarter", "--half"),
+    ):
+        assert convert_(src, dst, *options) == 0
+        assert read_config(dst)["licence"] == "CC BY-NC-SA 4.0"
+        assert "license: cc-by-nc-sa-4.0" in (dst / "README.md").read_text()
+    capsys.readouterr()
+    assert convert_(tmp_path / "quarter", tmp_path / "out.pth") == 0
+    assert "licence: CC BY-NC-SA 4.0" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    torch.save(published("var_tiny.npz")[0], tmp_path / "a.pth")
+    monkeypatch.setattr(os, "fsync", full)
+    for argv in (
+        (tmp_path / "a.pth", tmp_path / "b"),
+        ("var-digits", tmp_path / "b.pth"),
+        ("var-digits", tmp_path / "b", "--half"),
+    ):
+        assert convert_(*argv) == 2
+        err = capsys.readouterr().err
+        assert "No space left on device" in err and err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_help_shows_an_example(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        convert.main(["--help"])
+    assert exit_.value.code == 0 and "mclr convert var_d16.pth weights/var-d16" in capsys.readouterr().out
+
+
+def test_the_note_on_the_licence_stands_in_config_json(tmp_path):
+    state_dict, _, settings, _ = published("edm2_tiny.npz")
+    torch.save(state_dict, tmp_path / "in.pth")
+    assert convert_(tmp_path / "in.pth", tmp_path / "ours", *settings) == 0
+    assert "CC BY-NC-SA 4.0" in json.loads((tmp_path / "ours/config.json").read_text())["licence"]
+
+
+def test_half_keeps_network_and_notes(tmp_path, capsys):
+    torch.manual_seed(0)
+    net = VAR(VARConfig(num_classes=3, depth=1, embed_dim=16, num_heads=2, patch_nums=(1, 2), vocab_size=8, z_channels=4))
+    save_weights(tmp_path / "whole", net, command="mclr train ...", images_seen=7)
+    assert run(main, [str(tmp_path / "whole"), str(tmp_path / "half"), "--half"]) == 0
+    half = load_net(str(tmp_path / "half"), "var")
+    for (name, p), q in zip(net.named_parameters(), half.parameters(), strict=True):
+        assert torch.equal(p.half().float(), q), name
+    described = json.loads((tmp_path / "half" / "config.json").read_text())
+    assert described["images_seen"] == 7 and described["command"] == "mclr train ..." and "fp16" in described["stored"]
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half")]
+    assert sizes[1] < 0.7 * sizes[0]

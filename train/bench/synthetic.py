@@ -1,0 +1,62 @@
+"""Noise in place of data, random weights in place of trained ones: published sizes without any file, to be measured."""
+
+import torch
+
+from mclr.configs.schema import RunConfig
+from mclr.likelihood import Draws
+from mclr.models.vqvae import VQVAE, VQVAEConfig
+from mclr.train.data.encoders import RGB, Encoder, Latents, Tokens
+from mclr.train.data.source import Batch, Source
+from mclr.train.training.build import Networks, build_classifier, build_net, build_objective
+
+
+class Noise(Source):
+    """The same samples at every position: a run's are read ahead, and cost a step nothing."""
+
+    def __init__(self, samples: Batch):
+        self.samples = samples
+
+    def batch(self, first: int, count: int) -> Batch:
+        """The first `count` samples, whatever the position."""
+        tokens_BL = self.samples.tokens_BL
+        return Batch(self.samples.image_BCHW[:count], self.samples.c_B[:count], None if tokens_BL is None else tokens_BL[:count])
+
+
+class BareLatents(RGB):
+    """Latents that no VAE made: x is what the source gives, in their shape."""
+
+    shape = staticmethod(Latents.shape)
+
+
+def build_noise(config: RunConfig, device: torch.device) -> tuple[Source, Networks]:
+    """train.batch samples of the shape that the network models (images, latents or tokens), and networks; no reference.
+
+    The tokenizer has the published codes and little else: a generator uses no more of it, and nothing is encoded or decoded.
+    """
+    torch.manual_seed(config.train.seed)
+    # weights are drawn where they are used: on a CPU billions of them take minutes
+    with torch.device(device):
+        encoder: Encoder
+        if config.model.paradigm == "next_scale":
+            encoder = Tokens(VQVAE(VQVAEConfig(ch=32, ch_mult=(1,) * 5, num_res_blocks=1)))
+        else:
+            encoder = BareLatents() if config.model.vae else RGB()
+        net = build_net(config, encoder)
+        noisy = config.model.paradigm == "diffusion" and build_objective(config).needs_posterior
+        classifier = build_classifier(config) if noisy else None
+    with torch.no_grad():
+        for p in net.parameters():
+            # gains that start at 0 would cut an untrained EDM2 off from its input and its condition
+            if p.ndim == 0:
+                p.fill_(1.0)
+    draws = Draws(config.train.seed, list(range(config.train.batch)))
+    c_B = (config.data.num_classes * draws.uniform()).long()
+    if isinstance(encoder, Tokens):
+        tokens = encoder.tokenizer.config
+        length = sum(side**2 for side in tokens.scales)
+        samples = Batch(torch.empty(0), c_B, (tokens.vocab_size * draws.uniform(length)).long())
+    else:
+        shape = encoder.shape(config.data)
+        assert shape is not None
+        samples = Batch((256 * draws.uniform(*shape)).to(torch.uint8), c_B)
+    return Noise(samples), Networks(encoder, net, classifier, reference=None, generated=None)

@@ -1,0 +1,181 @@
+"""Encoders: from images to what a paradigm models, and back.
+
+B samples; C, H, W image or latents; S channels as stored; L tokens. Images are in [-1, 1]; from_uint8 and to_uint8 are all there is of
+rounding. An image is mirrored before it is encoded, and that is not to mirror its latents or tokens: whoever keeps what encode() gives
+must keep that of the mirrored image beside it.
+"""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mclr.configs.schema import VAE_FACTOR, Data
+from mclr.errors import UserError
+from mclr.likelihood import Draws
+from mclr.models.vqvae import VQVAE
+from mclr.train.system.hub import fetch
+
+VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
+VAE_BATCH = 8  # images that go through a VAE at a time
+
+
+class Encoder(Protocol):
+    """encode: image -> what may be stored of it, the same at every visit; draw: stored -> x of one visit, with the sample's own random
+    numbers; decode: x -> image."""
+
+    def shape(self, data: Data) -> tuple[int, int, int] | None:
+        """(C, H, W) of x for images of this data; None where x is tokens."""
+
+    def storage(self, data: Data) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Shape of what encode() gives of one image, and the types of numbers that may keep it, the exact one first; none where it is
+        the image itself."""
+
+    def encode(self, image_BCHW: Tensor) -> Tensor: ...
+    def draw(self, stored_B: Tensor, draws: Draws) -> Tensor: ...
+    def decode(self, x_B: Tensor) -> Tensor: ...
+
+
+class RGB:
+    """Diffusion in pixels: x is the image itself, in [-1, 1]."""
+
+    @staticmethod
+    def shape(data: Data) -> tuple[int, int, int]:
+        return data.channels, data.resolution, data.resolution
+
+    def storage(self, data: Data) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        return self.shape(data), ()
+
+    def encode(self, image_BCHW: Tensor) -> Tensor:
+        return image_BCHW
+
+    def draw(self, stored_B: Tensor, draws: Draws) -> Tensor:
+        return stored_B
+
+    def decode(self, x_B: Tensor) -> Tensor:
+        return x_B.clamp(-1, 1)
+
+
+class Tokens:
+    """Next-scale models: x is the tokens [B, L] of a frozen multi-scale tokenizer."""
+
+    def __init__(self, tokenizer: VQVAE):
+        self.tokenizer = tokenizer.eval().requires_grad_(False)
+
+    @staticmethod
+    def shape(data: Data) -> None:
+        return None
+
+    def storage(self, data: Data) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        tokens = self.tokenizer.config
+        return (sum(side**2 for side in tokens.scales),), (np.min_scalar_type(tokens.vocab_size - 1).name,)
+
+    @torch.no_grad()
+    def encode(self, image_BCHW: Tensor) -> Tensor:
+        return self.tokenizer.encode(image_BCHW)
+
+    def draw(self, stored_B: Tensor, draws: Draws) -> Tensor:
+        return stored_B
+
+    @torch.no_grad()
+    def decode(self, x_B: Tensor) -> Tensor:
+        return self.tokenizer.decode(x_B)
+
+
+class Latents:
+    """Diffusion in the latents of a frozen Stable Diffusion VAE, in fp32: x is [B, 4, H/8, W/8], of mean 0 and standard deviation .5.
+
+    Stored are mean and standard deviation of the VAE's posterior, [B, 8, H/8, W/8]; x is drawn from it anew at every visit. MEAN and
+    STD, per channel, are EDM2's (arXiv 2312.02696, appendix), as is what the VAE is given: images in [0, 1] (its code). They are of
+    latents as the VAE gives them, of size sqrt(mean(MEAN^2 + STD^2)) = 5.3: times the .18215 of Stable Diffusion, which is not applied
+    here, about 1.
+    """
+
+    CHANNELS = 4
+    MEAN = (5.81, 3.25, 0.12, -2.15)
+    STD = (4.17, 4.62, 3.71, 3.28)
+    SIGMA_DATA = 0.5
+
+    def __init__(self, vae: Any):
+        self.vae = vae.eval().requires_grad_(False)
+        self.mean_C11, self.std_C11 = (torch.tensor(v, device=vae.device)[:, None, None] for v in (self.MEAN, self.STD))
+
+    @staticmethod
+    def shape(data: Data) -> tuple[int, int, int]:
+        side = data.resolution // VAE_FACTOR
+        return Latents.CHANNELS, side, side
+
+    def storage(self, data: Data) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        channels, height, width = self.shape(data)
+        return (2 * channels, height, width), ("float32", "float16")
+
+    @torch.no_grad()
+    def encode(self, image_BCHW: Tensor) -> Tensor:
+        posteriors = [self.vae.encode(image / 2 + 0.5).latent_dist for image in image_BCHW.split(VAE_BATCH)]
+        return torch.cat([torch.cat([posterior.mean, posterior.std], dim=1) for posterior in posteriors])
+
+    def draw(self, stored_B: Tensor, draws: Draws) -> Tensor:
+        mean_BCHW, std_BCHW = stored_B.chunk(2, dim=1)
+        latent_BCHW = mean_BCHW + std_BCHW * draws.normal(*mean_BCHW.shape[1:])
+        return (latent_BCHW - self.mean_C11) / self.std_C11 * self.SIGMA_DATA
+
+    @torch.no_grad()
+    def decode(self, x_B: Tensor) -> Tensor:
+        latent_BCHW = x_B.float() / self.SIGMA_DATA * self.std_C11 + self.mean_C11
+        image_BCHW = torch.cat([self.vae.decode(latent).sample for latent in latent_BCHW.split(VAE_BATCH)])
+        return (image_BCHW * 2 - 1).clamp(-1, 1)
+
+
+def find_vae(name: str) -> Path:
+    """The folder of model.vae=name: config.json and VAE_WEIGHTS, here or by hf://ORG/REPO. Raises UserError where there is none."""
+    files = ("config.json", VAE_WEIGHTS)
+    folder = fetch(name, files)
+    if not all((folder / file).is_file() for file in files):
+        raise UserError(f"model.vae={name} is no folder with {' and '.join(files)}: give one, or hf://stabilityai/sd-vae-ft-mse")
+    return folder
+
+
+def load_vae(name: str, device: torch.device) -> Any:
+    """The AutoencoderKL of model.vae=name. Raises UserError where it cannot be read, or is not one of Stable Diffusion 1 or 2."""
+    folder = find_vae(name)
+    try:
+        # takes seconds, and is installed only for this
+        from diffusers import AutoencoderKL
+    except ImportError:
+        raise UserError(f"model.vae={name} needs diffusers: pip install -e '.[vae]'") from None
+    try:
+        options = {"use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": False, "torch_dtype": torch.float32}
+        vae = AutoencoderKL.from_pretrained(folder, **options)
+    except Exception as error:  # damaged files make diffusers raise almost anything
+        raise UserError(
+            f"model.vae={name} is no readable AutoencoderKL ({type(error).__name__}): copy stabilityai/sd-vae-ft-mse again"
+        ) from error
+    config = vae.config
+    found = (config.in_channels, config.latent_channels, 2 ** (len(config.block_out_channels) - 1), config.scaling_factor)
+    # the factor tells it from SDXL's, which has the same form and other latents
+    if found != (3, Latents.CHANNELS, VAE_FACTOR, 0.18215):
+        raise UserError(
+            f"model.vae={name} makes {found[1]} channels at 1/{found[2]} of the side, scaling_factor {found[3]}: EDM2's latents are 4 at "
+            f"1/{VAE_FACTOR}, .18215; give stabilityai/sd-vae-ft-mse"
+        )
+    return vae.to(device)
+
+
+def from_uint8(image_BCHW: Tensor) -> Tensor:
+    """uint8 -> [-1, 1] as u / 127.5 - 1, fp32."""
+    return image_BCHW.float() / 127.5 - 1
+
+
+def mirrored(image_BCHW: Tensor, flip_B: Tensor) -> Tensor:
+    """The images, those with flip_B left to right."""
+    return torch.where(flip_B[:, None, None, None], image_BCHW.flip(-1), image_BCHW)
+
+
+ROUNDING = "round(127.5 x + 127.5), half to even, x in [-1, 1]"
+
+
+def to_uint8(image_BCHW: Tensor) -> Tensor:
+    """[-1, 1] -> uint8 as ROUNDING says: the inverse of from_uint8 on every u."""
+    return (image_BCHW.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,175 @@
+"""The samples inside a dataset's shards (tar files of KEY.png + KEY.cls): where they lie, and how one is read."""
+
+import gc
+import hashlib
+import io
+import json
+import tarfile
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from mclr.errors import UserError
+from mclr.train.system.files import regular, write_file
+
+INDEX = "index.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar file as dataset.json records it; file is relative to the dataset folder ("train/000000.tar")."""
+
+    file: str
+    count: int
+    bytes: int
+    sha256: str
+
+
+class Sample(NamedTuple):
+    """One sample of a shard: its condition c, and where its image lies in the tar file (offset and size in bytes)."""
+
+    file: str
+    key: str
+    offset: int
+    size: int
+    c: int
+
+
+def load_index(folder: Path, shards: list[Shard]) -> dict[str, list[Sample]]:
+    """The samples of every shard, by its file name; from index.json where that fits the shard, else from the tar file.
+
+    A missing or stale index.json is written anew; where the folder is read-only the index stays in memory.
+    Raises UserError naming the shard when a tar file without an index entry is not the one that dataset.json records.
+    """
+    saved = _saved_index(folder)
+    index = {}
+    for shard in shards:
+        sha256, samples = saved.get(shard.file, ("", []))
+        index[shard.file] = samples if sha256 == shard.sha256 and _fit(samples, shard) else _index_shard(folder, shard)
+    if any(saved.get(shard.file) != (shard.sha256, index[shard.file]) for shard in shards):
+        record = {shard.file: [shard.sha256, [sample[1:] for sample in index[shard.file]]] for shard in shards}
+        with suppress(UserError):
+            write_file(folder / INDEX, json.dumps(record, separators=(",", ":")).encode())
+    return index
+
+
+class Damaged(UserError):
+    """An image whose bytes cannot be read: training may pass over it (train/data/source.py), nothing else does."""
+
+
+def read_image(folder: Path, sample: Sample, shape: tuple[int, int, int]) -> np.ndarray:
+    """One sample's image, uint8 [C, H, W]; Damaged, which names shard and key, when it cannot be decoded or is not of this shape.
+
+    Raises UserError when the shard itself is at fault: missing, unreadable, or cut short.
+    """
+    channels, height, width = shape
+    path = folder / sample.file
+    place = f"{path}: the image of sample {sample.key}"
+    try:
+        with open(path, "rb") as stream:
+            stream.seek(sample.offset)
+            data = stream.read(sample.size)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): put it back, and the same command goes on") from error
+    if len(data) < sample.size:
+        raise UserError(f"{path} ends within sample {sample.key}: put the whole file back, and the same command goes on")
+    mode = {1: "L", 3: "RGB"}[channels]
+    try:
+        image = open_image(data, ["PNG"])
+        # pixels of another image are not worth decoding
+        if fits := (image.mode, image.size) == (mode, (width, height)):
+            image.load()
+    # a decoder that meets damaged bytes raises nearly anything
+    except Exception as error:
+        raise Damaged(f"{place} is damaged ({error}): copy the shard again, or prepare the dataset again") from error
+    if not fits:
+        raise Damaged(f"{place} is {image.mode} {image.width}x{image.height}, but dataset.json says {mode} {width}x{height}")
+    return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
+
+
+def open_image(data: bytes, formats: list[str]) -> Image.Image:
+    """An image in one of these formats of Pillow, not decoded yet. Raises whatever Pillow does on damaged bytes."""
+    try:
+        return Image.open(io.BytesIO(data), formats=formats)
+    except UnidentifiedImageError:
+        # Pillow names what it read from, here an address in memory
+        raise ValueError(f"no {' or '.join(formats)} file") from None
+
+
+def _saved_index(folder: Path) -> dict[str, tuple[str, list[Sample]]]:
+    """{shard: (sha256, samples)} of index.json; empty when it is missing or not as we write it: the tar files still know."""
+    try:
+        stat = regular(folder / INDEX).stat()
+        return _parsed_index(folder / INDEX, stat.st_size, stat.st_mtime_ns)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+# one for the readers of both splits, which hold most of a gigabyte of it for every 4 million samples
+@lru_cache(maxsize=1)
+def _parsed_index(path: Path, size: int, changed: int) -> dict[str, tuple[str, list[Sample]]]:
+    # which would look through the millions of tuples again and again
+    gc.disable()
+    try:
+        record = json.loads(path.read_bytes())
+        return {file: (sha256, [Sample(file, *row) for row in rows]) for file, (sha256, rows) in record.items()}
+    finally:
+        gc.enable()
+
+
+def _fit(samples: list[Sample], shard: Shard) -> bool:
+    """Whether samples of index.json, of whatever types, can be those of the shard."""
+    return len(samples) == shard.count and all(
+        type(key) is str
+        and type(c) is int
+        and type(offset) is int
+        and type(size) is int
+        and 0 <= offset <= offset + size <= shard.bytes
+        for _, key, offset, size, c in samples
+    )
+
+
+def _index_shard(folder: Path, shard: Shard) -> list[Sample]:
+    path = folder / shard.file
+    place: dict[str, tuple[int, int]] = {}
+    condition: dict[str, int] = {}
+    key = "(none yet)"
+    try:
+        with open(path, "rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        if sha256 != shard.sha256:
+            differs = f"has sha256 {sha256[:8]}..., but dataset.json says {shard.sha256[:8]}..."
+            raise UserError(f"{path} {differs}: copy it again, or remove the dataset and prepare it again")
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                # as webdataset does: the key ends at the first dot
+                key, _, kind = member.name.partition(".")
+                # of a negative size tarfile turns back for ever, of a sparse one it makes what would not fit into memory
+                if not 0 <= member.size <= shard.bytes - member.offset_data:
+                    raise ValueError(f"{member.name} is not within the file")
+                if kind in ("png", "cls") and not member.isreg():
+                    raise ValueError(f"{member.name} is no regular file")
+                if kind == "png":
+                    place[key] = member.offset_data, member.size
+                elif kind == "cls":
+                    content = tar.extractfile(member)
+                    assert content is not None
+                    condition[key] = int(content.read())
+    except UserError:
+        raise
+    # damaged headers make tarfile raise nearly anything; ValueError: also a condition that is no whole number
+    except Exception as error:
+        raise UserError(f"{path}: damaged at or after sample {key} ({error}): remove the dataset and prepare it again") from error
+    if place.keys() != condition.keys():
+        key = min(place.keys() ^ condition.keys())
+        raise UserError(f"{path}: sample {key} lacks its .png or its .cls: remove the dataset and prepare it again")
+    if len(place) != shard.count:
+        raise UserError(
+            f"{path}: holds {len(place)} samples, but dataset.json says {shard.count}: remove the dataset and prepare it again"
+        )
+    return [Sample(shard.file, key, offset, size, condition[key]) for key, (offset, size) in place.items()]

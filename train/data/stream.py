@@ -1,0 +1,324 @@
+"""Training samples streamed from shards that are no dataset folder: URLs and commands in webdataset's notation, nothing on disk.
+
+Shards are tar files of KEY.jpg (.jpeg, .png, .webp) + KEY.cls, as webdataset's ImageNet has them, local ones among them; images of
+any size are cropped and resized as `mclr prepare images` does it. Each reader of each rank draws shards with replacement, so any
+number of shards serves any number of them; what a position holds is what comes next, and differs from start to start. C H W image.
+"""
+
+import errno
+import os
+import random
+import shlex
+import signal
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Empty, Queue
+from subprocess import TimeoutExpired
+from threading import Event, Thread
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from webdataset import ResampledShards, shuffle
+from webdataset.gopen import Pipe, gopen
+from webdataset.shardlists import expand_urls
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from mclr.configs.schema import Data
+from mclr.errors import UserError
+from mclr.train.data.shards import Damaged, open_image
+from mclr.train.data.source import READERS, Batch, DatasetInfo, Source
+from mclr.train.prepare import center_crop, convert
+from mclr.train.system.ranks import world
+
+KINDS, FORMATS = ("jpg", "jpeg", "png", "webp"), ["JPEG", "PNG", "WEBP"]
+SHUFFLED = 500  # samples among which a reader draws the next
+READY = 32  # images that a reader holds decoded
+TRIES, PAUSE = 6, 2.0  # of a shard that cannot be read, and the seconds after the first, doubled after each: a minute in all
+STALLED = 60.0  # seconds without one sample, after which a download is ended and counts as a try
+PATIENCE = 300.0  # seconds without one image, after which a stream is dead
+PARTING = 5.0  # seconds in which the readers of a stream that is closed come to their end
+FEW = 10  # damaged samples whose share says nothing yet: of a stream with half of the share tolerated, one in 70 begins with more
+REMEMBERED = 2**16  # positions whose keys are known
+# of commands whose output was not read to its end: SIGPIPE, as a shell says it, as curl does
+UNREAD = (-13, 141, 23)
+
+
+class Drawn(NamedTuple):
+    """One sample: "URL:KEY", image uint8 [C, H, W] or why there is none, condition."""
+
+    key: str
+    image: np.ndarray | Damaged
+    c: int
+
+
+@dataclass
+class Download:
+    """What a reader reads at the moment. pipe: its command, None for a file; since: when its last sample came, in seconds; stalled: it
+    was ended for that; closed: the reader is to end."""
+
+    url: str = ""
+    pipe: Pipe | None = None
+    since: float = 0.0
+    stalled: bool = False
+    closed: Event = field(default_factory=Event)
+
+    def end_if_stalled(self) -> None:
+        if self.pipe is not None and time.monotonic() - self.since >= STALLED:
+            self.stalled = True
+            self._end()
+
+    def close(self) -> None:
+        self.closed.set()
+        self._end()
+
+    def _end(self) -> None:
+        # the reader forgets it before it reaps it: until then its number is its own
+        if (pipe := self.pipe) is not None:
+            end(pipe)
+
+
+def end(pipe: Pipe) -> None:
+    """Kill a command, with all that it started, which would keep its output open."""
+    # sudo's are another user's
+    with suppress(ProcessLookupError, PermissionError):
+        # one that runs in a session of its own, as opened() starts them; webdataset's curl starts nothing
+        (os.killpg if os.getpgid(pipe.proc.pid) == pipe.proc.pid else os.kill)(pipe.proc.pid, signal.SIGKILL)
+
+
+class Stream(Source):
+    """A source in which nothing depends on a position: its samples are whatever comes next."""
+
+    def __init__(self, data: Data, seed: int):
+        """Starts to read and waits for the first image. Raises UserError where none comes, or data.path is no such notation."""
+        self.data = data
+        self.info = DatasetInfo(
+            path=Path(data.path),
+            name=data.name,
+            resolution=data.resolution,
+            channels=data.channels,
+            num_classes=data.num_classes,
+            class_names=tuple(str(c) for c in range(data.num_classes)),
+            splits={},
+            source=data.path,
+            seed=seed,
+        )
+        try:
+            self.urls = expand_urls(data.path)
+        # braces that do not close, variables that are not set
+        except (ValueError, AssertionError) as error:
+            raise UserError(
+                f"data.path={data.path} cannot be expanded ({error}): write shards as in name-{{000..099}}.tar"
+            ) from error
+        self.ready: list[Queue[Drawn | Exception]] = [Queue(READY) for _ in range(READERS)]
+        self.downloads = [Download() for _ in range(READERS)]
+        self.taken = self.unreadable = 0
+        self.found: set[str] = set()
+        self.given: OrderedDict[int, str] = OrderedDict()
+        # the start time is in the seed, or a resumed run would begin with the same samples
+        rank, started = world()[0], time.time_ns()
+        self.readers = [
+            Thread(target=self._fill, args=(reader, f"{seed} {rank} {reader} {started}"), daemon=True)
+            for reader in range(READERS)
+        ]
+        for thread in self.readers:
+            thread.start()
+        self.first = [self._take()]
+
+    def __len__(self) -> int:
+        """0: nobody has counted its samples."""
+        return 0
+
+    @property
+    def damaged(self) -> int:
+        """Samples that this process has found damaged and passed over."""
+        return len(self.found)
+
+    def batch(self, first: int, count: int) -> Batch:
+        """The next samples, whatever the positions. UserError where no more come, or too many are damaged: the stream is closed then."""
+        drawn = [self.first.pop() if self.first else self._take() for _ in range(count)]
+        self.given.update((first + i, each.key) for i, each in enumerate(drawn))
+        while len(self.given) > REMEMBERED:
+            self.given.popitem(last=False)
+        images = [each.image for each in drawn]
+        return Batch(torch.from_numpy(np.stack(images)), torch.tensor([each.c for each in drawn]))  # type: ignore[arg-type]
+
+    def keys(self, first: int, count: int) -> list[str]:
+        """URL:KEY of each sample that these global positions were given lately."""
+        return [self.given[position] for position in range(first, first + count)]
+
+    def prefetch(self, positions: range) -> None:
+        """Nothing: the readers are always ahead."""
+
+    def close(self) -> None:
+        """End the readers, and the commands that they read from, which run in sessions of their own and would outlive the run."""
+        # all at once, then one after the other
+        for download in self.downloads:
+            download.close()
+        parted = time.monotonic() + PARTING
+        for thread, ready, download in zip(self.readers, self.ready, self.downloads, strict=True):
+            while thread.is_alive() and time.monotonic() < parted:
+                # one may have started a command meanwhile, or wait for a place in its queue
+                download.close()
+                with suppress(Empty):
+                    ready.get(timeout=0.05)
+
+    def _take(self) -> Drawn:
+        """The next image; where none comes, or a signal does, the stream is closed."""
+        try:
+            return self._next()
+        except BaseException:
+            self.close()
+            raise
+
+    def _next(self) -> Drawn:
+        """The next image, from the readers in turn; counts the damaged ones on the way."""
+        patience_ends = time.monotonic() + PATIENCE
+        while (left := patience_ends - time.monotonic()) > 0:
+            reader = self.taken % READERS
+            try:
+                drawn = self.ready[reader].get(timeout=min(left, STALLED))
+            except Empty:
+                self.downloads[reader].end_if_stalled()
+                continue
+            if isinstance(drawn, Exception):
+                raise drawn
+            self.taken += 1
+            if not isinstance(drawn.image, Damaged):
+                return drawn
+            self._pass_over(drawn.key, drawn.image)
+        where = self.downloads[self.taken % READERS].url
+        raise UserError(f"no image came from {where} for {PATIENCE:.0f} s: see that it is there and can be reached")
+
+    def _pass_over(self, key: str, why: Damaged) -> None:
+        tolerated = self.data.damaged
+        if not tolerated:
+            raise why
+        if key not in self.found:
+            self.found.add(key)
+            tqdm.write(f"passed over: {why}", file=sys.stderr)
+        self.unreadable += 1
+        if self.unreadable > max(FEW, tolerated * self.taken):
+            raise UserError(
+                f"{self.unreadable} of {self.taken} samples read from {self.data.path} are damaged, more than "
+                f"data.damaged={tolerated:g}; {why}"
+            )
+
+    def _fill(self, reader: int, seed: str) -> None:
+        """What a reader's thread does, until an error, which it hands on."""
+        try:
+            for sample in shuffle(SHUFFLED, rng=random.Random(seed))(self._samples(reader, seed)):
+                # hundreds may be left among which it draws
+                if self.downloads[reader].closed.is_set():
+                    return
+                self.ready[reader].put(self._decode(sample))
+        except Exception as error:
+            self.ready[reader].put(error)
+
+    def _samples(self, reader: int, seed: str) -> Iterator[dict[str, Any]]:
+        """Files of samples by kind, of one shard after the other, without end."""
+        number = random.Random(seed).getrandbits(31)
+        for drawn in ResampledShards(self.urls, deterministic=True, worker_seed=lambda: number):
+            yield from read_shard(drawn["url"], self.downloads[reader])
+            if self.downloads[reader].closed.is_set():
+                return
+
+    def _decode(self, sample: dict[str, Any]) -> Drawn:
+        """Raises UserError where the condition is none of the config's."""
+        key, size = f"{sample['__url__']}:{sample['__key__']}", self.data.resolution
+        kind = next((kind for kind in KINDS if kind in sample), None)
+        try:
+            if kind is None or "cls" not in sample:
+                raise ValueError(f"it lacks its .cls, or an image ({', '.join(KINDS)})")
+            c = int(sample["cls"])
+            image = center_crop(convert(open_image(sample[kind], FORMATS), {1: "L", 3: "RGB"}[self.data.channels]), size)
+        # a decoder that meets damaged bytes raises nearly anything
+        except Exception as error:
+            return Drawn(key, Damaged(f"sample {key} is damaged ({error}): see how its shard was written"), -1)
+        if not 0 <= c < self.data.num_classes:
+            raise UserError(
+                f"sample {key} has condition {c}, outside of 0..{self.data.num_classes - 1}: correct data.num_classes"
+            )
+        return Drawn(key, np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1), c)
+
+
+def read_shard(url: str, download: Download) -> Iterator[dict[str, Any]]:
+    """The samples of a tar file in order; after an error once more from its beginning; no more of them once it is closed. UserError
+    where TRIES did not reach its end, or where it is no file."""
+    for tried in range(TRIES):
+        empty = True
+        try:
+            with opened(url, download) as stream:
+                for sample in group_by_keys(tar_file_expander([{"url": url, "stream": stream}])):
+                    empty = False
+                    download.since = time.monotonic()
+                    yield sample
+                # a command may fail after its last whole file
+                while stream.read(2**16):
+                    pass
+            if empty:
+                raise ValueError("it holds no samples")
+            return
+        # files, commands, tar files and whatever opens a URL
+        except Exception as error:
+            if download.closed.is_set():
+                return
+            # a file that is not there will not come
+            if tried == TRIES - 1 or isinstance(error, FileNotFoundError | IsADirectoryError):
+                # webdataset adds what it read from
+                why = getattr(error, "strerror", None) or str(next(iter(error.args), error)).partition(" @ ")[0]
+                raise UserError(
+                    f"shard {url} cannot be read ({why}): see that it is there and whole; then the same command goes on"
+                ) from error
+            tqdm.write(f"shard {url}: {error}; trying again ({tried + 2} of {TRIES})", file=sys.stderr)
+        if download.closed.wait(PAUSE * 2**tried):
+            return
+
+
+@contextmanager
+def opened(url: str, download: Download) -> Iterator[Any]:
+    """What stands behind a URL, as bytes to read. Raises OSError where its command failed, of which a torn tar file tells nothing, or
+    was ended because it stalled."""
+    # webdataset would start gsutil, a script that starts Python, in no session of its own
+    command = f"pipe:gsutil cat {shlex.quote(url)}" if url.startswith("gs://") else url
+    if command.startswith("pipe:"):
+        stream = Pipe(["sh", "-c", command.removeprefix("pipe:")], mode="rb", start_new_session=True)
+    # a URL ends at a #, which the name of a file may hold
+    else:
+        stream = gopen(url) if "://" in url or url.startswith("file:") else open(url, "rb")  # noqa: SIM115 (closed below)
+    pipe = stream if isinstance(stream, Pipe) else None
+    status, torn, abandoned = 0, True, False
+    download.url, download.since, download.stalled = url, time.monotonic(), False
+    # last: from now on it may be judged by these, and ended
+    download.pipe = pipe
+    try:
+        # a Pipe would reap a command that has ended, whose number may be another's then
+        yield stream if pipe is None else pipe.stream
+        # read to its end
+        torn = False
+    except GeneratorExit:
+        # nobody reads on, and what the command says to that is nobody's
+        abandoned = True
+        raise
+    finally:
+        download.pipe = None
+        if pipe is None:
+            stream.close()
+        else:
+            pipe.stream.close()
+            try:
+                status = pipe.proc.wait(timeout=1)
+            except TimeoutExpired:
+                end(pipe)
+                pipe.proc.wait()
+        if download.stalled and not abandoned:
+            raise OSError(errno.ETIMEDOUT, f"nothing came for {STALLED:.0f} s")
+        if status and not abandoned and not (torn and status in UNREAD):
+            # of curl 22: no such page, 6 and 7: no such host
+            raise OSError(status, f"its command ended with status {status}")

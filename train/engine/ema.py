@@ -1,0 +1,156 @@
+"""Averages of the weights with power-function profiles, snapshots of them, and averages of other widths made from those afterwards.
+
+EDM2, arXiv 2312.02696, section 3 and appendix C. In the average of exponent gamma after t images, the weights after s <= t images
+have the density p(s) = (gamma + 1) s^gamma / t^(gamma + 1): its standard deviation is a fixed share `std` of t. t counts the images
+of this run: pretraining, whose weights a fine-tuning begins with, has no share in an average. K snapshots.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from mclr.configs.schema import Train
+from mclr.errors import UserError
+from mclr.train.system.files import write_file
+
+FARTHEST = 0.1  # most that a reconstructed profile may be off, as a share of its L2 norm
+
+
+def exponent_of(std: float) -> float:
+    """Relative standard deviation of the averaging profile -> its exponent gamma (largest real root, eq. 126 of the paper)."""
+    inverse = std**-2
+    return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
+
+
+def beta_of(std: float, images_seen: int, images: int) -> float:
+    """Weight that the old average keeps when `images` more have been seen, `images_seen` in total (eq. 127)."""
+    return (1 - images / images_seen) ** (exponent_of(std) + 1)
+
+
+def overlap(t: np.ndarray, gamma: np.ndarray, other_t: np.ndarray, other_gamma: np.ndarray) -> np.ndarray:
+    """Integral over the images of the product of two profiles, fp64, elementwise (derived; appendix C)."""
+    first, last = np.minimum(t, other_t), np.maximum(t, other_t)
+    # written as a ratio of times: their powers would overflow
+    decay = (first / last) ** np.where(t < other_t, other_gamma, gamma)
+    return (gamma + 1) * (other_gamma + 1) / (gamma + other_gamma + 1) * decay / last
+
+
+def coefficients(t_K: np.ndarray, std_K: np.ndarray, t: float, std: float) -> tuple[np.ndarray, float]:
+    """([K], their sum 1: what of each average makes the one of `std` at `t` images by least squares; distance of the two profiles).
+
+    t_K, std_K: images seen and relative width of the averages at hand. Distance: L2, as a share of the profile asked for. fp64.
+    """
+    gamma_K = np.array([exponent_of(each) for each in std_K])
+    wanted = np.array(t), np.array(exponent_of(std))
+    gram_KK = overlap(t_K[:, None], gamma_K[:, None], t_K, gamma_K)
+    wanted_K = overlap(t_K, gamma_K, *wanted)
+    # of the smallest norm where copies of a snapshot make the solution ambiguous
+    x_K = np.linalg.lstsq(gram_KK, wanted_K)[0]
+    x_K /= x_K.sum()
+    square = 1 + (x_K @ gram_KK @ x_K - 2 * x_K @ wanted_K) / overlap(*wanted, *wanted)
+    return x_K, max(float(square), 0.0) ** 0.5
+
+
+class EMA:
+    """average: name -> fp32 piece that this rank holds (train/engine/base.py). std: .01 to .25, relative to the images seen in this run."""
+
+    def __init__(self, pieces: dict[str, Tensor], std: float):
+        self.std = std
+        self.average = {name: piece.clone() for name, piece in pieces.items()}
+
+    @torch.no_grad()
+    def update(self, pieces: dict[str, Tensor], images_seen: int, images: int) -> None:
+        share = 1 - beta_of(self.std, images_seen, images)
+        torch._foreach_lerp_(list(self.average.values()), [pieces[name] for name in self.average], share)
+
+
+def averages_of(pieces: dict[str, Tensor], settings: Train) -> dict[str, EMA]:
+    """The averages that a run keeps, by their names in a checkpoint: `ema`, which becomes RUN/weights, and those for snapshots alone."""
+    stds = {"ema": settings.ema_std} if settings.ema_std else {}
+    if settings.snapshot_every:
+        stds |= {f"ema-{std:.3f}": std for std in settings.snapshot_stds if std != settings.ema_std}
+    return {name: EMA(pieces, std) for name, std in stds.items()}
+
+
+def write_snapshot(run: Path, average: dict[str, Tensor], std: float, images_seen: int) -> None:
+    """Write RUN/snapshots/IMAGES-STD.safetensors: the average in fp16, both numbers beside it; whole or not at all."""
+    folder = run / "snapshots"
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {folder} ({error.strerror}): make room there, the same command goes on") from error
+    tensors = {name: t.half().contiguous() for name, t in average.items()}
+    data = save(tensors, {"images_seen": str(images_seen), "std": str(std)})
+    write_file(folder / f"{images_seen:012d}-{std:.3f}.safetensors", data)
+
+
+def rewind_snapshots(run: Path, images_seen: int) -> None:
+    """Drop the snapshots taken after the checkpoint that training goes on from, and what a crash left of writing one."""
+    for path in (run / "snapshots").glob("*"):
+        images = path.name.partition("-")[0]
+        if images == ".tmp" or (images.isdigit() and int(images) > images_seen):
+            path.unlink()
+
+
+def reconstruct(run: Path, std: float) -> tuple[dict[str, Tensor], int]:
+    """The average of relative width `std` at the newest snapshot of a run folder, from all of its snapshots: (name -> fp32, images seen).
+
+    Needs the memory of one network. Weights that are not trained (buffers) are not among them.
+    Raises UserError when std is not in 0.01 .. 0.25, when the snapshots are damaged or of several networks, or when they are too few,
+    or std too far from theirs, for its profile.
+    """
+    if not 0.01 <= std <= 0.25:
+        raise UserError(f"std={std} is out of range: must be >= 0.01 and <= 0.25")
+    folder = run / "snapshots"
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise UserError(f"{folder} holds no snapshots: train with train.snapshot_every=IMAGES, or choose another run folder")
+    t_K, std_K = np.array([_about(path) for path in paths], dtype=np.float64).T
+    x_K, distance = coefficients(t_K, std_K, t_K.max(), std)
+    if distance > FARTHEST:
+        theirs = ", ".join(str(each) for each in sorted(set(std_K.tolist())))
+        raise UserError(
+            f"from the {len(paths)} snapshot(s) in {folder} the profile of std={std} would be {distance:.0%} off: choose one nearer to "
+            f"theirs ({theirs}), or train with a smaller train.snapshot_every"
+        )
+    average: dict[str, Tensor] = {}
+    for path, x in zip(paths, x_K.tolist(), strict=True):
+        with _opened(path) as snapshot:
+            shapes = {name: snapshot.get_slice(name).get_shape() for name in snapshot.keys()}  # noqa: SIM118 (no mapping)
+            average = average or {name: torch.zeros(shape) for name, shape in shapes.items()}
+            if shapes != {name: list(total.shape) for name, total in average.items()}:
+                raise UserError(f"{path} is of another network than {paths[0]}: keep the snapshots of one run there")
+            for name, total in average.items():
+                total.add_(snapshot.get_tensor(name), alpha=x)
+    return average, int(t_K.max())
+
+
+def _about(path: Path) -> tuple[int, float]:
+    """(images seen, relative width) of a snapshot."""
+    with _opened(path) as snapshot:
+        try:
+            about = snapshot.metadata()
+            return int(about["images_seen"]), float(about["std"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(path, error) from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A snapshot whose tensors are read one by one. Raises UserError when it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as snapshot:
+            yield snapshot
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"snapshot {path} is damaged ({error}): remove it, the others will do")

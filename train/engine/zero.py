@@ -1,0 +1,277 @@
+"""DeepSpeed as an engine (ZeRO 0 to 3), a reference that ranks share, and the pieces that ranks hold of tensors."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mclr.kernels.magnitude import EPS
+from mclr.kernels.weight_norm import force_weights
+from mclr.train.engine.base import MOMENTS, RowCounter, buffers_of, clipped, start_moments
+
+BUCKET = 10**8  # elements that DeepSpeed sends at a time, and that ZeRO 3 keeps gathered: 400 MB of each; larger than any weight
+
+
+class DeepSpeedEngine(RowCounter):
+    """DeepSpeed over any number of ranks, as LocalEngine on the whole batch would (tests/test_engine.py: to 1e-5 in fp32).
+
+    offload: masters and moments lie in host memory (ZeRO 1 to 3).
+    """
+
+    stepped = False
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        clip: float,
+        accumulation: int,
+        bf16: bool,
+        micro_batch: int,
+        zero: int,
+        offload: bool,
+    ):
+        # imported with the first engine: a bare GPU machine has no DeepSpeed
+        from deepspeed import utils
+
+        super().__init__(net)
+        self.utils = utils
+        self.shapes = {name: p.shape for name, p in net.named_parameters()}
+        config = deepspeed_config(net, micro_batch, accumulation, bf16, zero) | {"gradient_clipping": clip if zero else 0.0}
+        if offload:
+            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+            # torch's own fused AdamW needs no compiler
+            config["zero_force_ds_cpu_optimizer"] = False
+        self.engine = initialize(net, config, optimizer)
+        self.zero, self.clip, self.lockstep = zero, clip, zero == 3
+        # what steps: with ZeRO an AdamW on this rank's flat share of the fp32 masters
+        self.optimizer = self.engine.optimizer.optimizer if zero else self.engine.optimizer
+        if zero == 3:
+            # shown to AdamW one after the other, in its steps
+            flat = self.engine.optimizer.fp32_partitioned_groups_flat
+        else:
+            flat = [p for group in self.optimizer.param_groups for p in group["params"]]
+        start_moments(self.optimizer, flat)
+        if zero in (1, 2):
+            # ties each weight to its piece of the flat moments; DeepSpeed does so in its first step, but for one group of weights
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        self.count(inputs)
+        return self.engine(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+        # DeepSpeed moves to the next micro-batch in step(); it applies the update only at the last one
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()
+
+    def step(self, lr: float) -> Tensor:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        if self.zero:
+            self.engine.step()
+            self.stepped = self.engine.was_step_applied()
+            return torch.as_tensor(self.engine.get_global_grad_norm())
+        # the averaged gradients lie in the network, and DeepSpeed does not tell their norm
+        norm, self.stepped = clipped(self.net, self.clip)
+        self.engine.step()
+        return norm
+
+    @torch.no_grad()
+    def force_weights(self, weights: list[nn.Parameter]) -> None:
+        if self.zero == 3:
+            # ranks hold parts of rows: what goes between them is the sum of squares of every row
+            partitioned: list[Any] = weights
+            force_pieces([p.ds_tensor[: numel_here(p.ds_shape)] for p in partitioned], [p.ds_shape for p in partitioned])
+            for p in partitioned:
+                self.utils.safe_set_local_fp32_param(p, p.ds_tensor)
+            return
+        force_weights(weights)
+        for w in weights if self.zero else ():
+            # from the network's whole copy of the masters, to this rank's share of them: nothing goes between ranks
+            self._set_weight(w, w)
+
+    @torch.no_grad()
+    def pieces(self) -> dict[str, Tensor]:
+        # of fp32 networks ZeRO leaves a copy of the masters, of ZeRO 3's pieces, in the network
+        if self.zero == 3:
+            parameters: Any = self.net.named_parameters()
+            return {name: p.ds_tensor[: numel_here(self.shapes[name])] for name, p in parameters}
+        return {name: piece_of(p.detach()) for name, p in self.net.named_parameters()}
+
+    def split(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        device = next(self.net.parameters()).device
+        return {name: piece_of(whole[name]).to(device, copy=True) for name in self.shapes}
+
+    def gather(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        whole = {}
+        for name, piece in pieces.items():
+            shape = self.shapes[name]
+            part = padded(piece, shape)
+            parts = [torch.empty_like(part) for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
+            dist.gather(part, parts)
+            if parts is not None:
+                whole[name] = torch.cat(parts)[: shape.numel()].view(shape).cpu()
+        return whole
+
+    @torch.no_grad()
+    def save(self) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = {}
+        for name, p in self.net.named_parameters():
+            whole = {f"weight:{name}": self._weight(p)} | {f"{key}:{name}": self._moment(p, key) for key in MOMENTS}
+            if dist.get_rank() == 0:
+                state |= {key: value.cpu() for key, value in whole.items()}
+                state["step"] = next(iter(self.optimizer.state.values()))["step"].to("cpu", copy=True)
+        if dist.get_rank() == 0:
+            state |= {name: t.cpu() for name, t in buffers_of(self.net).items()}
+        return state
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        for name, p in self.net.named_parameters():
+            self._set_weight(p, state[f"weight:{name}"].to(p.device))
+            for key in MOMENTS:
+                self._set_moment(p, key, state[f"{key}:{name}"].to(p.device))
+        for moments in self.optimizer.state.values():
+            moments["step"].copy_(state["step"])
+        for name, t in buffers_of(self.net).items():
+            t.copy_(state[name])
+
+    def _weight(self, p: nn.Parameter) -> Tensor:
+        if self.zero == 3:
+            return self.utils.safe_get_full_fp32_param(p)
+        return p.detach()
+
+    def _set_weight(self, p: Any, value: Tensor) -> None:
+        """In the network, and in this rank's share of the fp32 masters: ZeRO would overwrite the network from those."""
+        if self.zero == 3:
+            p.ds_tensor.copy_(padded(piece_of(value), value.shape))
+            self.utils.safe_set_local_fp32_param(p, p.ds_tensor)
+            return
+        p.copy_(value)
+        if self.zero:
+            self.utils.safe_set_full_fp32_param(p, value)
+
+    def _moment(self, p: nn.Parameter, key: str) -> Tensor:
+        if self.zero:
+            return self.utils.safe_get_full_optimizer_state(p, key)
+        return self.optimizer.state[p][key]
+
+    def _set_moment(self, p: nn.Parameter, key: str, value: Tensor) -> None:
+        if self.zero == 3:
+            self.utils.safe_set_local_optimizer_state(p, padded(piece_of(value), value.shape), key)
+        elif self.zero:
+            self.utils.safe_set_full_optimizer_state(p, value, key)
+        else:
+            self.optimizer.state[p][key].copy_(value)
+
+
+class Sharded(RowCounter):
+    """A network that only answers, divided among the ranks (ZeRO 3): a reference too large for each to hold. No gradient, no dropout."""
+
+    def __init__(self, net: nn.Module, bf16: bool) -> None:
+        super().__init__(net.requires_grad_(False))
+        for p in net.parameters():
+            # folded weights are channels last, which DeepSpeed cannot send
+            p.data = p.data.contiguous()
+        self.engine = initialize(net, deepspeed_config(net, 1, 1, bf16, zero=3))
+
+    @torch.no_grad()
+    def __call__(self, *inputs: Tensor) -> Any:
+        self.count(inputs)
+        return self.engine(*inputs)
+
+
+def deepspeed_config(net: nn.Module, micro_batch: int, accumulation: int, bf16: bool, zero: int) -> dict[str, Any]:
+    """What is not left to DeepSpeed's defaults, which change from version to version."""
+    bucket = bucket_of(sum(p.numel() for p in net.parameters()))
+    stage: dict[str, Any] = {"stage": zero, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if zero == 3:
+        # by default a network of up to 1e9 weights would stay whole from forward to backward
+        stage |= dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"), bucket)
+        # no weight is kept whole beside its pieces, where forced normalisation would miss it
+        stage["stage3_param_persistence_threshold"] = 0
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        # sums would be in the model's type
+        "data_types": {"grad_accum_dtype": "fp32"},
+        # weights and gradients go between ranks in fp32: with modules listed here they would not
+        "torch_autocast": {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
+        "zero_optimization": stage,
+        "steps_per_print": 10**9,
+    }
+
+
+def bucket_of(count: int) -> int:
+    """Elements of DeepSpeed's buckets for a network of so many; even, as it insists."""
+    return min(BUCKET, count + count % 2)
+
+
+def initialize(net: nn.Module, config: dict[str, Any], optimizer: torch.optim.Optimizer | None = None) -> Any:
+    """DeepSpeed's engine. Collective."""
+    import deepspeed
+    from deepspeed.utils import set_z3_leaf_module
+
+    # ZeRO 3 gathers a block's weights together: EDM2's reads those of its layers, and few large messages go faster than many
+    for block in getattr(net, "blocks", ()):
+        set_z3_leaf_module(block, True)
+    # DeepSpeed 0.19 fails to copy 0-d weights from rank 0 to the others: ZeRO 3 is shown vectors of 1, the rest leaves out what has a mark
+    scalars: list[Any] = [p for p in net.parameters() if p.ndim == 0]
+    for p in scalars:
+        dist.broadcast(p.data, 0)
+        if config["zero_optimization"]["stage"] == 3:
+            p.data = p.data.view(1)
+        else:
+            p.ds_optim_param = True
+    engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config)
+    for p in scalars:
+        p.ds_shape = torch.Size()
+    return engine
+
+
+def numel_of_pieces(shape: torch.Size) -> int:
+    """Elements of a piece, the last ones padded."""
+    return -(-shape.numel() // dist.get_world_size())
+
+
+def numel_here(shape: torch.Size) -> int:
+    """Elements of this rank's piece, which may be one of the last."""
+    size = numel_of_pieces(shape)
+    return min(size, max(shape.numel() - dist.get_rank() * size, 0))
+
+
+def piece_of(whole: Tensor) -> Tensor:
+    """This rank's piece; a view."""
+    first = dist.get_rank() * numel_of_pieces(whole.shape)
+    return whole.flatten()[first : first + numel_here(whole.shape)]
+
+
+def padded(piece: Tensor, shape: torch.Size) -> Tensor:
+    return F.pad(piece, (0, numel_of_pieces(shape) - len(piece)))
+
+
+def force_pieces(pieces: list[Tensor], shapes: list[torch.Size]) -> None:
+    """force_weights, in place, of weights of these shapes of which every rank has a piece.
+
+    Collective: what goes between ranks is one sum, of a number per row of every weight.
+    """
+    squares = [torch.zeros(shape[0], device=piece.device) for piece, shape in zip(pieces, shapes, strict=True)]
+    views = []  # of each piece the rows that it has a part of, zero where that belongs to others; the part; the first row
+    for piece, shape, squares_R in zip(pieces, shapes, squares, strict=True):
+        fan_in = shape[1:].numel()
+        row, before = divmod(dist.get_rank() * numel_of_pieces(shape), fan_in)
+        rows = F.pad(piece, (before, -(before + len(piece)) % fan_in)).view(-1, fan_in) if len(piece) else piece.view(0, fan_in)
+        here = slice(row, row + len(rows))
+        squares_R[here] = rows.square().sum(1)
+        views.append((rows, slice(before, before + len(piece)), here))
+    sums = torch.cat(squares)
+    dist.all_reduce(sums)
+    split = sums.split([len(each) for each in squares])
+    for piece, (rows, part, here), squares_R in zip(pieces, views, split, strict=True):
+        rms_R = (squares_R[here] / rows.shape[1]).sqrt()
+        piece.copy_((rows / (rms_R + EPS)[:, None]).flatten()[part])

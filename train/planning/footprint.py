@@ -1,0 +1,243 @@
+"""A run's networks as fake tensors: what they ask for in memory and FLOPs, without either; and what an objective asks of them.
+
+Rows R are those of one forward; samples are images, twice as many where an objective also takes generated ones. Activations are the
+most bytes alive in forward and backward beyond weights, with all rows that the objective may ask for (conditions that coincide save some);
+a gradient is dropped when it is done. Kernels and engine.compile are taken for plain torch.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate, pairwise
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from mclr.configs.schema import DiffusionModel, RunConfig
+from mclr.kernels.choice import using
+from mclr.likelihood import Paradigm, Probe
+from mclr.models.features import NoiseClassifier, NoiseClassifierConfig
+from mclr.next_scale import NextScale, scale_progress
+from mclr.objective import Objective
+from mclr.train.data.encoders import Encoder, Tokens
+from mclr.train.engine.base import autocast_of, make_optimizer
+from mclr.train.training.build import build_classifier, build_net, build_objective, build_paradigm
+from mclr.train.training.state import flops_of
+from mclr.train.weights.folder import find_weights, read_config, settings_of
+
+POINTS = (1, 2, 4, 8, 16, 32, 64)  # micro-batches that are run
+
+
+class Watch(TorchDispatchMode):
+    """Follows the storages made inside by fake tensors: bytes alive now, and at most. A value that is asked for reads 0.
+
+    known: storages that are not counted, whose views may come by.
+    """
+
+    def __init__(self, known: Set[int] = frozenset()):
+        super().__init__()
+        self.known = known
+        self.alive: dict[int, ref] = {}
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0
+        out = func(*args, **(kwargs or {}))
+        for t in tree_iter(out):
+            if isinstance(t, Tensor):
+                storage = t.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self.known and key not in self.alive:
+                    self.alive[key] = ref(storage, self._forget(key, size))
+                    self.now += size
+                    self.most = max(self.most, self.now)
+        return out
+
+    def _forget(self, key: int, size: int) -> Callable[[Any], None]:
+        def forget(_: Any) -> None:
+            del self.alive[key]
+            self.now -= size
+
+        return forget
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One call of the network in a micro-batch: rows per sample, on so many leading terms (None: all)."""
+
+    rows: int
+    terms: int | None = None
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The most that an objective asks of a network: forwards with and without gradient, and of the reference; for `samples` per image."""
+
+    grad: tuple[Forward, ...]
+    free: tuple[Forward, ...] = ()
+    reference: tuple[Forward, ...] = ()
+    samples: int = 1
+
+
+def calls_of(objective: Objective, scales: tuple[int, ...] | None, num_classes: int, lockstep: bool) -> Calls:
+    """scales: sides of the token maps; None: diffusion. lockstep: of ZeRO 3, where no row is cut short."""
+    contrast, reference = objective.contrast, objective.needs_reference
+    if contrast == "none":
+        return Calls((Forward(1),))
+    if contrast == "generated":
+        return Calls((Forward(1),), (), (Forward(1),), samples=2)
+    if scales is None:
+        if contrast == "null":
+            return Calls((Forward(1),), (Forward(1),))
+        return Calls((Forward(2),), (), (Forward(2),) if reference else ())
+    ends = list(accumulate(side * side for side in scales))
+    # a term needs a contrast where its weight is not 0
+    needed = [end for end, progress in zip(ends, scale_progress(scales), strict=True) if objective.lam.at(progress)]
+    if contrast == "null":
+        return Calls((Forward(1),), (Forward(1, needed[-1]),) if needed else ())
+    before = ends[-2] if len(ends) > 1 else 0
+    free = (Forward(1, before),) * (num_classes if objective.needs_posterior and before else 0)
+    drawn = needed if contrast == "posterior" else needed[-1:]
+    if reference or lockstep:
+        every = (Forward(1 + len(drawn)),)
+        return Calls(every, free, every if reference else ())
+    rows = Counter([ends[-1], *drawn])
+    return Calls(tuple(Forward(count, terms) for terms, count in rows.items()), free)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the networks of a run are made of. groups: elements of every weight, as the optimizer groups them; block: of the largest
+    block; reference: bytes; classifier: parameters; flops: of one row's forward, and of one of the classifier."""
+
+    groups: tuple[tuple[int, ...], ...]
+    block: int
+    buffers: int
+    reference: int
+    classifier: int
+    flops: int
+    classifier_flops: int
+
+    @property
+    def count(self) -> int:
+        return sum(map(sum, self.groups))
+
+
+class Model:
+    """The networks of a run as fake tensors, and what they were found to take. encoder: what the run would encode with."""
+
+    def __init__(self, config: RunConfig, encoder: Encoder):
+        self.config, self.bf16 = config, config.engine.precision == "bf16"
+        self.objective = build_objective(config)
+        self.scales = encoder.tokenizer.config.scales if isinstance(encoder, Tokens) else None
+        self.paradigm: Paradigm = build_paradigm(config, encoder)
+        self.shape = encoder.shape(config.data)
+        self.code_width = encoder.tokenizer.config.z_channels if isinstance(encoder, Tokens) else 0
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with self.fake, Watch():
+            self.net = build_net(config, encoder).train()
+            self.net.activation_checkpointing = config.engine.activation_checkpointing  # type: ignore[assignment]
+            self.classifier = self._classifier()
+            self.sizes = self._sizes()
+        self.measured = cache(self._measured)
+
+    def _classifier(self) -> NoiseClassifier | None:
+        model = self.config.model
+        if not (isinstance(model, DiffusionModel) and self.objective.needs_posterior):
+            return None
+        if model.posterior.weights is None:
+            return build_classifier(self.config)
+        return NoiseClassifier(NoiseClassifierConfig(**settings_of(read_config(find_weights(model.posterior.weights)))))
+
+    def _sizes(self) -> Sizes:
+        optimizer = make_optimizer(self.net, 0.0, (0.0, 0.0), 0.0, 0.0)
+        blocks = [sum(p.numel() for p in block.parameters()) for block in self.net.blocks]  # type: ignore[union-attr]
+        linear = sum(p.numel() for m in self.net.modules() if isinstance(m, nn.Linear) for p in m.parameters())
+        return Sizes(
+            groups=tuple(tuple(p.numel() for p in group["params"]) for group in optimizer.param_groups),
+            block=max(blocks, default=0),
+            buffers=sum(t.nbytes for t in self.net.buffers()),
+            # as Frozen stores it
+            reference=4 * sum(p.numel() for p in self.net.parameters()) - (2 * linear if self.bf16 else 0),
+            classifier=sum(p.numel() for p in self.classifier.parameters()) if self.classifier else 0,
+            flops=flops_of(lambda: self._values(self._probe(1), Forward(1), 1)),
+            classifier_flops=flops_of(lambda: self._classify(self._probe(1))) if self.classifier else 0,
+        )
+
+    def _probe(self, samples: int) -> Probe:
+        if isinstance(self.paradigm, NextScale):
+            tokens = torch.zeros(samples, self.paradigm.dims, dtype=torch.int64)
+            teacher = torch.zeros(samples, self.paradigm.dims - 1, self.code_width)
+            return Probe({"tokens": tokens, "teacher": teacher}, torch.zeros(tokens.shape))
+        assert self.shape is not None
+        x, noisy = torch.zeros(samples, *self.shape), torch.zeros(samples, *self.shape)
+        return Probe({"x": x, "noisy": noisy, "sigma": torch.zeros(samples)}, torch.zeros(samples, 1))
+
+    def _values(self, probe: Probe, forward: Forward, samples: int) -> Tensor:
+        """The sum of what all rows of one forward are scored with."""
+        index = torch.zeros(forward.rows * samples, dtype=torch.int64)
+        prediction = self.paradigm.predict(self.net, probe, index, torch.zeros_like(index), forward.terms)
+        mixed = {}
+        if self.objective.contrast == "null" and torch.is_grad_enabled():
+            mixed = {"guide": prediction[0].detach().clone(), "mix_RT": torch.zeros(probe.progress_BT.shape)}
+        found = self.paradigm.log_likelihood(prediction, probe, index, **mixed)
+        return found.value_RT.sum() + found.aux_R.sum()
+
+    def _classify(self, probe: Probe) -> Tensor:
+        assert self.classifier is not None
+        return self.classifier(probe.inputs["noisy"], probe.inputs["sigma"]).sum()
+
+    def activations(self, micro_batch: int, lockstep: bool) -> float:
+        """Most bytes alive in forward and backward of this many images: counted at POINTS, linear between and beyond."""
+        if micro_batch in POINTS:
+            return self.measured(micro_batch, lockstep)[1]
+        low, high = next(((a, b) for a, b in pairwise(POINTS) if micro_batch < b), POINTS[-2:])
+        (_, first), (_, last) = self.measured(low, lockstep), self.measured(high, lockstep)
+        return first + (last - first) * (micro_batch - low) / (high - low)
+
+    def _measured(self, micro_batch: int, lockstep: bool) -> tuple[int, int]:
+        """(bytes saved for backward, most bytes alive in forward and backward)."""
+        calls, saved = self.calls(lockstep), {}
+        samples = calls.samples * micro_batch
+        nets = [self.net, *([self.classifier] if self.classifier else [])]
+        parameters = [p for net in nets for p in net.parameters()]
+        known = {t.untyped_storage()._cdata for t in (*parameters, *(t for net in nets for t in net.buffers()))}
+
+        def keep(t: Tensor) -> Tensor:
+            storage = t.untyped_storage()
+            if storage._cdata not in known:
+                saved[storage._cdata] = storage
+            return t
+
+        hooks = [p.register_post_accumulate_grad_hook(drop_gradient) for p in parameters]
+        with self.fake, using("torch"), Watch(known) as watch:
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), autocast_of(self.net, self.bf16):
+                probe = self._probe(samples)
+                loss = sum((self._values(probe, forward, samples) for forward in calls.grad), torch.zeros(()))
+                if self.classifier is not None:
+                    loss = loss + self._classify(probe)
+            held = sum(storage.nbytes() for storage in saved.values())
+            saved.clear()
+            loss.backward()
+        for hook in hooks:
+            hook.remove()
+        return held, watch.most
+
+    def calls(self, lockstep: bool) -> Calls:
+        return calls_of(self.objective, self.scales, self.config.data.num_classes, lockstep)
+
+    def share_of(self, forwards: tuple[Forward, ...]) -> float:
+        """Rows per sample; one that is cut short counts by its share of the terms."""
+        terms = self.paradigm.dims if self.scales else 1
+        return sum(forward.rows * (forward.terms or terms) / terms for forward in forwards)
+
+
+def drop_gradient(p: Tensor) -> None:
+    p.grad = None

@@ -1,0 +1,312 @@
+"""`mclr train --plan`: what a run takes on 1 to 1,024 GPUs. Nothing is allocated or written: networks and rows are fake
+(train/planning/footprint.py).
+
+P parameters, N ranks, a micro-batches per step. Weights, gradients, moments and averages are fp32; bytes on one GPU:
+
+| what      | local, ZeRO 0 | ZeRO 1         | ZeRO 2         | ZeRO 3                      |
+| ---       | ---           | ---            | ---            | ---                         |
+| weights   | 4P            | 4P             | 4P             | 4P/N                        |
+| gathered  |               |                |                | 4m + 4 min(P, b + block)    |
+| gradients | 4P            | 4p, a > 1: 4P  | 4p, a > 1: 8p  | 4P/N                        |
+| optimizer | 8P            | 12P/N          | 12P/N          | 12P/N                       |
+| buckets   | N > 1: 4f     | 8b             | 8b             | 8b                          |
+| sent      | 8P            | 12P            | (8a + 4) P     | 4aP (1 + forwards) + 4aP'   |
+
+optimizer: two moments, with ZeRO fp32 masters. p: the weights of which a rank has a part, whole; of the rank that has most. buckets:
+DeepSpeed's, b = min(P, 1e8) elements (train/engine/zero.py), and what is flattened out of it; without ZeRO f = min(P, 5e8) alone. gathered:
+DeepSpeed fetches ahead up to b elements beside the largest block, and the message that brought them, m = max(b, block), lies beside its
+copies until the last of them is used (a bound; measured on 2 ranks, 70 to 100 % of it). sent: per step, in rings, times (N - 1)/N;
+P' = P - b is what backward gathers again, since b stay from forward; P where the step has a forward without gradient too.
+Averages: 4P/N each. Reference: whole, its Linears in 2 bytes under bf16; or sharded, as weights of ZeRO 3. Classifier of the
+posterior: 16 bytes per parameter, at every stage. offload: optimizer and the gradients for it lie in host memory.
+tests/test_plan.py compares weights, gathered, gradients, optimizer, averages and bytes sent with a step's, at every stage.
+
+Activations: as train/planning/footprint.py counts them; or, where that is more, the gradients that ZeRO 1 and 2 flatten for AdamW, 4P/N. Not
+counted are tokenizer or VAE (.4 GiB), libraries' workspaces, fragments: MARGIN is left.
+
+Time of a step = FLOPs / (peak x MFU) + sent / (REACHED x link), nothing overlapped: MFU, REACHED and NETWORK are assumed. FLOPs: a
+row with gradient 3 forwards, one without 1, as torch counts a forward; activation checkpointing one more. What encodes the images is
+left out, as `mclr prepare cache` leaves it out of a run; what a VAE would add is told above the table.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from mclr.configs.schema import DiffusionModel, RunConfig
+from mclr.errors import UserError
+from mclr.models.vqvae import VQVAE, VQVAEConfig
+from mclr.train.bench.synthetic import BareLatents
+from mclr.train.data.encoders import RGB, Encoder, Tokens
+from mclr.train.engine.zero import bucket_of
+from mclr.train.planning.footprint import Model
+from mclr.train.system.gpus import GPU, GPUS, NODE, gpu_named
+from mclr.train.training.build import LARGE, build_encoder
+from mclr.train.weights.published import SCALES_256, SCALES_512
+
+COUNTS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)  # of GPUs, where none is asked for
+MOST = 1024
+GIB = 2**30
+MARGIN = 0.05  # of a GPU's memory, for what is not counted
+MFU = 0.4
+REACHED = 0.8  # of a link's bandwidth
+NETWORK = 200e9  # bytes per second between machines of NODE GPUs; each ring of NCCL takes its own way out, so all of it is used
+VAE_FLOPS = 1.1e12 / 512**2  # of the encoder of Stable Diffusion's VAE, per pixel, in fp32
+IMAGENET = {"channels": 3, "num_classes": 1000}
+# presets of published networks, by how their names begin -> pixels and scales of what they were trained on
+PUBLISHED = {
+    "edm2-img64": (64, None),
+    "edm2-img512": (512, None),
+    "var-d36-s": (512, SCALES_512),
+    **dict.fromkeys(("var-d16", "var-d20", "var-d24", "var-d30"), (256, SCALES_256)),
+}
+
+
+def published_scale(model: str) -> tuple[int, tuple[int, ...] | None] | None:
+    """(pixels, scales of the tokens) of ImageNet as the published network of this preset models it; None for any other preset."""
+    return next((made_for for start, made_for in PUBLISHED.items() if model.startswith(start)), None)
+
+
+def published_data(model: str, data: str) -> list[str]:
+    """Overrides that stand for the data of a published network where no other than the default were given."""
+    found = published_scale(model) if data == "digits" else None
+    return [f"data.{k}={v}" for k, v in {"name": "imagenet", "resolution": found[0], **IMAGENET}.items()] if found else []
+
+
+def encoder_of(config: RunConfig) -> Encoder:
+    """What a run would encode with, without a VAE; without a tokenizer where the data is what a published network was trained on."""
+    if isinstance(config.model, DiffusionModel):
+        return BareLatents() if config.model.vae else RGB()
+    published = published_scale(config.model.name)
+    if published and published[1] and config.data.resolution == published[0] and config.data.channels == IMAGENET["channels"]:
+        return Tokens(VQVAE(VQVAEConfig(ch=32, ch_mult=(1,) * 5, num_res_blocks=1, scales=published[1])))
+    return build_encoder(config, torch.device("cpu"))
+
+
+def model_of(config: RunConfig) -> Model:
+    return Model(config, encoder_of(config))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU; host: in host memory, per rank."""
+
+    weights: float
+    gathered: float
+    gradients: float
+    optimizer: float
+    averages: float
+    reference: float
+    classifier: float
+    buckets: float
+    activations: float
+    host: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values()) - self.host
+
+
+def largest_share(groups: tuple[tuple[int, ...], ...], ranks: int) -> int:
+    """Elements of the weights of which a rank has a part at ZeRO 1 and 2, whole; of the rank that has most. DeepSpeed divides a group's
+    elements in order."""
+    totals = [0] * ranks
+    for sizes in groups:
+        part, first = math.ceil(sum(sizes) / ranks), 0
+        for size in sizes:
+            for rank in range(first // part, (first + size - 1) // part + 1):
+                totals[rank] += size
+            first += size
+    return max(totals)
+
+
+def memory_of(model: Model, ranks: int, micro_batch: int) -> Memory:
+    """Bytes on one of so many GPUs, by the table above."""
+    config, sizes = model.config, model.sizes
+    zero, offload, P, share = config.engine.zero, config.engine.offload, sizes.count, 1 / ranks
+    accumulates = config.train.batch // ranks > micro_batch
+    bucket = bucket_of(P)
+    partial = 4 * largest_share(sizes.groups, ranks)
+    # those of the last micro-batch go straight into a bucket
+    gradients = (4 * P, 4 * P if accumulates else partial, partial * (2 if accumulates else 1), 4 * P * share)[zero]
+    optimizer = 12 * P * share if zero else 8 * P
+    buckets = 8 * bucket if zero else 4 * min(P, 500_000_000) if ranks > 1 else 0
+    gathered = 4 * (max(bucket, sizes.block) + min(P, bucket + sizes.block))
+    settings = config.train
+    averages = {settings.ema_std, *(settings.snapshot_stds if settings.snapshot_every else ())} - {0.0}
+    reference = 0.0
+    if model.objective.needs_reference:
+        reference = 4 * P * share + gathered if sharded(model, ranks) else sizes.reference
+    host = 0.0
+    if offload:
+        host = optimizer + 4 * P * share
+        # what is left of the gradients on the GPU: at ZeRO 1 those that accumulate, else the one under way
+        gradients, optimizer = 4 * P if zero == 1 and accumulates else 0, 0.0
+    stepping = 4 * P * share if zero in (1, 2) and not offload else 0
+    return Memory(
+        weights=4 * P * (share if zero == 3 else 1) + sizes.buffers,
+        gathered=gathered if zero == 3 and ranks > 1 else 0,
+        gradients=gradients,
+        optimizer=optimizer,
+        averages=len(averages) * 4 * P * share,
+        reference=reference,
+        classifier=16 * sizes.classifier,
+        buckets=buckets,
+        activations=max(model.activations(micro_batch, zero == 3), stepping),
+        host=host,
+    )
+
+
+def sent_by(model: Model, ranks: int, micro_batch: int) -> float:
+    """Bytes that a rank sends per step, in rings: an all-reduce sends a tensor twice, all-gather and reduce-scatter once."""
+    config, P = model.config, model.sizes.count
+    zero, steps = config.engine.zero, config.train.batch // ranks // micro_batch
+    calls = model.calls(zero == 3)
+    # two sorts of forwards: DeepSpeed, which learns the order of one, fetches nothing ahead and keeps nothing
+    again = P if calls.free else P - bucket_of(P)
+    sent = {0: 2 * P, 1: 3 * P, 2: (2 * steps + 1) * P, 3: steps * (P * (1 + len(calls.grad + calls.free)) + again)}[zero]
+    if sharded(model, ranks):
+        sent += steps * len(calls.reference) * P
+    return 4 * (sent + 2 * model.sizes.classifier) * (ranks - 1) / ranks
+
+
+def sharded(model: Model, ranks: int) -> bool:
+    """Whether the ranks divide the reference (train/training/build.py, is_sharded)."""
+    how = model.config.engine.reference
+    large = model.sizes.count > LARGE and ranks > 1
+    return model.objective.needs_reference and (how == "sharded" or (how == "auto" and large))
+
+
+def flops_per_image(model: Model) -> float:
+    """The most that one image costs, its VAE left out."""
+    calls = model.calls(model.config.engine.zero == 3)
+    with_gradient = 4 if model.config.engine.activation_checkpointing else 3
+    rows = with_gradient * model.share_of(calls.grad) + model.share_of(calls.free) + model.share_of(calls.reference)
+    return calls.samples * rows * model.sizes.flops + 3 * model.sizes.classifier_flops
+
+
+def seconds_per_step(model: Model, ranks: int, micro_batch: int, gpu: GPU) -> float:
+    """Of a run that encodes nothing."""
+    flops = model.config.train.batch / ranks * flops_per_image(model)
+    link = gpu.link if ranks <= NODE else min(gpu.link, NETWORK)
+    return flops / (gpu.peak(model.config.engine.precision) * MFU) + sent_by(model, ranks, micro_batch) / (link * REACHED)
+
+
+def shares(config: RunConfig, ranks: int) -> list[int]:
+    """The micro-batches that a rank's images can be divided into, the smallest first."""
+    share = config.train.batch // ranks
+    return sorted({d for i in range(1, math.isqrt(share) + 1) if share % i == 0 for d in (i, share // i)})
+
+
+def largest_that_fits(model: Model, ranks: int, memory: float) -> int | None:
+    """The largest micro-batch whose bytes are no more than `memory`; None where not even the smallest fits."""
+    fitting = (n for n in reversed(shares(model.config, ranks)) if memory_of(model, ranks, n).total <= memory)
+    return next(fitting, None)
+
+
+def way_out(config: RunConfig, ranks: int) -> str:
+    """What more could make a run fit where no micro-batch does."""
+    engine = config.engine
+    ways = [] if engine.activation_checkpointing else ["engine.activation_checkpointing=true"]
+    ways += ["--engine zero3"] if ranks > 1 and engine.zero < 3 else []
+    ways += ["engine.offload=true"] if engine.zero and not engine.offload else []
+    return "use " + " or ".join(ways or ["more GPUs, or larger ones"])
+
+
+HEAD = (
+    *("GPUs", "images", "weights", "gathered", "gradients", "optimizer", "averages", "reference", "classifier", "buckets"),
+    *("activations", "total", "most images", "GB sent", "s/step", "images/s", "rows/s"),
+)
+
+
+def gpu_of(name: str | None) -> str:
+    """The key in GPUS that is asked for; else that of this machine's GPU; else h100."""
+    here = gpu_named(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    found = (name or here or "h100").lower()
+    if found not in GPUS:
+        raise UserError(f"unknown GPU {name}: give one of {', '.join(GPUS)}")
+    return found
+
+
+def counts_of(config: RunConfig, gpus: int | None) -> tuple[int, ...]:
+    """The numbers of ranks to plan for: the one asked for, or those of COUNTS that can share the batch."""
+    batch, local = config.train.batch, config.engine.kind == "local"
+    if gpus is None:
+        return tuple(n for n in COUNTS if batch % n == 0 and (n == 1 or not local))
+    if not 1 <= gpus <= MOST:
+        raise UserError(f"--gpus {gpus}: must be 1 to {MOST}")
+    if batch % gpus:
+        raise UserError(f"train.batch={batch} cannot be shared by {gpus} ranks: make it a multiple of {gpus}")
+    if gpus > 1 and local:
+        raise UserError(f"engine.kind=local runs on one rank, not {gpus}: use engine.kind=deepspeed")
+    return (gpus,)
+
+
+def rows_of(model: Model) -> tuple[float, float]:
+    """The most rows per image, (with, without) gradient."""
+    calls = model.calls(model.config.engine.zero == 3)
+    return calls.samples * model.share_of(calls.grad), calls.samples * (
+        model.share_of(calls.free) + model.share_of(calls.reference)
+    )
+
+
+def heading(model: Model, name: str) -> Iterator[str]:
+    config, gpu, (rows, free) = model.config, GPUS[name], rows_of(model)
+    data, engine = config.data, config.engine
+    ways = [f"ZeRO {engine.zero}", engine.precision]
+    ways += [way.replace("_", " ") for way in ("offload", "activation_checkpointing") if getattr(engine, way)]
+    yield f"plan       {config.model.name}, {model.sizes.count / 1e6:.2f}M parameters"
+    yield f"objective  {config.objective.name}, contrast {model.objective.contrast}"
+    yield f"data       {data.name}: {data.num_classes} classes, {data.channels} x {data.resolution}^2"
+    yield f"engine     {', '.join(ways)}, on {name}: {gpu.memory:g} GiB each, of which {1 - MARGIN:.0%} are planned with"
+    yield f"rows       at most {rows:g} with gradient and {free:g} without per image, {flops_per_image(model) / 1e12:.3g} TFLOP"
+    yield (
+        f"assumed    MFU {MFU:g}, links at {REACHED:.0%} ({gpu.link / 1e9:g} GB/s; {NETWORK / 1e9:g} between machines of {NODE}), "
+        "nothing overlapped"
+    )
+    if isinstance(config.model, DiffusionModel) and config.model.vae:
+        seconds = VAE_FLOPS * data.resolution**2 / (gpu.fp32 * MFU)
+        yield f"encoding   not in the table: once by `mclr prepare cache`, else {1000 * seconds:.3g} ms of a GPU per image and visit"
+    yield "GiB per GPU; images: per forward of one GPU; most images: as many as fit"
+
+
+def line_of(model: Model, ranks: int, gpu: GPU) -> tuple[tuple[str, ...], list[str]]:
+    """(one line of the table, in the order of HEAD; what else there is to say about so many GPUs)."""
+    config, batch = model.config, model.config.train.batch
+    micro_batch = max(d for d in shares(config, ranks) if d <= (config.train.micro_batch or batch))
+    memory, largest = memory_of(model, ranks, micro_batch), largest_that_fits(model, ranks, gpu.memory * (1 - MARGIN) * GIB)
+    seconds = seconds_per_step(model, ranks, micro_batch, gpu)
+    parts = [value for key, value in vars(memory).items() if key != "host"]
+    rates = (seconds, batch / seconds, batch * sum(rows_of(model)) / seconds)
+    line = (
+        *(f"{ranks}", f"{micro_batch}", *(f"{part / GIB:.2f}" for part in (*parts, memory.total))),
+        *(f"{largest or 'none'}", f"{sent_by(model, ranks, micro_batch) / 1e9:.1f}"),
+        *(f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}" for rate in rates),
+    )
+    where, advice = f"{ranks} GPU" + "s" * (ranks > 1), []
+    if largest is None:
+        advice.append(f"nothing fits on {where}: {way_out(config, ranks)}")
+    elif largest < micro_batch:
+        advice.append(f"{micro_batch} images do not fit on {where}: use train.micro_batch={largest}")
+    if memory.host:
+        advice.append(f"in host memory on {where}: {memory.host / GIB:.1f} GiB per GPU")
+    return line, advice
+
+
+def plan(config: RunConfig, gpus: int | None, gpu: str | None) -> Iterator[str]:
+    """The lines of a plan. gpus: how many, None: a table over COUNTS. gpu: a key of GPUS, None: that of this machine, else an h100.
+
+    Raises UserError for a GPU that is not known, and for a number of GPUs that the batch or the engine cannot be shared by.
+    """
+    name, counts = gpu_of(gpu), counts_of(config, gpus)
+    model = model_of(config)
+    yield from heading(model, name)
+    found = [line_of(model, ranks, GPUS[name]) for ranks in counts]
+    table = [HEAD, *(line for line, _ in found)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        yield "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+    for _, advice in found:
+        yield from advice

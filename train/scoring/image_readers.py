@@ -1,0 +1,154 @@
+"""Sets of uint8 images that are read a batch at a time: a folder, an .npz file, a dataset folder, or images in memory.
+
+N images of a set; B of a batch; C H W image.
+"""
+
+import hashlib
+import os
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mclr.errors import UserError
+from mclr.train.data.source import DatasetInfo, SplitReader
+from mclr.train.sample import condition_of, image_paths, read_images
+from mclr.train.system.files import checksum, regular
+
+JPEG = (".jpg", ".jpeg")
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """N images of one shape (C, H, W) in a fixed order. read(first, end): image_BCHW uint8; asked for in rising order.
+
+    c_N: their conditions, None where they are not known; checksum: of the images and of what says their conditions; jpeg: some are.
+    """
+
+    name: str
+    count: int
+    shape: tuple[int, ...]
+    read: Callable[[int, int], Tensor]
+    checksum: Callable[[], str]
+    c_N: Tensor | None = None
+    jpeg: bool = False
+
+
+def in_memory_images(image_NCHW: Tensor, c_N: Tensor) -> ImageSet:
+    return ImageSet(
+        "memory", len(image_NCHW), tuple(image_NCHW.shape[1:]), lambda first, end: image_NCHW[first:end], lambda: "memory", c_N
+    )
+
+
+def find_images(folder: Path) -> list[Path]:
+    """The images of a samples folder in the order of their seeds, or PNG and JPEG files anywhere below another one, by path."""
+    return image_paths(folder) or sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".png", *JPEG))
+
+
+def open_folder(folder: Path, with_conditions: bool) -> ImageSet:
+    """with_conditions: look for them in the names, NAME-CONDITION.png; where no name has one they are not known.
+
+    Raises UserError for an empty folder and where some names have a condition and some have none; for an image that cannot be read
+    or is not of the shape of the first when it is asked for.
+    """
+    paths = find_images(folder)
+    if not paths:
+        raise UserError(f"{folder} holds no PNG or JPEG images: give another folder")
+    shape = read_images(paths[:1]).shape[1:]
+    c_N = None
+    if with_conditions and any(_has_condition(path) for path in paths):
+        c_N = torch.tensor([condition_of(path) for path in paths])
+
+    def read(first: int, end: int) -> Tensor:
+        images_BCHW = read_images(paths[first:end])
+        if images_BCHW.shape[1:] != shape:
+            raise UserError(f"{paths[first]} is of shape {images_BCHW.shape[1:]}, the images before it of {shape}: remove it")
+        return torch.from_numpy(images_BCHW)
+
+    @cache
+    def checksum_of_all() -> str:
+        sums = hashlib.sha256()
+        for path in paths:
+            sums.update(os.fsencode(f"{path.name}\n") + hashlib.sha256(path.read_bytes()).digest())
+        return sums.hexdigest()
+
+    jpeg = any(path.suffix.lower() in JPEG for path in paths)
+    return ImageSet(str(folder), len(paths), shape, read, checksum_of_all, c_N, jpeg)
+
+
+def _has_condition(path: Path) -> bool:
+    name, _, condition = path.stem.rpartition("-")
+    return bool(name) and condition.isdigit()
+
+
+def npz_names(path: Path) -> list[str]:
+    """The arrays of an .npz file. Raises UserError where it is none."""
+    try:
+        with zipfile.ZipFile(regular(path)) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist()]
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is no readable .npz file ({error}): give another") from error
+
+
+def open_npz(path: Path) -> ImageSet:
+    """arr_0, uint8 [N, H, W, C], and the conditions arr_1 where there are any: ADM's layout. Images stay in the file until asked for.
+
+    Raises UserError for another content; for damaged bytes when they are read.
+    """
+    advice = "write it again by numpy.savez(FILE, images, conditions)"
+    damaged = f"{path} is no readable .npz of arr_0 (uint8 NHWC) and, where known, arr_1 (conditions): {advice}"
+    try:
+        # open as long as it is read from
+        file = zipfile.ZipFile(path).open("arr_0.npy")  # noqa: SIM115
+        read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+        shape, by_columns, dtype = read_header[np.lib.format.read_magic(file)[0]](file)
+        start = file.tell()
+        with np.load(path) as arrays:
+            conditions = arrays["arr_1"] if "arr_1" in arrays.files else None
+    # a decoder that meets damaged bytes raises nearly anything, and numpy's advice on other files is not for ours
+    except Exception as error:
+        raise UserError(damaged) from error
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or not shape[0] or by_columns:
+        raise UserError(f"the images of {path} are {dtype} of shape {shape}, not uint8 of (N, H, W, 1 or 3): {advice}")
+    count, H, W, C = shape
+    if conditions is not None and (
+        conditions.shape != (count,) or not np.issubdtype(conditions.dtype, np.integer) or not (conditions >= 0).all()
+    ):
+        raise UserError(f"the conditions of {path} are not one whole number per image: {advice}")
+
+    def read(first: int, end: int) -> Tensor:
+        try:
+            file.seek(start + first * H * W * C)
+            data = file.read((end - first) * H * W * C)
+            image_BHWC = np.frombuffer(data, np.uint8).reshape(end - first, H, W, C)
+        except Exception as error:
+            raise UserError(damaged) from error
+        return torch.from_numpy(image_BHWC.transpose(0, 3, 1, 2).copy())
+
+    c_N = None if conditions is None else torch.from_numpy(conditions.astype(np.int64))
+    return ImageSet(str(path), count, (C, H, W), read, lambda: checksum(path), c_N)
+
+
+def open_splits(info: DatasetInfo, splits: tuple[str, ...]) -> ImageSet:
+    """The images of these splits of a dataset, one split after the other."""
+    readers = [SplitReader(info, split) for split in splits]
+    where = [(reader, i) for reader in readers for i in range(len(reader.samples))]
+
+    def read(first: int, end: int) -> Tensor:
+        parts = [[i for owner, i in where[first:end] if owner is reader] for reader in readers]
+        return torch.cat([reader.images(part) for reader, part in zip(readers, parts, strict=True) if part])
+
+    sums = [shard.sha256 for split in splits for shard in info.splits[split].shards]
+    return ImageSet(
+        info.name,
+        len(where),
+        info.image_shape,
+        read,
+        lambda: hashlib.sha256("".join(sums).encode()).hexdigest(),
+        torch.cat([reader.c_N for reader in readers]),
+    )

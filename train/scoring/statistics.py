@@ -1,0 +1,206 @@
+"""What a judge saw of a set of images: measured in one pass, kept for the next time, or read from what others have stored.
+
+N images of a set; B of a batch; D features; K classes.
+"""
+
+import hashlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mclr.configs.schema import PRESETS, load_data
+from mclr.errors import UserError
+from mclr.metrics import NEIGHBOURS, Gaussian, Moments, neighbour_radii
+from mclr.train.data.source import DatasetInfo, permutation
+from mclr.train.prepare import open_or_prepare
+from mclr.train.scoring.extractors import Judge
+from mclr.train.scoring.image_readers import ImageSet, npz_names, open_folder, open_npz, open_splits
+from mclr.train.system.files import cache_folder, checksum, in_memory, write_file
+from mclr.train.training.loop import progress_bar
+
+SPLITS = {"all": ("train", "val"), "train": ("train",), "val": ("val",)}
+MOST = 50_000  # images of a set that the scores by neighbours look at: what the field reports on
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """near: the rows that the scores by neighbours look at; prob: class probabilities of every row, of samples alone.
+
+    count and near are None where others have stored mu and sigma alone. radii: neighbour_radii(near), of references that are kept.
+    """
+
+    features: Gaussian
+    spatial: Gaussian | None = None
+    count: int | None = None
+    near_ND: Tensor | None = None
+    radii_N2: Tensor | None = None
+    of_condition: Mapping[int, Gaussian] = field(default_factory=dict)
+    prob_NK: Tensor | None = None
+    c_N: Tensor | None = None
+
+
+def measure(judge: Judge, images: ImageSet, part: range | None = None, with_prob: bool = False) -> Statistics:
+    """Statistics of the images in `part` (None: of all), in one pass over them.
+
+    Of more than MOST rows near holds those of permutation(0, 0, N). Raises ValueError for features that are not finite, and for
+    fewer than two images.
+    """
+    part = part or range(images.count)
+    features, spatial, of_condition = Moments(), Moments(), defaultdict[int, Moments](Moments)
+    chosen_N = torch.zeros(len(part), dtype=torch.bool)
+    chosen_N[torch.from_numpy(permutation(0, 0, len(part))[:MOST].copy())] = True
+    c_N = None if images.c_N is None else images.c_N[part.start : part.stop]
+    near, prob = [], []
+    # beside a terminal alone: errors are one line
+    with progress_bar(len(part), begun=0, quiet=not os.isatty(2)) as bar:
+        for first in range(0, len(part), judge.batch):
+            rows = slice(first, min(first + judge.batch, len(part)))
+            answer = judge(images.read(part[rows].start, part[rows].stop))
+            features.add(answer.features_BD)
+            near.append(answer.features_BD[chosen_N[rows].to(judge.device)])
+            if answer.spatial_BS is not None:
+                spatial.add(answer.spatial_BS)
+            if with_prob and answer.prob_BK is not None:
+                prob.append(answer.prob_BK)
+            if judge.conditions and c_N is not None:
+                c_B = c_N[rows].to(judge.device)
+                for c in c_B.unique().tolist():
+                    of_condition[c].add(answer.features_BD[c_B == c])
+            bar.update(rows.stop - rows.start)
+    return Statistics(
+        features.gaussian(),
+        spatial.gaussian() if spatial.count else None,
+        len(part),
+        near_ND=torch.cat(near),
+        of_condition={c: each.gaussian() for c, each in sorted(of_condition.items()) if each.count > 1},
+        prob_NK=torch.cat(prob) if prob else None,
+        c_N=c_N,
+    )
+
+
+def neighbour_bar(chunks: list[slice]) -> tqdm:
+    """Of a pass over the distances between 50,000 images, which takes minutes without a GPU."""
+    # beside a terminal alone, as in measure()
+    return tqdm(chunks, "neighbours", unit="chunk", disable=not os.isatty(2))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real images, or a file of mu and sigma, or one with both, as ADM's are. info and splits: of a dataset."""
+
+    name: str
+    path: Path
+    images: ImageSet | None
+    stored: Path | None = None
+    info: DatasetInfo | None = None
+    splits: tuple[str, ...] | None = None
+
+    def about(self) -> dict[str, Any]:
+        found = checksum(self.path) if self.stored else self.images and self.images.checksum()
+        return {"data": self.name, "path": str(self.path), "splits": self.splits, "sha256": found}
+
+
+def open_reference(name: str | None, own_data: dict[str, Any] | None, real: str, with_conditions: bool) -> Reference:
+    """The reference of this name: an .npz file, a folder of images, a dataset folder or a preset; of no name, the samples' own data.
+
+    real: a key of SPLITS. Raises UserError where there is none, and for `real` where there are no splits.
+    """
+    path = Path(name or "")
+    known = name is None or (PRESETS / "data" / f"{name}.yaml").is_file() or (path / "dataset.json").is_file()
+    plain_folder = not known and path.is_dir()
+    if not plain_folder and path.suffix != ".npz":
+        data = own_data if name is None else load_data(name).model_dump()
+        assert data is not None
+        info = open_or_prepare(data["name"], data["path"])
+        # an empty val split is left out of "all"
+        splits = tuple(split for split in SPLITS[real] if info.splits[split].count or real != "all")
+        return Reference(info.name, info.path, open_splits(info, splits), info=info, splits=splits)
+    if real != "all":
+        raise UserError(f"--real {real} has no effect: {name} is no dataset and has no splits; leave it out")
+    if plain_folder:
+        return Reference(str(path), path, open_folder(path, with_conditions))
+    names = npz_names(path)
+    if not {"mu", "arr_0"} & set(names):
+        raise UserError(f"{path} holds {', '.join(names)}: a reference needs images (arr_0), or mu and sigma")
+    return Reference(str(path), path, open_npz(path) if "arr_0" in names else None, path if "mu" in names else None)
+
+
+def reference_statistics(judge: Judge, reference: Reference) -> tuple[Statistics, list[str], str]:
+    """Statistics of the reference, what a reader of its scores must know, and where the statistics come from.
+
+    With images and mu and sigma, these count where they are of this judge's features: ADM's are of more images than the file holds.
+    Raises UserError for a damaged file; ValueError as measure() does.
+    """
+    stored = read_statistics(reference.stored, judge.device) if reference.stored else None
+    if reference.images is None:
+        assert stored is not None
+        left_out = f"{reference.path} holds mu and sigma alone: precision, recall, density and coverage are left out"
+        return stored, [left_out], f"read from {reference.path}"
+    measured, origin = _kept(judge, reference.images)
+    if stored is None or stored.features[0].shape != measured.features[0].shape:
+        return measured, [], origin
+    note = f"fd is against mu and sigma in {reference.path}, the neighbours are its {reference.images.count} images"
+    return replace(measured, features=stored.features, spatial=stored.spatial, count=None), [note], origin
+
+
+def _kept(judge: Judge, images: ImageSet) -> tuple[Statistics, str]:
+    key = json.dumps([images.checksum(), judge.sha256, judge.features, images.c_N is not None, MOST, NEIGHBOURS])
+    path = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.npz"
+    if path.is_file():
+        return read_statistics(path, judge.device), f"reused from {path}"
+    statistics = measure(judge, images)
+    assert statistics.near_ND is not None
+    statistics = replace(statistics, radii_N2=neighbour_radii(statistics.near_ND, progress=neighbour_bar))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, in_memory(np.savez, **_arrays(statistics)))
+    except (UserError, OSError) as error:
+        return statistics, f"measured now, and not kept ({error})"
+    return statistics, f"measured now, kept in {path}"
+
+
+def _arrays(statistics: Statistics) -> dict[str, np.ndarray]:
+    """What a file holds: mu and sigma (mu_s and sigma_s of the spatial features) as ADM names them, the rest by names of ours."""
+    tensors = dict(zip(("mu", "sigma"), statistics.features, strict=True))
+    if statistics.spatial:
+        tensors |= zip(("mu_s", "sigma_s"), statistics.spatial, strict=True)
+    if statistics.near_ND is not None:
+        tensors |= {"near": statistics.near_ND, "count": torch.tensor(statistics.count)}
+    if statistics.radii_N2 is not None:
+        tensors["radii"] = statistics.radii_N2
+    if statistics.of_condition:
+        means, covariances = zip(*statistics.of_condition.values(), strict=True)
+        conditions = torch.tensor(list(statistics.of_condition))
+        tensors |= {"conditions": conditions, "mu_c": torch.stack(means), "sigma_c": torch.stack(covariances)}
+    return {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+
+
+def read_statistics(path: Path, device: torch.device) -> Statistics:
+    """Statistics in an .npz file, ours or another's with mu and sigma. Raises UserError when it holds none, or is damaged."""
+    try:
+        with np.load(path) as file:
+            tensors = {name: torch.from_numpy(file[name]).to(device) for name in file.files if not name.startswith("arr_")}
+        for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
+            if mean in tensors and tensors[covariance].shape != 2 * tensors[mean].shape:
+                raise ValueError(f"{mean} is of shape {tuple(tensors[mean].shape)}, {covariance} of another")
+        conditions = tensors["conditions"].tolist() if "conditions" in tensors else []
+        return Statistics(
+            (tensors["mu"], tensors["sigma"]),
+            (tensors["mu_s"], tensors["sigma_s"]) if "mu_s" in tensors else None,
+            int(tensors["count"]) if "count" in tensors else None,
+            tensors.get("near"),
+            tensors.get("radii"),
+            {c: (tensors["mu_c"][i], tensors["sigma_c"][i]) for i, c in enumerate(conditions)},
+        )
+    # a decoder that meets damaged bytes raises nearly anything
+    except Exception as error:
+        raise UserError(f"{path} is no readable .npz of mu and sigma ({error}): copy it again, or remove it") from error

@@ -1,0 +1,385 @@
+"""From a config to the objects of a run. In this file: the parts that sampling shares; what a training run reads; its task."""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mclr.configs.schema import DiffusionModel, NextScaleModel, RunConfig
+from mclr.configs.schema import Schedule as ScheduleConfig
+from mclr.diffusion import Diffusion, sigma_of
+from mclr.errors import UserError
+from mclr.guidance import Guidance
+from mclr.kernels.choice import interpreting, runs_triton, use
+from mclr.kernels.registry import OPS
+from mclr.kernels.weight_norm import force_weights
+from mclr.likelihood import Net, Paradigm
+from mclr.models.edm2 import EDM2, EDM2Config
+from mclr.models.features import CONVNEXT_SMALLEST, NoiseClassifier, NoiseClassifierConfig, channel_mult_for
+from mclr.models.var import VAR, VARConfig
+from mclr.models.vqvae import VQVAE
+from mclr.next_scale import NextScale, scale_progress
+from mclr.objective import Objective
+from mclr.posterior import NoisyPosterior, PrefixPosterior
+from mclr.schedule import Schedule
+from mclr.train.data.cache import through_cache
+from mclr.train.data.encoders import RGB, Encoder, Latents, Tokens, load_vae
+from mclr.train.data.source import Source
+from mclr.train.engine.base import Engine, Frozen, LocalEngine, make_optimizer
+from mclr.train.engine.zero import DeepSpeedEngine, Sharded
+from mclr.train.system.ranks import world
+from mclr.train.training.class_map import class_map
+from mclr.train.training.step import Task
+from mclr.train.weights.folder import find_weights, load_into, load_net, read_config, sha256
+
+# fp32 means fp32: convolutions on CUDA would default to TF32
+torch.backends.cudnn.allow_tf32 = False
+
+
+def choose_kernels(config: RunConfig, device: torch.device) -> str:
+    """Decide which operations this process runs as Triton kernels; says so in a line. Raises UserError where that takes a GPU."""
+    mode = config.engine.kernels
+    if mode == "triton" and device.type != "cuda" and not interpreting():
+        raise UserError("engine.kernels=triton needs a GPU: use auto")
+    use(mode)
+    fused = [name for name in OPS if runs_triton(name, torch.empty(0, device=device))]
+    plain = "torch, no kernel has won on this GPU" if mode == "auto" and device.type == "cuda" else "torch"
+    return f"kernels    {mode}: {plain if not fused else 'Triton for ' + ', '.join(fused)}"
+
+
+def compile_blocks(net: nn.Module) -> None:
+    """torch.compile for every block of a network, or for the whole of one that has none.
+
+    Of a block its forward alone, so that what surrounds it stays plain torch: activation checkpointing, and ZeRO 3's gathering. Not to be
+    copied afterwards: a copy would run the original's.
+    """
+    compile_every_length()
+    for module in getattr(net, "blocks", [net]):
+        module.forward = torch.compile(module.forward)
+
+
+def compile_every_length() -> None:
+    """Lets torch.compile make as much code as there are kinds of blocks and rows: of every scale's length, with and without gradient.
+
+    Beyond its limit, which is 8, it would run the rest as eager.
+    """
+    torch._dynamo.config.recompile_limit = 256
+
+
+def build_encoder(config: RunConfig, device: torch.device) -> Encoder:
+    """Raises UserError where there is no VAE as the config wants it, or the tokenizer is of other images than the data."""
+    if isinstance(config.model, DiffusionModel):
+        return Latents(load_vae(config.model.vae, device)) if config.model.vae else RGB()
+    tokenizer = load_net(config.model.tokenizer, "vqvae")
+    assert isinstance(tokenizer, VQVAE)
+    tokens, data = tokenizer.config, config.data
+    read = (tokens.img_channels, tokens.scales[-1] << (len(tokens.ch_mult) - 1))
+    if read != (data.channels, data.resolution):
+        raise UserError(
+            f"model.tokenizer={config.model.tokenizer} is for {read[0]} x {read[1]}^2 images, {data.name} has {data.channels} x "
+            f"{data.resolution}^2: for published weights give model.tokenizer= the converted vae_ch160v4096z32.pth (at 512 pixels with "
+            f"its scales, `mclr convert --help`), for your own one by `mclr prepare tokenizer WEIGHTS --data {data.path}`"
+        )
+    return Tokens(tokenizer.to(device))
+
+
+def build_net(config: RunConfig, encoder: Encoder) -> nn.Module:
+    """The generator, freshly initialised from torch's global generator."""
+    data, model = config.data, config.model
+    x_shape = encoder.shape(data)
+    if isinstance(model, DiffusionModel):
+        assert x_shape is not None
+        shape: dict[str, Any] = {"img_resolution": x_shape[1], "img_channels": x_shape[0], "num_classes": data.num_classes}
+        return EDM2(EDM2Config(**shape, sigma_data=model.sigma_data, **model.net.model_dump()))
+    assert isinstance(encoder, Tokens)
+    tokens = encoder.tokenizer.config
+    net = model.net.model_dump()
+    shape = {"num_classes": data.num_classes, "vocab_size": tokens.vocab_size, "z_channels": tokens.z_channels}
+    return VAR(VARConfig(**shape, patch_nums=tokens.scales, **net))
+
+
+def build_paradigm(config: RunConfig, encoder: Encoder) -> Paradigm:
+    data, model, sample = config.data, config.model, config.sample
+    x_shape = encoder.shape(data)
+    if isinstance(model, DiffusionModel):
+        assert x_shape is not None
+        return Diffusion(
+            shape=x_shape,
+            null=data.num_classes,
+            noise_mean=model.noise_mean,
+            noise_std=model.noise_std,
+            sigma_data=model.sigma_data,
+            steps=sample.steps,
+            sigma_min=sample.sigma_min,
+            sigma_max=sample.sigma_max,
+            rho=sample.rho,
+            solver=sample.solver,
+            churn=sample.churn,
+            churn_min=sample.churn_min,
+            churn_max=math.inf if sample.churn_max is None else sample.churn_max,
+            churn_noise=sample.churn_noise,
+        )
+    assert isinstance(encoder, Tokens)
+    tokenizer = encoder.tokenizer
+    return NextScale(tokenizer.config.scales, data.num_classes, tokenizer, sample.top_k, sample.top_p, sample.more_smooth)
+
+
+def build_classifier(config: RunConfig) -> NoiseClassifier:
+    """The posterior classifier of a diffusion run: model.posterior.weights, or fresh from torch's global generator.
+
+    Weights decide the size of their network. Raises UserError when they are of other data or another sigma_data, or the images too
+    small for a ConvNeXt.
+    """
+    data, model = config.data, config.model
+    assert isinstance(model, DiffusionModel)
+    posterior, name = model.posterior, model.posterior.weights
+    channels, side, _ = (Latents if model.vae else RGB).shape(data)
+    needed: dict[str, Any] = {"img_channels": channels, "num_classes": data.num_classes, "sigma_data": model.sigma_data}
+    if name is None:
+        mult = channel_mult_for(side)
+        classifier = NoiseClassifier(
+            NoiseClassifierConfig(**needed, channels=posterior.channels, channel_mult=mult, backbone=posterior.backbone)
+        )
+    else:
+        loaded = load_net(name, "noise_classifier")
+        assert isinstance(loaded, NoiseClassifier)
+        classifier = loaded
+        for key, here in needed.items():
+            if (there := getattr(classifier.config, key)) != here:
+                raise UserError(
+                    f"model.posterior.weights={name} has {key} {there}, this run has {here}: "
+                    "fit another with `mclr prepare posterior`, or give null to start from scratch"
+                )
+    if classifier.config.backbone and side < CONVNEXT_SMALLEST:
+        raise UserError(
+            f"posterior backbone {classifier.config.backbone} needs images of {CONVNEXT_SMALLEST} pixels or more, "
+            f"data.resolution={data.resolution}{f' makes latents of {side}' if model.vae else ''}: give model.posterior.backbone=null"
+        )
+    return classifier
+
+
+def build_objective(config: RunConfig) -> Objective:
+    objective = config.objective
+    return Objective(
+        objective.contrast,
+        build_schedule(objective.schedule, objective.lam),
+        bound=objective.bound,
+        truncate=objective.truncate,
+        name=objective.name,
+        beta=objective.beta,
+        null_share=config.train.drop_condition,
+    )
+
+
+def build_guidance(config: RunConfig, guide: Net | None = None) -> Guidance:
+    return Guidance(build_schedule(config.sample.schedule, config.sample.gamma), guide)
+
+
+def build_guide(config: RunConfig, net: nn.Module) -> nn.Module | None:
+    """The network of sample.guide, whose weights decide its size; None where the guide is the null condition.
+
+    net: the network it guides. Raises UserError when the two are of other data, or of another tokenizer.
+    """
+    name, model = config.sample.guide, config.model
+    if name is None:
+        return None
+    diffusion = isinstance(model, DiffusionModel)
+    guide = load_net(name, "edm2" if diffusion else "var")
+    # answers are mixed before they become images, which takes one sigma_data
+    shared = ("img_resolution", "img_channels", "sigma_data") if diffusion else ("patch_nums", "vocab_size", "z_channels")
+    for key in ("num_classes", *shared):
+        there, here = getattr(guide.config, key), getattr(net.config, key)
+        # an unconditional diffusion network guides any, as EDM2's guidance does
+        if there != here and not (diffusion and key == "num_classes" and there == 0):
+            raise UserError(f"sample.guide={name} has {key} {there}, {model.name} has {here}: give a guide for the same samples")
+    if isinstance(model, NextScaleModel):
+        # published weights do not say which tokenizer theirs was
+        there = read_config(find_weights(name)).get("inputs", {}).get("model.tokenizer")
+        if there not in (None, sha256(find_weights(model.tokenizer))):
+            raise UserError(
+                f"sample.guide={name} is of another tokenizer than {model.tokenizer}: give a guide for the same tokens"
+            )
+    return guide
+
+
+def build_schedule(schedule: ScheduleConfig, weight: float) -> Schedule:
+    return Schedule(weight=weight, **schedule.model_dump())
+
+
+def schedule_table(name: str, schedule: Schedule, scales: Sequence[int] | None) -> list[str]:
+    """Three aligned lines, none where the weight is constant: scale or sigma, progress, and the weight under `name`.
+
+    scales: sides of the token maps; None: diffusion, shown at seven noise levels and at the schedule's own bounds.
+    """
+    if schedule.is_zero or schedule.kind == "constant":
+        return []
+    if scales is None:
+        progress = sorted({*(i / 6 for i in range(7)), *schedule.bounds})
+        places = ["sigma", *(f"{sigma_of(p):.3g}" for p in progress)]
+    else:
+        progress = scale_progress(scales)
+        places = ["scale", *(str(side) for side in scales)]
+    rows = [places, ["progress", *(f"{p:.3g}" for p in progress)], [name, *(f"{schedule.at(p):.3g}" for p in progress)]]
+    return [f"  {row[0]:9}" + "".join(f"{entry:>8}" for entry in row[1:]) for row in rows]
+
+
+def open_source(config: RunConfig, path: str | None = None) -> Source:
+    """The training samples at data.path, or at another. Raises UserError when they are unusable, or not what the config says."""
+    data = config.data
+    if path is None and data.streamed:
+        # its webdataset is not on every machine
+        from mclr.train.data.stream import Stream
+
+        return Stream(data, config.train.seed)
+    path = path or data.path
+    source = Source(path, "train", config.train.seed, data.balanced, data.damaged)
+    for key in ("resolution", "channels", "num_classes"):
+        here, there = getattr(config.data, key), getattr(source.info, key)
+        if here != there:
+            raise UserError(f"data.{key}={here}, but {path} holds {key} {there}: correct one of them")
+    return source
+
+
+def open_generated(config: RunConfig) -> Source:
+    """The samples at objective.generated. Raises UserError unless they were drawn, unguided, from the weights that the run starts from."""
+    path, model = config.objective.generated, config.model
+    source = open_source(config, path)
+    drawn = source.info.drawn
+    how = f"draw them again: mclr sample {model.weights} --out DIR --dataset"
+    if drawn is None:
+        raise UserError(f"objective.generated={path} does not say what drew it; {how}")
+    if drawn["weights"] != sha256(find_weights(str(model.weights))):
+        raise UserError(f"objective.generated={path} was drawn from other weights than model.weights={model.weights}; {how}")
+    if not build_schedule(ScheduleConfig.model_validate(drawn["sample.schedule"]), drawn["sample.gamma"]).is_zero:
+        raise UserError(f"objective.generated={path} was drawn with guidance, the reference is without; {how}")
+    if isinstance(model, NextScaleModel):
+        if drawn["tokenizer"] != sha256(find_weights(model.tokenizer)):
+            raise UserError(f"objective.generated={path} was drawn with another tokenizer than {model.tokenizer}; {how}")
+        if drawn["sample.top_k"] or drawn["sample.top_p"] < 1:
+            raise UserError(f"objective.generated={path} was drawn with top_k or top_p, the reference is without; {how}")
+    return source
+
+
+def posterior_warmup(config: RunConfig) -> int:
+    """Images seen before there is any ratio: of a posterior classifier that starts from scratch, in whole steps; else 0.
+
+    Whole steps, so that neither micro-batches nor ranks decide which samples have one.
+    """
+    model, batch = config.model, config.train.batch
+    if not isinstance(model, DiffusionModel) or model.posterior.weights or not build_objective(config).needs_posterior:
+        return 0
+    return -(-model.posterior.warmup_images // batch) * batch
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What a run trains and trains with, before any engine. classifier: of the posterior; reference: the network before
+    fine-tuning; generated: samples of the reference; each None where the objective does not need it."""
+
+    encoder: Encoder
+    net: nn.Module
+    classifier: NoiseClassifier | None
+    reference: nn.Module | None
+    generated: Source | None
+
+
+def build_networks(config: RunConfig, device: torch.device) -> Networks:
+    """With the weights that the run starts from, or fresh ones by its seed. Raises UserError when weights do not fit."""
+    model = config.model
+    torch.manual_seed(config.train.seed)
+    encoder = build_encoder(config, device)
+    net = build_net(config, encoder)
+    if model.weights:
+        weights = find_weights(model.weights)
+        load_into(net, weights, class_map(config, weights))
+    classifier = None
+    objective = build_objective(config)
+    if isinstance(model, DiffusionModel) and objective.needs_posterior:
+        classifier = build_classifier(config)
+    reference = copy.deepcopy(net) if objective.needs_reference else None
+    generated = through_cache(open_generated(config), encoder, config) if objective.needs_generated else None
+    return Networks(encoder, net, classifier, reference, generated)
+
+
+@torch.no_grad()
+def project(net: nn.Module) -> list[nn.Parameter]:
+    """The weights under forced normalisation, brought to unit magnitude; of an EDM2 alone."""
+    normalised = net.magnitude_preserving() if isinstance(net, EDM2) else []
+    if normalised:
+        force_weights(normalised)
+    return normalised
+
+
+LARGE = 2e9  # parameters of a reference that `auto` divides among the ranks: 8 GB
+
+
+def is_sharded(reference: nn.Module, config: RunConfig) -> bool:
+    """Whether the ranks divide it. Raises UserError where there is nobody to share with."""
+    engine = config.engine
+    if engine.reference == "sharded" and engine.here() == "local":
+        raise UserError(
+            "engine.reference=sharded needs ranks that share it: start with a launcher, or set engine.reference=whole"
+        )
+    large = sum(p.numel() for p in reference.parameters()) > LARGE
+    return engine.reference == "sharded" or (engine.reference == "auto" and large and world()[2] > 1)
+
+
+def build_task(config: RunConfig, source: Source, networks: Networks, device: torch.device, micro_batch: int) -> Task:
+    """Everything that trains. micro_batch: images per forward of one rank. Collective with DeepSpeed."""
+    settings, model = config.train, config.model
+    bf16, launched = config.engine.precision == "bf16", config.engine.here() == "deepspeed"
+    normalised = project(networks.net.to(device))
+    reference = None
+    if networks.reference is not None:
+        project(networks.reference.to(device))
+        if isinstance(networks.reference, EDM2):
+            networks.reference.fold()
+        reference = (Sharded if is_sharded(networks.reference, config) else Frozen)(networks.reference, bf16)
+
+    def engine_of(net: nn.Module, lr: float, weight_decay: float, zero: int, offload: bool) -> Engine:
+        net.to(device).train()
+        if config.engine.compile:
+            compile_blocks(net)
+        optimizer = make_optimizer(net, lr, settings.betas, settings.eps, weight_decay)
+        clip = config.engine.gradient_clipping
+        if not launched:
+            return LocalEngine(net, optimizer, clip, settings.batch // micro_batch, bf16)
+        accumulation = settings.batch // world()[2] // micro_batch
+        return DeepSpeedEngine(net, optimizer, clip, accumulation, bf16, micro_batch, zero, offload)
+
+    networks.net.activation_checkpointing = config.engine.activation_checkpointing  # type: ignore[assignment]
+    engine = engine_of(networks.net, settings.lr, settings.weight_decay, config.engine.zero, config.engine.offload)
+    objective, paradigm = build_objective(config), build_paradigm(config, networks.encoder)
+    posterior: NoisyPosterior | PrefixPosterior | None = None
+    posterior_engine = None
+    if networks.classifier is not None:
+        assert isinstance(model, DiffusionModel)
+        # too small to be worth dividing
+        posterior_engine = engine_of(networks.classifier, model.posterior.lr, 0.0, zero=0, offload=False)
+        posterior = NoisyPosterior(posterior_engine)
+    elif objective.needs_posterior:
+        posterior = PrefixPosterior(paradigm, engine, config.data.num_classes)
+    return Task(
+        source=source,
+        encoder=networks.encoder,
+        paradigm=paradigm,
+        objective=objective,
+        engine=engine,
+        normalised=normalised,
+        posterior=posterior,
+        posterior_engine=posterior_engine,
+        posterior_lr=model.posterior.lr if isinstance(model, DiffusionModel) else 0.0,
+        posterior_warmup=posterior_warmup(config),
+        reference=reference,
+        generated=networks.generated,
+        null=config.data.num_classes,
+        seed=settings.seed,
+        drop_condition=settings.drop_condition,
+        flip=config.data.flip,
+        bf16=bf16,
+        device=device,
+    )

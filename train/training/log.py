@@ -1,0 +1,184 @@
+"""The run folder: its lock, its settings, its metrics and what else is noted on the way."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mclr.configs.schema import FILE, RunConfig, dump, flatten, load_resolved
+from mclr.errors import UserError
+from mclr.train.engine.checkpoint import MANIFEST, checkpoints
+from mclr.train.system.files import lock, regular, write_file, write_json
+from mclr.train.training.trackers import Sinks
+
+# may change between one start and the next: they do not decide what is learned; a section ends in a dot
+FREE = (
+    "data.damaged",
+    "data.path",
+    "engine.activation_checkpointing",
+    "engine.compile",
+    "engine.kernels",
+    "engine.kind",
+    "engine.offload",
+    "engine.reference",
+    "engine.timeout",
+    "engine.zero",
+    "sample.",
+    "train.checkpoint_every",
+    "train.grid_every",
+    "train.images",
+    "train.keep",
+    "train.keep_best",
+    "train.log_every",
+    "train.log_to",
+    "train.max_skipped",
+    "train.micro_batch",
+    "train.mle_images",
+    "train.monitor_every",
+)
+INPUTS = "inputs.json"
+METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"
+LOCK = "lock"  # holds the number of the process that was here last
+# what a run writes over or takes away in time
+WRITES = (INPUTS, LOCK, METRICS, SKIPPED, "checkpoints", "grids", "pulse", "snapshots", "weights")
+
+
+def is_free(key: str) -> bool:
+    return key in FREE or any(free.endswith(".") and key.startswith(free) for free in FREE)
+
+
+class RunFolder:
+    """A run folder held by this process until it is closed. Raises UserError when it is unwritable, held, or holds another run
+    or what no run has written.
+
+    inputs: checksum of each thing that the config names and that could change under its name.
+    """
+
+    def __init__(self, path: Path, config: RunConfig, inputs: dict[str, str]):
+        self.path = path
+        goes_on = _is_run(path)
+        for name in () if goes_on else WRITES:
+            if _holds_something(path / name):
+                raise UserError(
+                    f"{path / name} is of no run that could go on, and this one would write over it: choose another --out"
+                )
+        if (path / FILE).exists():
+            _refuse_other(path, config, inputs)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self.lock, mine = lock(path / LOCK)
+        except OSError as error:
+            raise UserError(f"cannot write the run folder {path} ({error.strerror}): choose another with --out") from error
+        if not mine:
+            self.lock.seek(0)
+            holder = self.lock.read().strip()
+            self.lock.close()
+            raise UserError(f"run folder {path} is held by process {holder}: wait for it, or choose another with --out")
+        self.lock.truncate(0)
+        self.lock.write(str(os.getpid()))
+        self.lock.flush()
+        # left by a process of this run that died while writing
+        for torn in [*path.glob(".tmp-*"), *path.glob("checkpoints/.tmp-*"), *path.glob("grids/.tmp-*")] if goes_on else []:
+            shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
+        write_json(path / INPUTS, inputs)
+        write_file(path / FILE, dump(config).encode())
+        self.sinks = Sinks(config.train.log_to, path, flatten(config))
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self.sinks.close()
+        self.lock.close()
+
+    def rewind(self, images_seen: int) -> None:
+        """Drop what was logged and drawn after the checkpoint that training goes on from."""
+        last = 0
+        for path in (self.path / METRICS, self.path / SKIPPED):
+            if path.exists():
+                lines = [(_images(line), line) for line in path.read_text().splitlines()]
+                last = max([last, *(int(images) for images, _ in lines if math.isfinite(images))])
+                write_file(path, "".join(f"{line}\n" for images, line in lines if images <= images_seen).encode())
+        for picture in self.path.glob("grids/*.png"):
+            if picture.stem.isdigit() and int(picture.stem) > images_seen:
+                picture.unlink()
+        self.sinks.rewind(images_seen, last)
+
+    def log(self, **values: Any) -> None:
+        """Append one line to metrics.jsonl, and give its numbers to the sinks. What is not finite becomes null, as JSON wants it."""
+        values = _finite(values)
+        self._append(METRICS, values)
+        images = values.pop("images")
+        self.sinks.log(images, {name: value for name, value in values.items() if value is not None})
+
+    def picture(self, name: str, images_seen: int, path: Path) -> None:
+        """Give a PNG file to the sinks."""
+        self.sinks.picture(name, images_seen, path)
+
+    def note_skipped(self, images: int, loss: float, keys: Sequence[str]) -> None:
+        """Append to skipped.jsonl a step that changed nothing, since its gradient was not finite. keys: of its samples."""
+        self._append(SKIPPED, _finite({"images": images, "loss": loss, "keys": list(keys)}))
+
+    def _append(self, name: str, values: dict[str, Any]) -> None:
+        try:
+            with open(self.path / name, "a") as file:
+                file.write(json.dumps(values, allow_nan=False) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path / name} ({error.strerror}): make it writable, with room to spare"
+            ) from error
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
+
+
+def _images(line: str) -> float:
+    try:
+        return float(json.loads(line)["images"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # torn by a crash
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a run has been in this folder: its lock names a process, or a checkpoint is there (a copy may lack the lock)."""
+    try:
+        if regular(path / LOCK).read_text(errors="replace").strip().isdecimal():
+            return True
+    except OSError:
+        pass
+    return any((folder / MANIFEST).is_file() for folder in checkpoints(path))
+
+
+def _holds_something(path: Path) -> bool:
+    if path.is_dir():
+        return any(path.iterdir())
+    return path.exists() and (not path.is_file() or path.stat().st_size > 0)
+
+
+def _refuse_other(path: Path, config: RunConfig, inputs: dict[str, str]) -> None:
+    try:
+        there, here = flatten(load_resolved(path)), flatten(config)
+    except UserError as error:
+        raise UserError(
+            f"{path / FILE} is damaged ({error}): remove it, and the run goes on with the settings given here"
+        ) from error
+    for key in sorted(there.keys() | here.keys()):
+        if not is_free(key) and there.get(key) != here.get(key):
+            raise UserError(
+                f"run folder {path} holds a run with {key}={there.get(key)}, this one has {here.get(key)}: choose another with "
+                "--out, or remove the folder"
+            )
+    try:
+        began_with = json.loads((path / INPUTS).read_text())
+    except (OSError, ValueError):
+        began_with = {}
+        print(f"{path / INPUTS} is lost: whether weights and data are those that the run began with cannot be told")
+    for key, checksum in inputs.items():
+        if began_with.get(key, checksum) != checksum:
+            raise UserError(
+                # latents are no setting: their precision is that of the cache
+                f"run folder {path} began with another {key}={here.get(key, began_with[key])} than lies there now: choose another with "
+                "--out, or put it back"
+            )

@@ -1,0 +1,149 @@
+"""The memorisation monitor: the loss of maximum likelihood, and ICR of a diffusion network's features, on training and held-out images.
+
+B images or views in a forward; D features; C H W image. A network that memorises goes on gaining on its training images and loses on
+held-out ones. ICR (mclr/metrics.py) is said to be U-shaped over a long training on few images: it falls while the network learns what
+images have in common, and rises from where it begins to memorise them (arXiv 2606.09718). On the 8x8 digits ICR did not tell a
+memorising run from a good one, and the held-out loss did (mclr/EXPERIMENTS.md).
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from mclr.errors import UserError
+from mclr.likelihood import Draws, score
+from mclr.metrics import icr
+from mclr.models.edm2 import EDM2
+from mclr.objective import Objective
+from mclr.train.data.encoders import Encoder, from_uint8, mirrored
+from mclr.train.data.source import Batch, DatasetInfo, SplitReader, permutation
+from mclr.train.engine.base import answering
+from mclr.train.training.step import Task
+
+SIGMA = 0.29  # noise of a view; the paper's choice
+WIDTH = 32  # features; those of wider blocks are projected at random
+PAIRS = 20 * WIDTH  # of views, and draws of the loss: of so many images, or of fewer in turn
+BATCH = 64  # images or views in a forward
+# seeds beyond those of training; the same draws at every reading, so that their noise does not move the curve
+VIEWS, PROJECTION, LOSS = 2**63 + 1, 2**63 + 2, 2**63 + 3
+NAMES = {"train": "{}", "val": "{}_val"}  # split -> column of a reading
+
+
+def view(image_BCHW: Tensor, draws: Draws, flip: bool) -> Tensor:
+    """uint8 -> [-1, 1], shifted by up to an eighth of the side (its edge repeated), mirrored for half of the images when `flip`.
+
+    An eighth is 1 of the 8 pixels of the digits, and the 4 of CIFAR's 32 that are usual there.
+    """
+    most, side = image_BCHW.shape[-1] // 8, image_BCHW.shape[-1]
+    image_BCHW = from_uint8(image_BCHW)
+    if flip:
+        image_BCHW = mirrored(image_BCHW, draws.uniform() < 0.5)
+    padded_BCHW = F.pad(image_BCHW, (most, most, most, most), mode="replicate")
+    corner_B2 = (draws.uniform(2) * (2 * most + 1)).long().tolist()
+    return torch.stack([x_CHW[:, y : y + side, x : x + side] for x_CHW, (y, x) in zip(padded_BCHW, corner_B2, strict=True)])
+
+
+@torch.no_grad()
+def features(net: EDM2, x_BCHW: Tensor, draws: Draws) -> Tensor:
+    """[B, D] fp32, D <= WIDTH: spatial mean of the middle block of the decoder, for x noised to SIGMA, under the null condition."""
+    noisy_BCHW = x_BCHW + SIGMA * draws.normal(*x_BCHW.shape[1:])
+    sigma_B = torch.full((len(x_BCHW),), SIGMA, device=x_BCHW.device)
+    null_B = torch.full_like(sigma_B, net.config.num_classes, dtype=torch.int64)
+    seen: list[Tensor] = []
+    blocks = list(net.decoder.values())
+    hook = blocks[len(blocks) // 2].register_forward_hook(lambda block, inputs, h_BDHW: seen.append(h_BDHW.mean((2, 3))))
+    try:
+        with answering(net, bf16=False):
+            net(noisy_BCHW, sigma_B, null_B)
+    finally:
+        hook.remove()
+    D = seen[0].shape[1]
+    return seen[0] if D <= WIDTH else seen[0] @ Draws(PROJECTION, list(range(D)), x_BCHW.device).normal(WIDTH) / D**0.5
+
+
+def measure(net: EDM2, encoder: Encoder, images: dict[str, SplitReader], flip: bool) -> dict[str, float]:
+    """icr and icr_val: that of the network on each of these splits, from PAIRS pairs of views, in fp32.
+
+    Raises UserError where the features of two views do not differ, or are not finite.
+    """
+    device = net.out_gain.device
+    found = {}
+    for split, reader in images.items():
+        views: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for pairs, batch in _fixed(reader):
+            for which, h_BD in enumerate(views):
+                draws = Draws(VIEWS, [2 * p + which for p in pairs], device)
+                stored_B = encoder.encode(view(batch.image_BCHW.to(device), draws, flip))
+                h_BD.append(features(net, encoder.draw(stored_B, draws), draws).cpu())
+        try:
+            found[NAMES[split].format("icr")] = icr(torch.cat(views[0]), torch.cat(views[1]))
+        except ValueError as error:
+            raise UserError(f"no ICR of the {split} images ({error}): leave it out, or train longer") from error
+    return found
+
+
+@torch.no_grad()
+def mle_loss(task: Task, images: dict[str, SplitReader]) -> dict[str, float]:
+    """mle_loss and mle_loss_val: of plain maximum likelihood on PAIRS draws of each split, every image under its own condition.
+
+    Of the weights that are trained, not of their average; without dropout or mirroring.
+    """
+    # past the engine, which would count the rows
+    net, mle, found = task.engine.net, Objective(), {}
+    for split, reader in images.items():
+        losses = []
+        for positions, batch in _fixed(reader):
+            draws = Draws(LOSS, list(positions), task.device)
+            probe = task.paradigm.probe(task.encoder.draw(task.encode(batch), draws), draws)
+            rows = mle.rows(probe, batch.c_B.to(task.device), task.null, draws, None)
+            with answering(net, task.bf16):
+                scores = score(task.paradigm, net, probe, rows, task.null)
+            losses.append(mle(scores, rows)[0])
+        found[NAMES[split].format("mle_loss")] = torch.cat(losses).mean().item()
+    return found
+
+
+def _fixed(reader: SplitReader) -> Iterator[tuple[range, Batch]]:
+    """PAIRS samples of a split in batches, each with its position: the same at every reading, of a small split in turn."""
+    order = permutation(0, 0, len(reader.samples))
+    for first in range(0, PAIRS, BATCH):
+        positions = range(first, first + BATCH)
+        indices = [int(order[p % len(order)]) for p in positions]
+        yield positions, Batch(reader.images(indices), reader.c_N[indices])
+
+
+def open_images(info: DatasetInfo) -> dict[str, SplitReader]:
+    """Split -> its images: training, and held-out ones where there are any."""
+    return {split: SplitReader(info, split) for split in NAMES if info.splits[split].count}
+
+
+class Monitor:
+    """What is logged beside a step's metrics, once every `every` images. It meets nobody, but where ranks hold parts of the network
+    each has to read when rank 0 does.
+
+    period: images between two lines of the log.
+    """
+
+    def __init__(self, task: Task, every: int, period: int):
+        self.task, self.every, self.period = task, every, period
+        self.images = open_images(task.source.info)
+
+    def read(self, images: int) -> dict[str, float]:
+        """At a line of the log, after so many images: nothing until a reading is due, then the loss; of diffusion also ICR.
+
+        ICR looks at features under the null condition, so there is none where no condition is dropped.
+        """
+        line_before = (images - 1) // self.period * self.period
+        if images // self.every == line_before // self.every:
+            return {}
+        found = mle_loss(self.task, self.images)
+        net = self.task.engine.net
+        if isinstance(net, EDM2) and self.task.drop_condition > 0:
+            try:
+                found |= measure(net, self.task.encoder, self.images, self.task.flip)
+            except UserError as error:
+                tqdm.write(f"at {images} images {error}")
+        return found

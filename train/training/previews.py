@@ -1,0 +1,78 @@
+"""Grids: a picture of samples every so many images, RUN/grids/IMAGES.png, always of the same seeds and conditions.
+
+A column is a condition, at most ten of them; a row is four seeds further down. Drawn by the network that is being trained, not by its
+average, with the sampling of the config but without guidance. N images of a picture; C H W image.
+"""
+
+import torch
+from torch import Tensor
+
+from mclr.configs.schema import RunConfig
+from mclr.errors import UserError
+from mclr.guidance import Guidance
+from mclr.likelihood import Draws
+from mclr.train.data.encoders import to_uint8
+from mclr.train.engine.base import answering
+from mclr.train.report import image_grid
+from mclr.train.system.files import write_file
+from mclr.train.system.ranks import together
+from mclr.train.training.log import RunFolder
+from mclr.train.training.step import Task
+
+COLUMNS, ROWS = 10, 4
+SAMPLING = 2**63  # of train/sample.py: a picture shows what `mclr sample` draws for seeds from 0
+
+
+def columns(num_classes: int) -> list[int]:
+    """The conditions of a picture: all, or ten that are spread evenly."""
+    count = min(num_classes, COLUMNS)
+    return [k * num_classes // count for k in range(count)]
+
+
+class Grid:
+    """Every rank has one, and draws when rank 0 does. run: the run folder, held by rank 0; None elsewhere."""
+
+    def __init__(self, task: Task, config: RunConfig, run: RunFolder | None):
+        self.task, self.run = task, run
+        self.every, self.batch = config.train.grid_every, config.sample.batch
+        self.conditions = columns(config.data.num_classes)
+
+    def due(self, images: int, before: int, done: bool) -> bool:
+        """After a step that brought the images seen from `before` to `images`, and may have been the last."""
+        return self.every > 0 and (done or images // self.every > before // self.every)
+
+    def draw(self, images: int) -> None:
+        """Write the picture, and hand it to the sinks. Collective. Raises UserError when it cannot be written, or memory is short.
+
+        Training goes on as if nothing had been drawn: no random number of its own and no count of rows is touched.
+        """
+        with together():
+            # ranks that hold parts of the weights run the network as often as rank 0 does
+            if self.run is None and not self.task.engine.lockstep:
+                return
+            try:
+                images_NCHW = self._images()
+            except torch.OutOfMemoryError as error:
+                raise UserError(f"out of GPU memory for a picture: lower sample.batch (now {self.batch})") from error
+            if self.run is not None:
+                path = self.run.path / "grids" / f"{images:012d}.png"
+                try:
+                    path.parent.mkdir(exist_ok=True)
+                except OSError as error:
+                    raise UserError(
+                        f"cannot make {path.parent} ({error.strerror}): make room, the same command goes on"
+                    ) from error
+                scale = max(64 // images_NCHW.shape[2], 1)
+                write_file(path, image_grid(images_NCHW.numpy(), ROWS, len(self.conditions), scale))
+                self.run.picture("samples", images, path)
+
+    def _images(self) -> Tensor:
+        """uint8 [N, C, H, W], row by row of the picture."""
+        net, device, drawn = self.task.engine.net, self.task.device, []
+        c_N = torch.tensor(self.conditions * ROWS, device=device)
+        for seeds in torch.arange(len(c_N)).split(self.batch):
+            draws = Draws(SAMPLING, seeds.tolist(), device)
+            with answering(net, self.task.bf16):
+                x = self.task.paradigm.sample(net, c_N[seeds.to(device)], Guidance(), draws)
+            drawn.append(to_uint8(self.task.encoder.decode(x)).cpu())
+        return torch.cat(drawn)

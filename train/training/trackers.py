@@ -1,0 +1,149 @@
+"""Sinks: where the metrics and pictures of a run go beside metrics.jsonl. TensorBoard, and Weights & Biases; the x axis is images seen.
+
+A sink helps to look at a run and never ends one: what fails is said once and left out from there on.
+"""
+
+import json
+import os
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from mclr.errors import UserError
+from mclr.train.system.files import write_json
+
+FINISH = 60  # seconds that W&B gets at the end of a run to upload what is left
+
+
+def refuse_missing(names: Sequence[str]) -> None:
+    """Raises UserError where the package behind a sink is not installed."""
+    for name in names:
+        spec = find_spec(name)
+        # a mere folder of that name, as W&B leaves one where it ran, counts as a package without an origin
+        if spec is None or spec.origin is None:
+            raise UserError(f"train.log_to={name} needs {name}: pip install -e '.[{name}]'")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a sink begins with. begun: images seen where this process goes on; last: of the last line that an earlier one logged."""
+
+    run: Path
+    settings: dict[str, Any]
+    begun: int = 0
+    last: int = 0
+
+
+class Sink(Protocol):
+    def __init__(self, start: Start): ...
+    def log(self, images: int, values: dict[str, Any]) -> None: ...
+    def picture(self, name: str, images: int, path: Path) -> None: ...
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in RUN/tensorboard. Lines after the checkpoint that a run goes on from are marked as void, and not shown."""
+
+    def __init__(self, start: Start):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(start.run / "tensorboard"), purge_step=start.begun + 1)
+
+    def log(self, images: int, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, images)
+        # a crash takes no line with it
+        self.writer.flush()
+
+    def picture(self, name: str, images: int, path: Path) -> None:
+        import numpy as np
+        from PIL import Image
+
+        with Image.open(path) as image:
+            self.writer.add_image(name, np.asarray(image), images, dataformats="HWC")
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases, named like the run folder; RUN/wandb.json keeps its id. WANDB_MODE and WANDB_PROJECT are the user's.
+
+    W&B takes every step once, and cannot forget one offline. So what an earlier process sent is not sent again: a run that goes on
+    from a checkpoint repeats it bit for bit.
+    """
+
+    def __init__(self, start: Start):
+        import wandb
+
+        kept = start.run / "wandb.json"
+        if kept.exists():
+            about = json.loads(kept.read_text())
+            about["images"] = max(about["images"], start.last)
+        else:
+            about = {"id": uuid.uuid4().hex, "images": 0}
+        write_json(kept, about)
+        self.sent, self.wandb = about["images"], wandb
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "mclr"),
+            name=start.run.resolve().name,
+            id=about["id"],
+            resume="allow",
+            dir=str(start.run),
+            config=start.settings,
+            # without a network the end of a run would wait for one for ever
+            settings=wandb.Settings(console="off", quiet=True, finish_timeout=FINISH),
+        )
+
+    def log(self, images: int, values: dict[str, Any]) -> None:
+        if images > self.sent:
+            self.run.log(values, step=images)
+
+    def picture(self, name: str, images: int, path: Path) -> None:
+        self.log(images, {name: self.wandb.Image(str(path))})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+SINKS: dict[str, type[Sink]] = {"tensorboard": TensorBoard, "wandb": WandB}
+
+
+class Sinks:
+    """Those of train.log_to, each opened when it first gets something: a run that had finished leaves them as they are."""
+
+    def __init__(self, names: Sequence[str], run: Path, settings: dict[str, Any]):
+        self.names, self.start = list(names), Start(run, settings)
+        self.opened: dict[str, Sink] = {}
+
+    def rewind(self, begun: int, last: int) -> None:
+        self.start = replace(self.start, begun=begun, last=last)
+
+    def log(self, images: int, values: dict[str, Any]) -> None:
+        self._each(lambda sink: sink.log(images, values))
+
+    def picture(self, name: str, images: int, path: Path) -> None:
+        self._each(lambda sink: sink.picture(name, images, path))
+
+    def close(self) -> None:
+        self.names = list(self.opened)
+        self._each(lambda sink: sink.close())
+        self.names = []
+
+    def _each(self, use: Callable[[Sink], None]) -> None:
+        for name in tuple(self.names):
+            try:
+                if name not in self.opened:
+                    self.opened[name] = SINKS[name](self.start)
+                use(self.opened[name])
+            # whatever a foreign package, a network or a disk may do
+            except Exception as error:
+                self.names.remove(name)
+                self.opened.pop(name, None)
+                what = " ".join(str(error).split()) or type(error).__name__
+                tqdm.write(f"{name} failed ({what}): it is left out from here on, metrics.jsonl goes on")

@@ -1,0 +1,293 @@
+"""Weights folders: model.safetensors, config.json, which rebuilds the network, and README.md; where they come from, how they load."""
+
+import dataclasses
+import json
+import math
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import mclr.models
+from mclr.configs import schema
+from mclr.errors import UserError
+from mclr.models.conditions import Sources, map_conditions
+from mclr.models.edm2 import EDM2, EDM2Config
+from mclr.models.features import ImageClassifier, ImageClassifierConfig, NoiseClassifier, NoiseClassifierConfig
+from mclr.models.var import VAR, VARConfig
+from mclr.models.vqvae import VQVAE, VQVAEConfig
+from mclr.train.system.files import cache_folder, checksum, lock, new_folder, regular, write_json, write_text
+from mclr.train.system.hub import SCHEME, fetch
+from mclr.train.weights.model_card import card
+from mclr.train.weights.published import TRAINING, read_published
+
+KINDS: dict[str, tuple[type, type]] = {
+    "edm2": (EDM2Config, EDM2),
+    "var": (VARConfig, VAR),
+    "vqvae": (VQVAEConfig, VQVAE),
+    "image_classifier": (ImageClassifierConfig, ImageClassifier),
+    "noise_classifier": (NoiseClassifierConfig, NoiseClassifier),
+}
+PARADIGMS = {"edm2": "diffusion", "var": "next_scale"}
+BUNDLED = Path(mclr.models.__file__).parent / "weights"
+OWN = ("kind", "config", "parameters")  # entries of config.json that follow from the network; the others are notes
+WEIGHTS = ("model.weights", "model.tokenizer", "model.posterior.weights", "sample.guide")  # settings that name weights
+DEPTHS = ("num_blocks", "depth", "num_res_blocks", "share_quant_resi")
+MOST_BLOCKS = 100
+MOST = 3  # differences that an error names
+IMAGES = "give data of their images by --data"
+TOKENS = "give the tokenizer that they were trained with, model.tokenizer=WEIGHTS"
+# what to do about a setting that the preset's network does not decide
+WAYS_OUT = {
+    "num_classes": "give the data they were trained on, or start from them with model.class_map=fresh, or with a JSON file "
+    "{class here: condition there, or null}",
+    "img_resolution": IMAGES,
+    "img_channels": IMAGES,
+    "patch_nums": TOKENS,
+    "vocab_size": TOKENS,
+    "z_channels": TOKENS,
+    "sigma_data": "give theirs, model.sigma_data=",
+}
+
+
+def save_weights(
+    folder: str | Path,
+    net: nn.Module,
+    weights: Mapping[str, Tensor] | None = None,
+    half: bool = False,
+    replace: bool = False,
+    **notes: Any,
+) -> None:
+    """Write a weights folder, whole or not at all. weights: replace the network's own parameters (an average, masters).
+
+    half: store fp16. replace: what is there. notes: what made them (command, seed, images seen), kept in config.json and told in
+    README.md.
+    """
+    tensors = dict(net.state_dict()) | dict(weights or {})
+    dtype = torch.float16 if half else torch.float32
+    description = describe(net, tensors, notes)
+    with new_folder(folder, replace) as temporary:
+        try:
+            save_file({k: t.detach().to(dtype).cpu().contiguous() for k, t in tensors.items()}, temporary / "model.safetensors")
+        except SafetensorError as error:
+            raise UserError(f"cannot write {folder} ({error}): make room, or choose another place") from error
+        write_json(temporary / "config.json", description)
+        write_text(temporary / "README.md", card(read_config(temporary)))
+
+
+def describe(net: nn.Module, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says. tensors: whole, by name, as those of the network itself may not be (ZeRO 3)."""
+    config = dataclasses.asdict(net.config)  # type: ignore[call-overload]
+    size = sum(tensors[name].numel() for name, _ in net.named_parameters())
+    return {"kind": kind_of(net), "config": config, "parameters": size, **notes}
+
+
+def find_weights(name: str) -> Path:
+    """The weights folder of a bundled name, a folder, a published file (converted once), or hf://ORG/REPO[/FILE][@REV] of either.
+
+    Raises UserError when there is none, or when it cannot be fetched or converted.
+    """
+    found = fetch(name)
+    for folder in (BUNDLED / name, found):
+        if (folder / "config.json").is_file():
+            return folder
+    if found.is_file():
+        return converted(name)
+    known = ", ".join(sorted(f.name for f in BUNDLED.iterdir() if f.is_dir()))
+    raise UserError(
+        f"no weights at {name}: give a folder with config.json and model.safetensors, a published file, {SCHEME}ORG/REPO[/FILE], "
+        f"or a bundled name ({known})"
+    )
+
+
+def converted(name: str) -> Path:
+    """The weights folder of a published file, made on first use in the user's cache, where the checksum of the file names it.
+
+    Safe with several processes at once. Raises UserError as convert_published does.
+    """
+    file = fetch(name)
+    cache = cache_folder()
+    folder = cache / f"{file.stem}-{checksum(file)[:16]}"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        held, _ = lock(cache / "lock", wait=True)
+    except OSError as error:
+        raise UserError(f"cannot write {cache} ({error.strerror}): set XDG_CACHE_HOME to a folder with room to spare") from error
+    with held:
+        if not folder.is_dir():
+            convert_published(name, folder)
+            # not among what a program prints as its answer
+            print(f"{name}: converted once, into {folder}", file=sys.stderr)
+    return folder
+
+
+def convert_published(
+    name: str, folder: Path, settings: Sequence[str] = (), replace: bool = False
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Published file, also hf://ORG/REPO/FILE -> weights folder, in fp16 where that loses nothing; (network, what the file says beside it).
+
+    Raises UserError, with nothing written, for a file that is no whole known network.
+    """
+    file = fetch(name)
+    net, notes = read_published(file, settings)
+    base = name if name.startswith(SCHEME) else file.name
+    made_by = shlex.join(["mclr", "convert", name, str(folder), *settings])
+    half = all(torch.equal(t.half().float(), t) for t in net.state_dict().values())
+    save_weights(folder, net, half=half, replace=replace, made_by=made_by, base=base, **notes)
+    return net, notes
+
+
+def notes_of(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says beside the network."""
+    return {key: value for key, value in description.items() if key not in OWN}
+
+
+def inherited(name: str | None) -> dict[str, Any]:
+    """Notes that weights trained from `name` must keep: its licence and its base."""
+    if name is None:
+        return {}
+    description = ({"base": name} if name.startswith(SCHEME) else {}) | read_config(find_weights(name))
+    return {key: description[key] for key in ("licence", "base") if key in description}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a weights folder. Raises UserError when it cannot be read."""
+    try:
+        config = json.loads(regular(folder / "config.json").read_bytes())
+        if config["kind"] not in KINDS or not isinstance(config["config"], dict):
+            raise ValueError(f"unknown kind {config['kind']}")
+        return config
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{folder / 'config.json'} is not the description of a network ({error}): choose other weights"
+        ) from error
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """model.safetensors of a weights folder, as it is stored. Raises UserError when it is missing or damaged."""
+    try:
+        return load_file(folder / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / 'model.safetensors'} cannot be read ({error}): copy the folder again") from error
+
+
+def sha256(weights: Path) -> str:
+    """Checksum of a weights folder's tensors: what tells two weights apart wherever they lie."""
+    return checksum(weights / "model.safetensors")
+
+
+def named_weights(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Those of WEIGHTS that are given. settings: dotted key -> value, as configs.schema.flatten makes them."""
+    return {key: settings[key] for key in WEIGHTS if settings.get(key)}
+
+
+def kind_of(net: nn.Module) -> str:
+    return next(name for name, (_, cls) in KINDS.items() if cls is type(net))
+
+
+def settings_of(description: Mapping[str, Any]) -> dict[str, Any]:
+    """The network's settings in config.json, with tuples for lists."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in description["config"].items()}
+
+
+def presets_of(description: Mapping[str, Any]) -> list[str]:
+    """The model presets whose networks have the size of these weights."""
+    found, settings = [], settings_of(description)
+    for path in sorted((schema.PRESETS / "model").glob("*.yaml")):
+        model = schema.read_preset("model", path.stem)["model"]
+        if model["paradigm"] != PARADIGMS.get(description["kind"]):
+            continue
+        net: Any = schema.MODELS[model["paradigm"]].model_fields["net"].annotation
+        same = all(settings.get(k) == v for k, v in net.model_validate(model["net"]).model_dump().items() if k not in TRAINING)
+        latents = settings.get("img_channels") == 4
+        if same and latents == bool(model.get("vae")):
+            found.append(path.stem)
+    return found
+
+
+def load_net(name: str, kind: str) -> nn.Module:
+    """The network of a weights folder (or bundled name), in evaluation mode. kind: what is expected, a key of KINDS."""
+    folder = find_weights(name)
+    described = read_config(folder)
+    if described["kind"] != kind:
+        raise UserError(f"weights {name} hold a network of kind {described['kind']}, not {kind}: choose other weights")
+    config_class, net_class = KINDS[kind]
+    hints, settings = get_type_hints(config_class), settings_of(described)
+    try:
+        for key, value in settings.items():
+            if key in hints and not (_is(value, hints[key]) and (key not in DEPTHS or value <= MOST_BLOCKS)):
+                raise ValueError(f"{key} {value!r:.40}")
+        # without memory first: it may be of any size
+        with torch.device("meta"):
+            _refuse_others(net_class(config_class(**settings)).state_dict(), read_tensors(folder), folder)
+        net = net_class(config_class(**settings))
+    except UserError:
+        raise
+    # networks of impossible settings raise nearly anything
+    except Exception as error:
+        raise UserError(f"{folder / 'config.json'} does not describe a {kind} ({error}): choose other weights") from error
+    load_into(net, folder)
+    return net.eval()
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a setting of config.json is of the type that its network declares."""
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_is(entry, get_args(hint)[0]) for entry in value)
+    if get_args(hint):
+        return any(_is(value, each) for each in get_args(hint))
+    return type(value) is hint and (hint is not int or 0 <= value < 2**31)
+
+
+def load_into(net: nn.Module, folder: Path, sources: Sources | None = None) -> None:
+    """Copy a weights folder into a network of the same architecture. Raises UserError naming the first differences.
+
+    sources: the weights' condition for each of the network's (models/conditions.py); None: the same ones.
+    """
+    refuse_misfit(net, folder, any_conditions=sources is not None)
+    tensors, state = read_tensors(folder), net.state_dict()
+    if sources is not None:
+        tensors = map_conditions(tensors, state, sources)
+    _refuse_others(state, tensors, folder)
+    net.load_state_dict(tensors)
+
+
+def _refuse_others(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path) -> None:
+    wrong = sorted(
+        k for k in state.keys() | tensors.keys() if k not in state or k not in tensors or state[k].shape != tensors[k].shape
+    )
+    if wrong:
+        more = f" and {len(wrong) - MOST} more" if len(wrong) > MOST else ""
+        raise UserError(f"weights {folder.name} do not fit the network in {', '.join(wrong[:MOST])}{more}: choose other weights")
+
+
+def refuse_misfit(net: nn.Module, folder: Path, any_conditions: bool) -> None:
+    """Raises UserError where weights are of another kind or size than the network."""
+    described, own = read_config(folder), dataclasses.asdict(net.config)  # type: ignore[call-overload]
+    theirs = settings_of(described)
+    if described["kind"] != kind_of(net):
+        way_out = _preset_to_give(described) or "give others by --init"
+        raise UserError(f"weights {folder.name} hold a network of kind {described['kind']}, not {kind_of(net)}: {way_out}")
+    checked = [k for k in own if not (k in TRAINING or (any_conditions and k == "num_classes"))]
+    differing = [k for k in checked if theirs.get(k, own[k]) != own[k]]
+    if differing:
+        size = [k for k in differing if k not in WAYS_OUT]
+        first, *others = (size or differing)[:MOST]
+        listed = f"{first} {theirs[first]}, this run has {own[first]}" + "".join(
+            f"; {k} {theirs[k]}, not {own[k]}" for k in others
+        )
+        way_out = (_preset_to_give(described) or "give fitting weights by --init, or change that") if size else WAYS_OUT[first]
+        raise UserError(f"weights {folder.name} have {listed}: {way_out}")
+
+
+def _preset_to_give(described: Mapping[str, Any]) -> str | None:
+    presets = presets_of(described)
+    return f"these look like {' or '.join(presets)}, give --model {presets[0]}" if presets else None

@@ -1,0 +1,150 @@
+"""README.md of a weights folder, its model card: front matter as the Hugging Face hub reads it, then what the weights are, in words."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mclr.configs.schema import PRESETS, RunConfig
+from mclr.errors import UserError
+from mclr.train.system.files import write_json, write_text
+
+NETWORKS = {
+    "edm2": "An EDM2 diffusion network",
+    "var": "A VAR next-scale network",
+    "vqvae": "A multi-scale VQVAE, the tokenizer of VAR networks",
+    "image_classifier": "A classifier of images, the judge of samples",
+    "noise_classifier": "A classifier of noisy images, the posterior of diffusion runs",
+}
+USES = {
+    "edm2": "mclr sample FOLDER --model {model} --data {data} --out samples/mine",
+    "var": "mclr sample FOLDER --model {model} --data {data} --out samples/mine model.tokenizer={tokenizer}",
+    "vqvae": "mclr train --model MODEL --data {data} model.tokenizer=FOLDER",
+    "image_classifier": "mclr evaluate SAMPLES --reference {data} --judge FOLDER",
+    "noise_classifier": "mclr train --model MODEL --data {data} model.posterior.weights=FOLDER",
+}
+METRICS = ("loss", "value", "ratio", "posterior_ece", "mle_loss", "mle_loss_val")  # of training, those that tell how it went
+FEW = 20  # class names that a card lists
+# of notes; others are told as they are
+TYPES: dict[str, Any] = {
+    **dict.fromkeys(("config", "objective", "metrics", "evaluations"), dict),
+    **dict.fromkeys(("parameters", "images_seen"), int),
+    **dict.fromkeys(("model", "data", "licence"), str | None),
+    **{"data_images": int | None, "classes": list | tuple},
+}
+NO_LICENCE = "None is recorded: that of the data and of the weights it was trained from."
+
+
+def run_notes(config: RunConfig) -> dict[str, Any]:
+    """What the description of a run's weights says of its settings."""
+    model = config.model
+    notes: dict[str, Any] = {"model": model.name, "objective": config.objective.model_dump(mode="json", exclude_defaults=True)}
+    if model.paradigm == "next_scale":
+        notes["tokenizer"] = model.tokenizer
+    return notes | {"ema_std": config.train.ema_std, "seed": config.train.seed, "data": config.data.name}
+
+
+def card(description: Mapping[str, Any]) -> str:
+    """The card of weights. description: config.json of their folder. Raises UserError where its notes are not as we write them."""
+    for name, kind in TYPES.items():
+        if name in description and not isinstance(description[name], kind):
+            raise _damaged(f"{name} is {description[name]!r:.40}")
+    try:
+        scores = [_scores(result) for result in description.get("evaluations", {}).values()]
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        raise _damaged(f"evaluations: {error}") from error
+    parts = [_front_matter(description), f"# {_title(description)}", _network(description), *_training(description)]
+    names = {key: description.get(key, key.upper()) for key in ("model", "data", "tokenizer")}
+    for key in ("model", "data"):
+        # one that is no preset was a file or a folder, and those move
+        names[key] = names[key] if (PRESETS / key / f"{names[key]}.yaml").exists() else key.upper()
+    parts += scores
+    if use := USES.get(description["kind"]):
+        parts.append(f"## Use\n```\n{use.format(**names)}\n```")
+    return "\n\n".join([*parts, f"## Licence\n{description.get('licence', NO_LICENCE)}"]) + "\n"
+
+
+def _damaged(why: str) -> UserError:
+    return UserError(f"the notes of these weights (config.json) are damaged ({why}): choose other weights")
+
+
+def add_scores(folder: Path, result: Mapping[str, Any]) -> None:
+    """Add scores to the description and the card of a weights folder. result: what `mclr evaluate` writes; one is kept per judge."""
+    description = json.loads((folder / "config.json").read_text())
+    description["evaluations"] = description.get("evaluations", {}) | {result["judge"]["name"]: result}
+    write_json(folder / "config.json", description)
+    write_text(folder / "README.md", card(description))
+
+
+def _front_matter(description: Mapping[str, Any]) -> str:
+    licence = description.get("licence")
+    known = {"CC BY-NC-SA 4.0": "cc-by-nc-sa-4.0", "Apache-2.0": "apache-2.0"}
+    name = next((name for words, name in known.items() if words in (licence or "")), "other" if licence else "unknown")
+    lines = [f"license: {name}", "library_name: mclr", f"tags: [mclr, {description['kind']}, image-generation]"]
+    # the repository that the weights were fetched from, or that their base was
+    places = [str(description.get(key)) for key in ("init", "base")]
+    lines += [f"base_model: {'/'.join(place[5:].split('@')[0].split('/')[:2])}" for place in places if place.startswith("hf://")][
+        :1
+    ]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _title(description: Mapping[str, Any]) -> str:
+    objective = description.get("objective", {}).get("name")
+    names = (description.get("model", description["kind"]), objective, description.get("data"))
+    return "-".join(str(name) for name in names if name)
+
+
+def _network(description: Mapping[str, Any]) -> str:
+    config = description["config"]
+    size = f", {description['parameters'] / 1e6:.2f}M parameters" if "parameters" in description else ""
+    conditions = f", {config['num_classes']} conditions" if "num_classes" in config else ""
+    return f"{NETWORKS.get(description['kind'], description['kind'])}{size}{conditions}: {_settings(config)}."
+
+
+def _training(description: Mapping[str, Any]) -> list[str]:
+    facts = {
+        "objective": _settings(description.get("objective", {})),
+        "data": _data(description),
+        "images seen": f"{description['images_seen']:,}" if "images_seen" in description else "",
+        "average of the weights": f"of relative width {description['ema_std']}" if description.get("ema_std") else "",
+        "started from": description.get("init") or "",
+        "base": description.get("base", ""),
+        "result": description.get("result", ""),
+        "last metrics": _settings({k: v for k, v in description.get("metrics", {}).items() if k in METRICS and v is not None}),
+        "command": f"`{command}`" if (command := description.get("command") or description.get("made_by")) else "",
+    }
+    lines = [f"- {name}: {fact}" for name, fact in facts.items() if fact]
+    return ["## Training\n" + "\n".join(lines)] if lines else []
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    def text(value: Any) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else _settings(value) if isinstance(value, dict) else str(value)
+
+    return ", ".join(f"{key} {text(value)}" for key, value in settings.items())
+
+
+def _data(description: Mapping[str, Any]) -> str:
+    classes, images = description.get("classes", ()), description.get("data_images")
+    listed = ", ".join(map(str, classes[:FEW])) + (", ..." if len(classes) > FEW else "")
+    facts = [f"{images:,} images" if images else "", f"{len(classes)} classes ({listed})" if classes else ""]
+    return ", ".join(fact for fact in (description.get("data"), *facts) if fact)
+
+
+def _scores(result: Mapping[str, Any]) -> str:
+    """The section of one judge. result: what `mclr evaluate` writes."""
+    icr = {name: value for name, value in result.get("icr", {}).items() if name.startswith("icr")}
+    rows = [f"| {name} | {value:.4g} |" for name, value in (result["scores"] | icr).items()]
+    samples, real, judge = result["samples"], result["real"], result["judge"]
+    gamma = (samples["made"] or {}).get("sample.gamma", "unknown")
+    number, splits = format(real["count"], ",") if real["count"] else "unknown number of", " and ".join(real["splits"] or ())
+    parts = len(result.get("ranges", ())) or 1
+    each = f"mean over {parts} seed ranges of {samples['count'] // parts:,}" if parts > 1 else f"{samples['count']:,}"
+    how = (
+        f"{each} samples, guidance weight {gamma}, against {number} images of {real['data']}{splits and f' ({splits})'}, "
+        f"in the features of {judge['name']} (sha256 {judge['sha256'][:16]})."
+    )
+    notes = [f"- {note}" for note in result.get("notes", ())]
+    heading = f"## Scores by {judge['name']}"
+    return "\n".join([heading, how, "", "| score | value |", "| --- | ---: |", *rows, *([""] if notes else []), *notes])
