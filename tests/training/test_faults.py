@@ -12,6 +12,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -49,7 +50,7 @@ def table(request):
             patch.setenv(name, value)
         # imported once, before the children are forked
         SERVER.set_forkserver_preload(["faults_child", "mclr.train.run", "mclr.train.training.build", "torch._dynamo"])
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, sys.path)))
         started_at = time.monotonic()
         yield
     lines = [f"{'fault':44} tries  survived  lost steps"]

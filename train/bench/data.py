@@ -3,8 +3,8 @@
 Read are the images of a dataset (PNG in its shards) and, with --model, the latents or tokens of its cache. Two tables: samples a second
 by number of reader threads; and a training loop whose step is a sleep, at stated speeds, with the READERS of training and the read-ahead
 of train/training/loop.py, the samples of the next step while this one runs: what share of the time it waits for samples that are not
-read yet, and copies them into a batch. A sleep leaves the CPU to the readers, of which a real step takes its share; and files that were read
-before come from memory: measure data larger than that, or right after a start. Compare within one run.
+read yet, and copies them into a batch. A sleep leaves the CPU to the readers, of which a real step takes its share; and files that were
+read before come from memory: measure data larger than that, or right after a start. Compare within one run.
 """
 
 import argparse

@@ -21,7 +21,7 @@ Averages: 4P/N each. Reference: whole, its Linears in 2 bytes under bf16; or sha
 posterior: 16 bytes per parameter, at every stage. offload: optimizer and the gradients for it lie in host memory.
 tests/test_plan.py compares weights, gathered, gradients, optimizer, averages and bytes sent with a step's, at every stage.
 
-Activations: as train/planning/footprint.py counts them; or, where that is more, the gradients that ZeRO 1 and 2 flatten for AdamW, 4P/N. Not
+Activations: as footprint.py counts them; or, where that is more, the gradients that ZeRO 1 and 2 flatten for AdamW, 4P/N. Not
 counted are tokenizer or VAE (.4 GiB), libraries' workspaces, fragments: MARGIN is left.
 
 Time of a step = FLOPs / (peak x MFU) + sent / (REACHED x link), nothing overlapped: MFU, REACHED and NETWORK are assumed. FLOPs: a
