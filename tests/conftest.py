@@ -13,7 +13,7 @@ import torch
 os.environ["TRITON_INTERPRET"] = "1"
 
 from mclr.models.vqvae import VQVAE, VQVAEConfig
-from mclr.train.prepare import prepare_digits
+from mclr.train.data.write import prepare_digits
 from mclr.train.weights.folder import save_weights
 
 torch.use_deterministic_algorithms(True, warn_only=True)

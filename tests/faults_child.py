@@ -22,8 +22,8 @@ import mclr.train.training.state
 import mclr.train.training.step
 from mclr.train.cli import main
 from mclr.train.data.source import Source
-from mclr.train.engine.base import LocalEngine
 from mclr.train.engine.ema import EMA
+from mclr.train.engine.local import LocalEngine
 from mclr.train.training.log import RunFolder
 
 PLACES = [

@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 import mclr.train.engine.zero
 from mclr.configs.schema import load
-from mclr.train.cli import run_rank
 from mclr.train.engine.ema import averages_of
+from mclr.train.system.console import run_rank
 from mclr.train.system.ranks import group, world
 from mclr.train.training.build import build_networks, build_task, open_source
 from mclr.train.training.step import train_step

@@ -16,7 +16,7 @@ import torch
 
 import mclr.train.run
 import mclr.train.training.step
-from mclr.train.cli import run_rank
+from mclr.train.system.console import run_rank
 from mclr.train.system.ranks import group, world
 
 real = mclr.train.training.step.score

@@ -13,8 +13,8 @@ import torch
 from mclr.configs.schema import FILE
 from mclr.errors import UserError
 from mclr.models.convert import to_published
-from mclr.train.cli import Parser, run
 from mclr.train.engine.ema import reconstruct
+from mclr.train.system.console import Parser, run
 from mclr.train.system.files import write_file
 from mclr.train.weights.folder import convert_published, find_weights, load_net, notes_of, read_config, save_weights
 from mclr.train.weights.published import FAMILIES, READABLE, SCALES_512, SUFFIXES, TRAINING, Shapes

@@ -8,8 +8,8 @@ import pytest
 
 import mclr.train.bench.data
 from mclr.train.bench.data import main, measure, simulate, tables
-from mclr.train.cli import run
 from mclr.train.prepare import main as prepare
+from mclr.train.system.console import run
 
 
 class Clock:

@@ -5,7 +5,7 @@ import torch
 
 from mclr.train.bench import ranks as bench_ranks
 from mclr.train.bench.ranks import checkpoint_speed, live_bytes, main, table
-from mclr.train.cli import run
+from mclr.train.system.console import run
 
 
 def test_times_are_told_against_the_first_engine_of_as_many_ranks():

@@ -10,7 +10,7 @@ from ranks import tiny
 import mclr.train.bench.step
 from mclr.schedule import NONE, Schedule
 from mclr.train.bench.step import FULL, OBJECTIVES, PAIR, as_run_by, build, draw, measure_sampling, measure_training, peak_memory
-from mclr.train.cli import run
+from mclr.train.system.console import run
 from mclr.train.training.step import train_step
 
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ from PIL import Image
 
 from mclr.configs.schema import PRESETS, dump, flatten, load
 from mclr.train.cli import PROGRAMS
-from mclr.train.prepare import prepare_images
+from mclr.train.data.write import prepare_images
 from mclr.train.weights.folder import BUNDLED
 
 ROOT = Path(__file__).parent.parent.parent
@@ -143,7 +143,7 @@ def bounds(place):
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
         patch.setitem(sys.modules, "deepspeed", None)
-        patch.setattr("mclr.train.run.start", None)
+        patch.setattr("mclr.train.training.launch.start", None)
         yield
 
 

@@ -20,10 +20,11 @@ from mclr.configs.schema import load
 from mclr.errors import UserError
 from mclr.likelihood import Draws
 from mclr.train.cli import main as mclr
-from mclr.train.cli import run
 from mclr.train.data.cache import CachedSource, data_line, precision_of, through_cache
 from mclr.train.data.encoders import Latents, from_uint8
-from mclr.train.prepare import main, prepare_images
+from mclr.train.data.write import prepare_images
+from mclr.train.prepare import main
+from mclr.train.system.console import run
 from mclr.train.training.build import build_encoder, open_source
 
 CPU = torch.device("cpu")

@@ -22,8 +22,9 @@ from sklearn.datasets import load_digits
 
 import mclr.train.data.shards
 from mclr.errors import UserError
-from mclr.train.data.source import Source, SplitReader, load_split, open_dataset, permutation
-from mclr.train.prepare import open_or_prepare, prepare_digits
+from mclr.train.data.dataset import SplitReader, load_split, open_dataset
+from mclr.train.data.source import Source, permutation
+from mclr.train.data.write import open_or_prepare, prepare_digits
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,7 @@ def test_batches_larger_than_an_epoch(digits):
 
 
 def test_large_splits_are_not_kept_in_memory(digits, monkeypatch):
-    monkeypatch.setattr("mclr.train.data.source.KEPT_BYTES", 0)
+    monkeypatch.setattr("mclr.train.data.dataset.KEPT_BYTES", 0)
     source, expected = Source(digits, "val", 0), load_split(digits, "val")
     source.prefetch(range(0, 20))
     assert len(source.reader.coming) == 20
@@ -352,7 +353,7 @@ def stood_for(c_N, i, bad):
 
 @pytest.mark.parametrize("balanced, kept", [(False, 0), (True, 2**28)])
 def test_damaged_samples_are_passed_over_alike_everywhere(copy, digits, monkeypatch, capsys, balanced, kept):
-    monkeypatch.setattr("mclr.train.data.source.KEPT_BYTES", kept)
+    monkeypatch.setattr("mclr.train.data.dataset.KEPT_BYTES", kept)
     image_NCHW, c_N = load_split(digits, "train")
     whole = Source(digits, "train", 3, balanced)
     # of one condition two in a row, and its last, which the first stands for; and some others

@@ -14,7 +14,7 @@ from mclr.errors import UserError
 from mclr.likelihood import Draws
 from mclr.train import sample
 from mclr.train.data.encoders import RGB, VAE_WEIGHTS, Latents, Tokens, find_vae, from_uint8, load_vae, mirrored, to_uint8
-from mclr.train.prepare import prepare_images
+from mclr.train.data.write import prepare_images
 from mclr.train.run import main
 from mclr.train.training import memorisation as monitor
 from mclr.train.training.build import build_encoder

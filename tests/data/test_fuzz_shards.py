@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mclr.errors import UserError
-from mclr.train.data.source import Source, SplitReader, open_dataset
+from mclr.train.data.dataset import SplitReader, open_dataset
+from mclr.train.data.source import Source
+from mclr.train.data.write import prepare_images
 from mclr.train.engine.checkpoint import MANIFEST, newest_checkpoint
-from mclr.train.prepare import prepare_images
 from mclr.train.system.files import in_memory
 from mclr.train.weights.folder import BUNDLED
 

@@ -11,9 +11,11 @@ from PIL import Image
 
 import mclr.train.prepare
 from mclr.errors import UserError
-from mclr.train.cli import run
-from mclr.train.data.source import load_split, open_dataset
-from mclr.train.prepare import center_crop, main, open_or_prepare, prepare_digits, prepare_images
+from mclr.train.data.dataset import load_split, open_dataset
+from mclr.train.data.images import center_crop
+from mclr.train.data.write import open_or_prepare, prepare_digits, prepare_images
+from mclr.train.prepare import main
+from mclr.train.system.console import run
 
 COLORS = {"blue": (10, 20, 200), "green": (20, 180, 30), "red": (210, 15, 25)}
 

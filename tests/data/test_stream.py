@@ -21,9 +21,10 @@ import mclr.train.data.stream
 from mclr.configs.schema import Data
 from mclr.errors import UserError
 from mclr.train.cli import main
-from mclr.train.data.source import Source, load_split
+from mclr.train.data.dataset import load_split
+from mclr.train.data.images import center_crop
+from mclr.train.data.source import Source
 from mclr.train.data.stream import Stream
-from mclr.train.prepare import center_crop
 
 
 @pytest.fixture(autouse=True)

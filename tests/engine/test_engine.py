@@ -9,7 +9,8 @@ from ranks import CLIP, COMPILED, KINDS, RESUMED, STAGES, WAYS
 from torch import nn
 
 from mclr.models.var import VAR, VARConfig
-from mclr.train.engine.base import Frozen, LocalEngine, make_optimizer
+from mclr.train.engine.base import Frozen, make_optimizer
+from mclr.train.engine.local import LocalEngine
 
 MODELS = ("edm2-digits", "var-digits")
 FOUR = pytest.param(4, marks=pytest.mark.slow)

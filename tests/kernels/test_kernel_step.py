@@ -9,8 +9,8 @@ import mclr.kernels.op
 from mclr.configs.schema import load
 from mclr.kernels.choice import using
 from mclr.kernels.registry import OPS
-from mclr.train.cli import run
 from mclr.train.run import main
+from mclr.train.system.console import run
 from mclr.train.training.build import build_networks, build_task, choose_kernels, open_source
 from mclr.train.training.state import forward_flops
 from mclr.train.training.step import train_step

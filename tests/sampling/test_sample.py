@@ -20,7 +20,7 @@ from mclr.diffusion import Diffusion
 from mclr.guidance import Guidance
 from mclr.models.vqvae import VQVAE, VQVAEConfig
 from mclr.train import sample
-from mclr.train.cli import run
+from mclr.train.system.console import run
 from mclr.train.training.build import build_encoder, build_net
 from mclr.train.weights.folder import load_net, read_tensors, save_weights
 

@@ -17,14 +17,14 @@ from mclr.configs.schema import dump, load
 from mclr.metrics import neighbour_radii, neighbour_scores
 from mclr.models.features import ImageClassifier, ImageClassifierConfig
 from mclr.train import evaluate, sample
-from mclr.train.cli import run
-from mclr.train.data.source import SplitReader, load_split
-from mclr.train.evaluate import judge
-from mclr.train.prepare import prepare_images
+from mclr.train.data.dataset import SplitReader, load_split
+from mclr.train.data.write import prepare_images
 from mclr.train.scoring import extractors as judges
 from mclr.train.scoring import image_readers as image_sets
 from mclr.train.scoring import scores
 from mclr.train.scoring import statistics as references
+from mclr.train.scoring.evaluation import judge
+from mclr.train.system.console import run
 from mclr.train.training.build import build_encoder, build_net
 from mclr.train.weights.folder import save_weights
 

@@ -16,8 +16,8 @@ import mclr.train.tour
 from mclr.configs.schema import load
 from mclr.errors import UserError
 from mclr.train.cli import main
-from mclr.train.data.source import load_split
-from mclr.train.report import image_grid
+from mclr.train.data.dataset import load_split
+from mclr.train.data.images import image_grid
 from mclr.train.studies.figures import STYLES, Row, curves_figure, emergence_figure, gap, label, markdown_tables, write_family
 from mclr.train.studies.study import (
     BUDGET,
@@ -154,7 +154,7 @@ def test_the_other_seeds_repeat_the_best_point(tiny):
 def test_the_score_is_the_tours(tiny):
     study, _ = tiny
     config = load("var-digits", "mle", "digits", "local", ["sample.batch=50", "sample.gamma=0.5"])
-    arm = mclr.train.tour.Arm(config, study.folder(study.units()[0], ()) / "weights")
+    arm = mclr.train.studies.tour.Arm(config, study.folder(study.units()[0], ()) / "weights")
     kept = next(study.record(u) for u in study.units() if u.name == "var-digits/cfg-gamma0.5")
     assert arm.judged(study.judge, 0) == kept["scores"]
 

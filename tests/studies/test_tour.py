@@ -5,8 +5,8 @@ import json
 import pytest
 
 import mclr.train.tour
-from mclr.train.cli import run
-from mclr.train.data.source import load_split
+from mclr.train.data.dataset import load_split
+from mclr.train.system.console import run
 
 ARGUMENTS = ["--model", "var-digits", "train.images=128", "sample.batch=60"]
 
@@ -20,10 +20,10 @@ def tour(tmp_path_factory):
         patch.setattr(mclr.train.tour, "load_split", lambda path, name: tuple(t[:150] for t in load_split(path, name)))
         patch.setattr(mclr.train.tour, "GAMMAS", {"var-digits": (0.5, 1.0)})
         patch.setattr(mclr.train.tour, "SEEDS", 2)
-        assert run(mclr.train.tour.main, ["--out", "tour", *ARGUMENTS]) == 0
+        assert run(mclr.train.studies.tour.main, ["--out", "tour", *ARGUMENTS]) == 0
         first = json.loads((folder / "tour" / "results.json").read_text())
         kept = {path: path.stat().st_mtime_ns for path in (folder / "tour").glob("scores/*")}
-        assert run(mclr.train.tour.main, ["--out", "tour", *ARGUMENTS]) == 0
+        assert run(mclr.train.studies.tour.main, ["--out", "tour", *ARGUMENTS]) == 0
         assert {path: path.stat().st_mtime_ns for path in (folder / "tour").glob("scores/*")} == kept
     return folder / "tour", first
 
@@ -40,7 +40,7 @@ def test_a_second_tour_scores_nothing_again_and_finds_the_same(tour):
 def test_results_are_complete_and_consistent(tour):
     result = tour[1]["var-digits"]
     cfd = {row: result[row]["cfd"]["mean"] for row in ("base", "control", "cfg", "mclr")}
-    share = mclr.train.tour.gap_closed([cfd["control"]], [cfd["cfg"]], [cfd["mclr"]])
+    share = mclr.train.studies.tour.gap_closed([cfd["control"]], [cfd["cfg"]], [cfd["mclr"]])
     assert result["gap_closed"] == share
     best = min(result["sweep"]["cfg"], key=lambda point: point["cfd"])
     assert result["cfg"]["gamma"] == best["gamma"]
@@ -49,10 +49,13 @@ def test_results_are_complete_and_consistent(tour):
 
 
 def test_the_gap_is_of_the_means_and_needs_a_gain_of_cfg():
-    assert mclr.train.tour.gap_closed([2.0, 4.0], [1.0, 2.0], [2.0, 1.0]) == pytest.approx(1.0)
+    assert mclr.train.studies.tour.gap_closed([2.0, 4.0], [1.0, 2.0], [2.0, 1.0]) == pytest.approx(1.0)
     # the shares of the two seeds are .5 and -8: the second has hardly a gain
-    assert mclr.train.tour.gap_closed([3.0, 1.1], [1.0, 1.0], [2.0, 1.9]) == pytest.approx(0.1 / 1.05)
-    assert mclr.train.tour.gap_closed([1.0], [1.0], [0.5]) is None and mclr.train.tour.gap_closed([1.0], [2.0], [0.5]) is None
+    assert mclr.train.studies.tour.gap_closed([3.0, 1.1], [1.0, 1.0], [2.0, 1.9]) == pytest.approx(0.1 / 1.05)
+    assert (
+        mclr.train.studies.tour.gap_closed([1.0], [1.0], [0.5]) is None
+        and mclr.train.studies.tour.gap_closed([1.0], [2.0], [0.5]) is None
+    )
 
 
 def test_guidance_costs_a_second_forward_where_its_weight_is_not_zero(tour):
@@ -82,5 +85,5 @@ def test_the_page_and_the_pictures_are_there(tour):
 def test_an_unwritable_folder_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    assert run(mclr.train.tour.main, ["--out", "file/tour"]) == 2
+    assert run(mclr.train.studies.tour.main, ["--out", "file/tour"]) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import mclr.train.training.step
 from mclr.train.cli import main
-from mclr.train.data.source import load_split, open_dataset
+from mclr.train.data.dataset import load_split, open_dataset
 from mclr.train.training.throughput import TIMING
 
 MODELS = ("edm2-digits", "var-digits")

@@ -12,9 +12,11 @@ import mclr.train.training.small_networks
 from mclr.configs.schema import load
 from mclr.errors import UserError
 from mclr.likelihood import Draws
-from mclr.train.cli import run
-from mclr.train.data.source import Source, SplitReader, load_split, open_dataset
-from mclr.train.prepare import main, prepare_digits, prepare_images
+from mclr.train.data.dataset import SplitReader, load_split, open_dataset
+from mclr.train.data.source import Source
+from mclr.train.data.write import prepare_digits, prepare_images
+from mclr.train.prepare import main
+from mclr.train.system.console import run
 from mclr.train.training.build import build_classifier, build_networks
 from mclr.train.training.small_networks import LOSSES, Recipe, fit, new_network, quality, shifted
 from mclr.train.weights.folder import load_net, save_weights

@@ -12,7 +12,8 @@ import mclr.train.training.previews
 from mclr.configs.schema import load
 from mclr.errors import UserError
 from mclr.train.cli import main
-from mclr.train.sample import SAMPLING, image_paths, read_images
+from mclr.train.data.images import image_paths, read_images
+from mclr.train.sampling.generate import SAMPLING
 from mclr.train.training.build import build_networks, build_task, open_source
 from mclr.train.training.previews import Grid, columns
 

@@ -16,10 +16,11 @@ from mclr.configs.schema import load
 from mclr.likelihood import Draws
 from mclr.models.edm2 import EDM2, EDM2Config
 from mclr.train.cli import main
+from mclr.train.data.dataset import load_split, open_dataset
 from mclr.train.data.encoders import RGB, from_uint8
-from mclr.train.data.source import load_split, open_dataset, permutation
-from mclr.train.prepare import prepare_images
-from mclr.train.sample import image_paths, read_images
+from mclr.train.data.images import image_paths, read_images
+from mclr.train.data.source import permutation
+from mclr.train.data.write import prepare_images
 from mclr.train.training import memorisation as monitor
 from mclr.train.training.build import build_networks, build_task, open_source
 from mclr.train.training.throughput import TIMING

@@ -17,9 +17,9 @@ from mclr.models.edm2 import EDM2, EDM2Config
 from mclr.models.features import ImageClassifier, ImageClassifierConfig
 from mclr.models.var import VAR, VARConfig
 from mclr.train import convert
-from mclr.train.cli import run
 from mclr.train.convert import main
 from mclr.train.engine.ema import reconstruct
+from mclr.train.system.console import run
 from mclr.train.weights.folder import load_net, read_config, save_weights
 
 # golden file -> kind, what has to be said beside the file, our names of the reference's arguments

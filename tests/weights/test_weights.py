@@ -14,7 +14,7 @@ from mclr.models.edm2 import EDM2Config
 from mclr.models.features import ImageClassifier, ImageClassifierConfig
 from mclr.models.var import VAR, VARConfig
 from mclr.train import convert, sample
-from mclr.train.cli import run
+from mclr.train.system.console import run
 from mclr.train.system.hub import fetch
 from mclr.train.weights.folder import (
     BUNDLED,

@@ -22,9 +22,10 @@ import torch
 
 from mclr.configs.schema import load, load_data
 from mclr.errors import UserError
-from mclr.train.cli import Parser, run
 from mclr.train.data.cache import CachedSource, through_cache
-from mclr.train.data.source import READERS, Source
+from mclr.train.data.dataset import READERS
+from mclr.train.data.source import Source
+from mclr.train.system.console import Parser, run
 from mclr.train.system.files import write_json
 from mclr.train.training.build import build_encoder, open_source
 

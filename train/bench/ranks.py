@@ -27,10 +27,10 @@ import torch
 
 from mclr.configs.schema import load
 from mclr.errors import UserError
-from mclr.train.cli import Parser, run_rank
+from mclr.train.data.write import open_or_prepare
 from mclr.train.engine.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from mclr.train.engine.ema import averages_of
-from mclr.train.prepare import open_or_prepare
+from mclr.train.system.console import Parser, run_rank
 from mclr.train.system.ranks import group, own_device, world
 from mclr.train.training.build import build_networks, build_task, open_source
 from mclr.train.training.step import train_step

@@ -39,8 +39,8 @@ from mclr.models.edm2 import EDM2
 from mclr.posterior import NoisyPosterior
 from mclr.schedule import NONE, Schedule
 from mclr.train.bench.synthetic import build_noise
-from mclr.train.cli import Parser, run
 from mclr.train.engine.base import autocast_of
+from mclr.train.system.console import Parser, run
 from mclr.train.training.build import build_networks, build_schedule, build_task, compile_every_length, open_source
 from mclr.train.training.state import Progress, add_up, count_compute, forward_flops, rows_of
 from mclr.train.training.step import Task, train_step
@@ -106,7 +106,7 @@ def build(model: str, objective: str, overrides: list[str], device: torch.device
     preset, settings = OBJECTIVES[objective]
     if model in DIGITS:
         # its webdataset is not on every machine with a GPU
-        from mclr.train.prepare import open_or_prepare
+        from mclr.train.data.write import open_or_prepare
 
         config = load(model, preset, "digits", "local", [*settings, *overrides])
         open_or_prepare("digits", config.data.path)

@@ -5,7 +5,7 @@ import torch
 from mclr.configs.schema import RunConfig
 from mclr.likelihood import Draws
 from mclr.models.vqvae import VQVAE, VQVAEConfig
-from mclr.train.data.encoders import RGB, Encoder, Latents, Tokens
+from mclr.train.data.encoders import RGB, BareLatents, Encoder, Tokens
 from mclr.train.data.source import Batch, Source
 from mclr.train.training.build import Networks, build_classifier, build_net, build_objective
 
@@ -20,12 +20,6 @@ class Noise(Source):
         """The first `count` samples, whatever the position."""
         tokens_BL = self.samples.tokens_BL
         return Batch(self.samples.image_BCHW[:count], self.samples.c_B[:count], None if tokens_BL is None else tokens_BL[:count])
-
-
-class BareLatents(RGB):
-    """Latents that no VAE made: x is what the source gives, in their shape."""
-
-    shape = staticmethod(Latents.shape)
 
 
 def build_noise(config: RunConfig, device: torch.device) -> tuple[Source, Networks]:

@@ -253,7 +253,7 @@ def make_cache(config: RunConfig, source: Source, encoder: Encoder, half: bool, 
     Raises UserError where there is nothing to cache, an image is damaged, or the disk is full.
     """
     # which imports this file, by way of the step
-    from mclr.train.training.loop import progress_bar
+    from mclr.train.system.console import progress_bar
 
     dtypes = encoder.storage(config.data)[1]
     if not dtypes or source.tokens_NL is not None:

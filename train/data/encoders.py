@@ -179,3 +179,9 @@ ROUNDING = "round(127.5 x + 127.5), half to even, x in [-1, 1]"
 def to_uint8(image_BCHW: Tensor) -> Tensor:
     """[-1, 1] -> uint8 as ROUNDING says: the inverse of from_uint8 on every u."""
     return (image_BCHW.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+class BareLatents(RGB):
+    """Latents that no VAE made: x is what the source gives, in their shape."""
+
+    shape = staticmethod(Latents.shape)

@@ -2,7 +2,6 @@
 
 import gc
 import hashlib
-import io
 import json
 import tarfile
 from contextlib import suppress
@@ -12,9 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from mclr.errors import UserError
+from mclr.train.data.images import open_image
 from mclr.train.system.files import regular, write_file
 
 INDEX = "index.json"
@@ -90,15 +89,6 @@ def read_image(folder: Path, sample: Sample, shape: tuple[int, int, int]) -> np.
     if not fits:
         raise Damaged(f"{place} is {image.mode} {image.width}x{image.height}, but dataset.json says {mode} {width}x{height}")
     return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
-
-
-def open_image(data: bytes, formats: list[str]) -> Image.Image:
-    """An image in one of these formats of Pillow, not decoded yet. Raises whatever Pillow does on damaged bytes."""
-    try:
-        return Image.open(io.BytesIO(data), formats=formats)
-    except UnidentifiedImageError:
-        # Pillow names what it read from, here an address in memory
-        raise ValueError(f"no {' or '.join(formats)} file") from None
 
 
 def _saved_index(folder: Path) -> dict[str, tuple[str, list[Sample]]]:

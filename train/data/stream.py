@@ -32,9 +32,10 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from mclr.configs.schema import Data
 from mclr.errors import UserError
-from mclr.train.data.shards import Damaged, open_image
-from mclr.train.data.source import READERS, Batch, DatasetInfo, Source
-from mclr.train.prepare import center_crop, convert
+from mclr.train.data.dataset import READERS, DatasetInfo
+from mclr.train.data.images import center_crop, convert, open_image
+from mclr.train.data.shards import Damaged
+from mclr.train.data.source import Batch, Source
 from mclr.train.system.ranks import world
 
 KINDS, FORMATS = ("jpg", "jpeg", "png", "webp"), ["JPEG", "PNG", "WEBP"]

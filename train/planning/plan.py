@@ -38,8 +38,7 @@ import torch
 from mclr.configs.schema import DiffusionModel, RunConfig
 from mclr.errors import UserError
 from mclr.models.vqvae import VQVAE, VQVAEConfig
-from mclr.train.bench.synthetic import BareLatents
-from mclr.train.data.encoders import RGB, Encoder, Tokens
+from mclr.train.data.encoders import RGB, BareLatents, Encoder, Tokens
 from mclr.train.engine.zero import bucket_of
 from mclr.train.planning.footprint import Model
 from mclr.train.system.gpus import GPU, GPUS, NODE, gpu_named

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from mclr.errors import UserError
-from mclr.train.data.source import DatasetInfo, SplitReader
-from mclr.train.sample import condition_of, image_paths, read_images
+from mclr.train.data.dataset import DatasetInfo, SplitReader
+from mclr.train.data.images import condition_of, image_paths, read_images
 from mclr.train.system.files import checksum, regular
 
 JPEG = (".jpg", ".jpeg")

@@ -20,12 +20,13 @@ from tqdm import tqdm
 from mclr.configs.schema import PRESETS, load_data
 from mclr.errors import UserError
 from mclr.metrics import NEIGHBOURS, Gaussian, Moments, neighbour_radii
-from mclr.train.data.source import DatasetInfo, permutation
-from mclr.train.prepare import open_or_prepare
+from mclr.train.data.dataset import DatasetInfo
+from mclr.train.data.source import permutation
+from mclr.train.data.write import open_or_prepare
 from mclr.train.scoring.extractors import Judge
 from mclr.train.scoring.image_readers import ImageSet, npz_names, open_folder, open_npz, open_splits
+from mclr.train.system.console import progress_bar
 from mclr.train.system.files import cache_folder, checksum, in_memory, write_file
-from mclr.train.training.loop import progress_bar
 
 SPLITS = {"all": ("train", "val"), "train": ("train",), "val": ("val",)}
 MOST = 50_000  # images of a set that the scores by neighbours look at: what the field reports on

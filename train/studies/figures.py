@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mclr.errors import UserError
-from mclr.train.report import INK, score_cell
+from mclr.train.studies.report import INK, score_cell
+from mclr.train.studies.tour import gap_closed, mean_std
 from mclr.train.system.files import in_memory, write_file
-from mclr.train.tour import gap_closed, mean_std
 
 Record = dict[str, Any]  # what study.py keeps of a unit
 

@@ -20,11 +20,11 @@ import mclr
 import mclr.train.sample
 from mclr.configs.schema import flatten, load
 from mclr.errors import UserError
-from mclr.train.report import image_grid
-from mclr.train.sample import read_record
+from mclr.train.data.images import image_grid
+from mclr.train.sampling.folder import read_record
 from mclr.train.studies.figures import Row, markdown_tables, write_family
+from mclr.train.studies.tour import GAMMAS, JUDGE_WEIGHTS, Arm, Judge, digits_judge, fine_tune
 from mclr.train.system.files import lock, write_json
-from mclr.train.tour import GAMMAS, JUDGE_WEIGHTS, Arm, Judge, digits_judge, fine_tune
 from mclr.train.training.log import is_free
 from mclr.train.training.loop import NotFinite
 from mclr.train.weights.folder import find_weights, named_weights, sha256

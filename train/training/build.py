@@ -29,7 +29,8 @@ from mclr.schedule import Schedule
 from mclr.train.data.cache import through_cache
 from mclr.train.data.encoders import RGB, Encoder, Latents, Tokens, load_vae
 from mclr.train.data.source import Source
-from mclr.train.engine.base import Engine, Frozen, LocalEngine, make_optimizer
+from mclr.train.engine.base import Engine, Frozen, make_optimizer
+from mclr.train.engine.local import LocalEngine
 from mclr.train.engine.zero import DeepSpeedEngine, Sharded
 from mclr.train.system.ranks import world
 from mclr.train.training.class_map import class_map

@@ -8,7 +8,7 @@ from typing import Any
 
 from mclr.configs.schema import RunConfig
 from mclr.errors import UserError
-from mclr.train.data.source import open_dataset
+from mclr.train.data.dataset import open_dataset
 from mclr.train.system.files import regular
 from mclr.train.weights.folder import read_config
 

@@ -1,19 +1,18 @@
 """The training loop: steps, averages, logs, snapshots, checkpoints, and a clean end whatever ends it."""
 
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from mclr.configs.schema import Train
 from mclr.errors import UserError
 from mclr.posterior import fold_bins
 from mclr.train.engine.checkpoint import best_checkpoint, checkpoints
 from mclr.train.engine.ema import averages_of, rewind_snapshots
+from mclr.train.system.console import progress_bar
 from mclr.train.system.ranks import Interrupt, from_all, together, world
 from mclr.train.system.watchdog import Pulse
 from mclr.train.training.log import RunFolder
@@ -144,12 +143,6 @@ def train(
             if settings.keep_best and (best := best_checkpoint(checkpoints(path))):
                 print(f"best checkpoint: {best[0]}, held-out loss {best[1]:.4g}")
     return 0
-
-
-def progress_bar(images: int, begun: int, quiet: bool) -> tqdm:
-    """Images, speed and time left, on stderr; rarely where that is a file."""
-    every = 1 if sys.stderr.isatty() else 30
-    return tqdm(total=images, initial=begun, unit="img", disable=quiet, mininterval=every, smoothing=0.1)
 
 
 class NotFinite(UserError):

@@ -12,8 +12,8 @@ from mclr.errors import UserError
 from mclr.guidance import Guidance
 from mclr.likelihood import Draws
 from mclr.train.data.encoders import to_uint8
+from mclr.train.data.images import image_grid
 from mclr.train.engine.base import answering
-from mclr.train.report import image_grid
 from mclr.train.system.files import write_file
 from mclr.train.system.ranks import together
 from mclr.train.training.log import RunFolder

@@ -16,11 +16,12 @@ from mclr.errors import UserError
 from mclr.likelihood import Draws
 from mclr.models.features import ImageClassifier, ImageClassifierConfig, NoiseClassifier, NoiseClassifierConfig, channel_mult_for
 from mclr.models.vqvae import VQVAE, VQVAEConfig
+from mclr.train.data.dataset import SplitReader
 from mclr.train.data.encoders import from_uint8
-from mclr.train.data.source import Source, SplitReader
-from mclr.train.prepare import open_or_prepare
+from mclr.train.data.source import Source
+from mclr.train.data.write import open_or_prepare
+from mclr.train.system.console import progress_bar
 from mclr.train.system.files import new_folder, write_json, write_text
-from mclr.train.training.loop import progress_bar
 from mclr.train.weights.folder import read_config, save_weights
 from mclr.train.weights.model_card import card
 

@@ -1,0 +1,239 @@
+"""A dataset folder, checked, and the samples of its splits in shard order."""
+
+import hashlib
+import io
+import json
+import math
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mclr.configs.schema import is_stream
+from mclr.errors import UserError
+from mclr.train.data.shards import Damaged, Shard, load_index, read_image
+
+# Decoded splits below this many bytes stay in memory, so that small runs read each image once.
+KEPT_BYTES = 256 * 2**20
+
+
+READERS = 4
+
+
+TOKENS = "tokens.npy"
+
+
+TYPES = {"name": str, "resolution": int, "channels": int, "num_classes": int, "class_names": list, "source": str, "seed": int}
+
+
+@dataclass(frozen=True)
+class Split:
+    count: int
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What dataset.json says. resolution in pixels; source: where the images come from; seed: of the split into train and val.
+
+    drawn: how the images were drawn, where a network made them (train/prepare.py, prepare_samples); tokens: checksum of TOKENS, which
+    holds the tokens of the train split in shard order, where they were drawn.
+    """
+
+    path: Path
+    name: str
+    resolution: int
+    channels: int
+    num_classes: int
+    class_names: tuple[str, ...]
+    splits: dict[str, Split]
+    source: str
+    seed: int
+    drawn: dict[str, Any] | None = None
+    tokens: str | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return self.channels, self.resolution, self.resolution
+
+
+def open_dataset(path: str | Path) -> DatasetInfo:
+    """Read dataset.json and check it against the shards on disk (existence, sizes, counts).
+
+    Raises UserError naming the file at fault and what to do.
+    """
+    if is_stream(str(path)):
+        raise UserError(f"{path} is a stream: this needs a dataset folder (`mclr evaluate`: name one by --reference)")
+    path = Path(path)
+    file = path / "dataset.json"
+    try:
+        if not path.is_dir():
+            raise UserError(f"no dataset folder at {path}: make one with `mclr prepare`")
+        if not file.is_file():
+            raise UserError(f"{path} holds no dataset.json, so it is no dataset folder: make one with `mclr prepare`")
+        info = _parse(path, json.loads(file.read_bytes()))
+        for shard in [shard for split in info.splits.values() for shard in split.shards]:
+            tar = path / shard.file
+            if not tar.is_file():
+                raise UserError(f"{tar} is missing: copy it here, or remove the dataset and prepare it again")
+            if (size := tar.stat().st_size) != shard.bytes:
+                differs = f"has {size} bytes, but dataset.json says {shard.bytes}"
+                raise UserError(f"{tar} {differs}: copy it again, or remove the dataset and prepare it again")
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename} ({error.strerror}): make it readable") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{file} is damaged ({type(error).__name__}: {error}): remove the dataset and prepare it again"
+        ) from error
+    return info
+
+
+def _parse(path: Path, record: dict) -> DatasetInfo:
+    """DatasetInfo of a parsed dataset.json; raises ValueError, TypeError, KeyError or AttributeError where it is malformed."""
+    for name, kind in TYPES.items():
+        if type(record[name]) is not kind:
+            raise TypeError(f"{name} is {record[name]!r:.40}")
+    splits = {
+        name: Split(count=split["count"], shards=tuple(Shard(**shard) for shard in split["shards"]))
+        for name, split in record["splits"].items()
+    }
+    info = DatasetInfo(
+        path=path,
+        splits=splits,
+        class_names=tuple(record["class_names"]),
+        drawn=record.get("drawn"),
+        tokens=record.get("tokens"),
+        **{name: record[name] for name in ("name", "resolution", "channels", "num_classes", "source", "seed")},
+    )
+    for shard in [shard for split in splits.values() for shard in split.shards]:
+        if not (
+            type(shard.file) is type(shard.sha256) is str and type(shard.count) is type(shard.bytes) is int and shard.count >= 0
+        ):
+            raise TypeError(f"one of its shards is {shard!r:.200}")
+        if Path(shard.file).is_absolute() or ".." in Path(shard.file).parts:
+            raise ValueError(f"shard {shard.file} is not inside of the folder")
+    if {"train", "val"} - splits.keys():
+        raise ValueError("splits must be train and val")
+    for name, split in splits.items():
+        counts = sum(shard.count for shard in split.shards)
+        if counts != split.count:
+            raise ValueError(f"split {name} counts {split.count} samples, its shards {counts}")
+    if info.channels not in (1, 3) or info.resolution < 1:
+        raise ValueError(f"channels {info.channels}, resolution {info.resolution}")
+    if not all(isinstance(name, str) for name in info.class_names):
+        raise TypeError("class_names must be texts")
+    if not (isinstance(info.drawn, dict | None) and isinstance(info.tokens, str | None)):
+        raise TypeError("drawn and tokens say how images were drawn")
+    if len(info.class_names) != info.num_classes:
+        raise ValueError(f"num_classes is {info.num_classes}, class_names are {len(info.class_names)}")
+    return info
+
+
+class SplitReader:
+    """The samples of one split in shard order: c_N int64 is known at once, images are read when asked for.
+
+    For a damaged sample stands the next readable one of its condition in shard order, the first after the last: the same one on
+    every rank and after every resume, and the conditions stay those of the index.
+    """
+
+    def __init__(self, info: DatasetInfo, split: str, tolerated: float = 0.0):
+        """tolerated: the largest share of the split that may be found damaged; 0: the first one is an error.
+
+        Raises UserError for an unknown or empty split, a damaged shard, or a condition out of range.
+        """
+        if split not in info.splits:
+            raise UserError(f"{info.path} has no split {split}: it has {', '.join(info.splits)}")
+        if info.splits[split].count == 0:
+            raise UserError(f"split {split} of {info.path} is empty: prepare the dataset with a larger share for it")
+        index = load_index(info.path, [shard for each in info.splits.values() for shard in each.shards])
+        self.info, self.split, self.tolerated = info, split, tolerated
+        self.samples = [sample for shard in info.splits[split].shards for sample in index[shard.file]]
+        for file, key, _, _, c in self.samples:
+            if not 0 <= c < info.num_classes:
+                raise UserError(f"{info.path / file}: sample {key} has condition {c}, outside of 0..{info.num_classes - 1}")
+        self.c_N = torch.tensor([sample.c for sample in self.samples], dtype=torch.int64)
+        ends = torch.bincount(self.c_N, minlength=info.num_classes).cumsum(0).numpy()
+        self.of_condition = np.split(np.argsort(self.c_N.numpy(), kind="stable"), ends[:-1])
+        self.keep = len(self.samples) * math.prod(info.image_shape) < KEPT_BYTES
+        self.kept: dict[int, np.ndarray] = {}
+        self.readers = ThreadPoolExecutor(READERS)
+        self.coming: dict[int, Future[np.ndarray]] = {}
+        self.damaged: set[int] = set()
+
+    def read_ahead(self, indices: list[int]) -> None:
+        """Start reading these samples in the background; `images` then finds them."""
+        for i in indices:
+            if not (i in self.kept or i in self.coming or i in self.damaged):
+                self.coming[i] = self.readers.submit(self._read, i)
+
+    def images(self, indices: list[int]) -> Tensor:
+        """image_BCHW uint8 of these samples; UserError naming shard and key where one is damaged and not passed over.
+
+        Damage counts here, in the order of the samples asked for: what was read ahead, and by which thread, shows nowhere.
+        """
+        self.read_ahead(indices)
+        read = {i: self._image(i) for i in dict.fromkeys(indices)}
+        if self.keep:
+            self.kept.update(read)
+        return torch.from_numpy(np.stack([read[i] for i in indices]))
+
+    def standing(self, i: int) -> int:
+        """The sample that stands for sample i, as far as damage is known. UserError where its condition has no other left."""
+        first = i
+        while i in self.damaged:
+            alike = self.of_condition[self.samples[i].c]
+            i = int(alike[(np.searchsorted(alike, i) + 1) % len(alike)])
+            if i == first:
+                raise UserError(
+                    f"{self.info.path}: all {len(alike)} samples of condition {self.samples[i].c} in split {self.split} are damaged: "
+                    "copy the shards again, or prepare the dataset again"
+                )
+        return i
+
+    def _image(self, i: int) -> np.ndarray:
+        while True:
+            i = self.standing(i)
+            if i in self.kept:
+                return self.kept[i]
+            try:
+                return self.coming.pop(i).result() if i in self.coming else self._read(i)
+            except Damaged as error:
+                if not self.tolerated:
+                    raise
+                self.damaged.add(i)
+                tqdm.write(f"passed over: {error}", file=sys.stderr)
+                found, count = len(self.damaged), len(self.samples)
+                # of few samples one may be damaged
+                if found > max(1, self.tolerated * count):
+                    share = f"{found / count:.2%}, more than data.damaged={self.tolerated:g}"
+                    raise UserError(
+                        f"{found} of {count} samples in split {self.split} of {self.info.path} are damaged, {share}; {error}"
+                    ) from error
+
+    def _read(self, i: int) -> np.ndarray:
+        return read_image(self.info.path, self.samples[i], self.info.image_shape)
+
+
+def read_tokens(info: DatasetInfo) -> Tensor:
+    """The drawn tokens [N, L] int64 of the train split. Raises UserError when the file is not the one that dataset.json records."""
+    file = info.path / TOKENS
+    try:
+        data = file.read_bytes()
+        if hashlib.sha256(data).hexdigest() != info.tokens:
+            raise ValueError("its checksum differs")
+        return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False).astype(np.int64))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not what was drawn ({error}): remove the dataset and draw it again") from error
+
+
+def load_split(path: str | Path, split: str) -> tuple[Tensor, Tensor]:
+    """(image_NCHW uint8, c_N int64) of a whole split, in shard order."""
+    reader = SplitReader(open_dataset(path), split)
+    return reader.images(list(range(len(reader.samples)))), reader.c_N

@@ -1,0 +1,252 @@
+"""The folder of samples: images, the record of how they were made, npz and dataset."""
+
+import json
+import os
+import shutil
+import zipfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mclr.configs.schema import NextScaleModel, RunConfig, Sample
+from mclr.errors import UserError
+from mclr.next_scale import NextScale
+from mclr.train.data.encoders import ROUNDING, VAE_WEIGHTS, find_vae
+from mclr.train.data.images import condition_of, image_grid, image_paths, png, read_images
+from mclr.train.data.write import prepare_samples
+from mclr.train.sampling.generate import WorkCounter, generate, load_generator, to_images
+from mclr.train.system.console import progress_bar
+from mclr.train.system.files import checksum, in_memory, regular, write_file, write_json
+from mclr.train.system.ranks import from_rank_0, own_device, together, world
+from mclr.train.training.build import (
+    schedule_table,
+)
+from mclr.train.weights.folder import find_weights, sha256
+
+CHUNK = 1024  # images read at a time
+
+
+MOST_IMAGES = 10_000_000  # of one call, each a file
+
+
+def draw(
+    config: RunConfig,
+    weights: Path,
+    out: Path,
+    conditions: list[int],
+    seed: int,
+    count: int,
+    keep_tokens: bool = False,
+    shared: bool = False,
+) -> None:
+    """Write the images of seeds seed .. seed + count - 1 that `out` does not hold yet, its contact sheet and its sample.json.
+
+    An image depends on its seed, its condition, the weights and config.sample alone: the image of a seed is always at place
+    seed % batch of a full micro-batch, its neighbours those of the neighbouring seeds.
+    keep_tokens: of a token model, also write what was drawn, before it is decoded. shared: all ranks call, and deal the micro-batches
+    among them.
+    Raises UserError when `out` cannot be written, or holds images made otherwise.
+    """
+    if count < 1 or seed < 0:
+        raise UserError(f"{count} images from seed {seed}: there must be at least one, and seeds start at 0")
+    if count > MOST_IMAGES or seed >= 2**63:
+        raise UserError(f"{count} images from seed {seed}: draw at most {MOST_IMAGES} at a time, from a seed below 2^63")
+    paths = {s: out / "images" / f"{s:06d}-{conditions[s % len(conditions)]}.png" for s in range(seed, seed + count)}
+    rank, _, ranks = world() if shared else (0, 0, 1)
+    agree = together if shared else nullcontext
+    record, missing = {}, {}
+    with agree():
+        # others might look when there are new images already
+        if rank == 0:
+            record = record_of(config, weights, conditions, seed, count)
+            refuse_other(out, record, read_record(out))
+            missing = {s: p for s, p in paths.items() if not p.exists() or (keep_tokens and not token_path(p).exists())}
+    if shared:
+        missing = from_rank_0(missing)
+    if not missing:
+        if rank == 0:
+            if not (out / "grid.png").exists():  # stopped just before it
+                write_file(out / "grid.png", contact_sheet(list(paths.values()), columns=len(conditions)))
+            print(f"{out} is complete: {count} images of these settings; nothing to draw")
+        return
+    with agree():
+        device = own_device()
+        net, paradigm, encoder, guidance = load_generator(config, weights, device)
+    with agree():
+        if rank == 0:
+            make_folder(out, record, keep_tokens)
+
+    batch = config.sample.batch
+    wanted: dict[int, list[int]] = {}  # seeds of each micro-batch
+    for s in missing:
+        wanted.setdefault(s // batch, []).append(s)
+    blocks = list(wanted)
+    turns = [blocks[i : i + ranks] for i in range(0, len(blocks), ranks)]
+    with progress_bar(len(missing), begun=0, quiet=rank != 0) as bar:
+        for turn in turns:
+            with agree():
+                # none in a last turn that is short
+                for block in turn[rank : rank + 1]:
+                    seeds = range(block * batch, (block + 1) * batch)
+                    c_N = torch.tensor([conditions[s % len(conditions)] for s in seeds])
+                    try:
+                        with torch.autocast(device.type, torch.bfloat16, enabled=config.engine.precision == "bf16"):
+                            x_N = generate(paradigm, net, guidance, c_N, list(seeds), batch, device)
+                        images_NCHW = to_images(encoder, x_N, batch).numpy()
+                    except torch.OutOfMemoryError as error:
+                        raise UserError(f"out of GPU memory: lower sample.batch (now {batch})") from error
+                    for s in wanted[block]:
+                        if keep_tokens:
+                            write_file(token_path(missing[s]), in_memory(np.save, arr=x_N[s - seeds[0]].cpu().numpy()))
+                        write_file(missing[s], png(images_NCHW[s - seeds[0]]))
+            # a batch at a time: its images come all at once, and one of them would foretell nothing
+            bar.update(sum(len(wanted[block]) for block in turn))
+    if rank != 0:
+        return
+    tokens = paradigm.dims if isinstance(config.model, NextScaleModel) else None
+    made: dict[str, Any] = {"forwards_per_image": net.per_image(len(turns) * batch, tokens)}
+    gamma = guidance.gamma
+    how = "no guidance" if gamma.is_zero else f"guidance {gamma.weight:g}" + f" ({gamma.kind})" * (gamma.kind != "constant")
+    if isinstance(guidance.guide, WorkCounter):
+        made["guide_size"] = guidance.guide.parameter_count() / net.parameter_count()
+        how += f" by {config.sample.guide} ({made['guide_size']:.3g} x the model's size)"
+    write_file(out / "grid.png", contact_sheet(list(paths.values()), columns=len(conditions)))
+    write_json(out / "sample.json", record | made)
+    print(f"{out}: {len(missing)} images drawn, {made['forwards_per_image']:g} network forwards per image, {how}")
+    scales = paradigm.scales if isinstance(paradigm, NextScale) else None
+    print("".join(f"{line}\n" for line in schedule_table("gamma", gamma, scales)), end="")
+
+
+def record_of(config: RunConfig, weights: Path, conditions: list[int], seed: int, count: int) -> dict[str, Any]:
+    """sample.json as long as nothing is drawn. settings: all that decides an image, which one folder has one of."""
+    guide = find_weights(config.sample.guide) if config.sample.guide else None
+    tokenizer = vae = None
+    if isinstance(config.model, NextScaleModel):
+        tokenizer = sha256(find_weights(config.model.tokenizer))
+    elif config.model.vae:
+        vae = checksum(find_vae(config.model.vae) / VAE_WEIGHTS)
+    return {
+        "settings": {
+            "weights": sha256(weights),
+            "tokenizer": tokenizer,
+            "vae": vae,
+            **{f"sample.{key}": value for key, value in config.sample.model_dump(mode="json").items()},
+            "sample.guide": guide and sha256(guide),
+            "precision": config.engine.precision,
+            "conditions": conditions,
+            "seed": seed,
+            "rounding": ROUNDING,
+        },
+        "count": count,
+        "model": config.model.name,
+        "from": str(weights),
+        "guide": guide and str(guide),
+        "guide_size": None,  # its parameters as a share of the model's
+        "data": {"name": config.data.name, "path": config.data.path},
+        "forwards_per_image": None,
+    }
+
+
+def make_folder(out: Path, record: dict[str, Any], keep_tokens: bool) -> None:
+    """Make the folder ready for images, and take away what was made of fewer of them."""
+    try:
+        for folder in ("images", "tokens") if keep_tokens else ("images",):
+            (out / folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {out} ({error.strerror}): choose another folder with --out") from error
+    write_json(out / "sample.json", record)
+    (out / "samples.npz").unlink(missing_ok=True)
+    shutil.rmtree(out / "dataset", ignore_errors=True)
+
+
+def refuse_other(out: Path, record: dict[str, Any], there: dict[str, Any] | None) -> None:
+    """Raises UserError where the folder holds images that were not made by these settings, or more of them."""
+    if there is None:
+        if out.is_dir() and any(out.iterdir()):
+            raise UserError(f"{out} holds files of unknown origin: choose another folder with --out")
+        return
+    way_out = "remove it, or choose another folder"
+    # settings that are newer than the folder had their defaults
+    before = {f"sample.{key}": field.default for key, field in Sample.model_fields.items()} | there["settings"]
+    for key, value in record["settings"].items():
+        if before.get(key) != value:
+            raise UserError(f"{out} holds images of {key}={_short(before.get(key))}: {way_out}")
+    if there["count"] > record["count"]:
+        raise UserError(f"{out} holds {there['count']} images, more than {record['count']}: {way_out}")
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """sample.json of a folder, None where there is none. Raises UserError when it is damaged."""
+    path = folder / "sample.json"
+    try:
+        record = json.loads(regular(path).read_bytes())
+        if not isinstance(record["settings"], dict) or not isinstance(record["count"], int):
+            raise ValueError("settings or count are of the wrong type")
+        record["forwards_per_image"], record["data"]["name"], record["data"]["path"]  # they must be there
+        return record
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{path} is no record of samples ({error}): draw them again into another folder") from error
+
+
+def contact_sheet(paths: list[Path], columns: int) -> bytes:
+    """PNG file of the first images: one condition per column where they are few, at most ten rows, each image 64 pixels or more."""
+    columns = min(columns if 1 < columns <= 16 else 10, len(paths))
+    rows = min(len(paths) // columns, 10)
+    images_NCHW = read_images(paths[: rows * columns])
+    return image_grid(images_NCHW, rows, columns, scale=max(64 // images_NCHW.shape[2], 1))
+
+
+def write_npz(folder: Path) -> None:
+    """samples.npz beside the images: arr_0 uint8 [N, H, W, C], arr_1 conditions, as ADM's evaluator reads them."""
+    paths = image_paths(folder)
+    C, H, W = read_images(paths[:1]).shape[1:]
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), H, W, C)}
+    temporary = folder / f".tmp-{os.getpid()}.npz"
+    try:
+        with open(temporary, "wb") as file:
+            with zipfile.ZipFile(file, "w") as archive:
+                # no time stamps: the same images give the same file; chunk by chunk: many images do not fit in memory
+                with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
+                    np.lib.format.write_array_header_1_0(member, header)
+                    for first in range(0, len(paths), CHUNK):
+                        # beside the first image, whose shape is the header's
+                        chunk = read_images([paths[0], *paths[first : first + CHUNK]])[1:]
+                        member.write(chunk.transpose(0, 2, 3, 1).tobytes())
+                archive.writestr(
+                    zipfile.ZipInfo("arr_1.npy"), in_memory(np.save, arr=np.array([condition_of(path) for path in paths]))
+                )
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / "samples.npz")
+    except OSError as error:
+        raise UserError(
+            f"cannot write {folder / 'samples.npz'} ({error.strerror}): make room, or choose another --out"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    print(f"{folder / 'samples.npz'}: {len(paths)} images")
+
+
+def write_dataset(folder: Path, config: RunConfig) -> None:
+    """A dataset folder beside the images, of them and of the tokens they were decoded from."""
+    paths, record = image_paths(folder), read_record(folder)
+    assert record is not None
+    tokens = [token_path(path) for path in paths] if isinstance(config.model, NextScaleModel) else []
+    images = [(path, condition_of(path)) for path in paths]
+    info = prepare_samples(images, tokens, folder / "dataset", config.data, record["settings"])
+    print(f"{info.path}: {info.splits['train'].count} images")
+
+
+def token_path(image: Path) -> Path:
+    """Where the tokens of an image of a samples folder are kept."""
+    return image.parent.parent / "tokens" / f"{image.stem}.npy"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

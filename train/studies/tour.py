@@ -1,0 +1,264 @@
+"""The tour: base, control, guidance and MCLR of each bundled model, compared by one judge."""
+
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mclr.train.run
+from mclr.configs.schema import RunConfig, load
+from mclr.models.features import ImageClassifier
+from mclr.train.data.dataset import load_split
+from mclr.train.data.encoders import ROUNDING
+from mclr.train.data.images import image_grid
+from mclr.train.data.write import prepare_digits
+from mclr.train.sampling.generate import generate, load_generator, to_images
+from mclr.train.scoring.evaluation import judge
+from mclr.train.system.files import write_file, write_json
+from mclr.train.weights.folder import find_weights, load_net, sha256
+
+# the five guidance weights of the sweep, around the best one of each control
+GAMMAS = {"edm2-digits": (0.2, 0.35, 0.5, 0.65, 0.8), "var-digits": (0.25, 0.5, 0.75, 1.0, 1.5)}
+
+
+# the lam of the preset is the mclr row; these multiples of it draw the curve
+LAM_MULTIPLES = (0.5, 1.0, 2.0)
+
+
+LAM_MULTIPLES_FULL = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+
+
+SEEDS, SEEDS_FULL = 3, 10
+
+
+JUDGE_WEIGHTS = "digits-classifier"
+
+
+JUDGE = {
+    "reference": "all 1,797 scans",
+    "samples": "1,797, with the class counts of the scans",
+    "features": "penultimate layer of the bundled digits-classifier (64 dimensions)",
+    "covariances": "square roots by symmetric eigendecomposition, float64",
+    "precision and recall": "k-nearest-neighbour manifolds, k = 3; density and coverage k = 5",
+    "guidance weight of the cfg row": "best of 5 by class-wise FD on sampling seed 0",
+    "sampling seeds of the rows": "1 and up: means and standard deviations",
+    "lam of the mclr row": "fixed in the preset beforehand",
+    "equal compute": "forward and backward FLOPs of fine-tuning, the posterior classifier's included; the control trains on more images",
+    "not counted": "the bundled posterior classifier was fitted once beforehand, at the cost of some 68,000 images of maximum likelihood",
+    "rounding": ROUNDING,
+}
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Real images [N, C, H, W] uint8, their conditions c_N, and the classifier in whose features samples are compared with them."""
+
+    images_N: torch.Tensor
+    c_N: torch.Tensor
+    classifier: ImageClassifier
+
+    def scores(self, images_N: torch.Tensor) -> dict[str, float]:
+        """Of samples [N, C, H, W] uint8 under the same conditions."""
+        return judge(self.classifier, self.images_N, self.c_N, images_N, self.c_N)
+
+
+def digits_judge() -> Judge:
+    """The judge of the digits: all scans, prepared where they are not there yet."""
+    prepare_digits("data/digits")
+    splits = [load_split("data/digits", name) for name in ("train", "val")]
+    classifier = load_net(JUDGE_WEIGHTS, "image_classifier")
+    assert isinstance(classifier, ImageClassifier)
+    return Judge(torch.cat([s[0] for s in splits]), torch.cat([s[1] for s in splits]), classifier)
+
+
+class Arm:
+    """One way to sample: weights and the settings config.sample, as `mclr sample WEIGHTS sample.gamma=...` would."""
+
+    def __init__(self, config: RunConfig, weights: Path):
+        self.config, self.weights = config, weights
+        self.net, self.paradigm, self.encoder, self.guidance = load_generator(config, weights, torch.device("cpu"))
+
+    def draw(self, c_N: torch.Tensor, first_seed: int) -> torch.Tensor:
+        seeds = list(range(first_seed, first_seed + len(c_N)))
+        return generate(self.paradigm, self.net, self.guidance, c_N, seeds, self.config.sample.batch, torch.device("cpu"))
+
+    def judged(self, judge: Judge, seed: int) -> dict[str, float]:
+        """The judge's scores of as many samples as it has real images, of this sampling seed, and the forwards an image took."""
+        self.net.work = 0
+        x_N = self.draw(judge.c_N, seed * 1_000_000)
+        tokens = self.paradigm.dims if self.config.model.paradigm == "next_scale" else None
+        batch = self.config.sample.batch
+        padded = -(-len(x_N) // batch) * batch
+        scores = judge.scores(to_images(self.encoder, x_N, batch))
+        return scores | {"forwards_per_image": self.net.per_image(padded, tokens)}
+
+    def pictures(self, each: int) -> torch.Tensor:
+        """uint8 images [10 * each, C, H, W], ten conditions one after the other: the same seeds in every arm."""
+        return to_images(self.encoder, self.draw(torch.arange(10).repeat_interleave(each), 0), 10 * each)
+
+
+@dataclass
+class Tour:
+    """One tour: its folder and its judge. full: more seeds, finer sweeps. overrides: of every preset.
+
+    phases: name -> seconds, those of an interrupted tour included.
+    """
+
+    out: Path
+    full: bool
+    overrides: list[str]
+    judge: Judge
+    phases: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def seeds(self) -> range:
+        """Sampling seeds of the rows; seed 0 is left out, since it chose the guidance weight."""
+        return range(1, 1 + (SEEDS_FULL if self.full else SEEDS))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        print(f"== {name}", flush=True)
+        path = self.out / "phases.json"
+        phases = json.loads(path.read_text()) if path.exists() else {}
+        # what an interrupted tour spent counts; going through a finished phase again does not
+        spent, done = phases.get(name, (0.0, False))
+        started = time.perf_counter()
+        try:
+            yield
+            phases[name] = (spent if done else spent + time.perf_counter() - started, True)
+        except BaseException:
+            phases[name] = (spent + time.perf_counter() - started, False)
+            raise
+        finally:
+            write_json(path, phases)
+        self.phases[name] = round(phases[name][0], 1)
+        print(f"== {name}: {self.phases[name]} s", flush=True)
+
+    def scores(self, name: str, arm: Arm, seed: int) -> dict[str, float]:
+        """The scores of an arm; read back where the tour has them already."""
+        # kept under what decides them, so that a changed tour never reads old ones
+        gamma = arm.config.sample.gamma
+        settings = json.dumps(arm.config.sample.model_dump(), sort_keys=True) + sha256(arm.weights)
+        key = f"{arm.config.model.name}-{name}-{gamma:g}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}-{seed}"
+        kept = self.out / "scores" / f"{key}.json"
+        if kept.exists():
+            return json.loads(kept.read_text())
+        scores = arm.judged(self.judge, seed)
+        kept.parent.mkdir(exist_ok=True)
+        write_json(kept, scores)
+        print(f"{name:8} gamma {gamma:<5g} seed {seed}: " + ", ".join(f"{k} {v:.3g}" for k, v in scores.items()), flush=True)
+        return scores
+
+    def row(self, name: str, arm: Arm) -> dict[str, Any]:
+        """Mean and standard deviation over the sampling seeds."""
+        runs = [self.scores(name, arm, seed) for seed in self.seeds]
+        row: dict[str, Any] = {key: mean_std([r[key] for r in runs]) for key in runs[0] if key != "forwards_per_image"}
+        return row | {"forwards_per_image": runs[0]["forwards_per_image"]}
+
+    def grid(self, row: str, arm: Arm) -> str:
+        """The picture of a row: ten conditions down, eight seeds across."""
+        path = Path("grids") / f"{arm.config.model.name}-{row}.png"
+        (self.out / "grids").mkdir(exist_ok=True)
+        write_file(self.out / path, image_grid(arm.pictures(8).numpy(), 10, 8, 6))
+        return str(path)
+
+
+def speeds(arms: dict[str, Arm], rounds: int = 5) -> dict[str, dict[str, Any]]:
+    """images/s of the sampler loop alone, the arms taking turns so that a slow minute of the machine hits all of them."""
+    runs: dict[str, list[float]] = {name: [] for name in arms}
+    # one full micro-batch: a part of one would be padded, and the padding paid for but not counted
+    c_N = torch.arange(next(iter(arms.values())).config.sample.batch) % 10
+    for _ in range(rounds):
+        for name, arm in arms.items():
+            started = time.perf_counter()
+            arm.draw(c_N, 0)
+            runs[name].append(len(c_N) / (time.perf_counter() - started))
+    return {name: {"median": statistics.median(values), "runs": values} for name, values in runs.items()}
+
+
+def fine_tune(folder: Path, model: str, arguments: list[str]) -> dict[str, Any]:
+    """Train (or go on, or find finished) in this run folder; returns the last line of its metrics."""
+    status = mclr.train.run.main(["--model", model, "--engine", "local", "--out", str(folder), *arguments])
+    if status:
+        raise SystemExit(status)
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def mean_std(values: list[float]) -> float | dict[str, float] | None:
+    """As the cells of report.py take it; None where there are no values."""
+    if len(values) < 2:
+        return values[0] if values else None
+    return {"mean": statistics.mean(values), "std": statistics.stdev(values)}
+
+
+def gap_closed(control: Sequence[float], cfg: Sequence[float], method: Sequence[float]) -> float | None:
+    """The share of cfg's gain in class-wise FD over the control that a method reaches; None where cfg gains nothing.
+
+    Of the means over the seeds: where the gain is small, the share of a single seed is noise.
+    """
+    from_, to, reached = (statistics.mean(values) for values in (control, cfg, method))
+    return (from_ - reached) / (from_ - to) if to < from_ else None
+
+
+def guided(config: RunConfig, gamma: float) -> RunConfig:
+    """The same with guidance weight gamma."""
+    return config.model_copy(update={"sample": config.sample.model_copy(update={"gamma": gamma})})
+
+
+def compare(tour: Tour, model: str) -> dict[str, Any]:
+    """One paradigm: the four rows, the sweeps, the speeds, the grids."""
+    config = load(model, "mclr", "digits", "local", tour.overrides)
+    lam, batch = config.objective.lam, config.train.batch
+    runs = {}
+    for multiple in LAM_MULTIPLES_FULL if tour.full else LAM_MULTIPLES:
+        with tour.phase(f"{model}: fine-tune with MCLR, lam {lam * multiple:g}"):
+            runs[multiple] = tour.out / f"{model}-mclr-{lam * multiple:g}"
+            arguments = ["--objective", "mclr", *tour.overrides, f"objective.lam={lam * multiple}"]
+            last = fine_tune(runs[multiple], model, arguments)
+            if multiple == 1:
+                mclr_last = last
+    images = -(-mclr_last["mle_images"] // batch) * batch
+    with tour.phase(f"{model}: fine-tune the control, mle on {images} images"):
+        control = tour.out / f"{model}-control"
+        control_last = fine_tune(control, model, ["--objective", "mle", *tour.overrides, f"train.images={images}"])
+
+    arms = {
+        "base": Arm(config, find_weights(str(config.model.weights))),
+        "control": Arm(config, control / "weights"),
+        "mclr": Arm(config, runs[1.0] / "weights"),
+    }
+    with tour.phase(f"{model}: guidance sweep of the control"):
+        gammas = list(GAMMAS[model])
+        if tour.full:
+            gammas = sorted(gammas + [(a + b) / 2 for a, b in pairwise(gammas)])
+        candidates = {gamma: Arm(guided(config, gamma), control / "weights") for gamma in gammas}
+        sweep = {gamma: tour.scores("cfg", arm, 0) for gamma, arm in candidates.items()}
+        best = min(sweep, key=lambda gamma: sweep[gamma]["cfd"])
+        arms["cfg"] = candidates[best]
+    with tour.phase(f"{model}: {len(tour.seeds)} sampling seeds of base, control, cfg, mclr"):
+        result: dict[str, Any] = {name: tour.row(name, arms[name]) for name in ("base", "control", "cfg", "mclr")}
+    with tour.phase(f"{model}: lam sweep, speeds, grids"):
+        lam_sweep = [{"lam": lam * m, **tour.scores("mclr", Arm(config, folder / "weights"), 0)} for m, folder in runs.items()]
+        for name, speed in speeds({name: arms[name] for name in result}).items():
+            result[name]["images_per_second"] = speed
+        result["grids"] = {name: tour.grid(name, arms[name]) for name in ("base", "control", "cfg", "mclr")}
+    result["cfg"]["gamma"], result["mclr"]["lam"] = best, lam
+    result["gap_closed"] = gap_closed(*([result[name]["cfd"]["mean"]] for name in ("control", "cfg", "mclr")))
+    result["sweep"] = {"cfg": [{"gamma": gamma, **scores} for gamma, scores in sweep.items()], "mclr": lam_sweep}
+    result["compute"] = {
+        "MCLR: images": mclr_last["images"],
+        "MCLR: TFLOPs, posterior classifier included": round(mclr_last["flops"] / 1e12, 3),
+        "MCLR: of these the posterior classifier": round(mclr_last["posterior_flops"] / 1e12, 3),
+        "MCLR: rows with gradient": mclr_last["rows"],
+        "control: images": control_last["images"],
+        "control: TFLOPs": round(control_last["flops"] / 1e12, 3),
+    }
+    return result
