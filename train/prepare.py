@@ -110,7 +110,8 @@ def _network(args: argparse.Namespace) -> None:
 def _cache(args: argparse.Namespace) -> None:
     # as above
     from mclr.train.data.cache import make_cache
-    from mclr.train.training.build import build_encoder, open_source
+    from mclr.train.training.build import open_source
+    from mclr.train.training.networks import build_encoder
 
     rank = world()[0]
     with on_signals(signal.SIG_DFL) if rank else nullcontext(), one_voice():

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from test_encoders import save_tiny_vae
 
 import mclr.train.data.cache
+import mclr.train.data.dataset
 import mclr.train.data.source
 import mclr.train.system.files
 from mclr.configs.schema import load
@@ -25,7 +26,8 @@ from mclr.train.data.encoders import Latents, from_uint8
 from mclr.train.data.write import prepare_images
 from mclr.train.prepare import main
 from mclr.train.system.console import run
-from mclr.train.training.build import build_encoder, open_source
+from mclr.train.training.build import open_source
+from mclr.train.training.networks import build_encoder
 
 CPU = torch.device("cpu")
 COUNT = 22  # of the photos in the train split
@@ -128,7 +130,7 @@ def test_a_run_reads_its_cache_and_no_image(make, data, vae, monkeypatch):
     plain_x, plain_c, *_ = trained.task.samples(30, 40)
     source = cached(data, vae, "data.flip=true")
     assert isinstance(source, CachedSource)
-    monkeypatch.setattr(mclr.train.data.source, "read_image", lambda *_: pytest.fail("an image was read"))
+    monkeypatch.setattr(mclr.train.data.dataset, "read_image", lambda *_: pytest.fail("an image was read"))
     task = replace(trained.task, source=source)
     source.prefetch(range(30, 50))
     x, c, *_ = task.samples(30, 40)
@@ -157,7 +159,7 @@ def test_on_tokens_a_run_is_the_same_bit_for_bit(flip, digits, tokenizer, tmp_pa
             said = f"data       tokens (uint8) from {folder(data)}"
             assert data_line(source, trained.task.encoder, config) == [said]
             trained.task = replace(trained.task, source=source)
-            monkeypatch.setattr(mclr.train.data.source, "read_image", lambda *_: pytest.fail("an image was read"))
+            monkeypatch.setattr(mclr.train.data.dataset, "read_image", lambda *_: pytest.fail("an image was read"))
         weights[name] = trained.train(3).weights()
     assert all(torch.equal(w, weights["cached"][key]) for key, w in weights["plain"].items())
 
@@ -414,7 +416,7 @@ def test_a_run_on_tokens_may_gain_and_lose_its_cache(digits, tokenizer, tmp_path
     assert "data       tokens" not in start("plain", 32) and "data       nothing" not in start("other", 16)
     assert mclr(["prepare", "cache", *argv[1:5], f"model.tokenizer={tokenizer}", "data.flip=true"]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(mclr.train.data.source, "read_image", lambda *_: pytest.fail("an image was read"))
+        patch.setattr(mclr.train.data.dataset, "read_image", lambda *_: pytest.fail("an image was read"))
         assert f"data       tokens (uint8) from {folder(data)}\n" in start("other", 24)
     shutil.rmtree(data / "cache")
     start("other", 32)

@@ -17,7 +17,7 @@ from mclr.train.data.encoders import RGB, VAE_WEIGHTS, Latents, Tokens, find_vae
 from mclr.train.data.write import prepare_images
 from mclr.train.run import main
 from mclr.train.training import memorisation as monitor
-from mclr.train.training.build import build_encoder
+from mclr.train.training.networks import build_encoder
 from mclr.train.weights.folder import load_net, read_config
 
 CPU = torch.device("cpu")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import mclr.train.data.write
 import mclr.train.prepare
 from mclr.errors import UserError
 from mclr.train.data.dataset import load_split, open_dataset
@@ -237,7 +238,7 @@ def test_same_dataset_is_reused_and_another_is_refused(tree, tmp_path, capsys, m
     prepare_images(tree, tmp_path / "images", resolution=8)
     before = files_below(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(mclr.train.prepare, "write_split", None)
+        patch.setattr(mclr.train.data.write, "write_split", None)
         assert prepare_digits(tmp_path / "digits") == open_dataset(tmp_path / "digits")
         assert main(["images", str(tree), str(tmp_path / "images"), "--resolution", "8"]) == 0
     assert "images: 11 train and 1 val images, 8x8 RGB, 3 classes" in capsys.readouterr().out
@@ -286,9 +287,9 @@ def test_two_processes_may_prepare_the_digits_at_once(tmp_path, monkeypatch):
         prepare_digits(path)
         raise UserError(f"cannot write {path} (Directory not empty)")
 
-    monkeypatch.setattr(mclr.train.prepare, "prepare_digits", overtaken)
+    monkeypatch.setattr(mclr.train.data.write, "prepare_digits", overtaken)
     assert open_or_prepare("digits", tmp_path / "digits").splits["train"].count == 1500
-    monkeypatch.setattr(mclr.train.prepare, "prepare_digits", lambda path: overtaken(path / "elsewhere"))
+    monkeypatch.setattr(mclr.train.data.write, "prepare_digits", lambda path: overtaken(path / "elsewhere"))
     with pytest.raises(UserError, match="not empty"):
         open_or_prepare("digits", tmp_path / "others")
 

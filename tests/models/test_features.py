@@ -14,7 +14,7 @@ from mclr.errors import UserError
 from mclr.likelihood import Draws
 from mclr.models.edm2 import EDM2, EDM2Config
 from mclr.models.features import ImageClassifier, ImageClassifierConfig, NoiseClassifier, NoiseClassifierConfig, channel_mult_for
-from mclr.train.training.build import build_classifier, build_encoder, build_net
+from mclr.train.training.networks import build_classifier, build_encoder, build_net
 from mclr.train.weights.folder import load_net, save_weights
 
 DIGITS = ImageClassifierConfig(img_channels=1, num_classes=10)

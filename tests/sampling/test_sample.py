@@ -20,8 +20,11 @@ from mclr.diffusion import Diffusion
 from mclr.guidance import Guidance
 from mclr.models.vqvae import VQVAE, VQVAEConfig
 from mclr.train import sample
+from mclr.train.data import images as image_files
+from mclr.train.sampling import folder as samples_folder
+from mclr.train.sampling import generate as generator
 from mclr.train.system.console import run
-from mclr.train.training.build import build_encoder, build_net
+from mclr.train.training.networks import build_encoder, build_net
 from mclr.train.weights.folder import load_net, read_tensors, save_weights
 
 EDM2 = ["model.net.model_channels=8", "model.net.channels_per_head=8", "sample.steps=3", "sample.batch=8"]
@@ -106,20 +109,20 @@ def test_an_image_depends_on_its_seed_and_condition_alone(kind, request, tmp_pat
 
 def test_the_bar_moves_by_the_images_of_a_batch(diffusion_run, tmp_path, monkeypatch):
     bar = MagicMock()
-    monkeypatch.setattr(sample, "progress_bar", bar)
+    monkeypatch.setattr(samples_folder, "progress_bar", bar)
     assert sample_(diffusion_run, "--out", tmp_path / "s", "--count", 12, "--seed", 6) == 0
     assert bar.call_args == call(12, begun=0, quiet=False)
     assert bar().__enter__().update.call_args_list == [call(2), call(8), call(2)]
 
 
 def test_order_and_neighbours_do_not_matter_to_generate(diffusion_run):
-    config, weights = sample.find_generator(str(diffusion_run), None, None, [])
+    config, weights = generator.find_generator(str(diffusion_run), None, None, [])
     cpu = torch.device("cpu")
-    net, paradigm, _, _ = sample.load_generator(config, weights, cpu)
+    net, paradigm, _, _ = generator.load_generator(config, weights, cpu)
     seeds, c_N = list(range(11)), torch.arange(11) % 10
-    x_N = sample.generate(paradigm, net, Guidance(), c_N, seeds, 4, cpu)
+    x_N = generator.generate(paradigm, net, Guidance(), c_N, seeds, 4, cpu)
     order = torch.randperm(11, generator=torch.Generator().manual_seed(0))
-    y_N = sample.generate(paradigm, net, Guidance(), c_N[order], order.tolist(), 4, cpu)
+    y_N = generator.generate(paradigm, net, Guidance(), c_N[order], order.tolist(), 4, cpu)
     assert x_N.shape == (11, 1, 8, 8) and torch.equal(x_N[order], y_N)
 
 
@@ -133,9 +136,10 @@ def test_the_size_of_the_micro_batch_hardly_matters(name, overrides):
     Seeds from 32: of those from 0 to 149 only seed 24 draws a uniform so near the edge of a code's share (1e-7) that rounding decides.
     """
     cpu = torch.device("cpu")
-    net, paradigm, _, guidance = sample.load_generator(*sample.find_generator(name, None, None, overrides), cpu)
+    net, paradigm, _, guidance = generator.load_generator(*generator.find_generator(name, None, None, overrides), cpu)
     one, seven, all_ = (
-        sample.generate(paradigm, net, guidance, torch.arange(32) % 10, list(range(32, 64)), batch, cpu) for batch in (1, 7, 32)
+        generator.generate(paradigm, net, guidance, torch.arange(32) % 10, list(range(32, 64)), batch, cpu)
+        for batch in (1, 7, 32)
     )
     for other in (seven, all_):
         assert torch.equal(other, one) if name == "var-digits" else relative_rms(other, one) < 1e-4
@@ -143,14 +147,14 @@ def test_the_size_of_the_micro_batch_hardly_matters(name, overrides):
 
 def test_networks_are_folded_and_images_are_those_of_networks_that_are_not(diffusion_run, guides, monkeypatch):
     overrides, cpu = ["sample.gamma=1.5", f"sample.guide={guides['diffusion_run']}"], torch.device("cpu")
-    config, weights = sample.find_generator(str(diffusion_run), None, None, overrides)
-    net, paradigm, _, guidance = sample.load_generator(config, weights, cpu)
+    config, weights = generator.find_generator(str(diffusion_run), None, None, overrides)
+    net, paradigm, _, guidance = generator.load_generator(config, weights, cpu)
     plain = replace(guidance, guide=load_net(str(guides["diffusion_run"]), "edm2"))
     arguments = (torch.arange(8), list(range(8)), 8, cpu)
-    expected = sample.generate(paradigm, load_net(str(weights), "edm2"), plain, *arguments)
+    expected = generator.generate(paradigm, load_net(str(weights), "edm2"), plain, *arguments)
     monkeypatch.delattr("mclr.models.blocks.used_weights")
     monkeypatch.delattr("mclr.models.edm2.used_weights")
-    assert torch.equal(sample.generate(paradigm, net, guidance, *arguments), expected)
+    assert torch.equal(generator.generate(paradigm, net, guidance, *arguments), expected)
 
 
 def test_blends_of_codes_are_pictures_and_no_dataset(token_run, tmp_path, capsys):
@@ -214,7 +218,7 @@ def test_a_complete_set_says_so_and_loads_nothing(diffusion_run, tmp_path, capsy
     argv = (diffusion_run, "--out", tmp_path / "s", "--count", 12)
     assert sample_(*argv) == 0
     before = record(tmp_path / "s")
-    monkeypatch.setattr(sample, "load_generator", None)
+    monkeypatch.setattr(samples_folder, "load_generator", None)
     capsys.readouterr()
     assert sample_(*argv) == 0
     assert capsys.readouterr().out == f"{tmp_path / 's'} is complete: 12 images of these settings; nothing to draw\n"
@@ -253,7 +257,7 @@ def guides(tmp_path_factory, diffusion_run, token_run):
     """A larger network for each kind of run."""
     folders = {}
     for kind, source in (("diffusion_run", diffusion_run), ("token_run", token_run)):
-        config, _ = sample.find_generator(str(source), None, None, GUIDE[kind])
+        config, _ = generator.find_generator(str(source), None, None, GUIDE[kind])
         folders[kind] = tmp_path_factory.mktemp("guide") / "weights"
         save_random(folders[kind], config)
     return folders
@@ -298,17 +302,17 @@ def test_a_run_keeps_its_guide(diffusion_run, guides, tmp_path):
 
 
 def test_a_guide_that_does_not_fit_is_one_line(diffusion_run, token_run, guides, tmp_path, capsys):
-    config, _ = sample.find_generator(str(diffusion_run), None, None, ["data.num_classes=3"])
+    config, _ = generator.find_generator(str(diffusion_run), None, None, ["data.num_classes=3"])
     save_random(tmp_path / "three", config)
-    config, _ = sample.find_generator(str(diffusion_run), None, None, ["data.resolution=16", "model.net.attn_resolutions=[]"])
+    config, _ = generator.find_generator(str(diffusion_run), None, None, ["data.resolution=16", "model.net.attn_resolutions=[]"])
     save_random(tmp_path / "large", config)
-    config, _ = sample.find_generator(str(diffusion_run), None, None, ["model.sigma_data=1.0"])
+    config, _ = generator.find_generator(str(diffusion_run), None, None, ["model.sigma_data=1.0"])
     save_random(tmp_path / "louder", config)
     tokenizer = VQVAEConfig(
         img_channels=1, ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=8, vocab_size=32, scales=(1, 2, 4)
     )
     save_weights(tmp_path / "tokenizer", VQVAE(tokenizer))
-    config, _ = sample.find_generator(str(token_run), None, None, [f"model.tokenizer={tmp_path / 'tokenizer'}"])
+    config, _ = generator.find_generator(str(token_run), None, None, [f"model.tokenizer={tmp_path / 'tokenizer'}"])
     save_random(tmp_path / "tokens", config)
     on = ["sample.gamma=0.5"]
     for source, guide, extra, line in [
@@ -373,9 +377,9 @@ def test_without_guidance_there_is_exactly_one_call_per_step():
         calls.append(c.tolist())
         return x * 0, sigma
 
-    counted = sample.WorkCounter(net)
+    counted = generator.WorkCounter(net)
     paradigm = Diffusion(shape=(1, 2, 2), null=10, steps=7, solver="euler")
-    sample.generate(paradigm, counted, Guidance(), torch.tensor([4, 5, 6]), [0, 1, 2], 2, torch.device("cpu"))
+    generator.generate(paradigm, counted, Guidance(), torch.tensor([4, 5, 6]), [0, 1, 2], 2, torch.device("cpu"))
     assert calls == [[4, 5]] * 7 + [[6, 6]] * 7
     assert counted.per_image(4, None) == 7
 
@@ -402,11 +406,11 @@ def test_pixels_are_rounded_as_the_record_says(diffusion_run, tmp_path):
     """Before rounding they are what generate() gives: 127.5 x + 127.5, half to even."""
     assert sample_(diffusion_run, "--out", tmp_path, "--count", 16) == 0
     cpu = torch.device("cpu")
-    config, weights = sample.find_generator(str(diffusion_run), None, None, [])
-    net, paradigm, _, guidance = sample.load_generator(config, weights, cpu)
-    x_N = sample.generate(paradigm, net, guidance, torch.arange(16) % 10, list(range(16)), 8, cpu)
+    config, weights = generator.find_generator(str(diffusion_run), None, None, [])
+    net, paradigm, _, guidance = generator.load_generator(config, weights, cpu)
+    x_N = generator.generate(paradigm, net, guidance, torch.arange(16) % 10, list(range(16)), 8, cpu)
     expected = np.rint(127.5 * x_N.clamp(-1, 1).numpy() + np.float32(127.5))
-    assert np.array_equal(sample.read_images(sample.image_paths(tmp_path)), expected) and len(np.unique(expected)) > 100
+    assert np.array_equal(image_files.read_images(image_files.image_paths(tmp_path)), expected) and len(np.unique(expected)) > 100
 
 
 def test_weights_go_with_a_preset(diffusion_run, tmp_path, monkeypatch):

@@ -17,15 +17,16 @@ from mclr.configs.schema import dump, load
 from mclr.metrics import neighbour_radii, neighbour_scores
 from mclr.models.features import ImageClassifier, ImageClassifierConfig
 from mclr.train import evaluate, sample
+from mclr.train.data import images as image_files
 from mclr.train.data.dataset import SplitReader, load_split
 from mclr.train.data.write import prepare_images
+from mclr.train.scoring import evaluation, scores
 from mclr.train.scoring import extractors as judges
 from mclr.train.scoring import image_readers as image_sets
-from mclr.train.scoring import scores
 from mclr.train.scoring import statistics as references
 from mclr.train.scoring.evaluation import judge
 from mclr.train.system.console import run
-from mclr.train.training.build import build_encoder, build_net
+from mclr.train.training.networks import build_encoder, build_net
 from mclr.train.weights.folder import save_weights
 
 CLASSES = 3
@@ -71,7 +72,7 @@ def real(home):
 def write_samples(folder, images, conditions):
     (folder / "images").mkdir(parents=True)
     for i, (image, c) in enumerate(zip(images.numpy(), conditions.tolist(), strict=True)):
-        (folder / "images" / f"{i:06d}-{c}.png").write_bytes(sample.png(image))
+        (folder / "images" / f"{i:06d}-{c}.png").write_bytes(image_files.png(image))
     return folder
 
 
@@ -174,9 +175,9 @@ def test_misuse_is_one_line_and_writes_nothing(home, real, tmp_path, capsys):
     few = write_samples(tmp_path / "few", images[:3], c[:3])
     wide = write_samples(tmp_path / "wide", images.repeat(1, 1, 1, 2), c)
     mixed = write_samples(tmp_path / "mixed", images, c)
-    (mixed / "images/000100-1.png").write_bytes(sample.png(np.zeros((1, 4, 4), np.uint8)))
+    (mixed / "images/000100-1.png").write_bytes(image_files.png(np.zeros((1, 4, 4), np.uint8)))
     nameless = write_samples(tmp_path / "nameless", images, c)
-    (nameless / "images/cat.png").write_bytes(sample.png(images[0].numpy()))
+    (nameless / "images/cat.png").write_bytes(image_files.png(images[0].numpy()))
     clear = write_samples(tmp_path / "clear", images, c)
     Image.new("RGBA", (8, 8)).save(clear / "images/000100-1.png")
     damaged = write_samples(tmp_path / "damaged", images, c)
@@ -297,7 +298,7 @@ def published(name="inception", D=5, broken=False):
 
 @pytest.fixture
 def inception(monkeypatch):
-    monkeypatch.setattr(evaluate, "open_judge", lambda name, weights: published(name))
+    monkeypatch.setattr(evaluation, "open_judge", lambda name, weights: published(name))
     return ("--judge", "inception")
 
 
@@ -500,7 +501,7 @@ def test_a_run_is_sampled_for_every_range(home, capsys):
 
 def test_doubtful_scores_say_so(inception, real, tmp_path, capsys, monkeypatch):
     folder, reference = write_plain(tmp_path / "fake", real[0][:20], "jpg"), write_plain(tmp_path / "real", real[0])
-    monkeypatch.setattr(evaluate, "open_judge", lambda name, weights: published(name, D=30))
+    monkeypatch.setattr(evaluation, "open_judge", lambda name, weights: published(name, D=30))
     assert evaluate_(folder, "--reference", reference, *inception) == 0
     notes = written_by(folder)["notes"]
     assert notes[0].startswith("the 20 images of the samples cannot span the 30 features") and "biased upwards" in notes[0]
@@ -508,7 +509,7 @@ def test_doubtful_scores_say_so(inception, real, tmp_path, capsys, monkeypatch):
     same = write_plain(tmp_path / "same", real[0][:1].repeat(20, 1, 1, 1))
     assert evaluate_(same, "--reference", reference, *inception) == 0
     assert "all images of the samples have the same features" in written_by(same)["notes"][1]
-    monkeypatch.setattr(evaluate, "open_judge", lambda name, weights: published(name, broken=True))
+    monkeypatch.setattr(evaluation, "open_judge", lambda name, weights: published(name, broken=True))
     capsys.readouterr()
     assert evaluate_(folder, "--reference", reference, *inception) == 2
     assert capsys.readouterr().err == (

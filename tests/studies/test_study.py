@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 import mclr
+import mclr.train.studies.tour
 import mclr.train.tour
 from mclr.configs.schema import load
 from mclr.errors import UserError
@@ -118,7 +119,7 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(mclr.train.tour, "load_split", lambda path, name: tuple(t[:60] for t in load_split(path, name)))
+        patch.setattr(mclr.train.studies.tour, "load_split", lambda path, name: tuple(t[:60] for t in load_split(path, name)))
         family = {"var-digits": (CONTROL, replace(MCLR, grid=MCLR.grid[:1], repeated=False), CFG)}
         study = Study(folder / "out", folder / "kept", family, seeds=(1,), overrides=TINY)
         study.run("var-digits/control")

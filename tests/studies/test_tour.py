@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import mclr.train.studies.tour
 import mclr.train.tour
 from mclr.train.data.dataset import load_split
 from mclr.train.system.console import run
@@ -17,9 +18,9 @@ def tour(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tour")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(mclr.train.tour, "load_split", lambda path, name: tuple(t[:150] for t in load_split(path, name)))
-        patch.setattr(mclr.train.tour, "GAMMAS", {"var-digits": (0.5, 1.0)})
-        patch.setattr(mclr.train.tour, "SEEDS", 2)
+        patch.setattr(mclr.train.studies.tour, "load_split", lambda path, name: tuple(t[:150] for t in load_split(path, name)))
+        patch.setattr(mclr.train.studies.tour, "GAMMAS", {"var-digits": (0.5, 1.0)})
+        patch.setattr(mclr.train.studies.tour, "SEEDS", 2)
         assert run(mclr.train.studies.tour.main, ["--out", "tour", *ARGUMENTS]) == 0
         first = json.loads((folder / "tour" / "results.json").read_text())
         kept = {path: path.stat().st_mtime_ns for path in (folder / "tour").glob("scores/*")}

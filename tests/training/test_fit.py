@@ -17,7 +17,8 @@ from mclr.train.data.source import Source
 from mclr.train.data.write import prepare_digits, prepare_images
 from mclr.train.prepare import main
 from mclr.train.system.console import run
-from mclr.train.training.build import build_classifier, build_networks
+from mclr.train.training.build import build_networks
+from mclr.train.training.networks import build_classifier
 from mclr.train.training.small_networks import LOSSES, Recipe, fit, new_network, quality, shifted
 from mclr.train.weights.folder import load_net, save_weights
 

@@ -14,7 +14,7 @@ from mclr.models.convert import published_entries
 from mclr.models.edm2 import EDM2, EDM2Config
 from mclr.models.vqvae import VQVAE, VQVAEConfig
 from mclr.train.run import main
-from mclr.train.training.build import build_classifier, build_encoder, build_guide, build_net, build_paradigm
+from mclr.train.training.networks import build_classifier, build_encoder, build_guide, build_net, build_paradigm
 from mclr.train.weights.folder import save_weights
 from mclr.train.weights.published import FAMILIES, SCALES_256, SCALES_512
 

@@ -27,7 +27,8 @@ from mclr.train.data.dataset import READERS
 from mclr.train.data.source import Source
 from mclr.train.system.console import Parser, run
 from mclr.train.system.files import write_json
-from mclr.train.training.build import build_encoder, open_source
+from mclr.train.training.build import open_source
+from mclr.train.training.networks import build_encoder
 
 EXAMPLE = """examples:
   python -m train.bench.data --data data/imagenet-512 --rate 100 400

@@ -41,7 +41,8 @@ from mclr.schedule import NONE, Schedule
 from mclr.train.bench.synthetic import build_noise
 from mclr.train.engine.base import autocast_of
 from mclr.train.system.console import Parser, run
-from mclr.train.training.build import build_networks, build_schedule, build_task, compile_every_length, open_source
+from mclr.train.training.build import build_networks, build_task, compile_every_length, open_source
+from mclr.train.training.networks import build_schedule
 from mclr.train.training.state import Progress, add_up, count_compute, forward_flops, rows_of
 from mclr.train.training.step import Task, train_step
 

@@ -7,7 +7,8 @@ from mclr.likelihood import Draws
 from mclr.models.vqvae import VQVAE, VQVAEConfig
 from mclr.train.data.encoders import RGB, BareLatents, Encoder, Tokens
 from mclr.train.data.source import Batch, Source
-from mclr.train.training.build import Networks, build_classifier, build_net, build_objective
+from mclr.train.training.build import Networks
+from mclr.train.training.networks import build_classifier, build_net, build_objective
 
 
 class Noise(Source):

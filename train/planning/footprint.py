@@ -27,7 +27,7 @@ from mclr.next_scale import NextScale, scale_progress
 from mclr.objective import Objective
 from mclr.train.data.encoders import Encoder, Tokens
 from mclr.train.engine.base import autocast_of, make_optimizer
-from mclr.train.training.build import build_classifier, build_net, build_objective, build_paradigm
+from mclr.train.training.networks import build_classifier, build_net, build_objective, build_paradigm
 from mclr.train.training.state import flops_of
 from mclr.train.weights.folder import find_weights, read_config, settings_of
 

@@ -42,7 +42,8 @@ from mclr.train.data.encoders import RGB, BareLatents, Encoder, Tokens
 from mclr.train.engine.zero import bucket_of
 from mclr.train.planning.footprint import Model
 from mclr.train.system.gpus import GPU, GPUS, NODE, gpu_named
-from mclr.train.training.build import LARGE, build_encoder
+from mclr.train.training.build import LARGE
+from mclr.train.training.networks import build_encoder
 from mclr.train.weights.published import SCALES_256, SCALES_512
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)  # of GPUs, where none is asked for

@@ -21,9 +21,7 @@ from mclr.train.sampling.generate import WorkCounter, generate, load_generator, 
 from mclr.train.system.console import progress_bar
 from mclr.train.system.files import checksum, in_memory, regular, write_file, write_json
 from mclr.train.system.ranks import from_rank_0, own_device, together, world
-from mclr.train.training.build import (
-    schedule_table,
-)
+from mclr.train.training.networks import schedule_table
 from mclr.train.weights.folder import find_weights, sha256
 
 CHUNK = 1024  # images read at a time

@@ -13,14 +13,8 @@ from mclr.guidance import Guidance
 from mclr.likelihood import Draws, Net, Paradigm
 from mclr.models.edm2 import EDM2
 from mclr.train.data.encoders import Encoder, to_uint8
-from mclr.train.training.build import (
-    build_encoder,
-    build_guidance,
-    build_guide,
-    build_net,
-    build_paradigm,
-    choose_kernels,
-)
+from mclr.train.training.build import choose_kernels
+from mclr.train.training.networks import build_encoder, build_guidance, build_guide, build_net, build_paradigm
 from mclr.train.weights.folder import find_weights, load_into, presets_of, read_config
 
 SAMPLING = 2**63  # seed of all sampling: beyond those of training, whose random numbers no image must repeat

@@ -21,7 +21,7 @@ from mclr.train.scoring.scores import Range, score, table
 from mclr.train.scoring.statistics import MOST, Reference, Statistics, measure, open_reference, reference_statistics
 from mclr.train.system.files import write_json
 from mclr.train.training import memorisation as monitor
-from mclr.train.training.build import build_encoder
+from mclr.train.training.networks import build_encoder
 from mclr.train.weights.folder import find_weights, load_net
 from mclr.train.weights.model_card import add_scores
 

@@ -1,41 +1,38 @@
 """From a config to the objects of a run. In this file: the parts that sampling shares; what a training run reads; its task."""
 
 import copy
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from mclr.configs.schema import DiffusionModel, NextScaleModel, RunConfig
 from mclr.configs.schema import Schedule as ScheduleConfig
-from mclr.diffusion import Diffusion, sigma_of
 from mclr.errors import UserError
-from mclr.guidance import Guidance
 from mclr.kernels.choice import interpreting, runs_triton, use
 from mclr.kernels.registry import OPS
-from mclr.kernels.weight_norm import force_weights
-from mclr.likelihood import Net, Paradigm
-from mclr.models.edm2 import EDM2, EDM2Config
-from mclr.models.features import CONVNEXT_SMALLEST, NoiseClassifier, NoiseClassifierConfig, channel_mult_for
-from mclr.models.var import VAR, VARConfig
-from mclr.models.vqvae import VQVAE
-from mclr.next_scale import NextScale, scale_progress
-from mclr.objective import Objective
+from mclr.models.edm2 import EDM2
+from mclr.models.features import NoiseClassifier
 from mclr.posterior import NoisyPosterior, PrefixPosterior
-from mclr.schedule import Schedule
 from mclr.train.data.cache import through_cache
-from mclr.train.data.encoders import RGB, Encoder, Latents, Tokens, load_vae
+from mclr.train.data.encoders import Encoder
 from mclr.train.data.source import Source
 from mclr.train.engine.base import Engine, Frozen, make_optimizer
 from mclr.train.engine.local import LocalEngine
 from mclr.train.engine.zero import DeepSpeedEngine, Sharded
 from mclr.train.system.ranks import world
 from mclr.train.training.class_map import class_map
+from mclr.train.training.networks import (
+    build_classifier,
+    build_encoder,
+    build_net,
+    build_objective,
+    build_paradigm,
+    build_schedule,
+    project,
+)
 from mclr.train.training.step import Task
-from mclr.train.weights.folder import find_weights, load_into, load_net, read_config, sha256
+from mclr.train.weights.folder import find_weights, load_into, sha256
 
 # fp32 means fp32: convolutions on CUDA would default to TF32
 torch.backends.cudnn.allow_tf32 = False
@@ -69,163 +66,6 @@ def compile_every_length() -> None:
     Beyond its limit, which is 8, it would run the rest as eager.
     """
     torch._dynamo.config.recompile_limit = 256
-
-
-def build_encoder(config: RunConfig, device: torch.device) -> Encoder:
-    """Raises UserError where there is no VAE as the config wants it, or the tokenizer is of other images than the data."""
-    if isinstance(config.model, DiffusionModel):
-        return Latents(load_vae(config.model.vae, device)) if config.model.vae else RGB()
-    tokenizer = load_net(config.model.tokenizer, "vqvae")
-    assert isinstance(tokenizer, VQVAE)
-    tokens, data = tokenizer.config, config.data
-    read = (tokens.img_channels, tokens.scales[-1] << (len(tokens.ch_mult) - 1))
-    if read != (data.channels, data.resolution):
-        raise UserError(
-            f"model.tokenizer={config.model.tokenizer} is for {read[0]} x {read[1]}^2 images, {data.name} has {data.channels} x "
-            f"{data.resolution}^2: for published weights give model.tokenizer= the converted vae_ch160v4096z32.pth (at 512 pixels with "
-            f"its scales, `mclr convert --help`), for your own one by `mclr prepare tokenizer WEIGHTS --data {data.path}`"
-        )
-    return Tokens(tokenizer.to(device))
-
-
-def build_net(config: RunConfig, encoder: Encoder) -> nn.Module:
-    """The generator, freshly initialised from torch's global generator."""
-    data, model = config.data, config.model
-    x_shape = encoder.shape(data)
-    if isinstance(model, DiffusionModel):
-        assert x_shape is not None
-        shape: dict[str, Any] = {"img_resolution": x_shape[1], "img_channels": x_shape[0], "num_classes": data.num_classes}
-        return EDM2(EDM2Config(**shape, sigma_data=model.sigma_data, **model.net.model_dump()))
-    assert isinstance(encoder, Tokens)
-    tokens = encoder.tokenizer.config
-    net = model.net.model_dump()
-    shape = {"num_classes": data.num_classes, "vocab_size": tokens.vocab_size, "z_channels": tokens.z_channels}
-    return VAR(VARConfig(**shape, patch_nums=tokens.scales, **net))
-
-
-def build_paradigm(config: RunConfig, encoder: Encoder) -> Paradigm:
-    data, model, sample = config.data, config.model, config.sample
-    x_shape = encoder.shape(data)
-    if isinstance(model, DiffusionModel):
-        assert x_shape is not None
-        return Diffusion(
-            shape=x_shape,
-            null=data.num_classes,
-            noise_mean=model.noise_mean,
-            noise_std=model.noise_std,
-            sigma_data=model.sigma_data,
-            steps=sample.steps,
-            sigma_min=sample.sigma_min,
-            sigma_max=sample.sigma_max,
-            rho=sample.rho,
-            solver=sample.solver,
-            churn=sample.churn,
-            churn_min=sample.churn_min,
-            churn_max=math.inf if sample.churn_max is None else sample.churn_max,
-            churn_noise=sample.churn_noise,
-        )
-    assert isinstance(encoder, Tokens)
-    tokenizer = encoder.tokenizer
-    return NextScale(tokenizer.config.scales, data.num_classes, tokenizer, sample.top_k, sample.top_p, sample.more_smooth)
-
-
-def build_classifier(config: RunConfig) -> NoiseClassifier:
-    """The posterior classifier of a diffusion run: model.posterior.weights, or fresh from torch's global generator.
-
-    Weights decide the size of their network. Raises UserError when they are of other data or another sigma_data, or the images too
-    small for a ConvNeXt.
-    """
-    data, model = config.data, config.model
-    assert isinstance(model, DiffusionModel)
-    posterior, name = model.posterior, model.posterior.weights
-    channels, side, _ = (Latents if model.vae else RGB).shape(data)
-    needed: dict[str, Any] = {"img_channels": channels, "num_classes": data.num_classes, "sigma_data": model.sigma_data}
-    if name is None:
-        mult = channel_mult_for(side)
-        classifier = NoiseClassifier(
-            NoiseClassifierConfig(**needed, channels=posterior.channels, channel_mult=mult, backbone=posterior.backbone)
-        )
-    else:
-        loaded = load_net(name, "noise_classifier")
-        assert isinstance(loaded, NoiseClassifier)
-        classifier = loaded
-        for key, here in needed.items():
-            if (there := getattr(classifier.config, key)) != here:
-                raise UserError(
-                    f"model.posterior.weights={name} has {key} {there}, this run has {here}: "
-                    "fit another with `mclr prepare posterior`, or give null to start from scratch"
-                )
-    if classifier.config.backbone and side < CONVNEXT_SMALLEST:
-        raise UserError(
-            f"posterior backbone {classifier.config.backbone} needs images of {CONVNEXT_SMALLEST} pixels or more, "
-            f"data.resolution={data.resolution}{f' makes latents of {side}' if model.vae else ''}: give model.posterior.backbone=null"
-        )
-    return classifier
-
-
-def build_objective(config: RunConfig) -> Objective:
-    objective = config.objective
-    return Objective(
-        objective.contrast,
-        build_schedule(objective.schedule, objective.lam),
-        bound=objective.bound,
-        truncate=objective.truncate,
-        name=objective.name,
-        beta=objective.beta,
-        null_share=config.train.drop_condition,
-    )
-
-
-def build_guidance(config: RunConfig, guide: Net | None = None) -> Guidance:
-    return Guidance(build_schedule(config.sample.schedule, config.sample.gamma), guide)
-
-
-def build_guide(config: RunConfig, net: nn.Module) -> nn.Module | None:
-    """The network of sample.guide, whose weights decide its size; None where the guide is the null condition.
-
-    net: the network it guides. Raises UserError when the two are of other data, or of another tokenizer.
-    """
-    name, model = config.sample.guide, config.model
-    if name is None:
-        return None
-    diffusion = isinstance(model, DiffusionModel)
-    guide = load_net(name, "edm2" if diffusion else "var")
-    # answers are mixed before they become images, which takes one sigma_data
-    shared = ("img_resolution", "img_channels", "sigma_data") if diffusion else ("patch_nums", "vocab_size", "z_channels")
-    for key in ("num_classes", *shared):
-        there, here = getattr(guide.config, key), getattr(net.config, key)
-        # an unconditional diffusion network guides any, as EDM2's guidance does
-        if there != here and not (diffusion and key == "num_classes" and there == 0):
-            raise UserError(f"sample.guide={name} has {key} {there}, {model.name} has {here}: give a guide for the same samples")
-    if isinstance(model, NextScaleModel):
-        # published weights do not say which tokenizer theirs was
-        there = read_config(find_weights(name)).get("inputs", {}).get("model.tokenizer")
-        if there not in (None, sha256(find_weights(model.tokenizer))):
-            raise UserError(
-                f"sample.guide={name} is of another tokenizer than {model.tokenizer}: give a guide for the same tokens"
-            )
-    return guide
-
-
-def build_schedule(schedule: ScheduleConfig, weight: float) -> Schedule:
-    return Schedule(weight=weight, **schedule.model_dump())
-
-
-def schedule_table(name: str, schedule: Schedule, scales: Sequence[int] | None) -> list[str]:
-    """Three aligned lines, none where the weight is constant: scale or sigma, progress, and the weight under `name`.
-
-    scales: sides of the token maps; None: diffusion, shown at seven noise levels and at the schedule's own bounds.
-    """
-    if schedule.is_zero or schedule.kind == "constant":
-        return []
-    if scales is None:
-        progress = sorted({*(i / 6 for i in range(7)), *schedule.bounds})
-        places = ["sigma", *(f"{sigma_of(p):.3g}" for p in progress)]
-    else:
-        progress = scale_progress(scales)
-        places = ["scale", *(str(side) for side in scales)]
-    rows = [places, ["progress", *(f"{p:.3g}" for p in progress)], [name, *(f"{schedule.at(p):.3g}" for p in progress)]]
-    return [f"  {row[0]:9}" + "".join(f"{entry:>8}" for entry in row[1:]) for row in rows]
 
 
 def open_source(config: RunConfig, path: str | None = None) -> Source:
@@ -304,15 +144,6 @@ def build_networks(config: RunConfig, device: torch.device) -> Networks:
     reference = copy.deepcopy(net) if objective.needs_reference else None
     generated = through_cache(open_generated(config), encoder, config) if objective.needs_generated else None
     return Networks(encoder, net, classifier, reference, generated)
-
-
-@torch.no_grad()
-def project(net: nn.Module) -> list[nn.Parameter]:
-    """The weights under forced normalisation, brought to unit magnitude; of an EDM2 alone."""
-    normalised = net.magnitude_preserving() if isinstance(net, EDM2) else []
-    if normalised:
-        force_weights(normalised)
-    return normalised
 
 
 LARGE = 2e9  # parameters of a reference that `auto` divides among the ranks: 8 GB

@@ -126,8 +126,8 @@ def planned(config: RunConfig) -> Any:
     """The network of a run, without memory. Raises UserError where weights that the run names are missing, or do not fit it."""
     import torch
 
-    from mclr.train.training.build import build_encoder, build_net
     from mclr.train.training.class_map import class_map
+    from mclr.train.training.networks import build_encoder, build_net
     from mclr.train.weights.folder import find_weights, named_weights, refuse_misfit
 
     encoder = build_encoder(config, torch.device("cpu"))
@@ -141,7 +141,8 @@ def planned(config: RunConfig) -> Any:
 
 def describe(config: RunConfig, ranks: int, micro_batch: int, net: Any) -> str:
     """The run in a few lines: what is trained, on what, how, at what cost."""
-    from mclr.train.training.build import build_objective, posterior_warmup, schedule_table
+    from mclr.train.training.build import posterior_warmup
+    from mclr.train.training.networks import build_objective, schedule_table
 
     count = sum(p.numel() for p in net.parameters())
     objective, settings, engine = build_objective(config), config.train, config.engine
