@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 import mclr.train.run
+import mclr.train.training.launch
 import mclr.train.training.step
 from mclr.train.system.console import run_rank
 from mclr.train.system.ranks import group, world
@@ -46,7 +47,7 @@ def once(folder, argv, step):
 def main(_):
     torch.set_num_threads(1)
     with group(True):
-        mclr.train.run.group = lambda *args: nullcontext()
+        mclr.train.training.launch.group = lambda *args: nullcontext()
         statuses = [once(*run) for run in json.loads(Path("plan.json").read_text())]
         if world()[0] == 0:
             Path("statuses.json").write_text(json.dumps(statuses))

@@ -20,7 +20,7 @@ import mclr.train.system.files
 from mclr.configs.schema import load
 from mclr.errors import UserError
 from mclr.likelihood import Draws
-from mclr.train.cli import main as mclr
+from mclr.train.cli import main as command_line
 from mclr.train.data.cache import CachedSource, data_line, precision_of, through_cache
 from mclr.train.data.encoders import Latents, from_uint8
 from mclr.train.data.write import prepare_images
@@ -410,11 +410,11 @@ def test_a_run_on_tokens_may_gain_and_lose_its_cache(digits, tokenizer, tmp_path
 
     def start(out, images):
         capsys.readouterr()
-        assert mclr([*argv, f"train.images={images}", "--out", str(tmp_path / out)]) == 0
+        assert command_line([*argv, f"train.images={images}", "--out", str(tmp_path / out)]) == 0
         return capsys.readouterr().out
 
     assert "data       tokens" not in start("plain", 32) and "data       nothing" not in start("other", 16)
-    assert mclr(["prepare", "cache", *argv[1:5], f"model.tokenizer={tokenizer}", "data.flip=true"]) == 0
+    assert command_line(["prepare", "cache", *argv[1:5], f"model.tokenizer={tokenizer}", "data.flip=true"]) == 0
     with monkeypatch.context() as patch:
         patch.setattr(mclr.train.data.dataset, "read_image", lambda *_: pytest.fail("an image was read"))
         assert f"data       tokens (uint8) from {folder(data)}\n" in start("other", 24)
@@ -437,24 +437,24 @@ def test_a_run_on_fp16_latents_may_not_change_them(make, data, vae, tmp_path, ca
         "mle",
     ]
     argv += ["train.batch=8", "model.posterior.weights=null", "--out", str(tmp_path / "run")]
-    assert mclr([*argv, "train.images=8"]) == 0
+    assert command_line([*argv, "train.images=8"]) == 0
     assert json.loads((tmp_path / "run" / "inputs.json").read_text())["latents"] == "float32"
     make("--half")
     capsys.readouterr()
-    assert mclr([*argv, "train.images=16"]) == 2
+    assert command_line([*argv, "train.images=16"]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: run folder {tmp_path / 'run'} began with another latents=float32 than lies there now: choose")
     # an exact one takes the place of both
     make()
-    assert mclr([*argv, "train.images=16"]) == 0
+    assert command_line([*argv, "train.images=16"]) == 0
     assert f"data       latents (float32) from {data / 'cache'}" in capsys.readouterr().out
     shutil.rmtree(tmp_path / "run")
     shutil.rmtree(data / "cache")
     make("--half")
-    assert mclr([*argv, "train.images=8"]) == 0
+    assert command_line([*argv, "train.images=8"]) == 0
     (folder(data) / "000000.npy").unlink()
-    assert mclr([*argv, "train.images=16"]) == 2
+    assert command_line([*argv, "train.images=16"]) == 2
     assert "is damaged (000000.npy is missing or cut off)" in capsys.readouterr().err
     shutil.rmtree(data / "cache")
-    assert mclr([*argv, "train.images=16"]) == 2
+    assert command_line([*argv, "train.images=16"]) == 2
     assert "began with another latents=float16 than" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from PIL import Image
 
 import mclr.train.run
 import mclr.train.weights.folder
-from mclr.configs.schema import dump, load
+from mclr.configs.schema import PRESETS, dump, load
 from mclr.diffusion import Diffusion
 from mclr.guidance import Guidance
 from mclr.models.vqvae import VQVAE, VQVAEConfig
@@ -416,7 +416,7 @@ def test_pixels_are_rounded_as_the_record_says(diffusion_run, tmp_path):
 def test_weights_go_with_a_preset(diffusion_run, tmp_path, monkeypatch):
     argv = (*EDM2, "--count", 9)
     preset = tmp_path / "small.yaml"
-    preset.write_text((sample.PRESETS / "model/edm2-digits.yaml").read_text())
+    preset.write_text((PRESETS / "model/edm2-digits.yaml").read_text())
     assert sample_(diffusion_run / "weights", "--model", preset, "--out", tmp_path / "a", *argv) == 0
     assert sample_(diffusion_run, "--out", tmp_path / "b", "--count", 9) == 0
     assert images(tmp_path / "a") == images(tmp_path / "b")

@@ -27,7 +27,7 @@ from mclr.train.scoring import statistics as references
 from mclr.train.scoring.evaluation import judge
 from mclr.train.system.console import run
 from mclr.train.training.networks import build_encoder, build_net
-from mclr.train.weights.folder import save_weights
+from mclr.train.weights.folder import save_weights, sha256
 
 CLASSES = 3
 ROOT = Path(__file__).parent.parent.parent
@@ -132,7 +132,7 @@ def test_a_folder_and_an_npz_of_the_same_images_score_the_same(home, real, tmp_p
     assert written["samples"] == {"path": str(folder), "count": 60, "made": None}
     about = {"data": "blobs", "path": str(home / "data"), "splits": ["train", "val"]}
     assert written["real"] == {**about, "count": 60, "neighbours": 60, "sha256": written["real"]["sha256"]}
-    assert written["judge"]["sha256"] == sample.sha256(home / "judge")
+    assert written["judge"]["sha256"] == sha256(home / "judge")
     lines = out.splitlines()
     assert lines[:3] == [
         f"samples    60 images of {folder}, guidance weight unknown, seeds unknown",

@@ -21,10 +21,10 @@ def tour(tmp_path_factory):
         patch.setattr(mclr.train.studies.tour, "load_split", lambda path, name: tuple(t[:150] for t in load_split(path, name)))
         patch.setattr(mclr.train.studies.tour, "GAMMAS", {"var-digits": (0.5, 1.0)})
         patch.setattr(mclr.train.studies.tour, "SEEDS", 2)
-        assert run(mclr.train.studies.tour.main, ["--out", "tour", *ARGUMENTS]) == 0
+        assert run(mclr.train.tour.main, ["--out", "tour", *ARGUMENTS]) == 0
         first = json.loads((folder / "tour" / "results.json").read_text())
         kept = {path: path.stat().st_mtime_ns for path in (folder / "tour").glob("scores/*")}
-        assert run(mclr.train.studies.tour.main, ["--out", "tour", *ARGUMENTS]) == 0
+        assert run(mclr.train.tour.main, ["--out", "tour", *ARGUMENTS]) == 0
         assert {path: path.stat().st_mtime_ns for path in (folder / "tour").glob("scores/*")} == kept
     return folder / "tour", first
 
@@ -86,5 +86,5 @@ def test_the_page_and_the_pictures_are_there(tour):
 def test_an_unwritable_folder_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    assert run(mclr.train.studies.tour.main, ["--out", "file/tour"]) == 2
+    assert run(mclr.train.tour.main, ["--out", "file/tour"]) == 2
     assert capsys.readouterr().err.count("\n") == 1

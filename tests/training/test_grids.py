@@ -15,6 +15,7 @@ from mclr.train.cli import main
 from mclr.train.data.images import image_paths, read_images
 from mclr.train.sampling.generate import SAMPLING
 from mclr.train.training.build import build_networks, build_task, open_source
+from mclr.train.training.networks import build_paradigm
 from mclr.train.training.previews import Grid, columns
 
 CPU = torch.device("cpu")
@@ -150,7 +151,7 @@ def test_latents_are_decoded(digits, tmp_path):
         engine=engine,
         device=CPU,
         encoder=networks.encoder,
-        paradigm=mclr.train.build.build_paradigm(config, networks.encoder),
+        paradigm=build_paradigm(config, networks.encoder),
     )
     grid = Grid(task, config, Run(tmp_path))
     grid.draw(8)
