@@ -85,7 +85,7 @@ def measure(config, patch):
     """Bytes on the rank that has most: in the second step, when nothing is made for the first time any more."""
     networks = build_networks(config, torch.device("cpu"))
     task = build_task(config, open_source(config), networks, torch.device("cpu"), MICRO)
-    averages = averages_of(task.engine.pieces(), config.train)
+    averages = averages_of(task.engine.shards(), config.train)
     rank, _, ranks = world()
     share, trained = BATCH // ranks, task.engine
     zero, parameters = trained.engine.optimizer, list(trained.net.parameters())

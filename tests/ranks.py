@@ -120,7 +120,7 @@ class Trained:
 
     def weights(self):
         """Whole, on rank 0; elsewhere empty."""
-        return {f"{part}.{name}": w.clone() for part, e in self.engines().items() for name, w in e.gather(e.pieces()).items()}
+        return {f"{part}.{name}": w.clone() for part, e in self.engines().items() for name, w in e.gather(e.shards()).items()}
 
     def save(self, folder):
         tensors = {part: engine.save() for part, engine in self.engines().items()}

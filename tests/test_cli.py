@@ -90,6 +90,6 @@ def test_every_command_has_its_program(module):
 
 
 def test_help_and_typos_import_no_heavy_library():
-    code = "import sys; from train.cli import main; main(['--help']); main(['x']); print(*sys.modules)"
+    code = "import sys; from mclr.train.cli import main; main(['--help']); main(['x']); print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "numpy", "deepspeed", "pydantic", "yaml"} & set(modules)

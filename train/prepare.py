@@ -13,7 +13,7 @@ from mclr.errors import UserError
 from mclr.train.data.dataset import DatasetInfo
 from mclr.train.data.write import open_or_prepare, prepare_digits, prepare_images
 from mclr.train.system.console import Parser, run_rank
-from mclr.train.system.ranks import on_signals, one_voice, own_device, world
+from mclr.train.system.ranks import on_signals, own_device, report_once, world
 
 NETWORKS = {
     "tokenizer": "the tokenizer of next-scale models (multi-scale VQVAE)",
@@ -114,7 +114,7 @@ def _cache(args: argparse.Namespace) -> None:
     from mclr.train.training.networks import build_encoder
 
     rank = world()[0]
-    with on_signals(signal.SIG_DFL) if rank else nullcontext(), one_voice():
+    with on_signals(signal.SIG_DFL) if rank else nullcontext(), report_once():
         # the objective says nothing about encoders; a cache is of all samples
         config = load(args.model, "mle", args.data, "auto", [*args.overrides, "data.damaged=0.0"])
         if config.data.streamed:

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mclr.configs.schema import dump, load
 from mclr.train.system.console import Parser, run_rank
-from mclr.train.system.ranks import on_signals, one_voice, world
+from mclr.train.system.ranks import on_signals, report_once, world
 from mclr.train.training.launch import describe, end_early, micro_batch_of, planned, start
 from mclr.train.training.trackers import refuse_missing
 
@@ -67,7 +67,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     rank, _, ranks = world()
     with on_signals(end_early if rank == 0 else signal.SIG_DFL):
-        with one_voice():
+        with report_once():
             args = parse(argv)
             overrides = args.overrides
             if args.init:

@@ -21,7 +21,7 @@ from mclr.errors import UserError
 from mclr.train.sampling.folder import draw, write_dataset, write_npz
 from mclr.train.sampling.generate import find_generator, parse_classes
 from mclr.train.system.console import Parser, run_rank
-from mclr.train.system.ranks import group, on_signals, one_voice, world
+from mclr.train.system.ranks import group, on_signals, report_once, world
 
 EXAMPLE = """examples:
   mclr sample runs/mine --out samples/mine --per-class 50
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     rank = world()[0]
     with on_signals(signal.SIG_DFL) if rank else nullcontext():
-        with one_voice():
+        with report_once():
             args = parser.parse_intermixed_args(argv)
             config, weights = find_generator(args.source, args.model, args.data, args.overrides)
             conditions = parse_classes(args.classes, config.data.num_classes)
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         count = args.per_class * len(conditions) if args.per_class is not None else 100 if args.count is None else args.count
         # a program whose ranks have met already asks one of them
         launched = "WORLD_SIZE" in os.environ and not torch.distributed.is_initialized()
-        with group(launched), one_voice():
+        with group(launched), report_once():
             draw(config, weights, args.out, conditions, args.seed, count, keep_tokens, shared=launched)
             if rank == 0 and args.npz:
                 write_npz(args.out)

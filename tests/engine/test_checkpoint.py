@@ -82,13 +82,14 @@ def test_training_on_from_an_older_one_replaces_the_damaged(tmp_path):
 def test_a_process_killed_while_writing_leaves_nothing_to_read(tmp_path, function):
     save(tmp_path, 64)
     program = f"""
-import os, pathlib, torch, train.checkpoint
-real = train.checkpoint.{function}
+import os, pathlib, torch
+from mclr.train.engine import checkpoint
+real = checkpoint.{function}
 def killed(*args):
     real(*args)
     os.kill(os.getpid(), 9)
-train.checkpoint.{function} = killed
-train.checkpoint.save_checkpoint(pathlib.Path({str(tmp_path)!r}), 128, {{"engine": {{"w": torch.zeros(5)}}}}, {{}}, {{}}, 1)
+checkpoint.{function} = killed
+checkpoint.save_checkpoint(pathlib.Path({str(tmp_path)!r}), 128, {{"engine": {{"w": torch.zeros(5)}}}}, {{}}, {{}}, 1)
 """
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == -9
     left = [name for name in names(tmp_path) if name != "000000000064"]

@@ -62,7 +62,7 @@ def weights_after_a_step(model, settings, digits, tokenizer, kernels):
                 p.copy_(torch.linspace(-0.5, 0.5, p.numel()).view(p.shape) if p.ndim else torch.tensor(0.7))
     with using(kernels):
         metrics = train_step(task, range(4), 4, 1e-2, lambda: False)
-    return task.engine.pieces(), metrics
+    return task.engine.shards(), metrics
 
 
 @pytest.mark.parametrize("name", STEPS)

@@ -11,8 +11,8 @@ PROGRAM = """
 import sys, time
 import torch.distributed as dist
 from mclr.errors import UserError
-from train.cli import run_rank
-from train.ranks import group
+from mclr.train.system.console import run_rank
+from mclr.train.system.ranks import group
 dist.get_backend = lambda: "nccl"
 dist.destroy_process_group = lambda: time.sleep(1000)
 def main(argv):

@@ -60,7 +60,7 @@ class Arm:
         device, before = own_device(), live_bytes()
         self.settings, self.share, self.first = config.train, config.train.batch // ranks, rank * config.train.batch // ranks
         self.task = build_task(config, open_source(config), build_networks(config, device), device, self.share)
-        self.averages = averages_of(self.task.engine.pieces(), config.train)
+        self.averages = averages_of(self.task.engine.shards(), config.train)
         self.seconds: list[float] = []
         self.forced = 0.0
         for _ in range(WARM_UP):
@@ -76,7 +76,7 @@ class Arm:
         began = time.perf_counter()
         train_step(self.task, positions, self.share, settings.lr, lambda: False)
         for ema in self.averages.values():
-            ema.update(engine.pieces(), self.first, settings.batch)
+            ema.update(engine.shards(), self.first, settings.batch)
         self.seconds.append(time.perf_counter() - began)
         # once more, which changes nothing but the last digits
         began = time.perf_counter()

@@ -1,7 +1,7 @@
 """Engines carry a network through optimisation: LocalEngine (plain torch, the reference) here, DeepSpeedEngine in train/engine/zero.py.
 
 Both keep fp32 weights (bf16 runs the forward under autocast), and save and load one state that knows nothing of ranks or stages.
-A piece is what one rank holds of a tensor: of its elements in order, divided into as many equal parts as there are ranks, the part with
+A shard is what one rank holds of a tensor: of its elements in order, divided into as many equal parts as there are ranks, the part with
 the rank's number, the last ones shorter or empty. It is what ZeRO 3 keeps of a weight.
 """
 
@@ -39,14 +39,14 @@ class Engine(Protocol):
     def force_weights(self, weights: list[nn.Parameter]) -> None:
         """Bring the rows of these weights, some of the network's, to unit magnitude: EDM2's forced weight normalisation."""
 
-    def pieces(self) -> dict[str, Tensor]:
-        """This rank's pieces of the fp32 weights, by name, to be read."""
+    def shards(self) -> dict[str, Tensor]:
+        """This rank's shards of the fp32 weights, by name, to be read."""
 
     def split(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's pieces of such tensors, by the names of weights; copies."""
+        """This rank's shards of such tensors, by the names of weights; copies."""
 
-    def gather(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The whole tensors that all ranks' pieces make, on rank 0 in host memory, elsewhere empty. Collective."""
+    def gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The whole tensors that all ranks' shards make, on rank 0 in host memory, elsewhere empty. Collective."""
 
     def save(self) -> dict[str, Tensor]:
         """On rank 0, in host memory: weights, moments and buffers by name ("weight:NAME", "exp_avg:NAME", "exp_avg_sq:NAME",
@@ -88,7 +88,7 @@ def autocast_of(net: nn.Module, bf16: bool) -> torch.autocast:
 
 
 @contextmanager
-def answering(net: nn.Module, bf16: bool) -> Iterator[None]:
+def eval_mode(net: nn.Module, bf16: bool) -> Iterator[None]:
     """Inside, a network that is being trained answers without gradient, dropout or compiled code: code that was made for other shapes
     might serve training afterwards, with another rounding."""
     training = net.training

@@ -59,24 +59,24 @@ def coefficients(t_K: np.ndarray, std_K: np.ndarray, t: float, std: float) -> tu
 
 
 class EMA:
-    """average: name -> fp32 piece that this rank holds (train/engine/base.py). std: .01 to .25, relative to the images seen in this run."""
+    """average: name -> fp32 shard that this rank holds (train/engine/base.py). std: .01 to .25, relative to the images seen in this run."""
 
-    def __init__(self, pieces: dict[str, Tensor], std: float):
+    def __init__(self, shards: dict[str, Tensor], std: float):
         self.std = std
-        self.average = {name: piece.clone() for name, piece in pieces.items()}
+        self.average = {name: shard.clone() for name, shard in shards.items()}
 
     @torch.no_grad()
-    def update(self, pieces: dict[str, Tensor], images_seen: int, images: int) -> None:
+    def update(self, shards: dict[str, Tensor], images_seen: int, images: int) -> None:
         share = 1 - beta_of(self.std, images_seen, images)
-        torch._foreach_lerp_(list(self.average.values()), [pieces[name] for name in self.average], share)
+        torch._foreach_lerp_(list(self.average.values()), [shards[name] for name in self.average], share)
 
 
-def averages_of(pieces: dict[str, Tensor], settings: Train) -> dict[str, EMA]:
+def averages_of(shards: dict[str, Tensor], settings: Train) -> dict[str, EMA]:
     """The averages that a run keeps, by their names in a checkpoint: `ema`, which becomes RUN/weights, and those for snapshots alone."""
     stds = {"ema": settings.ema_std} if settings.ema_std else {}
     if settings.snapshot_every:
         stds |= {f"ema-{std:.3f}": std for std in settings.snapshot_stds if std != settings.ema_std}
-    return {name: EMA(pieces, std) for name, std in stds.items()}
+    return {name: EMA(shards, std) for name, std in stds.items()}
 
 
 def write_snapshot(run: Path, average: dict[str, Tensor], std: float, images_seen: int) -> None:

@@ -40,14 +40,14 @@ class LocalEngine(RowCounter):
     def force_weights(self, weights: list[nn.Parameter]) -> None:
         force_weights(weights)
 
-    def pieces(self) -> dict[str, Tensor]:
+    def shards(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.net.named_parameters()}
 
     def split(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: whole[name].to(p.device, copy=True) for name, p in self.net.named_parameters()}
 
-    def gather(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: piece.cpu() for name, piece in pieces.items()}
+    def gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: shard.cpu() for name, shard in shards.items()}
 
     def save(self) -> dict[str, Tensor]:
         state = {name: t.cpu() for name, t in buffers_of(self.net).items()}

@@ -1,4 +1,4 @@
-"""DeepSpeed as an engine (ZeRO 0 to 3), a reference that ranks share, and the pieces that ranks hold of tensors."""
+"""DeepSpeed as an engine (ZeRO 0 to 3), a reference that ranks share, and the shards that ranks hold of tensors."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -56,7 +56,7 @@ class DeepSpeedEngine(RowCounter):
             flat = [p for group in self.optimizer.param_groups for p in group["params"]]
         start_moments(self.optimizer, flat)
         if zero in (1, 2):
-            # ties each weight to its piece of the flat moments; DeepSpeed does so in its first step, but for one group of weights
+            # ties each weight to its shard of the flat moments; DeepSpeed does so in its first step, but for one group of weights
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -86,7 +86,7 @@ class DeepSpeedEngine(RowCounter):
         if self.zero == 3:
             # ranks hold parts of rows: what goes between them is the sum of squares of every row
             partitioned: list[Any] = weights
-            force_pieces([p.ds_tensor[: numel_here(p.ds_shape)] for p in partitioned], [p.ds_shape for p in partitioned])
+            force_shards([p.ds_tensor[: numel_here(p.ds_shape)] for p in partitioned], [p.ds_shape for p in partitioned])
             for p in partitioned:
                 self.utils.safe_set_local_fp32_param(p, p.ds_tensor)
             return
@@ -96,22 +96,22 @@ class DeepSpeedEngine(RowCounter):
             self._set_weight(w, w)
 
     @torch.no_grad()
-    def pieces(self) -> dict[str, Tensor]:
-        # of fp32 networks ZeRO leaves a copy of the masters, of ZeRO 3's pieces, in the network
+    def shards(self) -> dict[str, Tensor]:
+        # of fp32 networks ZeRO leaves a copy of the masters, of ZeRO 3's shards, in the network
         if self.zero == 3:
             parameters: Any = self.net.named_parameters()
             return {name: p.ds_tensor[: numel_here(self.shapes[name])] for name, p in parameters}
-        return {name: piece_of(p.detach()) for name, p in self.net.named_parameters()}
+        return {name: shard_of(p.detach()) for name, p in self.net.named_parameters()}
 
     def split(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         device = next(self.net.parameters()).device
-        return {name: piece_of(whole[name]).to(device, copy=True) for name in self.shapes}
+        return {name: shard_of(whole[name]).to(device, copy=True) for name in self.shapes}
 
-    def gather(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
         whole = {}
-        for name, piece in pieces.items():
+        for name, shard in shards.items():
             shape = self.shapes[name]
-            part = padded(piece, shape)
+            part = padded(shard, shape)
             parts = [torch.empty_like(part) for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
             dist.gather(part, parts)
             if parts is not None:
@@ -149,7 +149,7 @@ class DeepSpeedEngine(RowCounter):
     def _set_weight(self, p: Any, value: Tensor) -> None:
         """In the network, and in this rank's share of the fp32 masters: ZeRO would overwrite the network from those."""
         if self.zero == 3:
-            p.ds_tensor.copy_(padded(piece_of(value), value.shape))
+            p.ds_tensor.copy_(padded(shard_of(value), value.shape))
             self.utils.safe_set_local_fp32_param(p, p.ds_tensor)
             return
         p.copy_(value)
@@ -163,7 +163,7 @@ class DeepSpeedEngine(RowCounter):
 
     def _set_moment(self, p: nn.Parameter, key: str, value: Tensor) -> None:
         if self.zero == 3:
-            self.utils.safe_set_local_optimizer_state(p, padded(piece_of(value), value.shape), key)
+            self.utils.safe_set_local_optimizer_state(p, padded(shard_of(value), value.shape), key)
         elif self.zero:
             self.utils.safe_set_full_optimizer_state(p, value, key)
         else:
@@ -193,7 +193,7 @@ def deepspeed_config(net: nn.Module, micro_batch: int, accumulation: int, bf16: 
     if zero == 3:
         # by default a network of up to 1e9 weights would stay whole from forward to backward
         stage |= dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"), bucket)
-        # no weight is kept whole beside its pieces, where forced normalisation would miss it
+        # no weight is kept whole beside its shards, where forced normalisation would miss it
         stage["stage3_param_persistence_threshold"] = 0
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
@@ -234,44 +234,44 @@ def initialize(net: nn.Module, config: dict[str, Any], optimizer: torch.optim.Op
     return engine
 
 
-def numel_of_pieces(shape: torch.Size) -> int:
-    """Elements of a piece, the last ones padded."""
+def numel_of_shard(shape: torch.Size) -> int:
+    """Elements of a shard, the last ones padded."""
     return -(-shape.numel() // dist.get_world_size())
 
 
 def numel_here(shape: torch.Size) -> int:
-    """Elements of this rank's piece, which may be one of the last."""
-    size = numel_of_pieces(shape)
+    """Elements of this rank's shard, which may be one of the last."""
+    size = numel_of_shard(shape)
     return min(size, max(shape.numel() - dist.get_rank() * size, 0))
 
 
-def piece_of(whole: Tensor) -> Tensor:
-    """This rank's piece; a view."""
-    first = dist.get_rank() * numel_of_pieces(whole.shape)
+def shard_of(whole: Tensor) -> Tensor:
+    """This rank's shard; a view."""
+    first = dist.get_rank() * numel_of_shard(whole.shape)
     return whole.flatten()[first : first + numel_here(whole.shape)]
 
 
-def padded(piece: Tensor, shape: torch.Size) -> Tensor:
-    return F.pad(piece, (0, numel_of_pieces(shape) - len(piece)))
+def padded(shard: Tensor, shape: torch.Size) -> Tensor:
+    return F.pad(shard, (0, numel_of_shard(shape) - len(shard)))
 
 
-def force_pieces(pieces: list[Tensor], shapes: list[torch.Size]) -> None:
-    """force_weights, in place, of weights of these shapes of which every rank has a piece.
+def force_shards(shards: list[Tensor], shapes: list[torch.Size]) -> None:
+    """force_weights, in place, of weights of these shapes of which every rank has a shard.
 
     Collective: what goes between ranks is one sum, of a number per row of every weight.
     """
-    squares = [torch.zeros(shape[0], device=piece.device) for piece, shape in zip(pieces, shapes, strict=True)]
-    views = []  # of each piece the rows that it has a part of, zero where that belongs to others; the part; the first row
-    for piece, shape, squares_R in zip(pieces, shapes, squares, strict=True):
+    squares = [torch.zeros(shape[0], device=shard.device) for shard, shape in zip(shards, shapes, strict=True)]
+    views = []  # of each shard the rows that it has a part of, zero where that belongs to others; the part; the first row
+    for shard, shape, squares_R in zip(shards, shapes, squares, strict=True):
         fan_in = shape[1:].numel()
-        row, before = divmod(dist.get_rank() * numel_of_pieces(shape), fan_in)
-        rows = F.pad(piece, (before, -(before + len(piece)) % fan_in)).view(-1, fan_in) if len(piece) else piece.view(0, fan_in)
+        row, before = divmod(dist.get_rank() * numel_of_shard(shape), fan_in)
+        rows = F.pad(shard, (before, -(before + len(shard)) % fan_in)).view(-1, fan_in) if len(shard) else shard.view(0, fan_in)
         here = slice(row, row + len(rows))
         squares_R[here] = rows.square().sum(1)
-        views.append((rows, slice(before, before + len(piece)), here))
+        views.append((rows, slice(before, before + len(shard)), here))
     sums = torch.cat(squares)
     dist.all_reduce(sums)
     split = sums.split([len(each) for each in squares])
-    for piece, (rows, part, here), squares_R in zip(pieces, views, split, strict=True):
+    for shard, (rows, part, here), squares_R in zip(shards, views, split, strict=True):
         rms_R = (squares_R[here] / rows.shape[1]).sqrt()
-        piece.copy_((rows / (rms_R + EPS)[:, None]).flatten()[part])
+        shard.copy_((rows / (rms_R + EPS)[:, None]).flatten()[part])

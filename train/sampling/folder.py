@@ -20,7 +20,7 @@ from mclr.train.data.write import prepare_samples
 from mclr.train.sampling.generate import WorkCounter, generate, load_generator, to_images
 from mclr.train.system.console import progress_bar
 from mclr.train.system.files import checksum, in_memory, regular, write_file, write_json
-from mclr.train.system.ranks import from_rank_0, own_device, together, world
+from mclr.train.system.ranks import collective, from_rank_0, own_device, world
 from mclr.train.training.networks import schedule_table
 from mclr.train.weights.folder import find_weights, sha256
 
@@ -54,7 +54,7 @@ def draw(
         raise UserError(f"{count} images from seed {seed}: draw at most {MOST_IMAGES} at a time, from a seed below 2^63")
     paths = {s: out / "images" / f"{s:06d}-{conditions[s % len(conditions)]}.png" for s in range(seed, seed + count)}
     rank, _, ranks = world() if shared else (0, 0, 1)
-    agree = together if shared else nullcontext
+    agree = collective if shared else nullcontext
     record, missing = {}, {}
     with agree():
         # others might look when there are new images already

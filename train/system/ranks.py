@@ -76,7 +76,7 @@ def group(launched: bool, timeout: float = 1800) -> Iterator[None]:
 
 
 @contextmanager
-def one_voice() -> Iterator[None]:
+def report_once() -> Iterator[None]:
     """Of what goes wrong on several ranks, or on one because of another, the user hears once.
 
     A UserError of rank 0 is told at once, and the end of rank 0 makes the launcher end the others. Whatever else happened waits
@@ -97,7 +97,7 @@ def one_voice() -> Iterator[None]:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def collective() -> Iterator[None]:
     """A part that every rank enters: a UserError of one rank is raised by all, so that none waits for it. Collective."""
     import torch.distributed as dist
 
@@ -107,7 +107,7 @@ def together() -> Iterator[None]:
     except UserError as error:
         failed = error
     if dist.is_initialized():
-        said = from_all(failed and str(failed))
+        said = gather_objects(failed and str(failed))
         rank = next((rank for rank, message in enumerate(said) if message), None)
         if rank is not None:
             raise UserError(said[rank] if rank == 0 else f"rank {rank}: {said[rank]}") from failed
@@ -125,7 +125,7 @@ def from_rank_0(value: Any) -> Any:
     return box[0]
 
 
-def from_all(value: Any) -> list[Any]:
+def gather_objects(value: Any) -> list[Any]:
     """Every rank's value, on every rank, in order. Collective under a launcher."""
     import torch.distributed as dist
 

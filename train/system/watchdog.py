@@ -16,7 +16,7 @@ from mclr.train.system.ranks import PATIENCE
 BYTES = 80  # of a pulse, padded: it is overwritten in place
 
 
-class Pulse:
+class Watchdog:
     """Writes RUN/pulse/RANK at every change of phase: step, phase and the time, so that any rank, and anybody, can read them.
 
     waited: seconds spent in phase "data". A thread looks whether this rank has gone on within `timeout` seconds. If not, some rank
@@ -80,7 +80,7 @@ class Pulse:
 
     def _blame(self) -> tuple[list[int], str]:
         """(all ranks but the one that holds them up, or it where it is alone; what to say of it)."""
-        beats = read_pulses(self.folder, self.ranks) or {self.rank: (self.step, self.phase, time.time() - self.timeout)}
+        beats = read_beats(self.folder, self.ranks) or {self.rank: (self.step, self.phase, time.time() - self.timeout)}
         # steps before times: those are of several machines' clocks. Within a step, who waits may have come before who holds up
         silent = min(beats, key=lambda rank: (self._lives(rank), beats[rank][0], beats[rank][2]))
         step, phase, then = beats[silent]
@@ -95,7 +95,7 @@ class Pulse:
         return time.time() - changed < self.timeout / 2
 
 
-def read_pulses(folder: Path, ranks: int) -> dict[int, tuple[int, str, float]]:
+def read_beats(folder: Path, ranks: int) -> dict[int, tuple[int, str, float]]:
     """Rank -> (step, phase, seconds since 1970 when it entered that), of those whose folder this is."""
     pulses = {}
     for rank in range(ranks):

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from mclr.configs.schema import DiffusionModel, RunConfig, flatten
 from mclr.errors import UserError
-from mclr.train.system.ranks import Interrupt, from_all, group, on_signals, one_voice, own_device, together, world
+from mclr.train.system.ranks import Interrupt, collective, gather_objects, group, on_signals, own_device, report_once, world
 
 
 def end_early(number: int, frame: Any) -> NoReturn:
@@ -48,7 +48,7 @@ def start(config: RunConfig, out: Path, micro_batch: int, command: str) -> int:
     from mclr.train.data.source import Source
     from mclr.train.data.write import open_or_prepare
     from mclr.train.system.gpus import peak_flops
-    from mclr.train.system.watchdog import Pulse
+    from mclr.train.system.watchdog import Watchdog
     from mclr.train.training.build import build_networks, build_task, choose_kernels, open_source
     from mclr.train.training.log import RunFolder
     from mclr.train.training.loop import train
@@ -79,21 +79,21 @@ def start(config: RunConfig, out: Path, micro_batch: int, command: str) -> int:
                 source = opened()
             notes |= {"data_images": len(source), "classes": source.info.class_names}
         interrupt, timeout = Interrupt(), config.engine.timeout
-        with group(config.engine.here() == "deepspeed", timeout), on_signals(interrupt.notice), one_voice():
-            with together():
+        with group(config.engine.here() == "deepspeed", timeout), on_signals(interrupt.notice), report_once():
+            with collective():
                 if rank != 0:
                     networks = build_networks(config, device)
                     source = through_cache(opened(), networks.encoder, config)
             about, read = describe(config, ranks, micro_batch, networks.net), data_line(source, networks.encoder, config)
-            if any(other != read for other in from_all(read)):
+            if any(other != read for other in gather_objects(read)):
                 raise UserError("a cache was finished while the ranks started, and some read it: run the same command again")
             try:
                 task = build_task(config, source, networks, device, micro_batch)
                 if rank == 0:
                     print(about, *read, kernels, sep="\n")
-                with closing(Pulse(out, rank, ranks, timeout)) as pulse:
+                with closing(Watchdog(out, rank, ranks, timeout)) as watchdog:
                     grid, peak = Grid(task, config, run_folder), peak_flops(device, config.engine.precision)
-                    return train(task, config.train, micro_batch, out, run_folder, interrupt, pulse, grid, peak, notes)
+                    return train(task, config.train, micro_batch, out, run_folder, interrupt, watchdog, grid, peak, notes)
             except torch.OutOfMemoryError as error:
                 smaller = f"halve train.micro_batch (now {micro_batch}), which leaves the result as it is"
                 raise UserError(f"out of GPU memory: {smaller}") from error

@@ -13,8 +13,8 @@ from mclr.posterior import fold_bins
 from mclr.train.engine.checkpoint import best_checkpoint, checkpoints
 from mclr.train.engine.ema import averages_of, rewind_snapshots
 from mclr.train.system.console import progress_bar
-from mclr.train.system.ranks import Interrupt, from_all, together, world
-from mclr.train.system.watchdog import Pulse
+from mclr.train.system.ranks import Interrupt, collective, gather_objects, world
+from mclr.train.system.watchdog import Watchdog
 from mclr.train.training.log import RunFolder
 from mclr.train.training.memorisation import Monitor, mle_loss, open_images
 from mclr.train.training.previews import Grid
@@ -30,7 +30,7 @@ def train(
     path: Path,
     run: RunFolder | None,
     interrupt: Interrupt,
-    pulse: Pulse,
+    watchdog: Watchdog,
     grid: Grid,
     peak: float | None,
     notes: dict[str, Any],
@@ -43,7 +43,7 @@ def train(
     then still stands.
     """
     rank, _, ranks = world()
-    averages = averages_of(task.engine.pieces(), settings)
+    averages = averages_of(task.engine.shards(), settings)
     progress = resume(task, averages, path, rank)
     if run is not None:
         run.rewind(progress.images)
@@ -66,7 +66,7 @@ def train(
         return max(progress.images, math.ceil(min(settings.images, affordable)))
 
     def checkpoint() -> None:
-        pulse.enter("checkpoint")
+        watchdog.enter("checkpoint")
         if held_out:
             progress.held_out = mle_loss(task, held_out)["mle_loss_val"]
         save(task, averages, progress, path, settings, rank, notes)
@@ -78,7 +78,7 @@ def train(
     with progress_bar(end(), begun, quiet=rank != 0 or done()) as bar:
         while not done():
             started = time.perf_counter()
-            pulse.enter("start", progress.images // settings.batch + 1)
+            watchdog.enter("start", progress.images // settings.batch + 1)
             # dropout draws from torch's global generator: keyed by the step, so that a resumed run repeats it
             torch.manual_seed(((settings.seed * 1_000_003 + progress.images) * 1_021 + rank) % 2**63)
             first = progress.images + rank * share
@@ -89,20 +89,20 @@ def train(
                     source.prefetch(positions)
                     source.prefetch(range(first + settings.batch, first + settings.batch + share))
             lr = settings.lr * min(1.0, (progress.images + settings.batch) / max(settings.warmup_images, 1))
-            metrics = train_step(task, positions, micro_batch, lr, lambda: interrupt.agreed(task.device), pulse.enter)
+            metrics = train_step(task, positions, micro_batch, lr, lambda: interrupt.agreed(task.device), watchdog.enter)
             if metrics is None:
                 break
             progress.images += settings.batch
-            pieces = task.engine.pieces() if averages else {}
+            shards = task.engine.shards() if averages else {}
             for ema in averages.values():
-                ema.update(pieces, progress.images, settings.batch)
-            pulse.enter("meet")
+                ema.update(shards, progress.images, settings.batch)
+            watchdog.enter("meet")
             sums = add_up(metrics | rows_of(task), task.device)
             means = fold_bins({name: sums[name] / ranks for name in metrics})
             count_compute(progress, sums, flops)
             progress.seconds += time.perf_counter() - started
 
-            pulse.enter("log")
+            watchdog.enter("log")
             count_skipped(progress, task, positions, means, settings, run, path, checkpointed)
             bar.total = end()
             bar.update(settings.batch)
@@ -111,8 +111,8 @@ def train(
                 # how far plain maximum likelihood would have come at the same cost: the length of a fair control
                 counts |= {"mle_images": round(progress.flops / (3 * flops["net"])), "posterior_flops": progress.posterior_flops}
                 readings = monitor.read(progress.images) if monitor else {}
-                readings |= meter.read(vars(progress), pulse.waited, task.source.damaged)
-                pulse.waited = 0.0
+                readings |= meter.read(vars(progress), watchdog.waited, task.source.damaged)
+                watchdog.waited = 0.0
                 if run is not None:
                     run.log(**counts, seconds=round(progress.seconds, 3), **means, skipped=progress.skipped, **readings)
                 bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
@@ -121,10 +121,10 @@ def train(
                 bar.write(f"no released weights were given: training from scratch, about {left} to go by the first step")
             # before the checkpoint: a run that goes on from there does not come by here again
             if grid.due(progress.images, progress.images - settings.batch, done()):
-                pulse.enter("grid")
+                watchdog.enter("grid")
                 grid.draw(progress.images)
             if settings.snapshot_every and (progress.images % settings.snapshot_every < settings.batch or done()):
-                pulse.enter("snapshot")
+                watchdog.enter("snapshot")
                 snapshot(task, averages, settings, progress, path, rank)
             if progress.images - checkpointed >= settings.checkpoint_every:
                 checkpoint()
@@ -135,9 +135,9 @@ def train(
         if rank == 0:
             print(f"stopped by a signal at {progress.images} images; the same command goes on from there")
         return 128 + interrupt.signal
-    pulse.enter("weights")
-    weights = task.engine.gather(averages["ema"].average if "ema" in averages else task.engine.pieces())
-    with together():
+    watchdog.enter("weights")
+    weights = task.engine.gather(averages["ema"].average if "ema" in averages else task.engine.shards())
+    with collective():
         if rank == 0:
             export(task, weights, progress, path, notes)
             if settings.keep_best and (best := best_checkpoint(checkpoints(path))):
@@ -173,7 +173,7 @@ def count_skipped(
     progress.skipped += 1
     progress.skipped_in_a_row += 1
     # each rank knows its own: which sample stood for a damaged one, what a stream gave
-    keys = from_all(task.source.keys(positions.start, len(positions)))
+    keys = gather_objects(task.source.keys(positions.start, len(positions)))
     if run is not None:
         run.note_skipped(images=progress.images, loss=means["loss"], keys=[key for each in keys for key in each])
     if progress.skipped_in_a_row > settings.max_skipped:

@@ -21,7 +21,7 @@ from mclr.objective import Objective
 from mclr.train.data.dataset import DatasetInfo, SplitReader
 from mclr.train.data.encoders import Encoder, from_uint8, mirrored
 from mclr.train.data.source import Batch, permutation
-from mclr.train.engine.base import answering
+from mclr.train.engine.base import eval_mode
 from mclr.train.training.step import Task
 
 SIGMA = 0.29  # noise of a view; the paper's choice
@@ -57,7 +57,7 @@ def features(net: EDM2, x_BCHW: Tensor, draws: Draws) -> Tensor:
     blocks = list(net.decoder.values())
     hook = blocks[len(blocks) // 2].register_forward_hook(lambda block, inputs, h_BDHW: seen.append(h_BDHW.mean((2, 3))))
     try:
-        with answering(net, bf16=False):
+        with eval_mode(net, bf16=False):
             net(noisy_BCHW, sigma_B, null_B)
     finally:
         hook.remove()
@@ -100,7 +100,7 @@ def mle_loss(task: Task, images: dict[str, SplitReader]) -> dict[str, float]:
             draws = Draws(LOSS, list(positions), task.device)
             probe = task.paradigm.probe(task.encoder.draw(task.encode(batch), draws), draws)
             rows = mle.rows(probe, batch.c_B.to(task.device), task.null, draws, None)
-            with answering(net, task.bf16):
+            with eval_mode(net, task.bf16):
                 scores = score(task.paradigm, net, probe, rows, task.null)
             losses.append(mle(scores, rows)[0])
         found[NAMES[split].format("mle_loss")] = torch.cat(losses).mean().item()

@@ -13,9 +13,9 @@ from mclr.guidance import Guidance
 from mclr.likelihood import Draws
 from mclr.train.data.encoders import to_uint8
 from mclr.train.data.images import image_grid
-from mclr.train.engine.base import answering
+from mclr.train.engine.base import eval_mode
 from mclr.train.system.files import write_file
-from mclr.train.system.ranks import together
+from mclr.train.system.ranks import collective
 from mclr.train.training.log import RunFolder
 from mclr.train.training.step import Task
 
@@ -46,7 +46,7 @@ class Grid:
 
         Training goes on as if nothing had been drawn: no random number of its own and no count of rows is touched.
         """
-        with together():
+        with collective():
             # ranks that hold parts of the weights run the network as often as rank 0 does
             if self.run is None and not self.task.engine.lockstep:
                 return
@@ -72,7 +72,7 @@ class Grid:
         c_N = torch.tensor(self.conditions * ROWS, device=device)
         for seeds in torch.arange(len(c_N)).split(self.batch):
             draws = Draws(SAMPLING, seeds.tolist(), device)
-            with answering(net, self.task.bf16):
+            with eval_mode(net, self.task.bf16):
                 x = self.task.paradigm.sample(net, c_N[seeds.to(device)], Guidance(), draws)
             drawn.append(to_uint8(self.task.encoder.decode(x)).cpu())
         return torch.cat(drawn)

@@ -20,7 +20,7 @@ from mclr.posterior import NoisyPosterior
 from mclr.train.engine.base import Engine, buffers_of
 from mclr.train.engine.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from mclr.train.engine.ema import EMA, write_snapshot
-from mclr.train.system.ranks import from_rank_0, together
+from mclr.train.system.ranks import collective, from_rank_0
 from mclr.train.training.step import Task
 from mclr.train.weights.folder import describe, save_weights
 
@@ -120,7 +120,7 @@ def resume(task: Task, averages: dict[str, EMA], path: Path, rank: int) -> Progr
     Raises UserError when there are checkpoints and none is whole, or when a rank does not see it.
     """
     newest = None
-    with together():
+    with collective():
         # one rank reads and checks it all
         if rank == 0:
             newest, damaged = newest_checkpoint(path)
@@ -136,7 +136,7 @@ def resume(task: Task, averages: dict[str, EMA], path: Path, rank: int) -> Progr
     newest = from_rank_0(newest)
     if newest is None:
         return Progress()
-    with together():
+    with collective():
         if not newest.exists():
             raise UserError(f"{newest} is not seen here: put the run folder on storage that all ranks see")
         tensors, state = load_checkpoint(newest)
@@ -154,7 +154,7 @@ def resume(task: Task, averages: dict[str, EMA], path: Path, rank: int) -> Progr
 def snapshot(task: Task, averages: dict[str, EMA], settings: Train, progress: Progress, path: Path, rank: int) -> None:
     """Write one snapshot per width in settings.snapshot_stds. Collective."""
     whole = {ema.std: task.engine.gather(ema.average) for ema in averages.values() if ema.std in settings.snapshot_stds}
-    with together():
+    with collective():
         if rank == 0:
             for std, average in whole.items():
                 write_snapshot(path, average, std, progress.images)
@@ -168,7 +168,7 @@ def save(
     tensors = {"engine": engine} | {name: task.engine.gather(ema.average) for name, ema in averages.items()}
     if task.posterior_engine is not None:
         tensors["posterior"] = task.posterior_engine.save()
-    with together():
+    with collective():
         if rank == 0:
             # as `mclr sample` and `mclr convert` read weights, and no tensor twice
             average = tensors.pop("ema", None) or taken(engine, "weight:")

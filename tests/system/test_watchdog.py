@@ -8,38 +8,38 @@ import pytest
 
 import mclr.train.system.watchdog
 from mclr.errors import UserError
-from mclr.train.system.watchdog import Pulse, read_pulses
+from mclr.train.system.watchdog import Watchdog, read_beats
 
 
 def test_a_pulse_tells_step_and_phase_and_counts_time(tmp_path):
     began = time.time()
-    pulse = Pulse(tmp_path, rank=2, ranks=4, timeout=100)
-    pulse.enter("data", 7)
+    watchdog = Watchdog(tmp_path, rank=2, ranks=4, timeout=100)
+    watchdog.enter("data", 7)
     time.sleep(0.05)
-    pulse.enter("compute")
-    pulse.enter("data", 8)
-    ((rank, (step, phase, then)),) = read_pulses(tmp_path / "pulse", 4).items()
-    pulse.close()
-    assert read_pulses(tmp_path / "pulse", 4)[2][1] == "ended"
-    assert pulse.waited >= 0.05
+    watchdog.enter("compute")
+    watchdog.enter("data", 8)
+    ((rank, (step, phase, then)),) = read_beats(tmp_path / "pulse", 4).items()
+    watchdog.close()
+    assert read_beats(tmp_path / "pulse", 4)[2][1] == "ended"
+    assert watchdog.waited >= 0.05
     assert (rank, step, phase) == (2, 8, "data") and began - 0.002 <= then <= time.time()
 
 
 def test_ranks_of_an_earlier_start_with_more_of_them_do_not_count(tmp_path):
     for rank in (0, 3):
-        Pulse(tmp_path, rank, ranks=4, timeout=100).close()
-    assert list(read_pulses(tmp_path / "pulse", 2)) == [0]
+        Watchdog(tmp_path, rank, ranks=4, timeout=100).close()
+    assert list(read_beats(tmp_path / "pulse", 2)) == [0]
 
 
 def test_a_pulse_may_end_at_once_and_again(tmp_path):
     for _ in range(2):
-        Pulse(tmp_path, 0, 1, timeout=1000).close()
+        Watchdog(tmp_path, 0, 1, timeout=1000).close()
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "pulse").write_text("a file")
     with pytest.raises(UserError, match="cannot write"):
-        Pulse(tmp_path, 0, 1, timeout=100)
+        Watchdog(tmp_path, 0, 1, timeout=100)
 
 
 def test_a_rank_that_goes_on_at_last_is_not_ended(tmp_path, monkeypatch):
@@ -47,26 +47,26 @@ def test_a_rank_that_goes_on_at_last_is_not_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(mclr.train.system.watchdog, "PATIENCE", 3.0)
     monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("ended"))
     for rank in (0, 1):
-        Pulse(tmp_path, rank, ranks=3, timeout=100).close()
+        Watchdog(tmp_path, rank, ranks=3, timeout=100).close()
     for comes_back in (True, False):
-        pulse = Pulse(tmp_path, rank=2, ranks=3, timeout=0.3)
+        watchdog = Watchdog(tmp_path, rank=2, ranks=3, timeout=0.3)
         time.sleep(0.6)
         if comes_back:
-            pulse.timeout = 100
-            pulse.enter("compute", 5)
+            watchdog.timeout = 100
+            watchdog.enter("compute", 5)
             time.sleep(3.0)
-            assert pulse.watcher.is_alive()
-        pulse.close()
+            assert watchdog.watcher.is_alive()
+        watchdog.close()
 
 
 def test_what_cannot_be_read_ends_no_watch(tmp_path):
     """A pulse that is made and not written yet, or not seen on a shared folder."""
-    pulse = Pulse(tmp_path, rank=0, ranks=3, timeout=100)
+    watchdog = Watchdog(tmp_path, rank=0, ranks=3, timeout=100)
     (tmp_path / "pulse" / "00001").write_text("")
-    assert list(read_pulses(tmp_path / "pulse", 3)) == [0] and pulse._blame()[0] == [0]
+    assert list(read_beats(tmp_path / "pulse", 3)) == [0] and watchdog._blame()[0] == [0]
     (tmp_path / "pulse" / "00000").unlink()
-    assert "rank 0 has been silent for 100 s" in pulse._blame()[1]
-    pulse.close()
+    assert "rank 0 has been silent for 100 s" in watchdog._blame()[1]
+    watchdog.close()
 
 
 def rank_of(run, here, rank, ranks, phases, goes_on):
@@ -75,14 +75,14 @@ def rank_of(run, here, rank, ranks, phases, goes_on):
         os.dup2(stderr.fileno(), 2)
     # one may take seconds longer to start
     here.wait()
-    pulse = Pulse(run, rank, ranks, timeout=2.0)
+    watchdog = Watchdog(run, rank, ranks, timeout=2.0)
     for step, phase in enumerate(phases, start=1):
-        pulse.enter(phase, step)
+        watchdog.enter(phase, step)
         time.sleep(0.2)
     while True:
         time.sleep(0.1)
         if goes_on:
-            pulse.enter(phases[-1])
+            watchdog.enter(phases[-1])
 
 
 def ends(run, ranks):
