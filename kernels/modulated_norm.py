@@ -433,8 +433,6 @@ TINY = {
     "wide": {"B": 1, "R": 2, "L": 2, "D": 2304, "indexed": 1},
     "one number": {"B": 1, "R": 1, "L": 1, "D": 1},
 }
-
-
 SHAPES = SIZES | {f"{name}, first block": shape | {"indexed": 1} for name, shape in SIZES.items()}
 # what the compiled kernels do not depend on
 NARROW = {"B": 1, "R": 2}

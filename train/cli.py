@@ -12,7 +12,7 @@ PROGRAMS = {
     "train": ("mclr.train.run", "fine-tune or train a generator"),
     "sample": ("mclr.train.sample", "draw images from a run or from weights"),
     "evaluate": ("mclr.train.evaluate", "score samples against real images: FD, precision, recall, FID, FD_DINOv2, ..."),
-    "report": ("mclr.train.report", "turn a tour's results into a page; finish a study"),
+    "report": ("mclr.train.report", "turn a tour's results into a page"),
     "prepare": (
         "mclr.train.prepare",
         "turn images into a dataset folder; fit a tokenizer or a judge to one; cache latents or tokens",

@@ -306,8 +306,6 @@ HUGE = mostly("1 3", st.sampled_from(["0", "-1", "x", "9" * 12, "9" * 18, "9" * 
 NAMES = st.one_of(arguments, st.sampled_from(PLACES), st.sampled_from(PLACES))
 OUTS = mostly("new new/below", st.one_of(arguments, st.sampled_from([*PLACES, "new.pth", "new.safetensors", "photos/new"])))
 DATA = mostly("data/digits data/mine digits", NAMES)
-
-
 SAMPLING = st.builds(
     "sample.{}={}".format,
     st.sampled_from(sorted(key[7:] for key in KEYS if key.startswith("sample.") and key[7:] not in ("steps", "batch"))),
@@ -376,7 +374,7 @@ GRAMMAR: dict[str, tuple[list[str], list[st.SearchStrategy[str]], dict[str, st.S
     "report": (
         [],
         [mostly("tour", NAMES)],
-        {"--study": st.sampled_from(["x", ""]), "--only": arguments, "--out": OUTS, "--markdown": None},
+        {"--out": OUTS, "--markdown": None},
         [],
     ),
     "prepare digits": ([], [OUTS], {}, []),

@@ -29,8 +29,6 @@ from mclr.train.weights.folder import BUNDLED
 counts = fuzz.counts
 
 Files = dict[str, bytes]
-
-
 DEEP = "[" * 100_000 + "]" * 100_000
 RAW = ["1e999", "NaN", "-Infinity", DEEP, "9" * 5000, '{"a": 1, "a": 2}']  # JSON that json.dumps does not write
 VALUES = [

@@ -16,7 +16,8 @@ from PIL import Image
 from mclr.train import cli
 from mclr.train.data.images import image_grid
 from mclr.train.report import main
-from mclr.train.studies.report import curves_figure, load_results, markdown_table
+from mclr.train.studies.curves import curves_figure
+from mclr.train.studies.report import load_results, markdown_table
 
 
 def row(start: float, **weight: float) -> dict:
@@ -148,7 +149,7 @@ def test_points_that_cannot_be_drawn_are_named(monkeypatch):
     paradigm = copy.deepcopy(RESULTS["edm2-digits"])
     paradigm["sweep"]["mclr"] += [{"lam": 4, "cfd": 2e6, "precision": 0.1, "recall": 0.2}, {"lam": 9, "cfd": float("nan")}]
     drawn: list[tuple] = []
-    monkeypatch.setattr("mclr.train.studies.report._draw", lambda axes, *rest: drawn.append(rest))
+    monkeypatch.setattr("mclr.train.studies.curves._draw", lambda axes, *rest: drawn.append(rest))
     assert curves_figure("edm2-digits", paradigm)
     (curves, metric, left_out), _ = drawn
     assert metric == "precision"

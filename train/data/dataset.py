@@ -21,14 +21,8 @@ from mclr.train.data.shards import Damaged, Shard, load_index, read_image
 
 # Decoded splits below this many bytes stay in memory, so that small runs read each image once.
 KEPT_BYTES = 256 * 2**20
-
-
 READERS = 4
-
-
 TOKENS = "tokens.npy"
-
-
 TYPES = {"name": str, "resolution": int, "channels": int, "num_classes": int, "class_names": list, "source": str, "seed": int}
 
 

@@ -25,8 +25,6 @@ from mclr.train.training.networks import schedule_table
 from mclr.train.weights.folder import find_weights, sha256
 
 CHUNK = 1024  # images read at a time
-
-
 MOST_IMAGES = 10_000_000  # of one call, each a file
 
 

@@ -4,26 +4,16 @@ import base64
 import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.text import Text
-
 from mclr.errors import UserError
-from mclr.train.system.files import in_memory, regular, write_file, write_text
+from mclr.train.studies.curves import WEIGHTS, curves_figure, dict_of, list_of, number_of
+from mclr.train.system.files import regular, write_file, write_text
 
 # Row -> its name in the tables; its weight, where it has one: key in results.json and symbol.
 ROWS = {"base": "base", "control": "control (more mle)", "cfg": "control + CFG", "mclr": "MCLR"}
-
-
-WEIGHTS = {"cfg": ("gamma", "γ"), "mclr": ("lam", "λ")}
-
-
 # Key in results.json, heading (↑ higher is better, ↓ lower is better), format; None: three significant digits, a judge sets the scale.
 METRICS = [
     ("accuracy", "class accuracy ↑", ".3f"),
@@ -35,22 +25,7 @@ METRICS = [
     ("coverage", "coverage ↑", ".3f"),
     ("forwards_per_image", "forwards per image ↓", "g"),
 ]
-
-
 HEADINGS = ["model", *(heading for _, heading, _ in METRICS), "images/s ↑"]
-
-
-# Okabe and Ito's blue and vermilion, which every kind of colour vision tells apart; the markers differ as well.
-STYLES = {"cfg": ("#0072B2", "o"), "mclr": ("#D55E00", "s"), "base": ("#6B7280", "D"), "control": ("#6B7280", "^")}
-
-
-INK = "#1F2937"
-
-
-# Points whose class-wise FD is so many times the best one are named below the axis instead of drawn.
-FRAME = 6
-
-
 LEGEND = """Values are mean ± standard deviation over repeated sampling, speeds the median with the range of the runs; – is not
 measured. <em>base</em>: the model that fine-tuning starts from. <em>control</em>: base fine-tuned by plain maximum likelihood
 with the compute that MCLR took, which is enough for more images. <em>CFG</em>: the control, sampled with classifier-free guidance
@@ -58,8 +33,6 @@ of extra weight γ. <em>MCLR</em>: base fine-tuned with contrast weight λ, samp
 real images in the judge's features, class-wise FD its mean over the conditions; precision and density say how real the samples
 are, recall and coverage how much of the real data they reach. In the figures, the points of both curves are of sampling seed 0
 alone, base and control the means of their rows."""
-
-
 CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1F2937; max-width: 1160px; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.7rem } h2 { font-size: 1.3rem; margin-top: 2.5rem; border-bottom: 1px solid #D1D5DB } h3 { font-size: 1.05rem }
@@ -124,9 +97,9 @@ def table_rows(name: str, paradigm: dict[str, Any]) -> Iterator[list[str]]:
     for row, label in ROWS.items():
         if row in paradigm:
             where = f"{name}.{row}"
-            scores = _dict(paradigm[row], where)
+            scores = dict_of(paradigm[row], where)
             if row in WEIGHTS and (key := WEIGHTS[row][0]) in scores:
-                label += f", {WEIGHTS[row][1]} = {_number(scores[key], f'{where}.{key}'):g}"
+                label += f", {WEIGHTS[row][1]} = {number_of(scores[key], f'{where}.{key}'):g}"
             cells = [score_cell(scores.get(key), form, f"{where}.{key}") for key, _, form in METRICS]
             yield [label, *cells, _speed(scores.get("images_per_second"), f"{where}.images_per_second")]
 
@@ -136,7 +109,7 @@ def gap_sentence(name: str, paradigm: dict[str, Any]) -> str:
         return "Gap closed: not measured in this run."
     if paradigm["gap_closed"] is None:
         return "Gap closed: –. CFG's class-wise FD is no lower than the control's, so there is no gap to close."
-    share = _number(paradigm["gap_closed"], f"{name}.gap_closed")
+    share = number_of(paradigm["gap_closed"], f"{name}.gap_closed")
     return f"Gap closed: MCLR reaches {share:.0%} of CFG's gain in class-wise FD over the control, without guidance."
 
 
@@ -144,7 +117,7 @@ def html_page(results: dict[str, Any], run_folder: Path, figures: dict[str, byte
     """The whole page; its pictures lie inside it, so that the file alone can be mailed and opened anywhere."""
     title = escape(f"MCLR report: {run_folder.resolve().name}")
     judge = "".join(
-        f"<dt>{escape(key)}</dt><dd>{escape(text)}</dd>" for key, text in _facts(_dict(results.get("judge", {}), "judge"))
+        f"<dt>{escape(key)}</dt><dd>{escape(text)}</dd>" for key, text in _facts(dict_of(results.get("judge", {}), "judge"))
     )
     judge_html = f"<h2>The judge</h2><dl>{judge}</dl>" if judge else _missing("judge is not described")
     body = [f"<h1>{title}</h1>", f"<p>{LEGEND}</p>", judge_html]
@@ -153,8 +126,8 @@ def html_page(results: dict[str, Any], run_folder: Path, figures: dict[str, byte
         body.append(f"<p><strong>{escape(gap_sentence(name, paradigm))}</strong></p>")
         png = figures[name]
         body.append(_picture(png, f"{name}: class-wise FD over both sweeps") if png else _missing("sweep was not run"))
-        body += _grids(_dict(paradigm.get("grids") or {}, f"{name}.grids"), run_folder)
-        compute = _dict(paradigm.get("compute") or {}, f"{name}.compute")
+        body += _grids(dict_of(paradigm.get("grids") or {}, f"{name}.grids"), run_folder)
+        compute = dict_of(paradigm.get("compute") or {}, f"{name}.compute")
         body.append("<h3>Compute</h3>")
         body.append(_table(["quantity", "value"], _facts(compute)) if compute else _missing("compute was not recorded"))
     body += ["<h2>Cost</h2>", _phases(results.get("phases") or [])]
@@ -180,8 +153,8 @@ def _phases(phases: Any) -> str:
     """Where the time went: seconds and share of each phase, and their sum."""
     if not phases:
         return _missing("phases were not timed")
-    named = [_dict(phase, "phases") for phase in _list(phases, "phases")]
-    timed = [(str(phase.get("name")), _number(phase.get("seconds"), "phases.seconds")) for phase in named]
+    named = [dict_of(phase, "phases") for phase in list_of(phases, "phases")]
+    timed = [(str(phase.get("name")), number_of(phase.get("seconds"), "phases.seconds")) for phase in named]
     total = sum(seconds for _, seconds in timed)
     rows = [[name, f"{seconds:,.1f}", f"{seconds / max(total, 1e-9):.0%}"] for name, seconds in timed]
     return _table(["phase", "seconds", "share"], [*rows, ["total", f"{total:,.1f}", ""]])
@@ -206,142 +179,21 @@ def _missing(what: str) -> str:
     return f'<p class="missing">In this run the {escape(what)}.</p>'
 
 
-def curves_figure(name: str, paradigm: dict[str, Any]) -> bytes | None:
-    """PNG of class-wise FD against precision and against recall, over both sweeps; None where the run has no sweep."""
-    sweep = _dict(paradigm.get("sweep") or {}, f"{name}.sweep")
-    if not any(sweep.get(row) for row in WEIGHTS):
-        return None
-    figure = Figure(figsize=(11, 5.6), dpi=160, layout="constrained")
-    figure.suptitle(f"{name}: what each weight buys, with guidance (CFG) and without (MCLR)", color=INK, fontsize=13)
-    panels = []
-    for axes, metric in zip(figure.subplots(1, 2), ("precision", "recall"), strict=True):
-        curves, left_out = _in_frame([*_sweep_curves(name, sweep, metric), *_single_points(name, paradigm, metric)])
-        _draw(axes, curves, metric, left_out)
-        panels.append((axes, curves))
-    # Labels are placed in pixels: the layout must be settled before, and must not move after.
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-    for axes, curves in panels:
-        _place_labels(axes, curves)
-    return in_memory(figure.savefig, format="png")
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Points [N, 2] in data units and the label of each; row names the style."""
-
-    row: str
-    points_N2: np.ndarray
-    labels: list[str]
-
-
-def _sweep_curves(name: str, sweep: dict[str, Any], metric: str) -> Iterator[Curve]:
-    """One curve per sweep, by growing weight."""
-    for row, (key, symbol) in WEIGHTS.items():
-        where = f"{name}.sweep.{row}"
-        entries = [_dict(entry, where) for entry in _list(sweep.get(row) or [], where)]
-        points = sorted([_number(entry.get(key), f"{where}.{key}"), *_place(entry, metric, where)] for entry in entries)
-        if points:
-            yield Curve(row, np.array(points)[:, 1:], [f"{row.upper()}, {symbol} = {weight:g}" for weight, *_ in points])
-
-
-def _single_points(name: str, paradigm: dict[str, Any], metric: str) -> Iterator[Curve]:
-    for row in ("base", "control"):
-        if row in paradigm:
-            yield Curve(row, np.array([_place(_dict(paradigm[row], f"{name}.{row}"), metric, f"{name}.{row}")]), [row])
-
-
-def _place(scores: dict[str, Any], metric: str, where: str) -> list[float]:
-    """[metric, class-wise FD], the means where they are repeated; nan where the run has none."""
-    values = [scores.get(key) for key in (metric, "cfd")]
-    means = [value.get("mean") if isinstance(value, dict) else value for value in values]
-    return [math.nan if mean is None else _number(mean, f"{where}.{metric} or cfd") for mean in means]
-
-
-def _in_frame(curves: list[Curve]) -> tuple[list[Curve], list[str]]:
-    """The curves without the points that cannot be drawn, or that are so bad that the rest would shrink to a dot; and their names."""
-    worst = FRAME * min((height for curve in curves for height in curve.points_N2[:, 1] if math.isfinite(height)), default=0)
-    kept, left_out = [], []
-    for curve in curves:
-        keep_N = np.isfinite(curve.points_N2).all(1) & (curve.points_N2[:, 1] <= worst)
-        left_out += [f"{curve.labels[i]} (at {x:.4g}, {y:.4g})" for i, (x, y) in enumerate(curve.points_N2) if not keep_N[i]]
-        if keep_N.any():
-            kept.append(Curve(curve.row, curve.points_N2[keep_N], [curve.labels[i] for i in np.flatnonzero(keep_N)]))
-    return kept, left_out
-
-
-def _draw(axes: Axes, curves: list[Curve], metric: str, left_out: list[str]) -> None:
-    for curve in curves:
-        colour, marker = STYLES[curve.row]
-        axes.plot(*curve.points_N2.T, color=colour, marker=marker, markersize=6, linewidth=1.8)
-    axes.margins(0.14)
-    axes.set_xlabel("\n".join([f"{metric} (higher is better)", *(f"outside: {name}" for name in left_out)]), color=INK)
-    axes.set_ylabel("class-wise FD (lower is better)", color=INK)
-    axes.grid(color="#E5E7EB", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _place_labels(axes: Axes, curves: list[Curve]) -> None:
-    """Write each label beside its point, where it covers the least of the curves and of the labels before it."""
-    pixels = [axes.transData.transform(curve.points_N2) for curve in curves]
-    obstacles_P2 = np.concatenate([_along(points_N2) for points_N2 in pixels]) if pixels else np.empty((0, 2))
-    boxes: list[tuple[np.ndarray, np.ndarray]] = []
-    for curve, places_N2 in zip(curves, pixels, strict=True):
-        colour, _ = STYLES[curve.row]
-        # The whole name once per curve, at its end; the weight alone at its other points.
-        labels = [*(label.split(" = ")[-1] for label in curve.labels[:-1]), curve.labels[-1]]
-        for place_2, point_2, label in zip(places_N2, curve.points_N2, labels, strict=True):
-            leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
-            note = axes.annotate(
-                label,
-                tuple(point_2),
-                (0, 0),
-                textcoords="offset pixels",
-                ha="center",
-                va="center",
-                color=colour,
-                arrowprops=leader,
-            )
-            half_2 = np.array(Text.get_window_extent(note).size) / 2 + 6
-            choices = []
-            for gap in (6, 20, 36, 56):
-                for angle in np.radians(np.arange(0, 360, 15)):
-                    side_2 = np.array([np.cos(angle), np.sin(angle)])
-                    # The point stays outside the box: on its long side, its short side or at a corner.
-                    offset_2 = gap * side_2 + half_2 * (1.5 * side_2).clip(-1, 1)
-                    low_2, high_2 = place_2 + offset_2 - half_2, place_2 + offset_2 + half_2
-                    covered = ((obstacles_P2 > low_2) & (obstacles_P2 < high_2)).all(1).sum()
-                    overlaps = sum(bool((low_2 < high).all() and (low < high_2).all()) for low, high in boxes)
-                    outside = bool((low_2 < axes.bbox.min).any() or (high_2 > axes.bbox.max).any())
-                    choices.append((covered + gap / 6 + 30 * overlaps + 1000 * outside, tuple(offset_2), (low_2, high_2)))
-            _, offset, box = min(choices, key=lambda choice: choice[0])
-            note.set_position(offset)
-            boxes.append(box)
-
-
-def _along(points_N2: np.ndarray) -> np.ndarray:
-    """Points along a polyline, one every few pixels; its corners, where the markers are, count eight times."""
-    length_N = np.concatenate([[0], np.linalg.norm(np.diff(points_N2, axis=0), axis=1).cumsum()])
-    place_P = np.concatenate([length_N.repeat(8), np.arange(0, length_N[-1], 5)])
-    return np.stack([np.interp(place_P, length_N, points_N2[:, axis]) for axis in (0, 1)], axis=1)
-
-
 def score_cell(value: Any, form: str | None, where: str) -> str:
     """A number, or {mean, std} as "mean ± std" with as many decimals; a dash for None."""
     if value is None:
         return "–"
     mean, std = (value.get("mean"), value.get("std")) if isinstance(value, dict) else (value, None)
-    form = form or f".{_decimals(_number(mean, where), least=1)}f"
-    return format(_number(mean, where), form) + ("" if std is None else " ± " + format(_number(std, f"{where}.std"), form))
+    form = form or f".{_decimals(number_of(mean, where), least=1)}f"
+    return format(number_of(mean, where), form) + ("" if std is None else " ± " + format(number_of(std, f"{where}.std"), form))
 
 
 def _speed(value: Any, where: str) -> str:
     """Median of the runs and their range; a dash for None."""
     if value is None:
         return "–"
-    median = _number(_dict(value, where).get("median"), f"{where}.median")
-    runs = [_number(one, f"{where}.runs") for one in _list(value.get("runs") or [], f"{where}.runs")]
+    median = number_of(dict_of(value, where).get("median"), f"{where}.median")
+    runs = [number_of(one, f"{where}.runs") for one in list_of(value.get("runs") or [], f"{where}.runs")]
     return _digits(median) + (f" ({_digits(min(runs))}–{_digits(max(runs))})" if runs else "")
 
 
@@ -360,25 +212,3 @@ def _digits(value: float) -> str:
 def _decimals(value: float, least: int) -> int:
     """Digits after the point that show three significant ones, up to six."""
     return min(6, max(least, 2 - math.floor(math.log10(abs(value))))) if value and math.isfinite(value) else least
-
-
-def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"results.json: {where} should be a number, not {_short(value)}; repeat the run that wrote it")
-    return value
-
-
-def _dict(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UserError(f"results.json: {where} should hold named values, not {_short(value)}; repeat the run that wrote it")
-    return value
-
-
-def _list(value: Any, where: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise UserError(f"results.json: {where} should be a list, not {_short(value)}; repeat the run that wrote it")
-    return value
-
-
-def _short(value: Any) -> str:
-    return json.dumps(value)[:40]

@@ -27,21 +27,11 @@ from mclr.train.weights.folder import find_weights, load_net, sha256
 
 # the five guidance weights of the sweep, around the best one of each control
 GAMMAS = {"edm2-digits": (0.2, 0.35, 0.5, 0.65, 0.8), "var-digits": (0.25, 0.5, 0.75, 1.0, 1.5)}
-
-
 # the lam of the preset is the mclr row; these multiples of it draw the curve
 LAM_MULTIPLES = (0.5, 1.0, 2.0)
-
-
 LAM_MULTIPLES_FULL = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
-
-
 SEEDS, SEEDS_FULL = 3, 10
-
-
 JUDGE_WEIGHTS = "digits-classifier"
-
-
 JUDGE = {
     "reference": "all 1,797 scans",
     "samples": "1,797, with the class counts of the scans",
