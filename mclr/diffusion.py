@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from mclr.guidance import Guidance, mix
-from mclr.kernels.denoising_value import denoising_value
 from mclr.likelihood import Draws, LogLik, Net, Probe
 from mclr.solvers import SOLVERS, churned_heun, sigma_grid
 
@@ -29,6 +28,23 @@ def sigma_of(progress: float) -> float:
     """The inverse of progress_of."""
     high, low = LOG_RANGE
     return math.exp(high + progress * (low - high))
+
+
+def denoising_value(
+    raw_RCHW: Tensor, x_BCHW: Tensor, noisy_BCHW: Tensor, sigma_B: Tensor, index_R: Tensor, sigma_data: float
+) -> Tensor:
+    """value_R: minus the squared error of each row's denoised image, weighted to unit size and averaged over its dimensions.
+
+    value = -(sigma^2 + s^2) / (sigma s)^2 * mean (D - x)^2, s = sigma_data (EDM, arXiv 2206.00364, table 1), computed as
+    -mean (raw - target)^2, target = (x - c_skip noisy) / c_out (derived: the weight is c_out^-2). Where sigma is small, the target
+    comes from x - noisy, which loses fewer digits than the difference of two products.
+    """
+    sigma = sigma_B[:, None, None, None]
+    norm = (sigma**2 + sigma_data**2).sqrt()
+    small = (x_BCHW - noisy_BCHW) + (sigma / norm) ** 2 * noisy_BCHW
+    large = x_BCHW - (sigma_data / norm) ** 2 * noisy_BCHW
+    target = torch.where(sigma < sigma_data, small, large) * (norm / (sigma * sigma_data))
+    return -(raw_RCHW.to(target.dtype) - target[index_R]).square().flatten(1).mean(1)
 
 
 @dataclass(frozen=True)
