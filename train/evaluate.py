@@ -6,7 +6,7 @@ N real and M fake images; C H W image.
 import sys
 from pathlib import Path
 
-from mclr.train.scoring.evaluation import evaluate
+from mclr.train.scoring.evaluation import Request, evaluate
 from mclr.train.scoring.statistics import SPLITS
 from mclr.train.system.console import Parser, run
 
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--icr", action="store_true", help="also the invariant contamination ratio of a diffusion run, the memorisation monitor"
     )
-    evaluate(parser.parse_args(argv))
+    evaluate(Request(**vars(parser.parse_args(argv))))
     return 0
 
 

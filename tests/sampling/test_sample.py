@@ -185,14 +185,14 @@ def test_two_ranks_draw_what_one_draws(diffusion_run, tmp_path):
     script.write_text(
         "import os, runpy, sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import train.files\n"
+        "import mclr.train.system.files\n"
         "from mclr.errors import UserError\n"
-        "write_file = train.files.write_file\n"
+        "write_file = mclr.train.system.files.write_file\n"
         "def write(path, data):\n"
         "    if os.environ['RANK'] == '1' and '000024' in str(path):\n"
         "        raise UserError('no room')\n"
         "    write_file(path, data)\n"
-        "train.files.write_file = write\n"
+        "mclr.train.system.files.write_file = write\n"
         f"runpy.run_path({sample.__file__!r}, run_name='__main__')\n"
     )
     settings = {"capture_output": True, "text": True, "env": environment(), "cwd": ROOT, "timeout": 300}

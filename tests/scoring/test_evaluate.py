@@ -24,7 +24,7 @@ from mclr.train.scoring import evaluation, scores
 from mclr.train.scoring import extractors as judges
 from mclr.train.scoring import image_readers as image_sets
 from mclr.train.scoring import statistics as references
-from mclr.train.scoring.evaluation import judge
+from mclr.train.scoring.evaluation import score_images
 from mclr.train.system.console import run
 from mclr.train.training.networks import build_encoder, build_net
 from mclr.train.weights.folder import save_weights, sha256
@@ -95,12 +95,12 @@ def classifier(real):
 def test_real_images_are_perfect_samples_of_themselves(classifier, real):
     images, c = real
     expected = {"accuracy": 1, "fd": 0, "cfd": 0, "precision": 1, "recall": 1, "density": 1, "coverage": 1}
-    assert judge(classifier, images, c, images, c) == pytest.approx(expected, abs=1e-9)
+    assert score_images(classifier, images, c, images, c) == pytest.approx(expected, abs=1e-9)
 
 
 def test_exchanged_conditions_hurt_accuracy_and_class_wise_fd_alone(classifier, real):
     images, c = real
-    right, wrong = judge(classifier, images, c, images, c), judge(classifier, images, c, images, (c + 1) % CLASSES)
+    right, wrong = score_images(classifier, images, c, images, c), score_images(classifier, images, c, images, (c + 1) % CLASSES)
     for name in ("fd", "precision", "recall", "density", "coverage"):
         assert wrong[name] == right[name]
     assert wrong["accuracy"] == 0 and wrong["cfd"] > 100 * max(right["cfd"], 1e-9)
@@ -109,14 +109,14 @@ def test_exchanged_conditions_hurt_accuracy_and_class_wise_fd_alone(classifier, 
 def test_noise_is_far_from_everything(classifier, real):
     images, c = real
     noise = torch.randint(0, 256, images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    near, far = judge(classifier, images, c, images, c), judge(classifier, images, c, noise, c)
+    near, far = score_images(classifier, images, c, images, c), score_images(classifier, images, c, noise, c)
     assert far["fd"] > 100 * max(near["fd"], 1e-9) and far["precision"] < 0.1 and far["coverage"] < 0.1
 
 
 def test_the_number_of_images_per_forward_does_not_matter(classifier, real, monkeypatch):
-    scores = judge(classifier, *real, *real)
+    scores = score_images(classifier, *real, *real)
     monkeypatch.setattr(judges, "BATCH", 7)
-    assert judge(classifier, *real, *real) == pytest.approx(scores, abs=1e-4)
+    assert score_images(classifier, *real, *real) == pytest.approx(scores, abs=1e-4)
 
 
 def test_a_folder_and_an_npz_of_the_same_images_score_the_same(home, real, tmp_path, capsys):
@@ -183,7 +183,6 @@ def test_misuse_is_one_line_and_writes_nothing(home, real, tmp_path, capsys):
     damaged = write_samples(tmp_path / "damaged", images, c)
     (damaged / "images/000007-1.png").write_bytes(b"\x89PNG")
     beyond = write_samples(tmp_path / "beyond", images, c + 1)
-    one_class = write_samples(tmp_path / "one", images, torch.zeros_like(c))
     (tmp_path / "bad.npz").write_bytes(b"x")
     np.save(tmp_path / "array.npy", np.zeros(3))
     (tmp_path / "array.npy").rename(tmp_path / "array.npz")
@@ -208,7 +207,6 @@ def test_misuse_is_one_line_and_writes_nothing(home, real, tmp_path, capsys):
         ((good, *data, "--judge", home / "run/weights"), "hold a network of kind edm2, not image_classifier"),
         ((good, *data, "--judge", home / "judge-of-10"), "knows 10 conditions of 1-channel images, blobs has 3 of 1"),
         ((few, *data, *judge_), "samples and 20 real images, at least 2 of each are needed: draw more"),
-        ((one_class, *data, *judge_), "condition 1 has 0 samples and 20 real images, at least 2 of each are needed: draw more"),
         ((wide, *data, *judge_), "the samples are of shape (1, 8, 16), the images of blobs of (1, 8, 8)"),
         ((mixed, *data, *judge_), "000100-1.png is of shape (1, 4, 4)"),
         ((nameless, *data, *judge_), "cat.png does not say its condition"),
@@ -228,6 +226,16 @@ def test_misuse_is_one_line_and_writes_nothing(home, real, tmp_path, capsys):
         out, err = capsys.readouterr()
         assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and line in err, err
     assert not list(tmp_path.rglob("*evaluation.json"))
+
+
+def test_scores_are_over_the_conditions_that_were_drawn(home, real, tmp_path, capsys):
+    images, c = real
+    folder = write_samples(tmp_path / "one", images[c == 2], c[c == 2])
+    assert evaluate_(folder, "--reference", home / "data", "--judge", home / "judge") == 0
+    assert "the samples are of 1 conditions, the reference of 3" in capsys.readouterr().out
+    scores = json.loads((folder / "evaluation.json").read_text())["scores"]
+    # the same images: nothing within the condition differs, but all real images are more than they
+    assert scores["cfd"] == pytest.approx(0, abs=1e-9) and scores["fd"] > 0.01
 
 
 def test_enough_of_every_condition_may_be_too_few_in_all(home, real, tmp_path, capsys):
@@ -550,9 +558,9 @@ def test_misused_references_are_one_line(inception, home, real, tmp_path, capsys
 
 MEMORY = """
 import torch
-from train.bench.step import peak_memory
-from train import judges, references
-from train.image_sets import ImageSet
+from mclr.train.bench.step import peak_memory
+from mclr.train.scoring import extractors, statistics
+from mclr.train.scoring.image_readers import ImageSet
 from mclr import metrics
 N = 50_000
 draws = torch.Generator().manual_seed(0)
@@ -560,10 +568,10 @@ def read(first, end):
     return torch.randint(0, 256, (end - first, 1, 8, 8), generator=draws, dtype=torch.uint8)
 images = ImageSet("random", N, (1, 8, 8), read, str)
 net = torch.nn.Linear(64, 1024)
-judge = judges.Judge("tiny", "", "FD", "", net, lambda net, x: judges.Answer(net(x.float().flatten(1))), batch=256)
+judge = extractors.Judge("tiny", "", "FD", "", net, lambda net, x: extractors.Answer(net(x.float().flatten(1))), batch=256)
 # not getrusage, whose peak is inherited from the process that starts this one
 before = peak_memory()
-real, fake = (references.measure(judge, images) for _ in range(2))
+real, fake = (statistics.measure(judge, images) for _ in range(2))
 # one chunk of a distance matrix takes as much memory as all of them, and all take minutes
 metrics.neighbour_scores(real.near_ND, fake.near_ND, progress=lambda chunks: chunks[:1])
 print(peak_memory() - before)

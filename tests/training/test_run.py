@@ -318,7 +318,7 @@ def test_a_dry_run_of_a_large_model_needs_no_memory(here, tokenizer):
     """310M parameters would be 1.2 GB more than the small model's."""
     program = (
         # not getrusage, whose peak is inherited from the process that starts this one
-        "from train.bench.step import peak_memory; from train.cli import main; main(); print(int(peak_memory() * 2**20))"
+        "from mclr.train.bench.step import peak_memory; from mclr.train.cli import main; main(); print(int(peak_memory() * 2**20))"
     )
     peaks = []  # kB
     for model, size in (("var-digits", "(next_scale), 0"), ("var-d16", "(next_scale), 30")):

@@ -251,8 +251,8 @@ HOSTILE = {
 # Reads lines of JSON: a folder, a Python expression, seconds; answers with what became of a fork that evaluated it there.
 SERVER = """
 import json, os, signal, sys
-from train.cli import run
-from train.convert import main
+from mclr.train.system.console import run
+from mclr.train.convert import main
 
 def evaluated(folder, expression, seconds):
     child = os.fork()

@@ -1,15 +1,14 @@
 """Samples against a reference, in the features of a network that acts as judge."""
 
-import argparse
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mclr.configs.schema import FILE, DiffusionModel
+from mclr.configs.schema import FILE, DiffusionModel, RunConfig
 from mclr.errors import UserError
 from mclr.models.edm2 import EDM2
 from mclr.models.features import ImageClassifier
@@ -28,97 +27,161 @@ from mclr.train.weights.model_card import add_scores
 FEWEST = 6  # of either: one more than the neighbours that density and coverage look at
 
 
-def judge(
+def score_images(
     classifier: ImageClassifier, real_images: Tensor, real_c: Tensor, fake_images: Tensor, fake_c: Tensor
 ) -> dict[str, float]:
     """score() of fake images [M, C, H, W] against real ones [N, C, H, W], uint8, in memory; conditions int64."""
-    by = classifier_judge(classifier)
-    real = measure(by, in_memory_images(real_images, real_c))
-    return score(by, real, measure(by, in_memory_images(fake_images, fake_c), with_prob=True))
+    judge = classifier_judge(classifier)
+    real = measure(judge, in_memory_images(real_images, real_c))
+    return score(judge, real, measure(judge, in_memory_images(fake_images, fake_c), with_prob=True))
 
 
-def evaluate(args: argparse.Namespace) -> None:
-    """Score the samples, print the scores and write them beside the samples."""
-    # everything that can be wrong is looked at before any image is drawn or scored
-    source: Path = args.source
-    record, own_data, is_run = None, None, (source / FILE).is_file()
-    if is_run:
-        config, weights = find_generator(str(source), None, None, [])
-        own_data = config.data.model_dump()
+@dataclass(frozen=True)
+class Request:
+    """What `mclr evaluate` is asked for: its arguments.
+
+    source: a folder of samples, an .npz file or a run. reference: real images; None: the data that the model was for. real: a key of
+    SPLITS. judge, judge_weights: as open_judge takes them; judge None: the bundled classifier. ranges: disjoint ranges of seeds.
+    icr: also the invariant contamination ratio of a diffusion run.
+    """
+
+    source: Path
+    reference: str | None = None
+    real: str = "all"
+    judge: str | None = None
+    judge_weights: Path | None = None
+    ranges: int = 1
+    icr: bool = False
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A request whose parts are found: who judges, against what. run: (settings, weights) where the source is a run."""
+
+    request: Request
+    judge: Judge
+    reference: Reference
+    run: tuple[RunConfig, Path] | None
+
+
+def evaluate(request: Request) -> None:
+    """Score the samples, print the scores and write them beside the samples. Raises UserError before any image is drawn or scored."""
+    evaluation = resolve(request)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    evaluation.judge.net.to(device)
+    source = draw_samples(evaluation) if evaluation.run else request.source
+    samples, made, parts = open_samples(evaluation, source)
+    result, origin = score_samples(evaluation, samples, made, parts)
+    if request.icr:
+        result["icr"] = contamination(evaluation, device)
+    name = f"evaluation-{evaluation.judge.name}.json" if evaluation.judge.name in PUBLISHED else "evaluation.json"
+    path = source.with_name(f"{source.stem}-{name}") if source.is_file() else source / name
+    write_json(path, result)
+    if evaluation.run:
+        add_scores(evaluation.run[1], result)
+    print(table(result))
+    print(f"statistics of the reference: {origin}")
+    print(f"written to {path}")
+
+
+def resolve(request: Request) -> Evaluation:
+    """Find run or samples, reference and judge. Raises UserError for whatever is missing or does not go together."""
+    source, own_data, run = request.source, None, None
+    if (source / FILE).is_file():
+        run = find_generator(str(source), None, None, [])
+        own_data = run[0].data.model_dump()
     elif (source.suffix == ".npz" and source.is_file()) or find_images(source):
         record = read_record(source) if source.is_dir() else None
         own_data = record and record["data"]
     else:
         raise UserError(f"{source} is no run and holds no images: give samples, an .npz file or a run")
-    if args.ranges < 1:
-        raise UserError(f"--ranges {args.ranges}: give 1 or more")
-    if args.icr and not (is_run and isinstance(config.model, DiffusionModel)):
+    if request.ranges < 1:
+        raise UserError(f"--ranges {request.ranges}: give 1 or more")
+    if request.icr and not (run and isinstance(run[0].model, DiffusionModel)):
         raise UserError(f"--icr looks into the network of a diffusion run, {source} is none: leave it out, or give such a run")
-    if args.reference is None and own_data is None:
+    if request.reference is None and own_data is None:
         raise UserError(f"{source} does not say which data its model was for: say it by --reference")
-    with_conditions = args.judge not in PUBLISHED
-    reference = open_reference(args.reference, own_data, args.real, with_conditions)
-    if args.icr and reference.info is None:
+    reference = open_reference(request.reference, own_data, request.real, request.judge not in PUBLISHED)
+    if request.icr and reference.info is None:
         raise UserError("--icr compares images of a dataset: give a dataset by --reference, or leave out --icr")
-    by = open_judge(args.judge or _default_judge(reference), args.judge_weights)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    by.net.to(device)
-    if is_run:
-        # mu and sigma may be of more images than there are
-        asked = args.ranges * (MOST if reference.stored or not reference.images else min(reference.images.count, MOST))
-        there = read_record(source / "samples")
-        # more images of these settings are no harm
-        drawn = max(asked, there["count"] if there else 0)
-        draw(config, weights, source / "samples", parse_classes(None, config.data.num_classes), seed=0, count=drawn)
-        source = source / "samples"
-        record = read_record(source)
-    samples = open_npz(source) if source.is_file() else open_folder(source, with_conditions)
+    judge = open_judge(request.judge or _default_judge(reference), request.judge_weights)
+    return Evaluation(request, judge, reference, run)
+
+
+def draw_samples(evaluation: Evaluation) -> Path:
+    """Draw as many images of the run as its reference has, for every range, into RUN/samples."""
+    assert evaluation.run is not None
+    (config, weights), reference, folder = evaluation.run, evaluation.reference, evaluation.request.source / "samples"
+    there = read_record(folder)
+    # more images of these settings are no harm
+    count = max(_wanted(evaluation.request, reference), there["count"] if there else 0)
+    draw(config, weights, folder, parse_classes(None, config.data.num_classes), seed=0, count=count)
+    return folder
+
+
+def _wanted(request: Request, reference: Reference) -> int:
+    """Samples of a run that are scored; mu and sigma may be of more images than there are."""
+    few = reference.images is not None and not reference.stored
+    return request.ranges * (min(reference.images.count, MOST) if few and reference.images else MOST)
+
+
+def open_samples(evaluation: Evaluation, source: Path) -> tuple[ImageSet, dict[str, Any] | None, list[range]]:
+    """(samples, the settings that drew them where they are known, the images of each range). Raises UserError where they do not do."""
+    request, judge = evaluation.request, evaluation.judge
+    record = read_record(source) if source.is_dir() else None
+    samples = open_npz(source) if source.is_file() else open_folder(source, request.judge not in PUBLISHED)
     if record and samples.count != record["count"]:
         raise UserError(f"{source} holds {samples.count} of {record['count']} images: repeat its `mclr sample` command")
-    each, rest = divmod(asked if is_run else samples.count, args.ranges)
+    wanted = _wanted(request, evaluation.reference) if evaluation.run else samples.count
+    each, rest = divmod(wanted, request.ranges)
     if rest:
         raise UserError(
-            f"--ranges {args.ranges} does not divide the {samples.count} images of {source}: draw more, or give another"
+            f"--ranges {request.ranges} does not divide the {samples.count} images of {source}: draw more, or give another"
         )
-    parts = [range(first, first + each) for first in range(0, each * args.ranges, each)]
-    _refuse_other(by, samples, reference)
+    parts = [range(first, first + each) for first in range(0, each * request.ranges, each)]
+    _refuse_other(judge, samples, evaluation.reference)
     for part in parts:
-        _refuse_few(by, samples, part, reference)
+        _refuse_few(judge, samples, part, evaluation.reference)
+    return samples, record and record["settings"], parts
 
-    made, ranges = record and record["settings"], []
+
+def score_samples(
+    evaluation: Evaluation, samples: ImageSet, made: dict[str, Any] | None, parts: list[range]
+) -> tuple[dict[str, Any], str]:
+    """(what is written of the scores, where the reference's statistics come from). Raises UserError where the judge cannot score."""
+    judge, reference, ranges = evaluation.judge, evaluation.reference, []
     try:
-        real, notes, origin = reference_statistics(by, reference)
+        real, notes, origin = reference_statistics(judge, reference)
         for part in parts:
-            fake = measure(by, samples, part, with_prob=True)
+            fake = measure(judge, samples, part, with_prob=True)
             seeds = [made["seed"] + part.start, made["seed"] + part.stop - 1] if made else None
-            ranges.append(Range(seeds, score(by, real, fake)))
-        notes += _doubts(by, samples, reference, made, real, fake)
+            ranges.append(Range(seeds, score(judge, real, fake)))
+        notes += _doubts(judge, samples, reference, made, real, fake)
     except ValueError as error:
-        raise UserError(f"judge {by.name} cannot score these samples ({error}): give another --judge") from error
+        raise UserError(f"judge {judge.name} cannot score these samples ({error}): give another --judge") from error
     scores = {name: sum(one.scores[name] for one in ranges) / len(ranges) for name in ranges[0].scores}
     if len(ranges) > 1:
         scores["fd_min"] = min(one.scores["fd"] for one in ranges)
     result = {
         "scores": scores,
-        "samples": {"path": str(source), "count": each * args.ranges, "made": made},
+        "samples": {"path": samples.name, "count": sum(map(len, parts)), "made": made},
         "real": reference.about() | {"count": real.count, "neighbours": None if real.near_ND is None else len(real.near_ND)},
-        "judge": {"name": by.name, "sha256": by.sha256, "features": by.features, "fd": by.fd},
+        "judge": {"name": judge.name, "sha256": judge.sha256, "features": judge.features, "fd": judge.fd},
         "ranges": [asdict(one) for one in ranges],
         "notes": notes,
     }
-    if args.icr:
-        net = load_net(str(weights), "edm2").to(device)
-        assert isinstance(net, EDM2) and reference.info is not None
-        contamination = monitor.measure(net, build_encoder(config, device), monitor.open_images(reference.info), config.data.flip)
-        result["icr"] = contamination | {"sigma": monitor.SIGMA, "pairs": monitor.PAIRS}
-    name = f"evaluation-{by.name}.json" if by.name in PUBLISHED else "evaluation.json"
-    path = source.with_name(f"{source.stem}-{name}") if source.is_file() else source / name
-    write_json(path, result)
-    if is_run:
-        add_scores(weights, result)
-    print(table(result))
-    print(f"statistics of the reference: {origin}")
-    print(f"written to {path}")
+    return result, origin
+
+
+def contamination(evaluation: Evaluation, device: torch.device) -> dict[str, Any]:
+    """The invariant contamination ratio of a diffusion run's network, on the images of the reference."""
+    assert evaluation.run is not None and evaluation.reference.info is not None
+    config, weights = evaluation.run
+    net = load_net(str(weights), "edm2").to(device)
+    assert isinstance(net, EDM2)
+    images = monitor.open_images(evaluation.reference.info)
+    found = monitor.measure(net, build_encoder(config, device), images, config.data.flip)
+    return found | {"sigma": monitor.SIGMA, "pairs": monitor.PAIRS}
 
 
 def _default_judge(reference: Reference) -> str:
@@ -136,15 +199,15 @@ def _default_judge(reference: Reference) -> str:
     return name
 
 
-def _refuse_other(by: Judge, samples: ImageSet, reference: Reference) -> None:
+def _refuse_other(judge: Judge, samples: ImageSet, reference: Reference) -> None:
     """Raises UserError where a classifier does not suit the reference or the samples; the other judges look at any image."""
-    if not isinstance(by.net, ImageClassifier):
+    if not isinstance(judge.net, ImageClassifier):
         return
-    found, info = (by.net.config.num_classes, by.net.config.img_channels), reference.info
+    found, info = (judge.net.config.num_classes, judge.net.config.img_channels), reference.info
     expected = (info.num_classes, info.channels) if info else (found[0], samples.shape[0])
     if found != expected:
         raise UserError(
-            f"judge {by.name} knows {found[0]} conditions of {found[1]}-channel images, {reference.name} has {expected[0]} of "
+            f"judge {judge.name} knows {found[0]} conditions of {found[1]}-channel images, {reference.name} has {expected[0]} of "
             f"{expected[1]}: give another --judge, or fit one with `mclr prepare classifier`"
         )
     if reference.images and samples.shape != reference.images.shape:
@@ -154,17 +217,18 @@ def _refuse_other(by: Judge, samples: ImageSet, reference: Reference) -> None:
         )
     if samples.c_N is not None and (highest := int(samples.c_N.max())) >= found[0]:
         raise UserError(
-            f"{samples.name} holds condition {highest}, judge {by.name} knows 0..{found[0] - 1}: give another --judge"
+            f"{samples.name} holds condition {highest}, judge {judge.name} knows 0..{found[0] - 1}: give another --judge"
         )
 
 
-def _refuse_few(by: Judge, samples: ImageSet, part: range, reference: Reference) -> None:
+def _refuse_few(judge: Judge, samples: ImageSet, part: range, reference: Reference) -> None:
     """Raises UserError where there are fewer images than the scores need (mclr/metrics.py)."""
     more = "draw more, or compare with more real images (--real all)"
     real = reference.images
-    if by.conditions and samples.c_N is not None and real and real.c_N is not None:
+    if judge.conditions and samples.c_N is not None and real and real.c_N is not None:
         fake_c = samples.c_N[part.start : part.stop]
-        for c in torch.cat([fake_c, real.c_N]).unique().tolist():
+        # conditions that were not drawn are left out of the class-wise scores
+        for c in fake_c.unique().tolist():
             fakes, reals = (int((c_N == c).sum()) for c_N in (fake_c, real.c_N))
             if min(fakes, reals) < 2:
                 raise UserError(
@@ -175,13 +239,16 @@ def _refuse_few(by: Judge, samples: ImageSet, part: range, reference: Reference)
 
 
 def _doubts(
-    by: Judge, samples: ImageSet, reference: Reference, made: dict[str, Any] | None, real: Statistics, fake: Statistics
+    judge: Judge, samples: ImageSet, reference: Reference, made: dict[str, Any] | None, real: Statistics, fake: Statistics
 ) -> Iterator[str]:
     """What is left out, and what makes the scores unfit for comparison, in one line each."""
-    if by.conditions and samples.c_N is None:
+    if judge.conditions and samples.c_N is None:
         yield "accuracy and cfd are left out: the samples do not say their conditions (NAME-CONDITION.png, or arr_1)"
-    elif by.conditions and not real.of_condition:
+    elif judge.conditions and not real.of_condition:
         yield "cfd is left out: the images of the reference do not say their conditions (NAME-CONDITION.png, or arr_1)"
+    elif judge.conditions and len(fake.of_condition) < len(real.of_condition):
+        drawn = f"the samples are of {len(fake.of_condition)} conditions, the reference of {len(real.of_condition)}"
+        yield f"{drawn}: accuracy and cfd are over the conditions that were drawn, the other scores compare with all real images"
     for name, seen in (("reference", real), ("samples", fake)):
         D = len(seen.features[0])
         if seen.count is not None and seen.count <= D:

@@ -12,7 +12,7 @@ SCORES = {
     "fd": "↓ Fréchet distance (FD) between all samples and all real images",
     "sfid": "↓ the same in the spatial features: sFID",
     "is": "↑ Inception score",
-    "cfd": "↓ class-wise FD: the same within each condition, averaged",
+    "cfd": "↓ class-wise FD: the same within each condition, averaged over those that were drawn",
     "precision": "↑ share of samples near a real image",
     "recall": "↑ share of real images near a sample",
     "density": "↑ real neighbourhoods around a sample, 1 as for the real images themselves",
@@ -33,22 +33,23 @@ class Range:
     scores: dict[str, float]
 
 
-def score(by: Judge, real: Statistics, fake: Statistics) -> dict[str, float]:
+def score(judge: Judge, real: Statistics, fake: Statistics) -> dict[str, float]:
     """Those of SCORES that these statistics allow: accuracy and cfd where conditions are known, the last four with real images.
 
     accuracy: share of the fake images that the judge puts under their own condition; the other scores are those of mclr/metrics.py.
     Raises ValueError where there are too few images, and where the two were not seen by the same judge.
     """
     scores = {}
-    if by.conditions and fake.c_N is not None and fake.prob_NK is not None:
+    if judge.conditions and fake.c_N is not None and fake.prob_NK is not None:
         scores["accuracy"] = class_accuracy(fake.prob_NK.cpu(), fake.c_N)
     scores["fd"] = frechet_from_moments(*real.features, *fake.features)
     if real.spatial and fake.spatial:
         scores["sfid"] = frechet_from_moments(*real.spatial, *fake.spatial)
-    if not by.conditions and fake.prob_NK is not None:
+    if not judge.conditions and fake.prob_NK is not None:
         scores["is"] = inception_score(fake.prob_NK)
     if real.of_condition and fake.of_condition:
-        scores["cfd"] = class_frechet_distance(real.of_condition, fake.of_condition)
+        drawn = {c: gaussian for c, gaussian in real.of_condition.items() if c in fake.of_condition}
+        scores["cfd"] = class_frechet_distance(drawn, fake.of_condition)
     if real.near_ND is not None and fake.near_ND is not None:
         scores |= neighbour_scores(real.near_ND, fake.near_ND, real_radii_N2=real.radii_N2, progress=neighbour_bar)
     return scores

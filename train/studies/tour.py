@@ -21,7 +21,7 @@ from mclr.train.data.encoders import ROUNDING
 from mclr.train.data.images import image_grid
 from mclr.train.data.write import prepare_digits
 from mclr.train.sampling.generate import generate, load_generator, to_images
-from mclr.train.scoring.evaluation import judge
+from mclr.train.scoring.evaluation import score_images
 from mclr.train.system.files import write_file, write_json
 from mclr.train.weights.folder import find_weights, load_net, sha256
 
@@ -57,7 +57,7 @@ class Judge:
 
     def scores(self, images_N: torch.Tensor) -> dict[str, float]:
         """Of samples [N, C, H, W] uint8 under the same conditions."""
-        return judge(self.classifier, self.images_N, self.c_N, images_N, self.c_N)
+        return score_images(self.classifier, self.images_N, self.c_N, images_N, self.c_N)
 
 
 def digits_judge() -> Judge:
