@@ -11,7 +11,7 @@ tour-full: .venv/ready
 
 test: .venv/ready
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
-	OMP_NUM_THREADS=1 $(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile
 
 test-slow: .venv/ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow
