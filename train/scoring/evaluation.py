@@ -17,7 +17,7 @@ from mclr.train.sampling.generate import find_generator, parse_classes
 from mclr.train.scoring.extractors import PUBLISHED, Judge, classifier_judge, open_judge
 from mclr.train.scoring.image_readers import ImageSet, find_images, in_memory_images, open_folder, open_npz
 from mclr.train.scoring.scores import Range, score, table
-from mclr.train.scoring.statistics import MOST, Reference, Statistics, measure, open_reference, reference_statistics
+from mclr.train.scoring.statistics import MOST, RealSet, Statistics, measure, open_real, real_statistics
 from mclr.train.system.files import write_json
 from mclr.train.training import memorisation as monitor
 from mclr.train.training.networks import build_encoder
@@ -60,7 +60,7 @@ class Evaluation:
 
     request: Request
     judge: Judge
-    reference: Reference
+    real_set: RealSet
     run: tuple[RunConfig, Path] | None
 
 
@@ -101,28 +101,28 @@ def resolve(request: Request) -> Evaluation:
         raise UserError(f"--icr looks into the network of a diffusion run, {source} is none: leave it out, or give such a run")
     if request.reference is None and own_data is None:
         raise UserError(f"{source} does not say which data its model was for: say it by --reference")
-    reference = open_reference(request.reference, own_data, request.real, request.judge not in PUBLISHED)
-    if request.icr and reference.info is None:
+    real_set = open_real(request.reference, own_data, request.real, request.judge not in PUBLISHED)
+    if request.icr and real_set.info is None:
         raise UserError("--icr compares images of a dataset: give a dataset by --reference, or leave out --icr")
-    judge = open_judge(request.judge or _default_judge(reference), request.judge_weights)
-    return Evaluation(request, judge, reference, run)
+    judge = open_judge(request.judge or _default_judge(real_set), request.judge_weights)
+    return Evaluation(request, judge, real_set, run)
 
 
 def draw_samples(evaluation: Evaluation) -> Path:
     """Draw as many images of the run as its reference has, for every range, into RUN/samples."""
     assert evaluation.run is not None
-    (config, weights), reference, folder = evaluation.run, evaluation.reference, evaluation.request.source / "samples"
+    (config, weights), real_set, folder = evaluation.run, evaluation.real_set, evaluation.request.source / "samples"
     there = read_record(folder)
     # more images of these settings are no harm
-    count = max(_wanted(evaluation.request, reference), there["count"] if there else 0)
+    count = max(_wanted(evaluation.request, real_set), there["count"] if there else 0)
     draw(config, weights, folder, parse_classes(None, config.data.num_classes), seed=0, count=count)
     return folder
 
 
-def _wanted(request: Request, reference: Reference) -> int:
+def _wanted(request: Request, real_set: RealSet) -> int:
     """Samples of a run that are scored; mu and sigma may be of more images than there are."""
-    few = reference.images is not None and not reference.stored
-    return request.ranges * (min(reference.images.count, MOST) if few and reference.images else MOST)
+    few = real_set.images is not None and not real_set.stored
+    return request.ranges * (min(real_set.images.count, MOST) if few and real_set.images else MOST)
 
 
 def open_samples(evaluation: Evaluation, source: Path) -> tuple[ImageSet, dict[str, Any] | None, list[range]]:
@@ -132,16 +132,16 @@ def open_samples(evaluation: Evaluation, source: Path) -> tuple[ImageSet, dict[s
     samples = open_npz(source) if source.is_file() else open_folder(source, request.judge not in PUBLISHED)
     if record and samples.count != record["count"]:
         raise UserError(f"{source} holds {samples.count} of {record['count']} images: repeat its `mclr sample` command")
-    wanted = _wanted(request, evaluation.reference) if evaluation.run else samples.count
+    wanted = _wanted(request, evaluation.real_set) if evaluation.run else samples.count
     each, rest = divmod(wanted, request.ranges)
     if rest:
         raise UserError(
             f"--ranges {request.ranges} does not divide the {samples.count} images of {source}: draw more, or give another"
         )
     parts = [range(first, first + each) for first in range(0, each * request.ranges, each)]
-    _refuse_other(judge, samples, evaluation.reference)
+    _refuse_other(judge, samples, evaluation.real_set)
     for part in parts:
-        _refuse_few(judge, samples, part, evaluation.reference)
+        _refuse_few(judge, samples, part, evaluation.real_set)
     return samples, record and record["settings"], parts
 
 
@@ -149,14 +149,14 @@ def score_samples(
     evaluation: Evaluation, samples: ImageSet, made: dict[str, Any] | None, parts: list[range]
 ) -> tuple[dict[str, Any], str]:
     """(what is written of the scores, where the reference's statistics come from). Raises UserError where the judge cannot score."""
-    judge, reference, ranges = evaluation.judge, evaluation.reference, []
+    judge, real_set, ranges = evaluation.judge, evaluation.real_set, []
     try:
-        real, notes, origin = reference_statistics(judge, reference)
+        real, notes, origin = real_statistics(judge, real_set)
         for part in parts:
             fake = measure(judge, samples, part, with_prob=True)
             seeds = [made["seed"] + part.start, made["seed"] + part.stop - 1] if made else None
             ranges.append(Range(seeds, score(judge, real, fake)))
-        notes += _doubts(judge, samples, reference, made, real, fake)
+        notes += _doubts(judge, samples, real_set, made, real, fake)
     except ValueError as error:
         raise UserError(f"judge {judge.name} cannot score these samples ({error}): give another --judge") from error
     scores = {name: sum(one.scores[name] for one in ranges) / len(ranges) for name in ranges[0].scores}
@@ -165,7 +165,7 @@ def score_samples(
     result = {
         "scores": scores,
         "samples": {"path": samples.name, "count": sum(map(len, parts)), "made": made},
-        "real": reference.about() | {"count": real.count, "neighbours": None if real.near_ND is None else len(real.near_ND)},
+        "real": real_set.about() | {"count": real.count, "neighbours": None if real.near_ND is None else len(real.near_ND)},
         "judge": {"name": judge.name, "sha256": judge.sha256, "features": judge.features, "fd": judge.fd},
         "ranges": [asdict(one) for one in ranges],
         "notes": notes,
@@ -175,21 +175,19 @@ def score_samples(
 
 def contamination(evaluation: Evaluation, device: torch.device) -> dict[str, Any]:
     """The invariant contamination ratio of a diffusion run's network, on the images of the reference."""
-    assert evaluation.run is not None and evaluation.reference.info is not None
+    assert evaluation.run is not None and evaluation.real_set.info is not None
     config, weights = evaluation.run
     net = load_net(str(weights), "edm2").to(device)
     assert isinstance(net, EDM2)
-    images = monitor.open_images(evaluation.reference.info)
+    images = monitor.open_images(evaluation.real_set.info)
     found = monitor.measure(net, build_encoder(config, device), images, config.data.flip)
     return found | {"sigma": monitor.SIGMA, "pairs": monitor.PAIRS}
 
 
-def _default_judge(reference: Reference) -> str:
-    info = reference.info
+def _default_judge(real_set: RealSet) -> str:
+    info = real_set.info
     if info is None:
-        raise UserError(
-            f"no judge is bundled for {reference.name}: give --judge dinov2, inception or the weights of a classifier"
-        )
+        raise UserError(f"no judge is bundled for {real_set.name}: give --judge dinov2, inception or the weights of a classifier")
     name = f"{info.name}-classifier"
     try:
         find_weights(name)
@@ -199,20 +197,20 @@ def _default_judge(reference: Reference) -> str:
     return name
 
 
-def _refuse_other(judge: Judge, samples: ImageSet, reference: Reference) -> None:
+def _refuse_other(judge: Judge, samples: ImageSet, real_set: RealSet) -> None:
     """Raises UserError where a classifier does not suit the reference or the samples; the other judges look at any image."""
     if not isinstance(judge.net, ImageClassifier):
         return
-    found, info = (judge.net.config.num_classes, judge.net.config.img_channels), reference.info
+    found, info = (judge.net.config.num_classes, judge.net.config.img_channels), real_set.info
     expected = (info.num_classes, info.channels) if info else (found[0], samples.shape[0])
     if found != expected:
         raise UserError(
-            f"judge {judge.name} knows {found[0]} conditions of {found[1]}-channel images, {reference.name} has {expected[0]} of "
+            f"judge {judge.name} knows {found[0]} conditions of {found[1]}-channel images, {real_set.name} has {expected[0]} of "
             f"{expected[1]}: give another --judge, or fit one with `mclr prepare classifier`"
         )
-    if reference.images and samples.shape != reference.images.shape:
+    if real_set.images and samples.shape != real_set.images.shape:
         raise UserError(
-            f"the samples are of shape {samples.shape}, the images of {reference.name} of {reference.images.shape}: "
+            f"the samples are of shape {samples.shape}, the images of {real_set.name} of {real_set.images.shape}: "
             "give the --reference their model was trained on"
         )
     if samples.c_N is not None and (highest := int(samples.c_N.max())) >= found[0]:
@@ -221,10 +219,10 @@ def _refuse_other(judge: Judge, samples: ImageSet, reference: Reference) -> None
         )
 
 
-def _refuse_few(judge: Judge, samples: ImageSet, part: range, reference: Reference) -> None:
+def _refuse_few(judge: Judge, samples: ImageSet, part: range, real_set: RealSet) -> None:
     """Raises UserError where there are fewer images than the scores need (mclr/metrics.py)."""
     more = "draw more, or compare with more real images (--real all)"
-    real = reference.images
+    real = real_set.images
     if judge.conditions and samples.c_N is not None and real and real.c_N is not None:
         fake_c = samples.c_N[part.start : part.stop]
         # conditions that were not drawn are left out of the class-wise scores
@@ -239,7 +237,7 @@ def _refuse_few(judge: Judge, samples: ImageSet, part: range, reference: Referen
 
 
 def _doubts(
-    judge: Judge, samples: ImageSet, reference: Reference, made: dict[str, Any] | None, real: Statistics, fake: Statistics
+    judge: Judge, samples: ImageSet, real_set: RealSet, made: dict[str, Any] | None, real: Statistics, fake: Statistics
 ) -> Iterator[str]:
     """What is left out, and what makes the scores unfit for comparison, in one line each."""
     if judge.conditions and samples.c_N is None:
@@ -258,5 +256,5 @@ def _doubts(
             yield f"all images of the {name} have the same features: they are one image, or the judge sees nothing"
     if made and made.get("sample.more_smooth"):
         yield "drawn with sample.more_smooth=true: scores of smoothed samples are not comparable with others"
-    if samples.jpeg or (reference.images and reference.images.jpeg):
+    if samples.jpeg or (real_set.images and real_set.images.jpeg):
         yield "some images are JPEG files: their compression alone changes fd"

@@ -1,4 +1,4 @@
-"""Sets of uint8 images that are read a batch at a time: a folder, an .npz file, a dataset folder, or images in memory.
+"""Sets of uint8 images, read a batch at a time from a folder, an .npz file, a dataset folder or memory.
 
 N images of a set; B of a batch; C H W image.
 """
@@ -25,9 +25,10 @@ JPEG = (".jpg", ".jpeg")
 
 @dataclass(frozen=True)
 class ImageSet:
-    """N images of one shape (C, H, W) in a fixed order. read(first, end): image_BCHW uint8; asked for in rising order.
+    """N images of one shape (C, H, W) in a fixed order.
 
-    c_N: their conditions, None where they are not known; checksum: of the images and of what says their conditions; jpeg: some are.
+    read(first, end): uint8 [B, C, H, W]; callers ask in rising order. c_N: conditions, None where they are unknown. checksum: of the
+    images and their conditions. jpeg: some images are JPEG files.
     """
 
     name: str
@@ -51,10 +52,10 @@ def find_images(folder: Path) -> list[Path]:
 
 
 def open_folder(folder: Path, with_conditions: bool) -> ImageSet:
-    """with_conditions: look for them in the names, NAME-CONDITION.png; where no name has one they are not known.
+    """The images of a folder. with_conditions: read conditions from the names, NAME-CONDITION.png; None where no name has one.
 
-    Raises UserError for an empty folder and where some names have a condition and some have none; for an image that cannot be read
-    or is not of the shape of the first when it is asked for.
+    Raises UserError for an empty folder, and where only some names have a condition. Reading raises it for an image that is
+    unreadable or differs in shape from the first.
     """
     paths = find_images(folder)
     if not paths:
@@ -87,7 +88,7 @@ def _has_condition(path: Path) -> bool:
 
 
 def npz_names(path: Path) -> list[str]:
-    """The arrays of an .npz file. Raises UserError where it is none."""
+    """Names of the arrays in an .npz file. Raises UserError where the file is not one."""
     try:
         with zipfile.ZipFile(regular(path)) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist()]
@@ -96,21 +97,21 @@ def npz_names(path: Path) -> list[str]:
 
 
 def open_npz(path: Path) -> ImageSet:
-    """arr_0, uint8 [N, H, W, C], and the conditions arr_1 where there are any: ADM's layout. Images stay in the file until asked for.
+    """The images of an .npz file in ADM's layout: arr_0 uint8 [N, H, W, C], and conditions arr_1 where there are any.
 
-    Raises UserError for another content; for damaged bytes when they are read.
+    Images stay in the file until they are read. Raises UserError for other content, and on reading damaged bytes.
     """
     advice = "write it again by numpy.savez(FILE, images, conditions)"
     damaged = f"{path} is no readable .npz of arr_0 (uint8 NHWC) and, where known, arr_1 (conditions): {advice}"
     try:
-        # open as long as it is read from
+        # stays open while images are read
         file = zipfile.ZipFile(path).open("arr_0.npy")  # noqa: SIM115
         read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
         shape, by_columns, dtype = read_header[np.lib.format.read_magic(file)[0]](file)
         start = file.tell()
         with np.load(path) as arrays:
             conditions = arrays["arr_1"] if "arr_1" in arrays.files else None
-    # a decoder that meets damaged bytes raises nearly anything, and numpy's advice on other files is not for ours
+    # decoders raise nearly anything on damaged bytes, and numpy's advice does not fit here
     except Exception as error:
         raise UserError(damaged) from error
     if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or not shape[0] or by_columns:

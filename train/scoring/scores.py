@@ -1,4 +1,4 @@
-"""The scores of `mclr evaluate`: from the statistics of two sets of images to numbers, and how they are shown."""
+"""The scores of `mclr evaluate`: computed from the statistics of real and fake images, and printed."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -27,17 +27,17 @@ ICR = {
 
 @dataclass(frozen=True)
 class Range:
-    """Scores of the samples of one range of seeds; its first and its last seed, None where they are not known."""
+    """Scores of the samples of one range of seeds. seeds: [first, last], None where they are unknown."""
 
     seeds: list[int] | None
     scores: dict[str, float]
 
 
 def score(judge: Judge, real: Statistics, fake: Statistics) -> dict[str, float]:
-    """Those of SCORES that these statistics allow: accuracy and cfd where conditions are known, the last four with real images.
+    """The SCORES that these statistics allow: accuracy and cfd where conditions are known, the last four with real images.
 
-    accuracy: share of the fake images that the judge puts under their own condition; the other scores are those of mclr/metrics.py.
-    Raises ValueError where there are too few images, and where the two were not seen by the same judge.
+    accuracy: share of the fake images that the judge puts under their own condition. The other scores are mclr/metrics.py's.
+    Raises ValueError where there are too few images, and where the statistics come from two judges.
     """
     scores = {}
     if judge.conditions and fake.c_N is not None and fake.prob_NK is not None:
@@ -56,7 +56,7 @@ def score(judge: Judge, real: Statistics, fake: Statistics) -> dict[str, float]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """An evaluation as it is printed, a line for each score."""
+    """An evaluation as printed text, one line per score."""
     samples, real, judged_by, ranges = (result[key] for key in ("samples", "real", "judge", "ranges"))
     made = samples["made"] or {}
     gamma, rounding = made.get("sample.gamma", "unknown"), made.get("rounding", "unknown")

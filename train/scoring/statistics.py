@@ -1,4 +1,4 @@
-"""What a judge saw of a set of images: measured in one pass, kept for the next time, or read from what others have stored.
+"""Statistics of images in a judge's features: measured in one pass, cached, or read from stored files.
 
 N images of a set; B of a batch; D features; K classes.
 """
@@ -34,9 +34,10 @@ MOST = 50_000  # images of a set that the scores by neighbours look at: what the
 
 @dataclass(frozen=True)
 class Statistics:
-    """near: the rows that the scores by neighbours look at; prob: class probabilities of every row, of samples alone.
+    """Means and covariances of features, and the rows that the neighbour scores need.
 
-    count and near are None where others have stored mu and sigma alone. radii: neighbour_radii(near), of references that are kept.
+    near_ND: at most MOST rows of features. radii_N2: neighbour_radii(near_ND), for real images. prob_NK: class probabilities of every
+    row, for samples. of_condition: Gaussians per condition. count and near_ND are None where a file holds mu and sigma alone.
     """
 
     features: Gaussian
@@ -50,9 +51,9 @@ class Statistics:
 
 
 def measure(judge: Judge, images: ImageSet, part: range | None = None, with_prob: bool = False) -> Statistics:
-    """Statistics of the images in `part` (None: of all), in one pass over them.
+    """Statistics of the images in `part` (None: all), in one pass.
 
-    Of more than MOST rows near holds those of permutation(0, 0, N). Raises ValueError for features that are not finite, and for
+    Of more than MOST rows, near_ND holds those of permutation(0, 0, N). Raises ValueError for features that are not finite and for
     fewer than two images.
     """
     part = part or range(images.count)
@@ -61,7 +62,7 @@ def measure(judge: Judge, images: ImageSet, part: range | None = None, with_prob
     chosen_N[torch.from_numpy(permutation(0, 0, len(part))[:MOST].copy())] = True
     c_N = None if images.c_N is None else images.c_N[part.start : part.stop]
     near, prob = [], []
-    # beside a terminal alone: errors are one line
+    # on a terminal alone: elsewhere an error is one line
     with progress_bar(len(part), begun=0, quiet=not os.isatty(2)) as bar:
         for first in range(0, len(part), judge.batch):
             rows = slice(first, min(first + judge.batch, len(part)))
@@ -89,14 +90,14 @@ def measure(judge: Judge, images: ImageSet, part: range | None = None, with_prob
 
 
 def neighbour_bar(chunks: list[slice]) -> tqdm:
-    """Of a pass over the distances between 50,000 images, which takes minutes without a GPU."""
-    # beside a terminal alone, as in measure()
+    """Progress bar of a pass over the distances; with 50,000 images it takes minutes without a GPU."""
+    # on a terminal alone, as in measure()
     return tqdm(chunks, "neighbours", unit="chunk", disable=not os.isatty(2))
 
 
 @dataclass(frozen=True)
-class Reference:
-    """Real images, or a file of mu and sigma, or one with both, as ADM's are. info and splits: of a dataset."""
+class RealSet:
+    """What --reference names: real images, a file of mu and sigma, or a file with both (ADM's). info, splits: of a dataset."""
 
     name: str
     path: Path
@@ -110,10 +111,10 @@ class Reference:
         return {"data": self.name, "path": str(self.path), "splits": self.splits, "sha256": found}
 
 
-def open_reference(name: str | None, own_data: dict[str, Any] | None, real: str, with_conditions: bool) -> Reference:
-    """The reference of this name: an .npz file, a folder of images, a dataset folder or a preset; of no name, the samples' own data.
+def open_real(name: str | None, own_data: dict[str, Any] | None, real: str, with_conditions: bool) -> RealSet:
+    """Open what --reference names: an .npz file, a folder of images, a dataset folder or a preset. name None: the samples' own data.
 
-    real: a key of SPLITS. Raises UserError where there is none, and for `real` where there are no splits.
+    real: a key of SPLITS. Raises UserError where nothing is found, and where `real` asks for splits that do not exist.
     """
     path = Path(name or "")
     known = name is None or (PRESETS / "data" / f"{name}.yaml").is_file() or (path / "dataset.json").is_file()
@@ -122,34 +123,34 @@ def open_reference(name: str | None, own_data: dict[str, Any] | None, real: str,
         data = own_data if name is None else load_data(name).model_dump()
         assert data is not None
         info = open_or_prepare(data["name"], data["path"])
-        # an empty val split is left out of "all"
+        # "all" leaves an empty val split out
         splits = tuple(split for split in SPLITS[real] if info.splits[split].count or real != "all")
-        return Reference(info.name, info.path, open_splits(info, splits), info=info, splits=splits)
+        return RealSet(info.name, info.path, open_splits(info, splits), info=info, splits=splits)
     if real != "all":
         raise UserError(f"--real {real} has no effect: {name} is no dataset and has no splits; leave it out")
     if plain_folder:
-        return Reference(str(path), path, open_folder(path, with_conditions))
+        return RealSet(str(path), path, open_folder(path, with_conditions))
     names = npz_names(path)
     if not {"mu", "arr_0"} & set(names):
         raise UserError(f"{path} holds {', '.join(names)}: a reference needs images (arr_0), or mu and sigma")
-    return Reference(str(path), path, open_npz(path) if "arr_0" in names else None, path if "mu" in names else None)
+    return RealSet(str(path), path, open_npz(path) if "arr_0" in names else None, path if "mu" in names else None)
 
 
-def reference_statistics(judge: Judge, reference: Reference) -> tuple[Statistics, list[str], str]:
-    """Statistics of the reference, what a reader of its scores must know, and where the statistics come from.
+def real_statistics(judge: Judge, real_set: RealSet) -> tuple[Statistics, list[str], str]:
+    """(statistics of the real images, notes for readers of the scores, where the statistics come from).
 
-    With images and mu and sigma, these count where they are of this judge's features: ADM's are of more images than the file holds.
-    Raises UserError for a damaged file; ValueError as measure() does.
+    A file with images and mu and sigma: the stored mu and sigma are used where they have this judge's features, since ADM's cover more
+    images than the file holds. Raises UserError for a damaged file, and ValueError as measure() does.
     """
-    stored = read_statistics(reference.stored, judge.device) if reference.stored else None
-    if reference.images is None:
+    stored = read_statistics(real_set.stored, judge.device) if real_set.stored else None
+    if real_set.images is None:
         assert stored is not None
-        left_out = f"{reference.path} holds mu and sigma alone: precision, recall, density and coverage are left out"
-        return stored, [left_out], f"read from {reference.path}"
-    measured, origin = _kept(judge, reference.images)
+        left_out = f"{real_set.path} holds mu and sigma alone: precision, recall, density and coverage are left out"
+        return stored, [left_out], f"read from {real_set.path}"
+    measured, origin = _kept(judge, real_set.images)
     if stored is None or stored.features[0].shape != measured.features[0].shape:
         return measured, [], origin
-    note = f"fd is against mu and sigma in {reference.path}, the neighbours are its {reference.images.count} images"
+    note = f"fd is against mu and sigma in {real_set.path}, the neighbours are its {real_set.images.count} images"
     return replace(measured, features=stored.features, spatial=stored.spatial, count=None), [note], origin
 
 
@@ -170,7 +171,7 @@ def _kept(judge: Judge, images: ImageSet) -> tuple[Statistics, str]:
 
 
 def _arrays(statistics: Statistics) -> dict[str, np.ndarray]:
-    """What a file holds: mu and sigma (mu_s and sigma_s of the spatial features) as ADM names them, the rest by names of ours."""
+    """The arrays of a cache file: mu, sigma, mu_s and sigma_s (spatial) as ADM names them; the other names are ours."""
     tensors = dict(zip(("mu", "sigma"), statistics.features, strict=True))
     if statistics.spatial:
         tensors |= zip(("mu_s", "sigma_s"), statistics.spatial, strict=True)
@@ -186,7 +187,7 @@ def _arrays(statistics: Statistics) -> dict[str, np.ndarray]:
 
 
 def read_statistics(path: Path, device: torch.device) -> Statistics:
-    """Statistics in an .npz file, ours or another's with mu and sigma. Raises UserError when it holds none, or is damaged."""
+    """Statistics from an .npz file of ours or of others. Raises UserError where it is damaged or holds no mu and sigma."""
     try:
         with np.load(path) as file:
             tensors = {name: torch.from_numpy(file[name]).to(device) for name in file.files if not name.startswith("arr_")}
@@ -202,6 +203,6 @@ def read_statistics(path: Path, device: torch.device) -> Statistics:
             tensors.get("radii"),
             {c: (tensors["mu_c"][i], tensors["sigma_c"][i]) for i, c in enumerate(conditions)},
         )
-    # a decoder that meets damaged bytes raises nearly anything
+    # decoders raise nearly anything on damaged bytes
     except Exception as error:
         raise UserError(f"{path} is no readable .npz of mu and sigma ({error}): copy it again, or remove it") from error
