@@ -142,7 +142,7 @@ def test_autoguidance_asks_both_networks_equally_often():
         (Schedule("negative_window", 0.0, turn=0.6, below=0.5), lambda p: p >= 0.6),
         (Schedule("negative_window", 1.5, turn=0.6, below=0.5), lambda p: True),
     ],
-    ids=["interval", "window", "window without weight"],
+    ids=["interval", "window without weight", "window"],
 )
 def test_the_guide_is_asked_only_where_its_weight_is_not_zero(schedule, guided):
     """At every evaluation of Heun's; the sample is that of a guide asked everywhere."""
