@@ -50,7 +50,7 @@ PENDING = (
     "studies/study.py",
     "studies/tour.py",
     "solvers.py",
-    "schema.py",
+    "between.py",
     "zero.py",
     "prepare.py",
     "folder.py",

@@ -1,4 +1,4 @@
-"""configs/schema.py and the presets: what loads, what is refused and in which words, what survives a round trip."""
+"""configs/schema/ and the presets: what loads, what is refused and in which words, what survives a round trip."""
 
 import dataclasses
 import itertools
@@ -417,6 +417,6 @@ def test_a_run_folder_without_config_is_refused(tmp_path):
 
 
 def test_the_schema_imports_no_heavy_library():
-    code = "import sys, configs.schema; print(*sys.modules)"
+    code = "import sys, mclr.configs.schema; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "numpy", "deepspeed"} & set(modules)

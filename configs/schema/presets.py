@@ -1,0 +1,101 @@
+"""Partial configurations from presets, YAML files, dataset folders and overrides, and how they are merged."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mclr.configs.schema.config import RunConfig
+from mclr.configs.schema.strict_yaml import MOST_LEVELS, parse_yaml
+from mclr.errors import UserError
+
+PRESETS = Path(__file__).parent.parent
+
+
+def merge(base: dict[str, Any], patch: dict[str, Any]) -> None:
+    for key, value in patch.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            merge(base[key], value)
+        else:
+            base[key] = value
+
+
+def parse_override(override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not key or key.count(".") > MOST_LEVELS:
+        raise UserError(f"override {override!r} is not of the form section.key=value, like train.lr=0.001")
+    try:
+        value = parse_yaml(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value is not valid YAML; quote it or check its brackets") from None
+    if isinstance(value, dict):
+        raise UserError(
+            f"override {override!r} sets a whole section; set its keys one by one, like train.lr=0.001 train.batch=64"
+        )
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def read_preset(kind: str, name: str) -> dict[str, Any]:
+    presets = {path.stem: path for path in sorted((PRESETS / kind).glob("*.yaml"))}
+    file = Path(name) if name.endswith((".yaml", ".yml")) else presets.get(name)
+    if file is not None:
+        sections = read_yaml(file)
+        return _on_base(kind, file, sections) if "base" in sections else sections
+    if kind == "data" and Path(name).is_dir():
+        return {"data": _read_dataset(Path(name))}
+    close = difflib.get_close_matches(name, presets, n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    other = "a folder made by `mclr prepare`" if kind == "data" else "the path of a YAML file"
+    raise UserError(f"unknown {kind} {name}{hint} (known: {', '.join(presets)}; or {other})")
+
+
+def _on_base(kind: str, file: Path, sections: dict[str, Any]) -> dict[str, Any]:
+    """The sections of a file upon those of its base: a recipe or preset by name, or the path of a YAML file, seen from the file."""
+    base = str(sections.pop("base"))
+    known = {path.stem: path for folder in ("recipes", "") for path in sorted((PRESETS / kind / folder).glob("*.yaml"))}
+    found = file.parent / base if base.endswith((".yaml", ".yml")) else known.get(base)
+    if found is None:
+        raise UserError(f"{file}: unknown base {base} (known: {', '.join(known)}; or the path of a YAML file)")
+    merged = read_yaml(found)
+    if "base" in merged:
+        raise UserError(f"{file}: its base {base} has a base of its own, {merged['base']}; name that one, and set the rest here")
+    merge(merged, sections)
+    return merged
+
+
+def _read_dataset(folder: Path) -> dict[str, Any]:
+    """The data section of a prepared folder; its dataset.json may say more, which is its reader's."""
+    path = folder / "dataset.json"
+    try:
+        described = json.loads(_bytes_of(path))
+        return {key: described[key] for key in ("name", "resolution", "channels", "num_classes")} | {"path": str(folder)}
+    except OSError:
+        raise UserError(f"{folder} has no readable dataset.json; make the folder with `mclr prepare`") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} does not describe a dataset ({error}); make the folder with `mclr prepare`") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        sections = parse_yaml(_bytes_of(path))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:
+        where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{where}: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+    if not isinstance(sections, dict):
+        raise UserError(f"{path}: expected sections ({', '.join(RunConfig.model_fields)}), each with its keys")
+    return sections
+
+
+def _bytes_of(path: Path) -> bytes:
+    # a pipe would be waited for, a device has no end
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot read {path}: it is no regular file")
+    return path.read_bytes()
