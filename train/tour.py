@@ -9,7 +9,7 @@ from typing import Any
 
 from mclr.errors import UserError
 from mclr.train.studies.report import markdown_table, write_report
-from mclr.train.studies.tour import GAMMAS, JUDGE, SEEDS, SEEDS_FULL, Tour, compare, digits_judge
+from mclr.train.studies.tour import ABOUT, GAMMAS, SEEDS, SEEDS_FULL, Tour, compare, digits_judge
 from mclr.train.system.console import Parser, run
 from mclr.train.system.files import write_json
 
@@ -28,10 +28,10 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"cannot write {args.out} ({error.strerror}): choose another --out") from None
     tour = Tour(args.out, args.full, args.overrides, real)
     print("the judge")
-    for key, text in JUDGE.items():
+    for key, text in ABOUT.items():
         print(f"  {key}: {text}")
     print("two paradigms, each four fine-tunings and then samples: some 10 minutes on two quiet cores", flush=True)
-    results: dict[str, Any] = {"judge": JUDGE}
+    results: dict[str, Any] = {"judge": ABOUT}
     for model in [args.model] if args.model else list(GAMMAS):
         results[model] = compare(tour, model)
         # after each paradigm: what is there can be looked at

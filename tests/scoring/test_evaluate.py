@@ -24,7 +24,6 @@ from mclr.train.scoring import evaluation, scores
 from mclr.train.scoring import extractors as judges
 from mclr.train.scoring import image_readers as image_sets
 from mclr.train.scoring import statistics as references
-from mclr.train.scoring.evaluation import score_images
 from mclr.train.system.console import run
 from mclr.train.training.networks import build_encoder, build_net
 from mclr.train.weights.folder import save_weights, sha256
@@ -90,6 +89,13 @@ def classifier(real):
         optimizer.step()
         optimizer.zero_grad()
     return net.eval()
+
+
+def score_images(classifier, real_images, real_c, fake_images, fake_c):
+    """score() of fake images against real ones, in memory."""
+    judge = judges.classifier_judge(classifier)
+    real, fake = (image_sets.in_memory_images(*each) for each in ((real_images, real_c), (fake_images, fake_c)))
+    return scores.score(judge, references.measure(judge, real), references.measure(judge, fake, with_prob=True))
 
 
 def test_real_images_are_perfect_samples_of_themselves(classifier, real):

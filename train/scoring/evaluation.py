@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mclr.configs.schema import FILE, DiffusionModel, RunConfig
 from mclr.errors import UserError
@@ -14,8 +13,8 @@ from mclr.models.edm2 import EDM2
 from mclr.models.features import ImageClassifier
 from mclr.train.sampling.folder import draw, read_record
 from mclr.train.sampling.generate import find_generator, parse_classes
-from mclr.train.scoring.extractors import PUBLISHED, Judge, classifier_judge, open_judge
-from mclr.train.scoring.image_readers import ImageSet, find_images, in_memory_images, open_folder, open_npz
+from mclr.train.scoring.extractors import PUBLISHED, Judge, open_judge
+from mclr.train.scoring.image_readers import ImageSet, find_images, open_folder, open_npz
 from mclr.train.scoring.scores import Range, score, table
 from mclr.train.scoring.statistics import MOST, RealSet, Statistics, measure, open_real, real_statistics
 from mclr.train.system.files import write_json
@@ -25,15 +24,6 @@ from mclr.train.weights.folder import find_weights, load_net
 from mclr.train.weights.model_card import add_scores
 
 FEWEST = 6  # of either: one more than the neighbours that density and coverage look at
-
-
-def score_images(
-    classifier: ImageClassifier, real_images: Tensor, real_c: Tensor, fake_images: Tensor, fake_c: Tensor
-) -> dict[str, float]:
-    """score() of fake images [M, C, H, W] against real ones [N, C, H, W], uint8, in memory; conditions int64."""
-    judge = classifier_judge(classifier)
-    real = measure(judge, in_memory_images(real_images, real_c))
-    return score(judge, real, measure(judge, in_memory_images(fake_images, fake_c), with_prob=True))
 
 
 @dataclass(frozen=True)

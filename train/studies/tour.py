@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,6 @@ from typing import Any
 
 import torch
 
-import mclr.train.run
 from mclr.configs.schema import RunConfig, load
 from mclr.models.features import ImageClassifier
 from mclr.train.data.dataset import load_split
@@ -21,8 +21,12 @@ from mclr.train.data.encoders import ROUNDING
 from mclr.train.data.images import image_grid
 from mclr.train.data.write import prepare_digits
 from mclr.train.sampling.generate import generate, load_generator, to_images
-from mclr.train.scoring.evaluation import score_images
+from mclr.train.scoring.extractors import Judge, classifier_judge
+from mclr.train.scoring.image_readers import in_memory_images
+from mclr.train.scoring.scores import score
+from mclr.train.scoring.statistics import Statistics, measure
 from mclr.train.system.files import write_file, write_json
+from mclr.train.training.launch import micro_batch_of, start
 from mclr.train.weights.folder import find_weights, load_net, sha256
 
 # the five guidance weights of the sweep, around the best one of each control
@@ -32,7 +36,7 @@ LAM_MULTIPLES = (0.5, 1.0, 2.0)
 LAM_MULTIPLES_FULL = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 SEEDS, SEEDS_FULL = 3, 10
 JUDGE_WEIGHTS = "digits-classifier"
-JUDGE = {
+ABOUT = {
     "reference": "all 1,797 scans",
     "samples": "1,797, with the class counts of the scans",
     "features": "penultimate layer of the bundled digits-classifier (64 dimensions)",
@@ -48,25 +52,26 @@ JUDGE = {
 
 
 @dataclass(frozen=True)
-class Judge:
-    """Real images [N, C, H, W] uint8, their conditions c_N, and the classifier in whose features samples are compared with them."""
+class DigitsJudge:
+    """The judge of the tour, and what it saw of all real digits. c_N: their conditions, which samples are drawn for."""
 
-    images_N: torch.Tensor
+    judge: Judge
+    real: Statistics
     c_N: torch.Tensor
-    classifier: ImageClassifier
 
     def scores(self, images_N: torch.Tensor) -> dict[str, float]:
-        """Of samples [N, C, H, W] uint8 under the same conditions."""
-        return score_images(self.classifier, self.images_N, self.c_N, images_N, self.c_N)
+        """Of samples [N, C, H, W] uint8 under the conditions c_N."""
+        return score(self.judge, self.real, measure(self.judge, in_memory_images(images_N, self.c_N), with_prob=True))
 
 
-def digits_judge() -> Judge:
-    """The judge of the digits: all scans, prepared where they are not there yet."""
+def digits_judge() -> DigitsJudge:
+    """The bundled classifier of the digits; prepares the digits where they are missing."""
     prepare_digits("data/digits")
-    splits = [load_split("data/digits", name) for name in ("train", "val")]
+    images, conditions = zip(*(load_split("data/digits", name) for name in ("train", "val")), strict=True)
     classifier = load_net(JUDGE_WEIGHTS, "image_classifier")
     assert isinstance(classifier, ImageClassifier)
-    return Judge(torch.cat([s[0] for s in splits]), torch.cat([s[1] for s in splits]), classifier)
+    judge, c_N = classifier_judge(classifier), torch.cat(conditions)
+    return DigitsJudge(judge, measure(judge, in_memory_images(torch.cat(images), c_N)), c_N)
 
 
 class Arm:
@@ -80,7 +85,7 @@ class Arm:
         seeds = list(range(first_seed, first_seed + len(c_N)))
         return generate(self.paradigm, self.net, self.guidance, c_N, seeds, self.config.sample.batch, torch.device("cpu"))
 
-    def judged(self, judge: Judge, seed: int) -> dict[str, float]:
+    def judged(self, judge: DigitsJudge, seed: int) -> dict[str, float]:
         """The judge's scores of as many samples as it has real images, of this sampling seed, and the forwards an image took."""
         self.net.work = 0
         x_N = self.draw(judge.c_N, seed * 1_000_000)
@@ -105,7 +110,7 @@ class Tour:
     out: Path
     full: bool
     overrides: list[str]
-    judge: Judge
+    judge: DigitsJudge
     phases: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -174,10 +179,11 @@ def speeds(arms: dict[str, Arm], rounds: int = 5) -> dict[str, dict[str, Any]]:
     return {name: {"median": statistics.median(values), "runs": values} for name, values in runs.items()}
 
 
-def fine_tune(folder: Path, model: str, arguments: list[str]) -> dict[str, Any]:
-    """Train (or go on, or find finished) in this run folder; returns the last line of its metrics."""
-    status = mclr.train.run.main(["--model", model, "--engine", "local", "--out", str(folder), *arguments])
-    if status:
+def fine_tune(folder: Path, model: str, objective: str, overrides: list[str]) -> dict[str, Any]:
+    """Train in this run folder, or go on, or find the run finished. Returns the last line of its metrics."""
+    config = load(model, objective, "digits", "local", overrides)
+    command = ["mclr", "train", "--model", model, "--objective", objective, "--engine", "local", "--out", str(folder), *overrides]
+    if status := start(config, folder, micro_batch_of(config, ranks=1), shlex.join(command)):
         raise SystemExit(status)
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
 
@@ -211,14 +217,13 @@ def compare(tour: Tour, model: str) -> dict[str, Any]:
     for multiple in LAM_MULTIPLES_FULL if tour.full else LAM_MULTIPLES:
         with tour.phase(f"{model}: fine-tune with MCLR, lam {lam * multiple:g}"):
             runs[multiple] = tour.out / f"{model}-mclr-{lam * multiple:g}"
-            arguments = ["--objective", "mclr", *tour.overrides, f"objective.lam={lam * multiple}"]
-            last = fine_tune(runs[multiple], model, arguments)
+            last = fine_tune(runs[multiple], model, "mclr", [*tour.overrides, f"objective.lam={lam * multiple}"])
             if multiple == 1:
                 mclr_last = last
     images = -(-mclr_last["mle_images"] // batch) * batch
     with tour.phase(f"{model}: fine-tune the control, mle on {images} images"):
         control = tour.out / f"{model}-control"
-        control_last = fine_tune(control, model, ["--objective", "mle", *tour.overrides, f"train.images={images}"])
+        control_last = fine_tune(control, model, "mle", [*tour.overrides, f"train.images={images}"])
 
     arms = {
         "base": Arm(config, find_weights(str(config.model.weights))),
