@@ -1,6 +1,7 @@
 """train/cli.py: exit statuses, one line per error, and a dispatcher that imports nothing it does not need."""
 
 import contextlib
+import importlib
 import importlib.util
 import os
 import subprocess
@@ -93,3 +94,14 @@ def test_help_and_typos_import_no_heavy_library():
     code = "import sys; from mclr.train.cli import main; main(['--help']); main(['x']); print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "numpy", "deepspeed", "pydantic", "yaml"} & set(modules)
+
+
+@pytest.mark.parametrize("command", [*cli.PROGRAMS, "tour", "prepare images", "prepare classifier"])
+def test_help_begins_with_an_example(command, capsys):
+    module = cli.PROGRAMS.get(command.split()[0], ("mclr.train.tour",))[0]
+    with pytest.raises(SystemExit):
+        importlib.import_module(module).main([*command.split()[1:], "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    example = " ".join(lines[:2]).partition(":")[2].split()
+    wanted = ["python", "-m", "train.tour"] if command == "tour" else ["mclr", *command.split()]
+    assert lines[0].startswith("example") and example[: len(wanted)] == wanted

@@ -15,10 +15,14 @@ from mclr.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the arguments in one line, as every other error is said. Epilogs keep their lines."""
+    """A parser whose errors are one line (UserError) and whose help begins with examples, the most frequent one first."""
 
-    def __init__(self, prog: str, **settings) -> None:
+    def __init__(self, prog: str, epilog: str = "", **settings) -> None:
         super().__init__(prog, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        self.examples = epilog
+
+    def format_help(self) -> str:
+        return f"{self.examples}\n\n{super().format_help()}" if self.examples else super().format_help()
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
         # of which argparse makes empty lists
