@@ -2,11 +2,13 @@
 
 import json
 import os
+import pwd
 
 import pytest
 
 from mclr.errors import UserError
-from mclr.train.system.files import new_folder, write_file, write_json
+from mclr.train.system import files
+from mclr.train.system.files import cache_folder, new_folder, write_file, write_json
 
 
 def test_a_file_is_replaced_whole_or_kept(tmp_path, monkeypatch):
@@ -105,3 +107,22 @@ def test_a_folder_taken_meanwhile_is_not_overwritten(tmp_path):
         (tmp_path / "folder").mkdir()
         (tmp_path / "folder" / "file").write_text("theirs")
     assert (tmp_path / "folder" / "file").read_text() == "theirs" and os.listdir(tmp_path) == ["folder"]
+
+
+def test_a_user_without_a_home_has_a_temporary_cache(tmp_path, monkeypatch, capsys):
+    def unknown(user):
+        raise KeyError(user)
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(files.tempfile, "tempdir", str(tmp_path))
+    files._temporary_cache.cache_clear()
+    folder = cache_folder()
+    assert folder.parent == tmp_path and folder.is_dir() and cache_folder() == folder
+    assert capsys.readouterr().err == f"this user has no home: caches go to {folder}, or where XDG_CACHE_HOME says\n"
+    files._temporary_cache.cache_clear()
+    monkeypatch.setattr(os, "getuid", lambda: 1234567)
+    (tmp_path / "mclr-1234567").mkdir()
+    with pytest.raises(UserError, match="it belongs to another user"):
+        cache_folder()

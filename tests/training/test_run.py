@@ -236,7 +236,10 @@ def test_a_run_does_not_go_on_from_what_changed_under_its_name(here, digits, tmp
     assert main(["train", *argv]) == 0
     shutil.rmtree(tmp_path / "weights")
     edm2(tmp_path / "weights", model_channels=8, dropout=0.5)
-    assert main(["train", *argv]) == 0  # the same tensors in other words
+    # the same tensors, described in other words or found by another path
+    for path in (str(tmp_path / "weights"), "../weights", "./../weights/"):
+        argv[argv.index("--init") + 1] = path
+        assert main(["train", *argv]) == 0
     tensors = load_file(tmp_path / "weights" / "model.safetensors")
     save_file({name: -t for name, t in tensors.items()}, tmp_path / "weights" / "model.safetensors")
     before = snapshot(here)

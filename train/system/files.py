@@ -7,6 +7,8 @@ import io
 import json
 import os
 import shutil
+import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -86,8 +88,29 @@ def _digest(path: Path, size: int, changed: int) -> str:
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept between programs: converted weights, statistics of references. Never emptied by us."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mclr")
+    """Where converted weights and statistics of references are kept between programs. We never empty it.
+
+    XDG_CACHE_HOME/mclr, else ~/.cache/mclr. A user without a home gets a temporary folder.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mclr")
+    except RuntimeError:
+        # neither HOME nor an entry in the table of users
+        return _temporary_cache()
+
+
+@lru_cache
+def _temporary_cache() -> Path:
+    """A folder of this user alone. Raises UserError when it is another user's, or cannot be made."""
+    folder = Path(tempfile.gettempdir(), f"mclr-{os.getuid()}")
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.lstat().st_uid != os.getuid():
+            raise PermissionError(errno.EPERM, "it belongs to another user")
+    except OSError as error:
+        raise UserError(f"cannot use {folder} ({error.strerror}): set XDG_CACHE_HOME to a folder with room to spare") from error
+    print(f"this user has no home: caches go to {folder}, or where XDG_CACHE_HOME says", file=sys.stderr)
+    return folder
 
 
 def write_json(path: str | Path, obj: Any) -> None:

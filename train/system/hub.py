@@ -3,8 +3,10 @@
 import re
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from mclr.errors import UserError
+from mclr.train.system.files import cache_folder
 
 SCHEME = "hf://"
 FORM = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:/([^@]+))?(?:@([^@]+))?")
@@ -22,7 +24,7 @@ def fetch(name: str, folder: tuple[str, ...] = FOLDER) -> Path:
     if not name.startswith(SCHEME):
         return Path(name)
     # slow to import and used here alone
-    from huggingface_hub import hf_hub_download, hf_hub_url
+    from huggingface_hub import constants, hf_hub_download, hf_hub_url
     from huggingface_hub.utils import logging
 
     # every attempt would be a warning
@@ -38,13 +40,15 @@ def fetch(name: str, folder: tuple[str, ...] = FOLDER) -> Path:
     except ValueError:
         form = "hf://ORG/REPO[/FILE][@REV], as in hf://FoundationVision/var/var_d16.pth"
         raise UserError(f"{name} is no place on the hub: give {form}") from None
+    # the client takes ~ for the name of a folder where the user has no home
+    where: dict[str, Any] = {"cache_dir": cache_folder() / "hub"} if constants.HF_HUB_CACHE.startswith("~") else {}
     try:
-        paths = [Path(hf_hub_download(repo, each, revision=revision)) for each in files]
+        paths = [Path(hf_hub_download(repo, each, revision=revision, **where)) for each in files]
     # the client and what it stands on raise nearly anything
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        where, path = " and ".join(urls), "its path" if file else "the path of the folder that holds both"
+        path = "its path" if file else "the path of the folder that holds both"
         raise UserError(
-            f"cannot fetch {' and '.join(files)} of {repo} ({reason}): download {where}, and give {path} instead"
+            f"cannot fetch {' and '.join(files)} of {repo} ({reason}): download {' and '.join(urls)}, and give {path} instead"
         ) from error
     return paths[0] if file else paths[0].parent

@@ -164,17 +164,19 @@ def _refuse_other(path: Path, config: RunConfig, inputs: dict[str, str]) -> None
         raise UserError(
             f"{path / FILE} is damaged ({error}): remove it, and the run goes on with the settings given here"
         ) from error
-    for key in sorted(there.keys() | here.keys()):
-        if not is_free(key) and there.get(key) != here.get(key):
-            raise UserError(
-                f"run folder {path} holds a run with {key}={there.get(key)}, this one has {here.get(key)}: choose another with "
-                "--out, or remove the folder"
-            )
     try:
         began_with = json.loads((path / INPUTS).read_text())
     except (OSError, ValueError):
         began_with = {}
         print(f"{path / INPUTS} is lost: whether weights and data are those that the run began with cannot be told")
+    # the same content under another name, such as another path to it, is the same input
+    same = {key for key, checksum in inputs.items() if began_with.get(key) == checksum}
+    for key in sorted((there.keys() | here.keys()) - same):
+        if not is_free(key) and there.get(key) != here.get(key):
+            raise UserError(
+                f"run folder {path} holds a run with {key}={there.get(key)}, this one has {here.get(key)}: choose another with "
+                "--out, or remove the folder"
+            )
     for key, checksum in inputs.items():
         if began_with.get(key, checksum) != checksum:
             raise UserError(
