@@ -35,7 +35,7 @@ from mclr.kernels.bench import reached
 from mclr.kernels.choice import using
 from mclr.kernels.op import DTYPES
 from mclr.likelihood import Draws
-from mclr.models.edm2 import EDM2
+from mclr.models.registry import fold
 from mclr.posterior import NoisyPosterior
 from mclr.schedule import NONE, Schedule
 from mclr.train.bench.synthetic import build_noise
@@ -259,9 +259,8 @@ def measure_sampling(
     task: Task, guided: Schedule, precisions: list[str], arms: list[str], rounds: int, images: int
 ) -> dict[tuple[str, str], tuple[float, float]]:
     """Precision and arm -> median seconds (without guidance, with guidance) of drawing some images. One warm-up. No training after it."""
-    if isinstance(task.engine.net, EDM2):
-        # as `mclr sample` does
-        task.engine.net.fold()
+    # as `mclr sample` does
+    fold(task.engine.net)
     turns: dict[tuple, list[float]] = {key: [] for key in product(precisions, arms, (NONE, guided))}
     for _ in range(1 + rounds):
         for (precision, arm, gamma), seconds in turns.items():

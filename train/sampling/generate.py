@@ -11,7 +11,7 @@ from mclr.configs.schema import FILE, PRESETS, RunConfig, load
 from mclr.errors import UserError
 from mclr.guidance import Guidance
 from mclr.likelihood import Draws, Net, Paradigm
-from mclr.models.edm2 import EDM2
+from mclr.models.registry import fold
 from mclr.train.data.encoders import Encoder, to_uint8
 from mclr.train.training.build import choose_kernels
 from mclr.train.training.networks import build_encoder, build_guidance, build_guide, build_net, build_paradigm
@@ -99,8 +99,7 @@ def load_generator(config: RunConfig, weights: Path, device: torch.device) -> tu
     for module in (net, guide):
         if module is not None:
             module.to(device).eval().requires_grad_(False)
-            if isinstance(module, EDM2):
-                module.fold()
+            fold(module)
     counted = WorkCounter(net)
     guidance = build_guidance(config, None if guide is None else WorkCounter(guide, sums=counted))
     return counted, build_paradigm(config, encoder), encoder, guidance

@@ -11,8 +11,8 @@ from mclr.configs.schema import Schedule as ScheduleConfig
 from mclr.errors import UserError
 from mclr.kernels.choice import interpreting, runs_triton, use
 from mclr.kernels.registry import OPS
-from mclr.models.edm2 import EDM2
 from mclr.models.features import NoiseClassifier
+from mclr.models.registry import fold
 from mclr.posterior import NoisyPosterior, PrefixPosterior
 from mclr.train.data.cache import through_cache
 from mclr.train.data.encoders import Encoder
@@ -168,8 +168,7 @@ def build_task(config: RunConfig, source: Source, networks: Networks, device: to
     reference = None
     if networks.reference is not None:
         project(networks.reference.to(device))
-        if isinstance(networks.reference, EDM2):
-            networks.reference.fold()
+        fold(networks.reference)
         reference = (Sharded if is_sharded(networks.reference, config) else Frozen)(networks.reference, bf16)
 
     def engine_of(net: nn.Module, lr: float, weight_decay: float, zero: int, offload: bool) -> Engine:

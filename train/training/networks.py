@@ -16,6 +16,7 @@ from mclr.kernels.weight_norm import force_weights
 from mclr.likelihood import Net, Paradigm
 from mclr.models.edm2 import EDM2, EDM2Config
 from mclr.models.features import CONVNEXT_SMALLEST, NoiseClassifier, NoiseClassifierConfig, channel_mult_for
+from mclr.models.registry import forced_weights
 from mclr.models.var import VAR, VARConfig
 from mclr.models.vqvae import VQVAE
 from mclr.next_scale import NextScale, scale_progress
@@ -184,8 +185,8 @@ def schedule_table(name: str, schedule: Schedule, scales: Sequence[int] | None) 
 
 @torch.no_grad()
 def project(net: nn.Module) -> list[nn.Parameter]:
-    """The weights under forced normalisation, brought to unit magnitude; of an EDM2 alone."""
-    normalised = net.magnitude_preserving() if isinstance(net, EDM2) else []
+    """The weights under forced normalisation, brought to unit magnitude; of networks that have some."""
+    normalised = forced_weights(net)
     if normalised:
         force_weights(normalised)
     return normalised

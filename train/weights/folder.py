@@ -18,23 +18,12 @@ import mclr.models
 from mclr.configs import schema
 from mclr.errors import UserError
 from mclr.models.conditions import Sources, map_conditions
-from mclr.models.edm2 import EDM2, EDM2Config
-from mclr.models.features import ImageClassifier, ImageClassifierConfig, NoiseClassifier, NoiseClassifierConfig
-from mclr.models.var import VAR, VARConfig
-from mclr.models.vqvae import VQVAE, VQVAEConfig
+from mclr.models.registry import NETWORKS, kind_of
 from mclr.train.system.files import cache_folder, checksum, lock, new_folder, regular, write_json, write_text
 from mclr.train.system.hub import SCHEME, fetch
 from mclr.train.weights.model_card import card
 from mclr.train.weights.published import TRAINING, read_published
 
-KINDS: dict[str, tuple[type, type]] = {
-    "edm2": (EDM2Config, EDM2),
-    "var": (VARConfig, VAR),
-    "vqvae": (VQVAEConfig, VQVAE),
-    "image_classifier": (ImageClassifierConfig, ImageClassifier),
-    "noise_classifier": (NoiseClassifierConfig, NoiseClassifier),
-}
-PARADIGMS = {"edm2": "diffusion", "var": "next_scale"}
 BUNDLED = Path(mclr.models.__file__).parent / "weights"
 OWN = ("kind", "config", "parameters")  # entries of config.json that follow from the network; the others are notes
 WEIGHTS = ("model.weights", "model.tokenizer", "model.posterior.weights", "sample.guide")  # settings that name weights
@@ -160,7 +149,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a weights folder. Raises UserError when it cannot be read."""
     try:
         config = json.loads(regular(folder / "config.json").read_bytes())
-        if config["kind"] not in KINDS or not isinstance(config["config"], dict):
+        if config["kind"] not in NETWORKS or not isinstance(config["config"], dict):
             raise ValueError(f"unknown kind {config['kind']}")
         return config
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -187,10 +176,6 @@ def named_weights(settings: Mapping[str, Any]) -> dict[str, str]:
     return {key: settings[key] for key in WEIGHTS if settings.get(key)}
 
 
-def kind_of(net: nn.Module) -> str:
-    return next(name for name, (_, cls) in KINDS.items() if cls is type(net))
-
-
 def settings_of(description: Mapping[str, Any]) -> dict[str, Any]:
     """The network's settings in config.json, with tuples for lists."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in description["config"].items()}
@@ -201,7 +186,7 @@ def presets_of(description: Mapping[str, Any]) -> list[str]:
     found, settings = [], settings_of(description)
     for path in sorted((schema.PRESETS / "model").glob("*.yaml")):
         model = schema.read_preset("model", path.stem)["model"]
-        if model["paradigm"] != PARADIGMS.get(description["kind"]):
+        if model["paradigm"] != NETWORKS[description["kind"]].paradigm:
             continue
         net: Any = schema.MODELS[model["paradigm"]].model_fields["net"].annotation
         same = all(settings.get(k) == v for k, v in net.model_validate(model["net"]).model_dump().items() if k not in TRAINING)
@@ -212,12 +197,12 @@ def presets_of(description: Mapping[str, Any]) -> list[str]:
 
 
 def load_net(name: str, kind: str) -> nn.Module:
-    """The network of a weights folder (or bundled name), in evaluation mode. kind: what is expected, a key of KINDS."""
+    """The network of a weights folder (or bundled name), in evaluation mode. kind: what is expected, a key of NETWORKS."""
     folder = find_weights(name)
     described = read_config(folder)
     if described["kind"] != kind:
         raise UserError(f"weights {name} hold a network of kind {described['kind']}, not {kind}: choose other weights")
-    config_class, net_class = KINDS[kind]
+    config_class, net_class = NETWORKS[kind].config, NETWORKS[kind].net
     hints, settings = get_type_hints(config_class), settings_of(described)
     try:
         for key, value in settings.items():

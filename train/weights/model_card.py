@@ -7,22 +7,9 @@ from typing import Any
 
 from mclr.configs.schema import PRESETS, RunConfig
 from mclr.errors import UserError
+from mclr.models.registry import NETWORKS
 from mclr.train.system.files import write_json, write_text
 
-NETWORKS = {
-    "edm2": "An EDM2 diffusion network",
-    "var": "A VAR next-scale network",
-    "vqvae": "A multi-scale VQVAE, the tokenizer of VAR networks",
-    "image_classifier": "A classifier of images, the judge of samples",
-    "noise_classifier": "A classifier of noisy images, the posterior of diffusion runs",
-}
-USES = {
-    "edm2": "mclr sample FOLDER --model {model} --data {data} --out samples/mine",
-    "var": "mclr sample FOLDER --model {model} --data {data} --out samples/mine model.tokenizer={tokenizer}",
-    "vqvae": "mclr train --model MODEL --data {data} model.tokenizer=FOLDER",
-    "image_classifier": "mclr evaluate SAMPLES --reference {data} --judge FOLDER",
-    "noise_classifier": "mclr train --model MODEL --data {data} model.posterior.weights=FOLDER",
-}
 METRICS = ("loss", "value", "ratio", "posterior_ece", "mle_loss", "mle_loss_val")  # of training, those that tell how it went
 FEW = 20  # class names that a card lists
 # of notes; others are told as they are
@@ -59,8 +46,7 @@ def card(description: Mapping[str, Any]) -> str:
         # one that is no preset was a file or a folder, and those move
         names[key] = names[key] if (PRESETS / key / f"{names[key]}.yaml").exists() else key.upper()
     parts += scores
-    if use := USES.get(description["kind"]):
-        parts.append(f"## Use\n```\n{use.format(**names)}\n```")
+    parts.append(f"## Use\n```\n{NETWORKS[description['kind']].use.format(**names)}\n```")
     return "\n\n".join([*parts, f"## Licence\n{description.get('licence', NO_LICENCE)}"]) + "\n"
 
 
@@ -99,7 +85,7 @@ def _network(description: Mapping[str, Any]) -> str:
     config = description["config"]
     size = f", {description['parameters'] / 1e6:.2f}M parameters" if "parameters" in description else ""
     conditions = f", {config['num_classes']} conditions" if "num_classes" in config else ""
-    return f"{NETWORKS.get(description['kind'], description['kind'])}{size}{conditions}: {_settings(config)}."
+    return f"{NETWORKS[description['kind']].about}{size}{conditions}: {_settings(config)}."
 
 
 def _training(description: Mapping[str, Any]) -> list[str]:
