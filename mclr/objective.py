@@ -29,7 +29,7 @@ Where c~ = c the two terms of mclr cancel row by row, so the row of c~ is not co
 |           | else uniform (for balanced classes what a | weight 1 (w = -1 marks it)                                               |
 |           | rolled batch gives in the published code) |                                                                          |
 
-Optima of mclr: tests/test_theorem.py. `bound` m (tokens, label contrasts of mclr) acts on the contrast alone: v- becomes
+Optima of mclr: tests/mclr/test_theorem.py. `bound` m (tokens, label contrasts of mclr) acts on the contrast alone: v- becomes
 max(v-, sg(v+) - m), which leaves the matched gradient whole where the ratio already exceeds m nats. At a prefix the optimum is then
 q_c(v) ~ (1 + lam) p_c(v) - lam sum_k s(c,k) p_k(v) over the k with q_k(v) < e^m q_c(v), resting at q_c(v) = e^-m q_k(v) where neither
 side of that jump has a solution; s(c,k) = p(k|prefix) for weighted and posterior, p(k|prefix) / (p(c|prefix) (K-1)), k != c, for
@@ -42,9 +42,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from mclr.combinations import CONTRASTS, objective_conflicts
 from mclr.contrast import draw_any, draw_marginal, draw_other, draw_posterior, generated_rows, matched_rows, paired_rows
 from mclr.likelihood import Draws, Probe, Rows, Scores
-from mclr.schedule import NONE, Schedule
+from mclr.schedule import Schedule
 
 
 def mclr(plus: Tensor, minus: Tensor, lam: Tensor, weight: Tensor) -> Tensor:
@@ -73,22 +74,34 @@ PHI = {"mle": mclr, "mclr": mclr, "unlearn": unlearn, "cc_dpo": cc_dpo, "cca": c
 
 @dataclass(frozen=True)
 class Objective:
-    """contrast: none, or one of those above. lam: strength over progress. bound: nats, or None. truncate: share of the posterior that
-    is never drawn.
+    """One objective of the table above. Raises ValueError for settings that do not go together.
 
-    name: one of PHI. beta: scale of the ratio to the reference; None: there is none. null_share: of dropped conditions (`marginal`).
+    name: one of PHI. contrast: one of those above; without one, the only one that the objective has (mclr has four: name one).
+    lam: strength, a number or a Schedule over progress. bound: in nats, for tokens. truncate: share of the posterior, its least
+    likely classes, that is never drawn. beta: scale of the ratio to the reference, for cc_dpo, cca and ddo. null_share: share of
+    dropped conditions in training, which `marginal` repeats.
     """
 
-    contrast: str = "none"
-    lam: Schedule = NONE
+    name: str = "mle"
+    contrast: str = ""
+    lam: Schedule | float = 0.0
     bound: float | None = None
     truncate: float = 0.02
-    name: str = "mclr"
     beta: float | None = None
     null_share: float = 0.0
 
     def __post_init__(self) -> None:
-        assert (self.beta is not None) == (self.name in ("cc_dpo", "cca", "ddo")), "these three have a reference, and a beta"
+        if not self.contrast and len(CONTRASTS.get(self.name, ())) == 1:
+            object.__setattr__(self, "contrast", CONTRASTS[self.name][0])
+        for fault in objective_conflicts(self, self.schedule.weight, self.schedule):
+            raise ValueError(fault)
+        if not 0 <= self.null_share < 1:
+            raise ValueError(f"null_share={self.null_share} is out of range: must be >= 0 and < 1")
+
+    @property
+    def schedule(self) -> Schedule:
+        """lam as a function of progress."""
+        return self.lam if isinstance(self.lam, Schedule) else Schedule("constant", self.lam)
 
     @property
     def needs_posterior(self) -> bool:
@@ -109,7 +122,7 @@ class Objective:
         sees when it scores the term); needed by `weighted` and `posterior`.
         """
         uniform_B = draws.uniform()
-        lam_BT = self.lam(probe.progress_BT)
+        lam_BT = self.schedule(probe.progress_BT)
         if self.contrast == "marginal":
             other_B1 = draw_marginal(uniform_B, null, self.null_share)
             weight_BT = torch.where((other_B1 == null) | (other_B1 == c_B[:, None]), -1.0, torch.ones_like(lam_BT))

@@ -1,5 +1,6 @@
 """How a weight depends on progress: the same object serves lam in training and gamma in sampling."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,10 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"schedule kind {self.kind!r} is not one of {', '.join(KINDS)}")
+        if not math.isfinite(self.weight):
+            raise ValueError(f"weight={self.weight} of a schedule is not finite")
+        if not (0 <= self.low <= self.high <= 1 and 0 <= self.turn <= 1 and 0 < self.below <= 1):
+            raise ValueError(f"{self} is out of range: needs 0 <= low <= high <= 1, 0 <= turn <= 1 and 0 < below <= 1")
 
     def __call__(self, progress: Tensor) -> Tensor:
         """Weights of the shape of `progress`, fp32."""

@@ -3,30 +3,23 @@
 import json
 from collections.abc import Iterator
 
+from mclr.combinations import WITH_REFERENCE, objective_conflicts
 from mclr.configs.schema.config import RunConfig
 from mclr.configs.schema.data import Data
 from mclr.configs.schema.model import VAE_FACTOR, DiffusionModel
-from mclr.configs.schema.objective import CONTRASTS, WITH_REFERENCE
 from mclr.configs.schema.sample import Sample
 
 
 def conflicts(config: RunConfig) -> Iterator[str]:
     """Settings that are fine alone and cannot go together, and settings that would have no effect."""
     model, data, objective, sample = config.model, config.data, config.objective, config.sample
-    name, allowed = objective.name, CONTRASTS[objective.name]
-    if objective.contrast not in allowed:
-        yield f"objective.contrast={objective.contrast} is not for objective.name={name}: expected {' or '.join(allowed)}"
-    if name == "mle" and objective.lam != 0:
-        yield f"objective.lam={objective.lam} has no effect with objective.name=mle; there it must be 0"
+    name = objective.name
+    yield from objective_conflicts(objective, objective.lam, objective.schedule, "objective.", model.paradigm == "diffusion")
     if name != "mle" and data.num_classes < 2:
         yield f"objective {name} needs two conditions or more; data.num_classes={data.num_classes}"
     if name in WITH_REFERENCE:
-        if objective.beta is None:
-            yield f"missing key objective.beta; objective {name} needs it, like objective.beta=0.1"
         if model.weights is None:
             yield f"objective {name} compares with the network before fine-tuning; give its weights by --init"
-        if objective.lam <= 0 or objective.schedule.kind != "constant":
-            yield f"objective {name} needs objective.lam > 0 and objective.schedule.kind=constant: its ratio is of whole samples"
         # with weights equal to the reference's the ratio must be 0, not that of a thinned network to a whole one
         dropout = "dropout" if isinstance(model, DiffusionModel) else "drop_path"
         if getattr(model.net, dropout) != 0:
@@ -36,24 +29,10 @@ def conflicts(config: RunConfig) -> Iterator[str]:
                 f"engine.precision=bf16 is too coarse for objective {name} of a diffusion model, whose ratio is a small difference "
                 "times all dimensions; set engine.precision=fp32"
             )
-    elif objective.beta is not None:
-        yield f"objective.beta={objective.beta} has no effect with objective.name={name}; only {', '.join(WITH_REFERENCE)} have it"
     if name == "ddo" and objective.generated is None:
         yield "missing key objective.generated; objective ddo needs a dataset folder made by `mclr sample --dataset`"
     if name != "ddo" and objective.generated is not None:
         yield f"objective.generated={objective.generated} has no effect with objective.name={name}; only ddo has it"
-    if name in ("mclr", "unlearn"):
-        negative_window = objective.schedule.kind == "negative_window"
-        if objective.contrast == "uniform":
-            if objective.lam < 0:
-                yield f"objective.lam={objective.lam} is out of range: must be >= 0 with objective.contrast=uniform"
-            if negative_window:
-                yield "objective.schedule.kind=negative_window needs another contrast; uniform allows no negative lam"
-        elif objective.lam <= -1:
-            yield f"objective.lam={objective.lam} is out of range: must be > -1 with objective.contrast={objective.contrast}"
-        # lam = -below there, and nothing is left to learn at lam = -1
-        if negative_window and objective.schedule.below == 1:
-            yield "objective.schedule.below=1.0 is out of range: must be > 0 and < 1 in training"
     if config.train.drop_condition == 0:
         untrained = "the null condition, which train.drop_condition=0 leaves untrained"
         if objective.contrast == "null":
@@ -61,9 +40,6 @@ def conflicts(config: RunConfig) -> Iterator[str]:
         if sample.guide is None and (sample.gamma != 0 or sample.schedule.kind == "negative_window"):
             guided = f"sample.gamma={sample.gamma} with sample.schedule.kind={sample.schedule.kind}"
             yield f"{guided} needs {untrained}; set sample.guide=WEIGHTS, or train.drop_condition=0.1"
-    # the bound compares two values of one token in nats: diffusion has a surrogate, and null has no contrast value
-    if objective.bound is not None and (name != "mclr" or model.paradigm == "diffusion" or objective.contrast == "null"):
-        yield f"objective.bound={objective.bound} needs mclr, a next_scale model and the contrast uniform, weighted or posterior"
     if config.engine.reference != "auto" and name not in WITH_REFERENCE:
         having = ", ".join(WITH_REFERENCE)
         yield f"engine.reference={config.engine.reference} has no effect with objective.name={name}; only {having} have one"

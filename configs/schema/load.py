@@ -7,11 +7,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from mclr.combinations import CONTRASTS
 from mclr.configs.schema.between import conflicts
 from mclr.configs.schema.config import RunConfig
 from mclr.configs.schema.data import Data
 from mclr.configs.schema.messages import fields_of, message_of, user_error
-from mclr.configs.schema.objective import CONTRASTS
 from mclr.configs.schema.presets import merge, parse_override, read_preset, read_yaml
 from mclr.configs.schema.strict_yaml import Dumper
 

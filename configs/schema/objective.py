@@ -1,4 +1,4 @@
-"""The objective section, and which contrasts an objective may have."""
+"""The objective section. What goes with which objective: mclr/combinations.py."""
 
 from typing import Annotated, Literal
 
@@ -8,16 +8,6 @@ from mclr.configs.schema.schedule import Schedule
 from mclr.configs.schema.section import Positive, Section
 
 Contrast = Literal["auto", "uniform", "weighted", "posterior", "null", "none", "marginal", "generated"]
-# contrasts that an objective may have, the one that `auto` means first; of mclr it depends on the paradigm
-CONTRASTS = {
-    "mle": ("none",),
-    "mclr": ("posterior", "null", "weighted", "uniform"),
-    "unlearn": ("uniform",),
-    "cc_dpo": ("uniform",),
-    "cca": ("marginal",),
-    "ddo": ("generated",),
-}
-WITH_REFERENCE = ("cc_dpo", "cca", "ddo")
 
 
 class Objective(Section):

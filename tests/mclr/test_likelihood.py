@@ -111,9 +111,9 @@ def test_no_null_forward_where_nobody_is_mixed(kind):
     """Not even one of zero rows, which not every network takes."""
     case = toy(kind, torch.float32)
     case.net = Counted(case.net)
-    case.loss(Objective("null", Schedule("constant", 0.0)))
+    case.loss(Objective("mclr", "null", Schedule("constant", 0.0)))
     case.c_B = torch.full((8,), K)
-    case.loss(Objective("null", RAMP))
+    case.loss(Objective("mclr", "null", RAMP))
     assert case.net.calls == [(8, True), (8, True)]
 
 
@@ -125,7 +125,7 @@ def test_in_lockstep_there_are_as_many_forwards_whatever_the_rows_are(kind):
     for contrast, forwards in (("null", 2), ("uniform", 1)):
         for schedule in schedules:
             case = toy(kind)
-            probe, rows = case.ask(Objective(contrast, schedule))
+            probe, rows = case.ask(Objective("mclr", contrast, schedule))
             case.net = Counted(case.net)
             plain = score(case.paradigm, case.net, probe, rows, K)
             case.net.calls.clear()

@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from toy import (
     wave,
 )
 
+from mclr.combinations import CONTRASTS as CONTRASTS_OF
+from mclr.combinations import WITH_REFERENCE
 from mclr.contrast import paired_rows
 from mclr.likelihood import Probe, Rows, Scores, score
 from mclr.next_scale import NextScale
@@ -42,10 +45,10 @@ GOLDEN = Path(__file__).parent.parent / "golden" / "losses.json"
 MLE = Objective()
 # the others of the family; their contrast is fixed by their name
 FAMILY = {
-    "unlearn": Objective("uniform", Schedule("ramp", 0.7), name="unlearn"),
-    "cc_dpo": Objective("uniform", Schedule("constant", 1.0), name="cc_dpo", beta=0.3),
-    "cca": Objective("marginal", Schedule("constant", 2.5), name="cca", beta=0.3, null_share=0.25),
-    "ddo": Objective("generated", Schedule("constant", 2.5), name="ddo", beta=0.3),
+    "unlearn": Objective("unlearn", lam=Schedule("ramp", 0.7)),
+    "cc_dpo": Objective("cc_dpo", lam=1.0, beta=0.3),
+    "cca": Objective("cca", lam=2.5, beta=0.3, null_share=0.25),
+    "ddo": Objective("ddo", lam=2.5, beta=0.3),
 }
 TINY = 1e-12
 
@@ -53,6 +56,51 @@ TINY = 1e-12
 def close(a: Tensor, b: Tensor, tolerance: float = TINY) -> bool:
     assert a.shape == b.shape and a.dtype == b.dtype == torch.float64
     return bool((a - b).abs().max() <= tolerance * (1 + b.abs().max()))
+
+
+def objective_of(contrast: str, *others: Any, **named: Any) -> Objective:
+    """One of CONTRASTS under mclr, where there is one."""
+    return MLE if contrast == "none" else Objective("mclr", contrast, *others, **named)
+
+
+WRONG = {
+    "posteriour": ({"name": "posteriour", "lam": 1.0}, "name=posteriour is unknown: expected mle, mclr,"),
+    "contrast of mclr missing": ({"name": "mclr", "lam": 1.0}, "expected posterior or null or weighted or uniform"),
+    "unknown contrast": ({"name": "mclr", "contrast": "x"}, "contrast=x is not for name=mclr"),
+    "contrast of another": ({"name": "unlearn", "contrast": "posterior"}, "expected uniform"),
+    "another contrast": ({"name": "cca", "contrast": "uniform", "beta": 1.0, "lam": 1.0}, "expected marginal"),
+    "mle has no strength": ({"name": "mle", "lam": 0.1}, "there it must be 0"),
+    "null has no bound": ({"name": "mclr", "contrast": "null", "bound": 1.0}, "bound=1.0 needs mclr"),
+    "cca has no bound": ({"name": "cca", "beta": 0.1, "lam": 1.0, "bound": 1.0}, "bound=1.0 needs mclr"),
+    "bound of 0": ({"name": "mclr", "contrast": "uniform", "bound": 0.0}, "bound=0.0 is out of range"),
+    "beta is missing": ({"name": "ddo", "lam": 1.0}, "objective ddo needs it"),
+    "beta of 0": ({"name": "ddo", "lam": 1.0, "beta": 0.0}, "beta=0.0 is out of range"),
+    "beta without a reference": ({"name": "mclr", "contrast": "null", "beta": 0.1}, "only cc_dpo, cca, ddo have it"),
+    "a ratio of samples has no schedule": ({"name": "ddo", "beta": 0.1, "lam": RAMP}, "its ratio is of whole samples"),
+    "negative uniform": ({"name": "mclr", "contrast": "uniform", "lam": -0.1}, "must be >= 0 with contrast=uniform"),
+    "null at -1": ({"name": "mclr", "contrast": "null", "lam": -1.0}, "must be > -1 with contrast=null"),
+    "no number": ({"name": "mclr", "contrast": "null", "lam": float("nan")}, "not finite"),
+    "truncate": ({"name": "mclr", "contrast": "posterior", "truncate": 0.5}, "truncate=0.5 is out of range"),
+    "null_share": ({"name": "cca", "beta": 0.1, "lam": 1.0, "null_share": 1.0}, "null_share=1.0 is out of range"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_an_objective_cannot_do_is_refused(case):
+    """In one line, by the objective itself: each of these once gave a loss of another objective."""
+    settings, message = WRONG[case]
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        Objective(**settings)
+    assert "\n" not in str(error.value)
+
+
+def test_every_objective_of_the_table_can_be_made():
+    for name, contrasts in CONTRASTS_OF.items():
+        for contrast in contrasts:
+            beta = 0.1 if name in WITH_REFERENCE else None
+            assert Objective(name, contrast, lam=0.0 if name == "mle" else 1.5, beta=beta).contrast == contrast
+    assert Objective("mclr", contrast="posterior", lam=1.5) == Objective("mclr", "posterior", 1.5)
+    assert Objective("cca", lam=1, beta=0.1).contrast == "marginal" and Objective("mclr", "null", 2).schedule == constant(2)
 
 
 def constant(lam: float) -> Schedule:
@@ -89,7 +137,7 @@ def test_mle_of_tokens_is_cross_entropy():
 @float64()
 def test_uncertainty_learns_from_matched_rows_alone(contrast):
     """No value carries gradient into u, whatever the contrast: a ratio could drive u to -infinity."""
-    case, objective = toy("diffusion"), Objective(contrast, RAMP, truncate=0.0)
+    case, objective = toy("diffusion"), objective_of(contrast, RAMP, truncate=0.0)
     scores, _ = case.score(objective)
     (through_values,) = torch.autograd.grad(scores.value_RT.sum(), case.net.uncertainty, allow_unused=True)
     assert through_values is None
@@ -99,7 +147,7 @@ def test_uncertainty_learns_from_matched_rows_alone(contrast):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("contrast", CONTRASTS)
 def test_without_strength_every_contrast_is_mle_to_the_bit(kind, contrast):
-    case, objective = toy(kind, torch.float32), Objective(contrast, constant(0.0))
+    case, objective = toy(kind, torch.float32), objective_of(contrast, constant(0.0))
     assert torch.equal(case.loss(objective), case.loss(MLE))
     expected = case.gradients(MLE)
     for name, grad in case.gradients(objective).items():
@@ -110,7 +158,7 @@ def test_without_strength_every_contrast_is_mle_to_the_bit(kind, contrast):
 @pytest.mark.parametrize("contrast", CONTRASTS[1:])
 def test_dropped_conditions_are_plain_mle(kind, contrast):
     """No strength, no contrast row, no null row: a sample whose condition was dropped learns the null condition."""
-    case, objective = toy(kind), Objective(contrast, RAMP, truncate=0.0)
+    case, objective = toy(kind), Objective("mclr", contrast, RAMP, truncate=0.0)
     dropped = case.c_B == K
     with float64():
         _, rows = case.ask(objective)
@@ -161,7 +209,7 @@ def by_definition(case, objective: Objective) -> Tensor:
 @float64()
 def test_loss_is_the_full_pair_formula(contrast, kind, bound, truncate):
     """Rows that are not computed, or shared, change nothing: value and gradient, row by row."""
-    case, objective = toy(kind), Objective(contrast, RAMP, bound, truncate)
+    case, objective = toy(kind), Objective("mclr", contrast, RAMP, bound, truncate)
     _, rows = case.ask(objective)
     assert rows.contrast_BT.max() >= 8  # some contrast rows exist
     loss_B, expected_B = case.loss(objective), by_definition(case, objective)
@@ -176,7 +224,7 @@ def test_loss_is_the_full_pair_formula(contrast, kind, bound, truncate):
 @float64()
 def test_rows_are_cut_short_after_the_last_scale_with_a_ratio(high, terms, contrast, monkeypatch):
     """Coarser scales do not see finer ones: the loss and its gradient are those of whole rows, at the cost of the prefix."""
-    case, objective = toy("tokens"), Objective(contrast, Schedule("interval", 0.7, high=high), truncate=0.0)
+    case, objective = toy("tokens"), Objective("mclr", contrast, Schedule("interval", 0.7, high=high), truncate=0.0)
     lengths = []
 
     def counted(teacher_BlE, c_R, index_R, net=case.net):
@@ -206,7 +254,7 @@ def test_rows_are_cut_short_after_the_last_scale_with_a_ratio(high, terms, contr
 @pytest.mark.parametrize("kind", KINDS)
 def test_coinciding_draws_cost_no_rows_and_cancel_exactly(kind):
     """A posterior that is certain of the true condition leaves plain mle, lam or not."""
-    case, objective = toy(kind, torch.float32), Objective("posterior", RAMP)
+    case, objective = toy(kind, torch.float32), Objective("mclr", "posterior", RAMP)
     case.posterior = lambda probe, c_B: (torch.eye(K)[c_B][:, None].expand(-1, probe.progress_BT.shape[1], -1), None)
     case.net = Counted(case.net)
     loss_B = case.loss(objective)
@@ -219,7 +267,7 @@ def test_posterior_scores_only_the_draws_that_differ():
     """8 matched rows and the distinct mismatched pairs, in one forward per length."""
     for kind in KINDS:
         for seed in range(5):
-            case, objective = toy(kind), Objective("posterior", constant(0.5), truncate=0.0)
+            case, objective = toy(kind), Objective("mclr", "posterior", constant(0.5), truncate=0.0)
             draws = Draws64(seed, list(range(8)))
             probe = case.paradigm.probe(case.x_B, draws)
             p_BTK, u_B = case.posterior(probe, case.c_B % K)[0], draws.uniform()
@@ -248,7 +296,7 @@ def test_weighted_and_posterior_have_the_same_expectation(kind):
             u_N, length_N = (edges[1:] + edges[:-1]) / 2, edges.diff()
             copies = torch.full((len(u_N),), b)
             here = Probe({name: x[copies] for name, x in probe.inputs.items()}, probe.progress_BT[copies])
-            objective = Objective(contrast, RAMP, truncate=0.0)
+            objective = Objective("mclr", contrast, RAMP, truncate=0.0)
             rows = objective.rows(here, case.c_B[copies], K, Given(u_N), p_BTK[copies])
             loss_N, _ = objective(score(case.paradigm, case.net, here, rows, K), rows)
             expectation[contrast] = length_N @ loss_N
@@ -261,7 +309,7 @@ def test_weighted_and_posterior_have_the_same_expectation(kind):
 def test_bound_acts_on_the_contrast_alone():
     """Where l+ - l- > m the mismatched value gets no gradient; the matched one keeps all of (1 + lam)."""
     lam, bound = 0.5, 1.0
-    objective = Objective("uniform", constant(lam), bound)
+    objective = Objective("mclr", "uniform", constant(lam), bound)
     c_B = torch.tensor([0, 1])
     rows = paired_rows(c_B, torch.tensor([[1], [0]]), K, torch.full((2, 3), lam), torch.ones(2, 3))
     values = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, -1.0], [-1.5, -3.5, -9.0], [-1.999, -2.001, 0.0]])
@@ -275,7 +323,7 @@ def test_bound_acts_on_the_contrast_alone():
 
 
 def test_metrics_are_averages_without_gradient():
-    case, objective = toy("tokens", torch.float32), Objective("posterior", constant(0.5))
+    case, objective = toy("tokens", torch.float32), Objective("mclr", "posterior", constant(0.5))
     scores, rows = case.score(objective)
     loss_B, metrics = objective(scores, rows)
     contrast = scores.value_RT.gather(0, rows.contrast_BT)
@@ -294,7 +342,7 @@ def test_null_loss_is_mle_through_inverse_guidance(lam):
 
     A ramp, so that every term has its own b; the calibration of u sees the unmixed prediction.
     """
-    objective = Objective("null", Schedule("ramp", lam))
+    objective = Objective("mclr", "null", Schedule("ramp", lam))
     for kind in KINDS:
         case = toy(kind)
         probe, _ = case.ask(MLE)
@@ -321,7 +369,7 @@ def test_null_loss_is_mle_through_inverse_guidance(lam):
 @float64()
 def test_null_branch_gets_no_gradient(kind):
     """Of samples that kept their condition; with a dropped one it learns, as in mle."""
-    objective = Objective("null", RAMP)
+    objective = Objective("mclr", "null", RAMP)
     name = {"diffusion": "shift", "tokens": "condition"}[kind]
     assert toy(kind, c_B=CONDITIONS % K).gradients(objective)[name][K].eq(0).all()
     assert toy(kind).gradients(objective)[name][K].ne(0).all()
@@ -339,7 +387,7 @@ class Table:
 
 def null_losses(logits_KV: Tensor, lam: float) -> Tensor:
     """loss of each of the V codes as a single token under condition 0; K = 1, so the null condition is row 1."""
-    paradigm, objective = NextScale((1,), 1, ToyTokenizer((1,))), Objective("null", constant(lam))
+    paradigm, objective = NextScale((1,), 1, ToyTokenizer((1,))), Objective("mclr", "null", constant(lam))
     probe = paradigm.probe(torch.arange(V)[:, None], Given())
     rows = objective.rows(probe, torch.zeros(V, dtype=torch.long), 1, Given(), None)
     return objective(score(paradigm, Table(logits_KV), probe, rows, 1), rows)[0]
@@ -381,7 +429,7 @@ def family_by_definition(case, objective: Objective) -> Tensor:
     generated = objective.name == "ddo"
     draws = Draws64(0, list(range(16 if generated else 8)))
     probe = case.paradigm.probe(torch.cat([case.x_B, case.generated_B]) if generated else case.x_B, draws)
-    u, lam, losses = draws.uniform().tolist(), objective.lam.weight, []
+    u, lam, losses = draws.uniform().tolist(), objective.schedule.weight, []
     value = [case.value(probe, c).value_RT for c in range(K + 1)]
     delta = [objective.beta * log_ratio(case, probe, c) for c in range(K + 1)] if objective.beta else None
     s = torch.nn.functional.logsigmoid
@@ -449,7 +497,7 @@ def test_a_network_that_is_its_reference_is_undecided(name, kind):
     case.reference = case.net
     scores, rows = case.score(objective)
     assert scores.delta_R.abs().max() == 0
-    other, lam = rows.weight_BT[:, 0] > 0, objective.lam.weight
+    other, lam = rows.weight_BT[:, 0] > 0, objective.schedule.weight
     sigmoids = {"cc_dpo": 1, "cca": torch.where(other, 1 + lam, 2.0) / lam, "ddo": 1 + lam}[name]
     kept = case.c_B != K if name != "cca" else torch.ones(8, dtype=torch.bool)
     expected_B = torch.log(torch.tensor(2.0)) * sigmoids * torch.ones(8) + scores.aux_R[:8]
@@ -463,7 +511,7 @@ def golden_losses() -> dict[str, dict]:
     golden = {}
     for kind in KINDS:
         bound = 0.5 if kind == "tokens" else None
-        cases = {c: Objective(c, RAMP, bound if c in MISMATCHED else None, truncate=0.1) for c in CONTRASTS} | FAMILY
+        cases = {c: objective_of(c, RAMP, bound if c in MISMATCHED else None, truncate=0.1) for c in CONTRASTS} | FAMILY
         for name, objective in cases.items():
             with float64():
                 case = toy(kind)

@@ -41,6 +41,16 @@ def test_every_kind_is_covered():
     assert {schedule.kind for schedule, _ in WEIGHTS} == set(KINDS)
 
 
-def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="'linear' is not one of constant, ramp, interval, negative_window"):
-        Schedule("linear", 1.0)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "linear"}, "'linear' is not one of constant, ramp, interval, negative_window"),
+        ({"kind": "ramp", "weight": float("inf")}, "weight=inf of a schedule is not finite"),
+        ({"kind": "interval", "low": 0.6, "high": 0.4}, "out of range"),
+        ({"kind": "negative_window", "turn": 1.5}, "out of range"),
+        ({"kind": "negative_window", "below": -1.0}, "out of range"),
+    ],
+)
+def test_what_a_schedule_cannot_be_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Schedule(**{"weight": 1.0} | settings)

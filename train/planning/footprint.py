@@ -99,7 +99,7 @@ def calls_of(objective: Objective, scales: tuple[int, ...] | None, num_classes: 
         return Calls((Forward(2),), (), (Forward(2),) if reference else ())
     ends = list(accumulate(side * side for side in scales))
     # a term needs a contrast where its weight is not 0
-    needed = [end for end, progress in zip(ends, scale_progress(scales), strict=True) if objective.lam.at(progress)]
+    needed = [end for end, progress in zip(ends, scale_progress(scales), strict=True) if objective.schedule.at(progress)]
     if contrast == "null":
         return Calls((Forward(1),), (Forward(1, needed[-1]),) if needed else ())
     before = ends[-2] if len(ends) > 1 else 0

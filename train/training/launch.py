@@ -156,7 +156,7 @@ def describe(config: RunConfig, ranks: int, micro_batch: int, net: Any) -> str:
     free = 1 if objective.contrast == "null" else config.data.num_classes if tokens and objective.needs_posterior else 0
     free += most if objective.needs_reference else 0
     lam, schedule = config.objective.lam, config.objective.schedule.kind
-    table = schedule_table("lam", objective.lam, net.config.patch_nums if tokens else None)
+    table = schedule_table("lam", objective.schedule, net.config.patch_nums if tokens else None)
     budget = f", or until the compute of {settings.mle_images} images of mle is spent" if settings.mle_images else ""
     vae, classifier = None, []
     if isinstance(config.model, DiffusionModel):

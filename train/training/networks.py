@@ -121,11 +121,11 @@ def build_classifier(config: RunConfig) -> NoiseClassifier:
 def build_objective(config: RunConfig) -> Objective:
     objective = config.objective
     return Objective(
+        objective.name,
         objective.contrast,
         build_schedule(objective.schedule, objective.lam),
         bound=objective.bound,
         truncate=objective.truncate,
-        name=objective.name,
         beta=objective.beta,
         null_share=config.train.drop_condition,
     )

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from mclr.likelihood import Draws, Paradigm, score
 from mclr.objective import Objective
 from mclr.posterior import NoisyPosterior, PrefixPosterior, calibration
-from mclr.schedule import NONE
 from mclr.train.data.cache import CachedBatch
 from mclr.train.data.encoders import Encoder, from_uint8, mirrored
 from mclr.train.data.source import Batch, Source
@@ -111,7 +110,7 @@ def train_step(
 
         posterior_BTK, posterior_loss_B = task.posterior(probe, true_c_P) if task.posterior else (None, None)
         # a classifier that knows nothing yet draws any condition: that ratio has no bound, and the network would not recover
-        objective = task.objective if first >= task.posterior_warmup else replace(task.objective, lam=NONE)
+        objective = task.objective if first >= task.posterior_warmup else replace(task.objective, lam=0.0)
         rows = objective.rows(probe, c_P, task.null, draws, posterior_BTK)
         scores = score(task.paradigm, task.engine, probe, rows, task.null, task.reference, task.engine.lockstep)
         loss_B, metrics = objective(scores, rows)

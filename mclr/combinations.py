@@ -1,0 +1,66 @@
+"""Which contrast, strength, bound and beta go with which objective: one table for mclr.Objective and for the configuration.
+
+This file imports no torch, so that the configuration can be checked at once.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+# The contrasts that each objective allows. For mclr the best one depends on the paradigm: posterior for diffusion, null for tokens.
+CONTRASTS = {
+    "mle": ("none",),
+    "mclr": ("posterior", "null", "weighted", "uniform"),
+    "unlearn": ("uniform",),
+    "cc_dpo": ("uniform",),
+    "cca": ("marginal",),
+    "ddo": ("generated",),
+}
+WITH_REFERENCE = ("cc_dpo", "cca", "ddo")
+
+
+def objective_conflicts(objective: Any, lam: float, schedule: Any, prefix: str = "", diffusion: bool = False) -> Iterator[str]:
+    """What is wrong with the settings of an objective, one line each.
+
+    objective: has name, contrast, bound, beta and truncate. lam: the weight of `schedule`, which has kind and below.
+    prefix: stands before the names of settings, as in objective.lam. diffusion: whether the model is a diffusion model.
+    """
+    name, contrast, bound, beta = objective.name, objective.contrast, objective.bound, objective.beta
+    if name not in CONTRASTS:
+        yield f"{prefix}name={name} is unknown: expected {', '.join(CONTRASTS)}"
+        return
+    if contrast not in CONTRASTS[name]:
+        yield f"{prefix}contrast={contrast} is not for {prefix}name={name}: expected {' or '.join(CONTRASTS[name])}"
+    if not math.isfinite(lam):
+        yield f"{prefix}lam={lam} is not finite"
+    if name == "mle" and lam != 0:
+        yield f"{prefix}lam={lam} has no effect with {prefix}name=mle; there it must be 0"
+    if name in WITH_REFERENCE:
+        if beta is None:
+            yield f"missing key {prefix}beta; objective {name} needs it, like {prefix}beta=0.1"
+        elif beta <= 0:
+            yield f"{prefix}beta={beta} is out of range: must be > 0"
+        if lam <= 0 or schedule.kind != "constant":
+            yield f"objective {name} needs {prefix}lam > 0 and {prefix}schedule.kind=constant: its ratio is of whole samples"
+    elif beta is not None:
+        yield f"{prefix}beta={beta} has no effect with {prefix}name={name}; only {', '.join(WITH_REFERENCE)} have it"
+    if name in ("mclr", "unlearn"):
+        negative_window = schedule.kind == "negative_window"
+        if contrast == "uniform":
+            if lam < 0:
+                yield f"{prefix}lam={lam} is out of range: must be >= 0 with {prefix}contrast=uniform"
+            if negative_window:
+                yield f"{prefix}schedule.kind=negative_window needs another contrast; uniform allows no negative lam"
+        elif lam <= -1:
+            yield f"{prefix}lam={lam} is out of range: must be > -1 with {prefix}contrast={contrast}"
+        # There lam = -below, and at lam = -1 nothing is left to learn.
+        if negative_window and schedule.below == 1:
+            yield f"{prefix}schedule.below=1.0 is out of range: must be > 0 and < 1 in training"
+    if bound is not None:
+        # The bound compares two values of one token in nats. Diffusion has a surrogate, and `null` has no contrast value.
+        if name != "mclr" or contrast == "null" or diffusion:
+            yield f"{prefix}bound={bound} needs mclr, a next_scale model and the contrast uniform, weighted or posterior"
+        elif not bound > 0:
+            yield f"{prefix}bound={bound} is out of range: must be > 0"
+    if not 0 <= objective.truncate < 0.5:
+        yield f"{prefix}truncate={objective.truncate} is out of range: must be >= 0 and < 0.5"
