@@ -1,4 +1,4 @@
-"""train/training/log.py, trackers.py and throughput.py: lines of JSON, sinks that repeat nothing and end nothing, the machine's figures."""
+"""train/training/log.py, trackers.py and throughput.py: lines of JSON, trackers that never end a run, the figures of the machine."""
 
 import json
 import math
@@ -15,17 +15,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mclr.configs.schema import load
 from mclr.errors import UserError
-from mclr.train.training import throughput as meter
-from mclr.train.training import trackers as sinks
+from mclr.train.training import throughput, trackers
 from mclr.train.training.log import RunFolder
-from mclr.train.training.throughput import TIMING, Meter
+from mclr.train.training.throughput import TIMING, Throughput
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def open_run(tmp_path):
-    """open_run(*sinks) -> the run folder of a process that begins, or goes on."""
+    """open_run(*trackers) -> the run folder of a process that begins, or goes on."""
     held = []
 
     def open_run(*names):
@@ -176,7 +175,7 @@ def test_wandb_itself_offline(open_run, monkeypatch, capsys):
     assert [len(list(path.parent.glob("files/media/images/*.png"))) for path in kept] == [1, 0]
 
 
-class Broken(sinks.TensorBoard):
+class Broken(trackers.TensorBoard):
     def __init__(self, start, at="log"):
         # beside the files of the one that works
         super().__init__(replace(start, run=start.run / "broken"))
@@ -195,7 +194,7 @@ def test_a_sink_that_fails_is_said_once_and_ends_no_run(at, open_run, monkeypatc
             raise RuntimeError("no API key\nconfigured")
         return Broken(start, at)
 
-    monkeypatch.setitem(sinks.SINKS, "wandb", broken)
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", broken)
     run.rewind(0)
     log(run, 8, 16)
     picture(run, 16)
@@ -225,13 +224,13 @@ def test_event_files_that_cannot_be_written_end_no_run(open_run, capsys):
 
 
 def test_a_missing_package_is_one_line(monkeypatch, tmp_path):
-    sinks.refuse_missing(("tensorboard",))
+    trackers.refuse_missing(("tensorboard",))
     # what W&B leaves where it ran
     (tmp_path / "wandb").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     with pytest.raises(UserError, match=r"^train.log_to=wandb needs wandb: pip install -e '.\[wandb\]'$"):
-        sinks.refuse_missing(("wandb",))
+        trackers.refuse_missing(("wandb",))
 
 
 def progress(images, rows, flops, seconds):
@@ -247,13 +246,13 @@ def test_figures_are_of_what_passed_since_the_last_line(monkeypatch):
         if op is None:
             values += others[:, 2].sum()
         else:
-            assert op is meter.dist.ReduceOp.MAX
+            assert op is throughput.dist.ReduceOp.MAX
             values.copy_(torch.stack([values, *others[:, :2]]).amax(0))
 
-    monkeypatch.setattr(meter.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(meter.dist, "all_reduce", all_reduce)
-    monkeypatch.setattr(meter, "peak_memory", lambda device: 2 * 2**30)
-    here = Meter(progress(100, 150.0, 1e6, 7.0), 1e4, CPU)
+    monkeypatch.setattr(throughput.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(throughput.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(throughput, "peak_memory", lambda device: 2 * 2**30)
+    here = Throughput(progress(100, 150.0, 1e6, 7.0), 1e4, CPU)
     read = here.read(progress(140, 230.0, 1.06e6, 9.0), waited=0.5, damaged=1)
     assert read == {"images_per_second": 20, "rows_per_second": 40, "mfu": 1.0, "memory": 3, "data_wait": 0.5, "damaged": 7}
     assert {"seconds", *read} == set(TIMING)
@@ -262,7 +261,7 @@ def test_figures_are_of_what_passed_since_the_last_line(monkeypatch):
 
 
 def test_of_a_device_that_is_not_known_there_is_no_utilisation():
-    read = Meter(progress(0, 0.0, 0.0, 0.0), None, CPU).read(progress(8, 8.0, 1e9, 1.0), 0.25, 0)
+    read = Throughput(progress(0, 0.0, 0.0, 0.0), None, CPU).read(progress(8, 8.0, 1e9, 1.0), 0.25, 0)
     assert set(TIMING) - {"seconds", *read} == {"mfu"} and read["data_wait"] == 0.25
     # what this very process holds
     assert 0.05 < read["memory"] < 64
@@ -271,8 +270,8 @@ def test_of_a_device_that_is_not_known_there_is_no_utilisation():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_memory_is_the_peak_since_the_last_look():
     device = torch.device("cuda", 0)
-    meter.peak_memory(device)
+    throughput.peak_memory(device)
     held = torch.cuda.memory_allocated(device)
     torch.empty(2**26, dtype=torch.uint8, device=device)
-    assert meter.peak_memory(device) == held + 2**26
-    assert meter.peak_memory(device) == held
+    assert throughput.peak_memory(device) == held + 2**26
+    assert throughput.peak_memory(device) == held

@@ -43,7 +43,7 @@ from mclr.train.engine.base import autocast_of
 from mclr.train.system.console import Parser, run
 from mclr.train.training.build import build_networks, build_task, compile_every_length, open_source
 from mclr.train.training.networks import build_schedule
-from mclr.train.training.state import Progress, add_up, count_compute, forward_flops, rows_of
+from mclr.train.training.state import RunState, add_up, count_compute, forward_flops, rows_of
 from mclr.train.training.step import Task, train_step
 
 EXAMPLE = """examples:
@@ -172,7 +172,7 @@ def measure_training(built: dict[str, tuple[Task, RunConfig]], precisions: list[
     tasks = {(o, precision, arm): as_run_by(built[o][0], arm, precision) for o, precision, arm in keys}
     flops = {objective: forward_flops(task) for objective, (task, _) in built.items()}
     seconds: dict[tuple, list[float]] = {key: [] for key in keys}
-    spent, memory = {key: Progress() for key in keys}, dict.fromkeys(keys, 0.0)
+    spent, memory = {key: RunState() for key in keys}, dict.fromkeys(keys, 0.0)
     for step in range(WARM_UP + rounds):
         # a copy: what is out of memory takes no more turns
         for key, task in list(tasks.items()):

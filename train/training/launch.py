@@ -52,7 +52,7 @@ def start(config: RunConfig, out: Path, micro_batch: int, command: str) -> int:
     from mclr.train.training.build import build_networks, build_task, choose_kernels, open_source
     from mclr.train.training.log import RunFolder
     from mclr.train.training.loop import train
-    from mclr.train.training.previews import Grid
+    from mclr.train.training.previews import Preview
     from mclr.train.weights.folder import inherited
     from mclr.train.weights.model_card import run_notes
 
@@ -92,8 +92,8 @@ def start(config: RunConfig, out: Path, micro_batch: int, command: str) -> int:
                 if rank == 0:
                     print(about, *read, kernels, sep="\n")
                 with closing(Watchdog(out, rank, ranks, timeout)) as watchdog:
-                    grid, peak = Grid(task, config, run_folder), peak_flops(device, config.engine.precision)
-                    return train(task, config.train, micro_batch, out, run_folder, interrupt, watchdog, grid, peak, notes)
+                    preview, peak = Preview(task, config, run_folder), peak_flops(device, config.engine.precision)
+                    return train(task, config.train, micro_batch, out, run_folder, interrupt, watchdog, preview, peak, notes)
             except torch.OutOfMemoryError as error:
                 smaller = f"halve train.micro_batch (now {micro_batch}), which leaves the result as it is"
                 raise UserError(f"out of GPU memory: {smaller}") from error

@@ -12,7 +12,7 @@ from mclr.configs.schema import FILE, RunConfig, dump, flatten, load_resolved
 from mclr.errors import UserError
 from mclr.train.engine.checkpoint import MANIFEST, checkpoints
 from mclr.train.system.files import lock, regular, write_file, write_json
-from mclr.train.training.trackers import Sinks
+from mclr.train.training.trackers import Trackers
 
 # may change between one start and the next: they do not decide what is learned; a section ends in a dot
 FREE = (
@@ -85,11 +85,11 @@ class RunFolder:
             shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
         write_json(path / INPUTS, inputs)
         write_file(path / FILE, dump(config).encode())
-        self.sinks = Sinks(config.train.log_to, path, flatten(config))
+        self.trackers = Trackers(config.train.log_to, path, flatten(config))
 
     def close(self) -> None:
         """Let go of the folder."""
-        self.sinks.close()
+        self.trackers.close()
         self.lock.close()
 
     def rewind(self, images_seen: int) -> None:
@@ -103,18 +103,18 @@ class RunFolder:
         for picture in self.path.glob("grids/*.png"):
             if picture.stem.isdigit() and int(picture.stem) > images_seen:
                 picture.unlink()
-        self.sinks.rewind(images_seen, last)
+        self.trackers.rewind(images_seen, last)
 
     def log(self, **values: Any) -> None:
-        """Append one line to metrics.jsonl, and give its numbers to the sinks. What is not finite becomes null, as JSON wants it."""
+        """Append one line to metrics.jsonl, and give its numbers to the trackers. What is not finite becomes null, as JSON wants it."""
         values = _finite(values)
         self._append(METRICS, values)
         images = values.pop("images")
-        self.sinks.log(images, {name: value for name, value in values.items() if value is not None})
+        self.trackers.log(images, {name: value for name, value in values.items() if value is not None})
 
     def picture(self, name: str, images_seen: int, path: Path) -> None:
-        """Give a PNG file to the sinks."""
-        self.sinks.picture(name, images_seen, path)
+        """Give a PNG file to the trackers."""
+        self.trackers.picture(name, images_seen, path)
 
     def note_skipped(self, images: int, loss: float, keys: Sequence[str]) -> None:
         """Append to skipped.jsonl a step that changed nothing, since its gradient was not finite. keys: of its samples."""

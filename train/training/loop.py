@@ -17,10 +17,10 @@ from mclr.train.system.ranks import Interrupt, collective, gather_objects, world
 from mclr.train.system.watchdog import Watchdog
 from mclr.train.training.log import RunFolder
 from mclr.train.training.memorisation import Monitor, mle_loss, open_images
-from mclr.train.training.previews import Grid
-from mclr.train.training.state import Progress, add_up, count_compute, export, forward_flops, resume, rows_of, save, snapshot
+from mclr.train.training.previews import Preview
+from mclr.train.training.state import RunState, add_up, count_compute, export, forward_flops, resume, rows_of, save, snapshot
 from mclr.train.training.step import Task, train_step
-from mclr.train.training.throughput import Meter
+from mclr.train.training.throughput import Throughput
 
 
 def train(
@@ -31,7 +31,7 @@ def train(
     run: RunFolder | None,
     interrupt: Interrupt,
     watchdog: Watchdog,
-    grid: Grid,
+    preview: Preview,
     peak: float | None,
     notes: dict[str, Any],
 ) -> int:
@@ -71,7 +71,7 @@ def train(
             progress.held_out = mle_loss(task, held_out)["mle_loss_val"]
         save(task, averages, progress, path, settings, rank, notes)
 
-    share, meter = settings.batch // ranks, Meter(vars(progress), peak, task.device)
+    share, throughput = settings.batch // ranks, Throughput(vars(progress), peak, task.device)
     begun = checkpointed = progress.images
     if rank == 0 and not done() and (path / "weights").exists():
         print(f"this run had finished at {begun} images; it goes on to train.images={settings.images}")
@@ -111,7 +111,7 @@ def train(
                 # how far plain maximum likelihood would have come at the same cost: the length of a fair control
                 counts |= {"mle_images": round(progress.flops / (3 * flops["net"])), "posterior_flops": progress.posterior_flops}
                 readings = monitor.read(progress.images) if monitor else {}
-                readings |= meter.read(vars(progress), watchdog.waited, task.source.damaged)
+                readings |= throughput.read(vars(progress), watchdog.waited, task.source.damaged)
                 watchdog.waited = 0.0
                 if run is not None:
                     run.log(**counts, seconds=round(progress.seconds, 3), **means, skipped=progress.skipped, **readings)
@@ -120,9 +120,9 @@ def train(
                 left = bar.format_interval(progress.seconds * (end() / settings.batch - 1))
                 bar.write(f"no released weights were given: training from scratch, about {left} to go by the first step")
             # before the checkpoint: a run that goes on from there does not come by here again
-            if grid.due(progress.images, progress.images - settings.batch, done()):
+            if preview.due(progress.images, progress.images - settings.batch, done()):
                 watchdog.enter("grid")
-                grid.draw(progress.images)
+                preview.draw(progress.images)
             if settings.snapshot_every and (progress.images % settings.snapshot_every < settings.batch or done()):
                 watchdog.enter("snapshot")
                 snapshot(task, averages, settings, progress, path, rank)
@@ -154,7 +154,7 @@ class NotFinite(UserError):
 
 
 def count_skipped(
-    progress: Progress,
+    progress: RunState,
     task: Task,
     positions: range,
     means: dict[str, float],

@@ -29,7 +29,7 @@ def columns(num_classes: int) -> list[int]:
     return [k * num_classes // count for k in range(count)]
 
 
-class Grid:
+class Preview:
     """Every rank has one, and draws when rank 0 does. run: the run folder, held by rank 0; None elsewhere."""
 
     def __init__(self, task: Task, config: RunConfig, run: RunFolder | None):
@@ -42,7 +42,7 @@ class Grid:
         return self.every > 0 and (done or images // self.every > before // self.every)
 
     def draw(self, images: int) -> None:
-        """Write the picture, and hand it to the sinks. Collective. Raises UserError when it cannot be written, or memory is short.
+        """Write the picture, and hand it to the trackers. Collective. Raises UserError when it cannot be written, or memory is short.
 
         Training goes on as if nothing had been drawn: no random number of its own and no count of rows is touched.
         """

@@ -26,7 +26,7 @@ from mclr.train.weights.folder import describe, save_weights
 
 
 @dataclass
-class Progress:
+class RunState:
     """What a run has done so far, over all ranks; part of every checkpoint.
 
     rows: run through the network with gradient; one cut short after a scale counts by its share of the tokens. flops: of forwards
@@ -71,7 +71,7 @@ def rows_of(task: Task) -> dict[str, float]:
     return rows
 
 
-def count_compute(progress: Progress, sums: dict[str, float], flops: dict[str, int]) -> None:
+def count_compute(progress: RunState, sums: dict[str, float], flops: dict[str, int]) -> None:
     """Add one step's rows of all ranks to progress."""
     rows, no_grad, posterior_rows = (sums[name] for name in ("rows", "rows_no_grad", "posterior_rows"))
     progress.rows += rows
@@ -114,7 +114,7 @@ def flops_of(run: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def resume(task: Task, averages: dict[str, EMA], path: Path, rank: int) -> Progress:
+def resume(task: Task, averages: dict[str, EMA], path: Path, rank: int) -> RunState:
     """Load the newest whole checkpoint of the run folder, if there is one, into engines and averages. Collective.
 
     Raises UserError when there are checkpoints and none is whole, or when a rank does not see it.
@@ -135,7 +135,7 @@ def resume(task: Task, averages: dict[str, EMA], path: Path, rank: int) -> Progr
                 print(f"going on from {newest}")
     newest = from_rank_0(newest)
     if newest is None:
-        return Progress()
+        return RunState()
     with collective():
         if not newest.exists():
             raise UserError(f"{newest} is not seen here: put the run folder on storage that all ranks see")
@@ -148,10 +148,10 @@ def resume(task: Task, averages: dict[str, EMA], path: Path, rank: int) -> Progr
             task.posterior_engine.load(tensors["posterior"])
         for name, ema in averages.items():
             ema.average = task.engine.split(model if name == "ema" else tensors[name])
-    return Progress(**state)
+    return RunState(**state)
 
 
-def snapshot(task: Task, averages: dict[str, EMA], settings: Train, progress: Progress, path: Path, rank: int) -> None:
+def snapshot(task: Task, averages: dict[str, EMA], settings: Train, progress: RunState, path: Path, rank: int) -> None:
     """Write one snapshot per width in settings.snapshot_stds. Collective."""
     whole = {ema.std: task.engine.gather(ema.average) for ema in averages.values() if ema.std in settings.snapshot_stds}
     with collective():
@@ -161,7 +161,7 @@ def snapshot(task: Task, averages: dict[str, EMA], settings: Train, progress: Pr
 
 
 def save(
-    task: Task, averages: dict[str, EMA], progress: Progress, path: Path, settings: Train, rank: int, notes: dict[str, Any]
+    task: Task, averages: dict[str, EMA], progress: RunState, path: Path, settings: Train, rank: int, notes: dict[str, Any]
 ) -> None:
     """Write a checkpoint; collective, since gathering the engines' states is."""
     engine = task.engine.save()
@@ -182,7 +182,7 @@ def taken(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): state.pop(name) for name in list(state) if name.startswith(prefix)}
 
 
-def export(task: Task, weights: dict[str, Tensor], progress: Progress, path: Path, notes: dict[str, Any]) -> None:
+def export(task: Task, weights: dict[str, Tensor], progress: RunState, path: Path, notes: dict[str, Any]) -> None:
     """Write RUN/weights of a finished run, with notes and the last line of its metrics, unless they are there.
 
     Those of a shorter run are removed first: the checkpoint holds all that is needed to write them, again if need be.

@@ -1,4 +1,4 @@
-"""The meter: what the machine did since the last line of metrics. Its figures decide nothing, and no two runs have the same."""
+"""The throughput: what the machine did since the last line of metrics. Its figures decide nothing, and no two runs have the same."""
 
 import resource
 import sys
@@ -23,8 +23,8 @@ def peak_memory(device: torch.device) -> int:
     return peak
 
 
-class Meter:
-    """done: Progress as a dict. peak: FLOP/s of one device (train/system/gpus.py); None: not known, so there is no mfu."""
+class Throughput:
+    """done: RunState as a dict. peak: FLOP/s of one device (train/system/gpus.py); None: not known, so there is no mfu."""
 
     def __init__(self, done: dict[str, Any], peak: float | None, device: torch.device):
         self.before, self.peak, self.device = dict(done), peak, device

@@ -1,6 +1,6 @@
-"""Sinks: where the metrics and pictures of a run go beside metrics.jsonl. TensorBoard, and Weights & Biases; the x axis is images seen.
+"""Trackers: where the metrics and pictures of a run go beside metrics.jsonl. TensorBoard, and Weights & Biases; the x axis is images seen.
 
-A sink helps to look at a run and never ends one: what fails is said once and left out from there on.
+A tracker helps to look at a run and never ends one: what fails is said once and left out from there on.
 """
 
 import json
@@ -21,7 +21,7 @@ FINISH = 60  # seconds that W&B gets at the end of a run to upload what is left
 
 
 def refuse_missing(names: Sequence[str]) -> None:
-    """Raises UserError where the package behind a sink is not installed."""
+    """Raises UserError where the package behind a tracker is not installed."""
     for name in names:
         spec = find_spec(name)
         # a mere folder of that name, as W&B leaves one where it ran, counts as a package without an origin
@@ -31,7 +31,7 @@ def refuse_missing(names: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Start:
-    """What a sink begins with. begun: images seen where this process goes on; last: of the last line that an earlier one logged."""
+    """What a tracker begins with. begun: images seen where this process goes on; last: of the last line that an earlier one logged."""
 
     run: Path
     settings: dict[str, Any]
@@ -39,7 +39,7 @@ class Start:
     last: int = 0
 
 
-class Sink(Protocol):
+class Tracker(Protocol):
     def __init__(self, start: Start): ...
     def log(self, images: int, values: dict[str, Any]) -> None: ...
     def picture(self, name: str, images: int, path: Path) -> None: ...
@@ -111,35 +111,35 @@ class WandB:
         self.run.finish()
 
 
-SINKS: dict[str, type[Sink]] = {"tensorboard": TensorBoard, "wandb": WandB}
+TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
-class Sinks:
+class Trackers:
     """Those of train.log_to, each opened when it first gets something: a run that had finished leaves them as they are."""
 
     def __init__(self, names: Sequence[str], run: Path, settings: dict[str, Any]):
         self.names, self.start = list(names), Start(run, settings)
-        self.opened: dict[str, Sink] = {}
+        self.opened: dict[str, Tracker] = {}
 
     def rewind(self, begun: int, last: int) -> None:
         self.start = replace(self.start, begun=begun, last=last)
 
     def log(self, images: int, values: dict[str, Any]) -> None:
-        self._each(lambda sink: sink.log(images, values))
+        self._each(lambda tracker: tracker.log(images, values))
 
     def picture(self, name: str, images: int, path: Path) -> None:
-        self._each(lambda sink: sink.picture(name, images, path))
+        self._each(lambda tracker: tracker.picture(name, images, path))
 
     def close(self) -> None:
         self.names = list(self.opened)
-        self._each(lambda sink: sink.close())
+        self._each(lambda tracker: tracker.close())
         self.names = []
 
-    def _each(self, use: Callable[[Sink], None]) -> None:
+    def _each(self, use: Callable[[Tracker], None]) -> None:
         for name in tuple(self.names):
             try:
                 if name not in self.opened:
-                    self.opened[name] = SINKS[name](self.start)
+                    self.opened[name] = TRACKERS[name](self.start)
                 use(self.opened[name])
             # whatever a foreign package, a network or a disk may do
             except Exception as error:

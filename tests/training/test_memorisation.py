@@ -21,7 +21,7 @@ from mclr.train.data.encoders import RGB, from_uint8
 from mclr.train.data.images import image_paths, read_images
 from mclr.train.data.source import permutation
 from mclr.train.data.write import prepare_images
-from mclr.train.training import memorisation as monitor
+from mclr.train.training import memorisation
 from mclr.train.training.build import build_networks, build_task, open_source
 from mclr.train.training.throughput import TIMING
 from mclr.train.weights.folder import load_net
@@ -40,27 +40,27 @@ TINY = small("edm2-digits")
 
 @pytest.fixture(scope="module")
 def images(digits):
-    return monitor.open_images(open_dataset(digits))
+    return memorisation.open_images(open_dataset(digits))
 
 
 @pytest.fixture
 def few_pairs(monkeypatch):
-    monkeypatch.setattr(monitor, "PAIRS", 64)
+    monkeypatch.setattr(memorisation, "PAIRS", 64)
 
 
 def test_a_view_is_one_of_nine_shifts_of_a_digit(images):
     image_BCHW = images["train"].images(list(range(64)))
     shifted = torch.nn.functional.pad(from_uint8(image_BCHW), (1, 1, 1, 1), mode="replicate")
     nine = torch.stack([shifted[..., y : y + 8, x : x + 8] for y in range(3) for x in range(3)])
-    views = monitor.view(image_BCHW, Draws(0, list(range(64))), flip=False)
+    views = memorisation.view(image_BCHW, Draws(0, list(range(64))), flip=False)
     same = (nine == views).flatten(2).all(2)
     assert same.any(0).all() and same.any(1).all()
-    assert torch.equal(views, monitor.view(image_BCHW, Draws(0, list(range(64))), flip=False))
+    assert torch.equal(views, memorisation.view(image_BCHW, Draws(0, list(range(64))), flip=False))
 
 
 def test_features_are_the_mean_of_the_middle_block_under_noise_and_no_condition(images):
     net, x_BCHW = load_net("edm2-digits", "edm2"), from_uint8(images["train"].images([0, 1, 2]))
-    h_BD = monitor.features(net, x_BCHW, Draws(0, [0, 1, 2]))
+    h_BD = memorisation.features(net, x_BCHW, Draws(0, [0, 1, 2]))
     noisy_BCHW = x_BCHW + 0.29 * Draws(0, [0, 1, 2]).normal(1, 8, 8)
     seen = []
     hook = net.decoder["4x4_block1"].register_forward_hook(lambda block, inputs, output: seen.append(output))
@@ -77,9 +77,9 @@ def test_wide_blocks_are_projected_the_same_way_every_time(monkeypatch):
         EDM2Config(8, 1, 10, model_channels=16, channel_mult=(1, 4), num_blocks=1, attn_resolutions=(), channels_per_head=16)
     )
     x_BCHW = torch.rand(40, 1, 8, 8)
-    narrow_BD = monitor.features(net, x_BCHW, Draws(0, list(range(40))))
-    monkeypatch.setattr(monitor, "WIDTH", 64)
-    wide_BD = monitor.features(net, x_BCHW, Draws(0, list(range(40))))
+    narrow_BD = memorisation.features(net, x_BCHW, Draws(0, list(range(40))))
+    monkeypatch.setattr(memorisation, "WIDTH", 64)
+    wide_BD = memorisation.features(net, x_BCHW, Draws(0, list(range(40))))
     assert narrow_BD.shape == (40, 32) and wide_BD.shape == (40, 64)
     # one matrix for all rows
     matrix = torch.linalg.lstsq(wide_BD, narrow_BD).solution
@@ -90,8 +90,8 @@ def test_wide_blocks_are_projected_the_same_way_every_time(monkeypatch):
 def test_a_reading_repeats_itself_and_disturbs_nothing(images, few_pairs):
     net = load_net("edm2-digits", "edm2")
     weights, state = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
-    first = monitor.measure(net, RGB(), images, flip=False)
-    assert first == monitor.measure(net, RGB(), images, flip=False) and first.keys() == {"icr", "icr_val"}
+    first = memorisation.measure(net, RGB(), images, flip=False)
+    assert first == memorisation.measure(net, RGB(), images, flip=False) and first.keys() == {"icr", "icr_val"}
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(v, weights[k]) for k, v in net.state_dict().items())
 
@@ -99,25 +99,27 @@ def test_a_reading_repeats_itself_and_disturbs_nothing(images, few_pairs):
 def test_noise_contaminates(images, monkeypatch):
     """Of the bundled network on held-out digits: the noisier the views, the less they share."""
     net, held_out = load_net("edm2-digits", "edm2"), {"val": images["val"]}
-    monkeypatch.setattr(monitor, "PAIRS", 192)
+    monkeypatch.setattr(memorisation, "PAIRS", 192)
     found = []
     for sigma in (0.05, 0.29, 1.0, 20.0):
-        monkeypatch.setattr(monitor, "SIGMA", sigma)
-        found.append(monitor.measure(net, RGB(), held_out, flip=False)["icr_val"])
+        monkeypatch.setattr(memorisation, "SIGMA", sigma)
+        found.append(memorisation.measure(net, RGB(), held_out, flip=False)["icr_val"])
     assert found == sorted(found) and found[0] < 0.6 < found[2] and 0.9 < found[3] < 1.1
 
 
 @pytest.mark.parametrize("model", ["edm2-digits", "var-digits"])
 def test_the_loss_is_that_of_mle_under_the_images_own_conditions(model, digits, tokenizer, few_pairs):
     task = build(model, digits, tokenizer)
-    found = monitor.mle_loss(task, monitor.open_images(task.source.info))
-    assert found.keys() == {"mle_loss", "mle_loss_val"} and found == monitor.mle_loss(task, monitor.open_images(task.source.info))
+    found = memorisation.mle_loss(task, memorisation.open_images(task.source.info))
+    assert found.keys() == {"mle_loss", "mle_loss_val"} and found == memorisation.mle_loss(
+        task, memorisation.open_images(task.source.info)
+    )
     net, info, losses = task.engine.net.eval(), task.source.info, {}
     for name, split in (("mle_loss", "train"), ("mle_loss_val", "val")):
         image_NCHW, c_N = load_split(digits, split)
         chosen = permutation(0, 0, len(c_N))[:64].copy()
         x = task.encoder.encode(from_uint8(image_NCHW[chosen]))
-        probe = task.paradigm.probe(x, Draws(monitor.LOSS, list(range(64))))
+        probe = task.paradigm.probe(x, Draws(memorisation.LOSS, list(range(64))))
         with torch.no_grad():
             prediction = task.paradigm.predict(net, probe, torch.arange(64), c_N[chosen])
             own = task.paradigm.log_likelihood(prediction, probe, torch.arange(64))
@@ -141,21 +143,21 @@ def build(model, digits, tokenizer, *overrides):
 )
 def test_a_reading_is_due_once_every_so_many_images(every, period, due, digits, tokenizer, monkeypatch):
     """Decided by the images seen alone, so that a resumed run reads where an uninterrupted one does."""
-    monkeypatch.setattr(monitor, "mle_loss", lambda task, images: {"mle_loss": 1.0})
-    here = monitor.Monitor(build("var-digits", digits, tokenizer), every, period)
+    monkeypatch.setattr(memorisation, "mle_loss", lambda task, images: {"mle_loss": 1.0})
+    here = memorisation.Monitor(build("var-digits", digits, tokenizer), every, period)
     assert [images for images in (10, 20, 30, 40, 50, 60, 65) if here.read(images)] == due
 
 
 def test_without_a_null_condition_or_of_tokens_there_is_no_icr(digits, tokenizer, few_pairs):
     diffusion = build("edm2-digits", digits, tokenizer)
-    assert monitor.Monitor(diffusion, 8, 8).read(8).keys() == READ
+    assert memorisation.Monitor(diffusion, 8, 8).read(8).keys() == READ
     for task in (build("edm2-digits", digits, tokenizer, "train.drop_condition=0.0"), build("var-digits", digits, tokenizer)):
-        assert monitor.Monitor(task, 8, 8).read(8).keys() == {"mle_loss", "mle_loss_val"}
+        assert memorisation.Monitor(task, 8, 8).read(8).keys() == {"mle_loss", "mle_loss_val"}
 
 
 def test_features_that_cannot_be_read_end_no_run(digits, tokenizer, few_pairs, monkeypatch, capsys):
-    monkeypatch.setattr(monitor, "features", lambda net, x_BCHW, draws: torch.ones(len(x_BCHW), 4))
-    found = monitor.Monitor(build("edm2-digits", digits, tokenizer), 8, 8).read(8)
+    monkeypatch.setattr(memorisation, "features", lambda net, x_BCHW, draws: torch.ones(len(x_BCHW), 4))
+    found = memorisation.Monitor(build("edm2-digits", digits, tokenizer), 8, 8).read(8)
     assert found.keys() == {"mle_loss", "mle_loss_val"}
     assert capsys.readouterr().out == (
         "at 8 images no ICR of the train images (the two views of the images do not differ in some direction of feature space): "
@@ -215,8 +217,8 @@ def test_evaluate_reads_the_icr_of_a_run(start, digits, capsys, tmp_path):
     capsys.readouterr()
     assert main(["evaluate", str(run), "--icr", "--real", "val"]) == 0
     written = json.loads((run / "samples" / "evaluation.json").read_text())["icr"]
-    expected = monitor.measure(
-        load_net(str(run / "weights"), "edm2"), RGB(), monitor.open_images(open_dataset(digits)), flip=False
+    expected = memorisation.measure(
+        load_net(str(run / "weights"), "edm2"), RGB(), memorisation.open_images(open_dataset(digits)), flip=False
     )
     assert written == {**expected, "sigma": 0.29, "pairs": 64}
     assert [line.split()[:2] for line in capsys.readouterr().out.splitlines() if line.startswith("icr")] == [
@@ -242,7 +244,7 @@ def test_ranks_read_what_one_process_reads(start, digits, monkeypatch):
         [*launcher("deepspeed"), str(RUN), *argv], capture_output=True, text=True, env=environment(), timeout=300
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
-    monkeypatch.setattr(monitor, "PAIRS", 640)  # as it is in the ranks
+    monkeypatch.setattr(memorisation, "PAIRS", 640)  # as it is in the ranks
     start("alone", 2, f"train.monitor_every={BATCH}", "model.net.dropout=0.0")
     ranks, alone = (lines(Path(name)) for name in ("ranks", "alone"))
     for name in (*READ, "loss"):

@@ -16,14 +16,14 @@ from mclr.train.data.images import image_paths, read_images
 from mclr.train.sampling.generate import SAMPLING
 from mclr.train.training.build import build_networks, build_task, open_source
 from mclr.train.training.networks import build_paradigm
-from mclr.train.training.previews import Grid, columns
+from mclr.train.training.previews import Preview, columns
 
 CPU = torch.device("cpu")
 FEW = {"edm2-digits": ["sample.steps=8"], "var-digits": []}
 
 
 class Run(SimpleNamespace):
-    """A run folder that remembers what it hands to the sinks."""
+    """A run folder that remembers what it hands to the trackers."""
 
     def __init__(self, path):
         super().__init__(path=path, given=[])
@@ -34,13 +34,13 @@ class Run(SimpleNamespace):
 
 @pytest.fixture
 def make(digits, tmp_path):
-    """make(model, *overrides, run) -> (grid, task) of a run on the digits, with the bundled weights."""
+    """make(model, *overrides, run) -> (preview, task) of a run on the digits, with the bundled weights."""
 
     def make(model, *overrides, run=True):
         settings = [*FEW[model], f"data.path={digits}", "train.grid_every=100", "sample.batch=16", *overrides]
         config = load(model, "mle", "digits", "local", settings)
         task = build_task(config, open_source(config), build_networks(config, CPU), CPU, config.train.batch)
-        return Grid(task, config, Run(tmp_path) if run else None), task
+        return Preview(task, config, Run(tmp_path) if run else None), task
 
     return make
 
@@ -51,9 +51,9 @@ def test_conditions_are_spread_evenly():
 
 
 def test_a_picture_is_due_once_every_so_many_images_and_at_the_end(make):
-    grid, _ = make("var-digits")
+    preview, _ = make("var-digits")
     steps = [(32 * i, 32 * (i - 1), i == 12) for i in range(1, 13)]
-    assert [images for images, before, done in steps if grid.due(images, before, done)] == [128, 224, 320, 384]
+    assert [images for images, before, done in steps if preview.due(images, before, done)] == [128, 224, 320, 384]
     never, _ = make("var-digits", "train.grid_every=0")
     assert not never.due(100, 0, True)
 
@@ -61,11 +61,11 @@ def test_a_picture_is_due_once_every_so_many_images_and_at_the_end(make):
 @pytest.mark.parametrize("model", FEW)
 def test_it_shows_what_sample_draws(model, make, digits, tmp_path):
     """Ten conditions by four seeds of each, up to the rounding of other micro-batches."""
-    grid, _ = make(model)
-    grid.draw(128)
-    assert grid.run.given == [("samples", 128, tmp_path / "grids" / "000000000128.png")]
+    preview, _ = make(model)
+    preview.draw(128)
+    assert preview.run.given == [("samples", 128, tmp_path / "grids" / "000000000128.png")]
     # 8-pixel digits, one pixel between them, eight times as large
-    picture = np.asarray(Image.open(grid.run.given[0][2]).convert("L"))[::8, ::8]
+    picture = np.asarray(Image.open(preview.run.given[0][2]).convert("L"))[::8, ::8]
     assert picture.shape == (4 * 9 - 1, 10 * 9 - 1)
     argv = ["sample", model, "--data", str(digits), "--out", str(tmp_path / "drawn"), "--count", "40", *FEW[model]]
     assert main(argv) == 0 and mclr.train.training.previews.SAMPLING == SAMPLING
@@ -79,25 +79,25 @@ def test_it_shows_what_sample_draws(model, make, digits, tmp_path):
 @pytest.mark.parametrize("model", FEW)
 def test_training_never_notices(model, make):
     dropout = {"edm2-digits": "model.net.dropout=0.2", "var-digits": "model.net.drop_path=0.2"}[model]
-    grid, task = make(model, dropout)
+    preview, task = make(model, dropout)
     net, calls = task.engine.net, []
     # hooks of a module see what goes through its call, as those that gather ZeRO 3's weights do
     net.register_forward_pre_hook(lambda module, inputs: calls.append((module.training, torch.is_grad_enabled())))
     before = {name: t.clone() for name, t in net.state_dict().items()}
     chance, rows = torch.get_rng_state(), dict(task.engine.rows)
-    grid.draw(100)
-    first = grid.run.given[0][2].read_bytes()
+    preview.draw(100)
+    first = preview.run.given[0][2].read_bytes()
     assert calls and set(calls) == {(False, False)} and net.training
     assert torch.equal(torch.get_rng_state(), chance) and task.engine.rows == rows
     assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
     assert all(p.grad is None for p in net.parameters())
-    grid.draw(200)
-    assert grid.run.given[1][2].read_bytes() == first
+    preview.draw(200)
+    assert preview.run.given[1][2].read_bytes() == first
 
 
 def test_compiled_code_is_left_to_training(make):
     """Another batch size would make compiled code for any, with another rounding than before."""
-    grid, task = make("edm2-digits", "sample.steps=1")
+    preview, task = make("edm2-digits", "sample.steps=1")
     compiled = []
 
     def backend(graph, inputs):
@@ -105,24 +105,24 @@ def test_compiled_code_is_left_to_training(make):
         return graph.forward
 
     task.engine.net.compile(backend=backend)
-    grid.draw(100)
+    preview.draw(100)
     assert not compiled
     torch._dynamo.reset()
 
 
 def test_other_ranks_draw_where_all_must_run_the_network_and_write_nothing(make, tmp_path):
-    grid, task = make("edm2-digits", "sample.steps=1", run=False)
+    preview, task = make("edm2-digits", "sample.steps=1", run=False)
     calls = []
     task.engine.net.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
-    grid.draw(100)
+    preview.draw(100)
     assert calls == []
     task.engine.lockstep = True
-    grid.draw(100)
+    preview.draw(100)
     assert calls == [16, 16, 8] and not list(tmp_path.rglob("*.png"))
 
 
 def test_what_goes_wrong_is_one_line_and_training_mode_comes_back(make, tmp_path, monkeypatch):
-    grid, task = make("edm2-digits")
+    preview, task = make("edm2-digits")
 
     def short(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -130,11 +130,11 @@ def test_what_goes_wrong_is_one_line_and_training_mode_comes_back(make, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(type(task.paradigm), "sample", short)
         with pytest.raises(UserError, match=r"^out of GPU memory for a picture: lower sample.batch \(now 16\)$"):
-            grid.draw(100)
+            preview.draw(100)
     assert task.engine.net.training
     (tmp_path / "grids").write_text("")
     with pytest.raises(UserError, match=r"^cannot make .*grids"):
-        grid.draw(100)
+        preview.draw(100)
 
 
 def test_latents_are_decoded(digits, tmp_path):
@@ -153,7 +153,7 @@ def test_latents_are_decoded(digits, tmp_path):
         encoder=networks.encoder,
         paradigm=build_paradigm(config, networks.encoder),
     )
-    grid = Grid(task, config, Run(tmp_path))
-    grid.draw(8)
-    with Image.open(grid.run.given[0][2]) as picture:
+    preview = Preview(task, config, Run(tmp_path))
+    preview.draw(8)
+    with Image.open(preview.run.given[0][2]) as picture:
         assert picture.mode == "RGB" and picture.size == (2 * (3 * 33 - 1), 2 * (4 * 33 - 1))
