@@ -20,6 +20,8 @@ class Data(Section):
     num_classes: Annotated[int, Field(gt=0, le=2**20)]
     flip: bool = False
     balanced: bool = False  # every condition equally often; else every sample
+    # of a stream: the file kind that holds the condition, as in cls; or json.NAME, an entry of the .json
+    label: Annotated[str, Field(pattern=r"^[a-z0-9_]+(\.[^.]+)*$")] = "cls"
     damaged: Fraction = 0.001  # largest share of unreadable samples that training passes over
 
     @property

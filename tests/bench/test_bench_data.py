@@ -41,8 +41,9 @@ class Slow:
     def __init__(self, clock, seconds, copy=0.0):
         self.clock, self.seconds, self.copy = clock, seconds, copy
         self.reader, self.busy, self.asked = SimpleNamespace(coming={}), 0.0, []
+        self.order, self.split = self, SimpleNamespace()
 
-    def _indices(self, positions):
+    def indices(self, positions):
         return list(positions)
 
     def prefetch(self, positions):
@@ -86,7 +87,7 @@ def test_rates_and_shares_are_those_of_the_steps_after_the_first(clock):
     assert [row["worst"] for row in found["loops"]] == pytest.approx([0, 0.2, 0.3])
     # no sample twice
     assert len(set(source.asked)) == len(source.asked) == 5 * 11
-    assert source.reader.readers._max_workers == mclr.train.bench.data.READERS and source.reader.keep is False
+    assert source.split.readers._max_workers == mclr.train.bench.data.READERS and source.split.keep is False
     lines = tables(found).splitlines()
     assert "| images | 2 | 10 |" in lines and "| images | 20 | 50.0% | 200.0 ms | 0.0% |" in lines
     # half of a second copying, in a second and a half

@@ -21,7 +21,7 @@ from mclr.configs.schema import load
 from mclr.errors import UserError
 from mclr.likelihood import Draws
 from mclr.train.cli import main as command_line
-from mclr.train.data.cache import CachedSource, data_line, precision_of, through_cache
+from mclr.train.data.cache import cache_of, data_line, precision_of, through_cache
 from mclr.train.data.encoders import Latents, from_uint8
 from mclr.train.data.write import prepare_images
 from mclr.train.prepare import main
@@ -81,13 +81,13 @@ def opened(data, vae, *overrides):
 
 def cached(data, vae, *overrides):
     config, source, encoder = opened(data, vae, *overrides)
-    return through_cache(source, encoder, config)
+    return through_cache(source, encoder, config.data, config.model)
 
 
 def expected(data, vae, mirror=False):
     """What the VAE gives of every image of the split, in shard order."""
     _, source, encoder = opened(data, vae)
-    images = from_uint8(source.reader.images(list(range(COUNT))))
+    images = from_uint8(source.split.images(list(range(COUNT))))
     return encoder.encode(images.flip(-1) if mirror else images).numpy()
 
 
@@ -106,7 +106,7 @@ def test_a_cache_holds_what_the_encoder_gives(views, make, data, vae):
     what = "latents of 22 images and their mirror images" if views == 2 else "latents of 22 images"
     assert said == f"{folder(data)}: {what}, float32, 0.{views - 1} MiB\n"
     source = cached(data, vae, f"data.flip={views == 2}")
-    stored_NV = np.stack([source.cache.read(i) for i in range(COUNT)])
+    stored_NV = np.stack([source.reader.cache.read(i) for i in range(COUNT)])
     assert stored_NV.shape == (COUNT, views, 8, 8, 8)
     for view in range(views):
         np.testing.assert_allclose(stored_NV[:, view], expected(data, vae, mirror=view == 1), rtol=0, atol=1e-4)
@@ -129,7 +129,7 @@ def test_a_run_reads_its_cache_and_no_image(make, data, vae, monkeypatch):
     trained = Trained("edm2-digits", "local", data, None, 8, settings=overrides)
     plain_x, plain_c, *_ = trained.task.samples(30, 40)
     source = cached(data, vae, "data.flip=true")
-    assert isinstance(source, CachedSource)
+    assert cache_of(source)
     monkeypatch.setattr(mclr.train.data.dataset, "read_image", lambda *_: pytest.fail("an image was read"))
     task = replace(trained.task, source=source)
     source.prefetch(range(30, 50))
@@ -140,7 +140,7 @@ def test_a_run_reads_its_cache_and_no_image(make, data, vae, monkeypatch):
     flip_B, batch = Draws(task.seed, list(range(30, 70))).uniform() < 0.5, source.batch(30, 40)
     changed_B = (task.encode(batch, flip_B) - task.encode(batch)).flatten(1).abs().amax(1) > 1e-2
     assert 8 < flip_B.sum() < 32 and torch.equal(changed_B, flip_B)
-    assert not source.coming
+    assert not source.reader.coming
 
 
 @pytest.mark.parametrize("flip", ["data.flip=true", "data.flip=false"])
@@ -153,11 +153,11 @@ def test_on_tokens_a_run_is_the_same_bit_for_bit(flip, digits, tokenizer, tmp_pa
         if name == "cached":
             assert run(main, ["cache", "--model", "var-digits", "--data", str(data), f"model.tokenizer={tokenizer}", flip]) == 0
             config = load("var-digits", "mclr", str(data), "local", [*tiny("var-digits", tokenizer), flip])
-            source = through_cache(trained.task.source, trained.task.encoder, config)
-            assert source.cache.form.dtype == "uint8" and source.cache.form.shape == (21,)
+            source = through_cache(trained.task.source, trained.task.encoder, config.data, config.model)
+            assert source.reader.cache.key.dtype == "uint8" and source.reader.cache.key.shape == (21,)
             assert precision_of(source, trained.task.encoder) == {}
             said = f"data       tokens (uint8) from {folder(data)}"
-            assert data_line(source, trained.task.encoder, config) == [said]
+            assert data_line(source, trained.task.encoder, config.data) == [said]
             trained.task = replace(trained.task, source=source)
             monkeypatch.setattr(mclr.train.data.dataset, "read_image", lambda *_: pytest.fail("an image was read"))
         weights[name] = trained.train(3).weights()
@@ -168,7 +168,7 @@ def test_fp16_moves_latents_by_as_much_as_is_said(make, data, vae):
     """Half is one cache, exact another, and the exact one is read where both are there."""
     assert "float16" in make("--half")[1]
     half = cached(data, vae)
-    assert half.cache.form.dtype == "float16"
+    assert half.reader.cache.key.dtype == "float16"
     _, _, encoder = opened(data, vae)
     assert precision_of(half, encoder) == {"latents": "float16"}
     stored = half.batch(0, COUNT).stored_BV
@@ -176,8 +176,8 @@ def test_fp16_moves_latents_by_as_much_as_is_said(make, data, vae):
     half_size = sum(path.stat().st_size for path in folder(data).glob("*.npy"))
     make()
     exact = cached(data, vae)
-    assert exact.cache.form.dtype == "float32" and precision_of(exact, encoder) == {"latents": "float32"}
-    assert sum(path.stat().st_size for path in exact.cache.folder.glob("*.npy")) > 1.7 * half_size
+    assert exact.reader.cache.key.dtype == "float32" and precision_of(exact, encoder) == {"latents": "float32"}
+    assert sum(path.stat().st_size for path in exact.reader.cache.folder.glob("*.npy")) > 1.7 * half_size
     assert 0 < (stored - exact.batch(0, COUNT).stored_BV).abs().max() < 2**-10
     # latents of EDM2's statistics: means as spread as all of them, a small standard deviation
     mean, std = (torch.tensor(v)[None, :, None, None] for v in (Latents.MEAN, Latents.STD))
@@ -214,9 +214,9 @@ def test_a_stopped_job_goes_on_after_its_last_file(make, data, vae, monkeypatch)
             make()
     assert sorted(path.name for path in place.iterdir()) == ["000000.npy", "000001.npy"]
     config, source, encoder = opened(data, vae)
-    assert through_cache(source, encoder, config) is source
+    assert through_cache(source, encoder, config.data, config.model) is source
     says = f"data       nothing in {data / 'cache'} is complete and fits this run: every image is encoded at every visit"
-    assert data_line(source, encoder, config) == [says]
+    assert data_line(source, encoder, config.data) == [says]
     # what a kill or a crash of the machine may leave
     (place / "000000.npy").write_bytes((place / "000000.npy").read_bytes()[:-1])
     (place / ".tmp-killed").write_bytes(b"half")
@@ -247,7 +247,7 @@ def test_ranks_share_the_files_without_a_word(make, data, vae, monkeypatch):
     assert files(data) == whole
     # who comes second to the end leaves the first one's word
     record = (folder(data) / "cache.json").read_text()
-    assert not cached(data, vae, "data.flip=true").cache.finish("another command")
+    assert not cache_of(cached(data, vae, "data.flip=true")).finish("another command")
     assert (folder(data) / "cache.json").read_text() == record
 
 
@@ -282,25 +282,25 @@ def test_a_cache_is_for_its_encoder_data_and_mirroring(make, data, vae, tmp_path
     make()
     other = save_tiny_vae(tmp_path / "other", block_out_channels=(8, 8, 16, 16))
     for overrides in (["data.flip=true"], [f"model.vae={other}"]):
-        assert not isinstance(cached(data, vae, *overrides), CachedSource)
+        assert cache_of(cached(data, vae, *overrides)) is None
     make("data.flip=true")
-    assert cached(data, vae, "data.flip=true").cache.form.views == 2
+    assert cache_of(cached(data, vae, "data.flip=true")).key.views == 2
     # the one without mirror images is shorter; with it gone the other serves as well
     source = cached(data, vae)
-    assert source.cache.form.views == 1
-    shutil.rmtree(source.cache.folder)
-    assert cached(data, vae).cache.form.views == 2
+    assert source.reader.cache.key.views == 1
+    shutil.rmtree(source.reader.cache.folder)
+    assert cache_of(cached(data, vae)).key.views == 2
     record = json.loads((data / "dataset.json").read_text())
     (data / "dataset.json").write_text(json.dumps(record | {"source": "elsewhere"}))
-    assert not isinstance(cached(data, vae), CachedSource)
+    assert cache_of(cached(data, vae)) is None
 
 
 def test_a_stream_has_no_cache(data, vae):
     config, source, encoder = opened(data, vae)
     # no path at all
     source.info = replace(source.info, splits={}, path=Path("pipe:" + 300 * "x"))
-    assert through_cache(source, encoder, config) is source
-    assert data_line(source, encoder, config) == [
+    assert through_cache(source, encoder, config.data, config.model) is source
+    assert data_line(source, encoder, config.data) == [
         "data       streamed, shards drawn with replacement: a resumed run sees other samples"
     ]
 
@@ -346,7 +346,7 @@ def test_damage_inside_of_a_file_is_noticed_when_it_is_read(make, data, vae):
     content[-3] ^= 1
     file.write_bytes(content)
     source = cached(data, vae)
-    order = source._indices(range(COUNT))
+    order = source.order.indices(range(COUNT))
     for position, i in enumerate(order):
         if i != 9:
             source.batch(position, 1)
@@ -360,7 +360,7 @@ def test_damage_inside_of_a_file_is_noticed_when_it_is_read(make, data, vae):
 
 def test_a_damaged_image_stops_the_making_with_the_usual_line(make, data, vae):
     _, source, _ = opened(data, vae)
-    sample = source.reader.samples[7]
+    sample = source.split.samples[7]
     content = bytearray((data / sample.file).read_bytes())
     content[sample.offset + 40 : sample.offset + 400] = bytes(360)
     (data / sample.file).write_bytes(content)

@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 import mclr.train.data.shards
 from mclr.errors import UserError
 from mclr.train.data.dataset import SplitReader, load_split, open_dataset
-from mclr.train.data.source import Source, permutation
+from mclr.train.data.source import open_images, permutation
 from mclr.train.data.write import open_or_prepare, prepare_digits
 
 
@@ -100,7 +100,7 @@ def test_webdataset_reads_the_shards(digits):
 
 @pytest.mark.parametrize("seed", [0, 7])
 def test_every_epoch_is_a_permutation(digits, seed):
-    source = Source(digits, "train", seed)
+    source = open_images(digits, "train", seed)
     epochs = [source.batch(epoch * 1500, 1500) for epoch in (0, 1, 5)]
     orders = [pairs(batch.image_BCHW, batch.c_B) for batch in epochs]
     assert all(Counter(order) == Counter(pairs(*load_split(digits, "train"))) for order in orders)
@@ -108,10 +108,10 @@ def test_every_epoch_is_a_permutation(digits, seed):
 
 
 def test_stream_is_the_same_for_any_number_of_ranks_and_any_resume(digits):
-    whole = Source(digits, "train", 3).batch(1480, 48)
+    whole = open_images(digits, "train", 3).batch(1480, 48)
     expected = pairs(whole.image_BCHW, whole.c_B)
     for world in (1, 2, 4):
-        ranks = [Source(digits, "train", 3) for _ in range(world)]
+        ranks = [open_images(digits, "train", 3) for _ in range(world)]
         share = 12 // world
         stream = []
         for step in range(4):
@@ -123,29 +123,29 @@ def test_stream_is_the_same_for_any_number_of_ranks_and_any_resume(digits):
                 stream += pairs(batch.image_BCHW, batch.c_B)
         assert stream == expected
     for resume in (1481, 1499, 1500, 1507):
-        batch = Source(digits, "train", 3).batch(resume, 5)
+        batch = open_images(digits, "train", 3).batch(resume, 5)
         assert pairs(batch.image_BCHW, batch.c_B) == expected[resume - 1480 :][:5]
 
 
 def test_batches_larger_than_an_epoch(digits):
-    batch = Source(digits, "val", 0).batch(100, 700)
+    batch = open_images(digits, "val", 0).batch(100, 700)
     assert batch.image_BCHW.shape == (700, 1, 8, 8) and len(batch.c_B) == 700
 
 
 def test_large_splits_are_not_kept_in_memory(digits, monkeypatch):
     monkeypatch.setattr("mclr.train.data.dataset.KEPT_BYTES", 0)
-    source, expected = Source(digits, "val", 0), load_split(digits, "val")
+    source, expected = open_images(digits, "val", 0), load_split(digits, "val")
     source.prefetch(range(0, 20))
-    assert len(source.reader.coming) == 20
+    assert len(source.split.coming) == 20
     batch = source.batch(0, 297)
     assert Counter(pairs(batch.image_BCHW, batch.c_B)) == Counter(pairs(*expected))
-    assert not source.reader.kept and not source.reader.coming
+    assert not source.split.kept and not source.split.coming
 
 
 def test_small_splits_are_read_once(digits, monkeypatch):
-    source = Source(digits, "val", 0)
+    source = open_images(digits, "val", 0)
     first = source.batch(0, 297)
-    monkeypatch.setattr("mclr.train.data.source.read_image", None)
+    monkeypatch.setattr("mclr.train.data.dataset.read_image", None)
     again = source.batch(0, 297)
     assert torch.equal(first.image_BCHW, again.image_BCHW)
 
@@ -185,7 +185,7 @@ def test_index_stays_in_memory_when_the_folder_is_read_only(copy, monkeypatch):
         raise UserError("read-only")
 
     monkeypatch.setattr(mclr.train.data.shards, "write_file", refuse)
-    assert len(Source(copy, "train", 0)) == 1500
+    assert len(open_images(copy, "train", 0)) == 1500
     assert not (copy / "index.json").exists()
 
 
@@ -290,7 +290,7 @@ def other_size(name, content):
 def test_damaged_samples_are_named(copy, change, says):
     rewrite_shard(copy, "train/000001.tar", change)
     with pytest.raises(UserError) as error:
-        Source(copy, "train", 0).batch(0, 1500)
+        open_images(copy, "train", 0).batch(0, 1500)
     assert says in str(error.value) and "train/000001.tar" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -300,7 +300,7 @@ def test_truncated_shard_of_the_recorded_size(copy, length):
     file.write_bytes(file.read_bytes()[:length])
     correct_size(copy, "train/000001.tar")
     with pytest.raises(UserError, match=r"train/000001.tar"):
-        Source(copy, "train", 0).batch(0, 1500)
+        open_images(copy, "train", 0).batch(0, 1500)
 
 
 @pytest.mark.parametrize("index", [None, "{}"])
@@ -313,7 +313,7 @@ def test_another_shard_of_the_recorded_size(copy, index):
     place = content.index(b"00000380.cls") + 512
     file.write_bytes(content[:place] + (b"1" if content[place : place + 1] == b"0" else b"0") + content[place + 1 :])
     with pytest.raises(UserError, match=r"train/000001.tar has sha256 \w{8}..., but dataset.json says"):
-        Source(copy, "train", 0)
+        open_images(copy, "train", 0)
     assert not index or (copy / "index.json").read_text() == index
 
 
@@ -330,9 +330,11 @@ def test_bytes_damaged_under_a_saved_index(digits, tmp_path):
 
 def test_unknown_and_empty_splits(copy):
     with pytest.raises(UserError, match="has no split test: it has train, val"):
-        Source(copy, "test", 0)
+        open_images(copy, "test", 0)
     edit_json(copy / "dataset.json", lambda record: record["splits"]["val"].update(count=0, shards=[]))
-    with pytest.raises(UserError, match=r"split val of .* is empty"):
+    with pytest.raises(
+        UserError, match=r"has no held-out images .its val split is empty.: prepare the images again with a larger"
+    ):
         load_split(copy, "val")
 
 
@@ -355,15 +357,15 @@ def stood_for(c_N, i, bad):
 def test_damaged_samples_are_passed_over_alike_everywhere(copy, digits, monkeypatch, capsys, balanced, kept):
     monkeypatch.setattr("mclr.train.data.dataset.KEPT_BYTES", kept)
     image_NCHW, c_N = load_split(digits, "train")
-    whole = Source(digits, "train", 3, balanced)
+    whole = open_images(digits, "train", 3, balanced)
     # of one condition two in a row, and its last, which the first stands for; and some others
-    alike = whole.reader.of_condition[4]
+    alike = whole.split.of_condition[4]
     bad = {int(i) for i in (alike[7], alike[8], alike[-1], 0, 700, 1499)}
     spoil(copy, bad)
-    expected = [stood_for(c_N, i, bad) for i in whole._indices(range(1400, 3100))]
+    expected = [stood_for(c_N, i, bad) for i in whole.order.indices(range(1400, 3100))]
     capsys.readouterr()
     for world in (1, 2):
-        ranks = [Source(copy, "train", 3, balanced, tolerated=0.004) for _ in range(world)]
+        ranks = [open_images(copy, "train", 3, balanced, tolerated=0.004) for _ in range(world)]
         images, keys = [], []
         for step in range(1700 // 50):
             for rank, source in enumerate(ranks):
@@ -375,22 +377,22 @@ def test_damaged_samples_are_passed_over_alike_everywhere(copy, digits, monkeypa
                 assert batch.c_B.tolist() == c_N[expected[first - 1400 :][:share]].tolist()
                 keys += source.keys(first, share)
         assert torch.equal(torch.cat(images), image_NCHW[expected])
-        assert keys == [f"{whole.reader.samples[i].file}:{whole.reader.samples[i].key}" for i in expected]
+        assert keys == [f"{whole.split.samples[i].file}:{whole.split.samples[i].key}" for i in expected]
         # named once by each rank that met it
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == sum(source.damaged for source in ranks) and len(set(lines)) == len(bad)
         assert all(line.startswith(f"passed over: {copy}/train/00000") and "is damaged (no PNG file)" in line for line in lines)
-        assert {i for source in ranks for i in source.reader.damaged} == bad
-        assert not any(source.reader.damaged & source.reader.coming.keys() for source in ranks)
-    resumed = Source(copy, "train", 3, balanced, tolerated=0.004).batch(2222, 100)
+        assert {i for source in ranks for i in source.split.damaged} == bad
+        assert not any(source.split.damaged & source.split.coming.keys() for source in ranks)
+    resumed = open_images(copy, "train", 3, balanced, tolerated=0.004).batch(2222, 100)
     assert torch.equal(resumed.image_BCHW, image_NCHW[expected[822:][:100]])
 
 
 def test_reading_ahead_counts_nothing(copy):
     spoil(copy, range(10))
-    source = Source(copy, "train", 0, tolerated=0.01)
+    source = open_images(copy, "train", 0, tolerated=0.01)
     source.prefetch(range(1500))
-    for future in source.reader.coming.values():
+    for future in source.split.coming.values():
         future.exception()
     assert source.damaged == 0
     source.batch(0, 1500)
@@ -399,41 +401,41 @@ def test_reading_ahead_counts_nothing(copy):
 
 def test_tokens_go_with_the_image(copy):
     spoil(copy, [20])
-    source = Source(copy, "train", 0, tolerated=0.01)
-    source.tokens_NL = torch.arange(1500)[:, None]
+    source = open_images(copy, "train", 0, tolerated=0.01)
+    source.split.tokens_NL = torch.arange(1500)[:, None]
     tokens_NL = source.batch(0, 1500).tokens_BL
-    assert sorted(tokens_NL[:, 0].tolist()) == sorted([*range(20), *range(21, 1500), stood_for(source.reader.c_N, 20, {20})])
+    assert sorted(tokens_NL[:, 0].tolist()) == sorted([*range(20), *range(21, 1500), stood_for(source.split.c_N, 20, {20})])
 
 
 def test_too_much_damage_ends_the_run(copy, capsys):
     spoil(copy, [3, 400, 401])
     # 3 of 1500 are .002
-    assert Source(copy, "train", 0, tolerated=0.002).batch(0, 1500).image_BCHW.shape[0] == 1500
+    assert open_images(copy, "train", 0, tolerated=0.002).batch(0, 1500).image_BCHW.shape[0] == 1500
     capsys.readouterr()
-    source = Source(copy, "train", 0, tolerated=0.0019)
+    source = open_images(copy, "train", 0, tolerated=0.0019)
     with pytest.raises(UserError) as error:
         source.batch(0, 1500)
     says = f"3 of 1500 samples in split train of {copy} are damaged, 0.20%, more than data.damaged=0.0019; {copy}/train/00000"
     assert str(error.value).startswith(says) and "\n" not in str(error.value)
     assert len(capsys.readouterr().err.splitlines()) == 3
     with pytest.raises(UserError, match="is damaged"):
-        Source(copy, "train", 0).batch(0, 1500)
+        open_images(copy, "train", 0).batch(0, 1500)
     assert capsys.readouterr().err == ""
 
 
 def test_one_of_few_samples_may_be_damaged(copy):
     spoil(copy, [3])
-    assert Source(copy, "train", 0, tolerated=0.0001).batch(0, 1500).image_BCHW.shape[0] == 1500
+    assert open_images(copy, "train", 0, tolerated=0.0001).batch(0, 1500).image_BCHW.shape[0] == 1500
     spoil(copy, [400])
     with pytest.raises(UserError, match="2 of 1500 samples"):
-        Source(copy, "train", 0, tolerated=0.0001).batch(0, 1500)
+        open_images(copy, "train", 0, tolerated=0.0001).batch(0, 1500)
 
 
 def test_a_condition_of_which_nothing_is_left(copy):
-    alike = Source(copy, "val", 0).reader.of_condition[7].tolist()
+    alike = open_images(copy, "val", 0).split.of_condition[7].tolist()
     spoil(copy, alike, "val")
     with pytest.raises(UserError, match=f"all {len(alike)} samples of condition 7 in split val are damaged"):
-        Source(copy, "val", 0, tolerated=1).batch(0, 297)
+        open_images(copy, "val", 0, tolerated=1).batch(0, 297)
 
 
 def test_scores_pass_over_nothing(copy):
@@ -457,7 +459,7 @@ def shard_cut_short(file):
 
 @pytest.mark.parametrize("fault", [shard_removed, shard_unreadable, shard_cut_short])
 def test_a_shard_that_goes_away_is_no_damaged_sample(copy, capsys, fault):
-    source = Source(copy, "train", 0, tolerated=1)
+    source = open_images(copy, "train", 0, tolerated=1)
     source.batch(0, 10)
     fault(copy / "train/000002.tar")
     with pytest.raises(UserError, match=rf"{copy}/train/000002.tar .* put .* back, and the same command goes on"):
@@ -495,7 +497,7 @@ def uneven(digits, tmp_path):
 def test_balanced_conditions_come_equally_often(uneven):
     sizes = torch.bincount(load_split(uneven, "train")[1])
     assert sizes.min() == 3 and sizes.max() > 30
-    source = Source(uneven, "train", 5, balanced=True)
+    source = open_images(uneven, "train", 5, balanced=True)
     assert len(source) == sizes.sum()
     batch, keys = source.batch(0, 1000), source.keys(0, 1000)
     counts_PK = torch.nn.functional.one_hot(batch.c_B, 10).cumsum(0)
@@ -510,9 +512,9 @@ def test_balanced_conditions_come_equally_often(uneven):
         assert all(len(set(epoch)) == size for epoch in epochs)
         assert size == 3 or all(one != two for one, two in pairwise(epochs))
         # and no condition in the order of another
-        assert source.orders[c][1].tolist() == permutation(5, 99 // size, size, 2 + c).tolist()
-    assert Source(uneven, "train", 5, balanced=True).keys(317, 400) == keys[317:717]
-    assert Source(uneven, "train", 6, balanced=True).keys(0, 1000) != keys
+        assert source.order.of_round[c][1].tolist() == permutation(5, 99 // size, size, 2 + c).tolist()
+    assert open_images(uneven, "train", 5, balanced=True).keys(317, 400) == keys[317:717]
+    assert open_images(uneven, "train", 6, balanced=True).keys(0, 1000) != keys
 
 
 def test_balanced_order_is_pinned(digits):
@@ -523,9 +525,9 @@ def test_balanced_order_is_pinned(digits):
 
 def test_balance_needs_samples_of_every_condition(uneven):
     rewrite_shard(uneven, "train/000000.tar", lambda name, content: b"1" if (name[-3:], content) == ("cls", b"0") else content)
-    assert len(Source(uneven, "train", 0)) > 0
+    assert len(open_images(uneven, "train", 0)) > 0
     with pytest.raises(UserError, match=r"has no samples of 1 classes, like 0: set data.balanced=false"):
-        Source(uneven, "train", 0, balanced=True)
+        open_images(uneven, "train", 0, balanced=True)
 
 
 def test_ten_thousand_shards_are_not_read_to_be_opened(copy, monkeypatch):
@@ -543,7 +545,7 @@ def test_ten_thousand_shards_are_not_read_to_be_opened(copy, monkeypatch):
     # a hit: no shard is indexed, nor the index written
     monkeypatch.setattr(mclr.train.data.shards, "_index_shard", None)
     monkeypatch.setattr(mclr.train.data.shards, "write_file", None)
-    source = Source(copy, "train", 0)
+    source = open_images(copy, "train", 0)
     assert len(source) == 10_000 and source.keys(0, 1)[0].endswith(".tar:00000007")
     assert source.batch(0, 2).image_BCHW.shape[0] == 2
 

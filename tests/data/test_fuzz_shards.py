@@ -20,7 +20,7 @@ from PIL import Image
 
 from mclr.errors import UserError
 from mclr.train.data.dataset import SplitReader, open_dataset
-from mclr.train.data.source import Source
+from mclr.train.data.source import open_images
 from mclr.train.data.write import prepare_images
 from mclr.train.engine.checkpoint import MANIFEST, newest_checkpoint
 from mclr.train.system.files import in_memory
@@ -262,7 +262,7 @@ def test_datasets(place, counts, dataset, data, tolerated, balanced):
             info = open_dataset(place / "data")
             for split in info.splits:
                 SplitReader(info, split)
-            source = Source(place / "data", "train", seed=0, balanced=balanced, tolerated=tolerated)
+            source = open_images(place / "data", "train", seed=0, balanced=balanced, tolerated=tolerated)
             for first in range(0, 2 * len(source), 5):
                 batch = source.batch(first, 5)
                 assert batch.image_BCHW.shape == (5, *info.image_shape)

@@ -23,7 +23,7 @@ from mclr.errors import UserError
 from mclr.train.cli import main
 from mclr.train.data.dataset import load_split
 from mclr.train.data.images import center_crop
-from mclr.train.data.source import Source
+from mclr.train.data.source import open_images
 from mclr.train.data.stream import Stream
 
 
@@ -137,7 +137,7 @@ def test_which_paths_are_streams(path, streamed):
 def test_a_dataset_folder_streams_the_same_images(digits):
     """Pixel by pixel what Source reads: cropping leaves images of the right size alone."""
     image_NCHW, c_N = load_split(digits, "train")
-    known = {sample.file + sample.key: i for i, sample in enumerate(Source(digits, "train", 0).reader.samples)}
+    known = {sample.file + sample.key: i for i, sample in enumerate(open_images(digits, "train", 0).split.samples)}
     stream = Stream(data(f"file://{digits}/train/{{000000..000003}}.tar", channels=1), seed=0)
     batch = stream.batch(0, 200)
     indices = [known["train/" + key.rpartition("/")[2].replace(":", "")] for key in stream.keys(0, 200)]
@@ -200,7 +200,12 @@ def test_damaged_samples_are_passed_over_and_named_once(tmp_path, capsys):
     assert not {"0003", "0050", "0060", "0070"} & {key.rpartition(":")[2] for key in stream.keys(0, 1500)}
     lines = capsys.readouterr().err.splitlines()
     assert stream.damaged == len(lines) == 4 and stream.unreadable > 10
-    for key, says in (("0003", "damaged"), ("0050", "lacks its .cls"), ("0060", "or an image"), ("0070", "invalid literal")):
+    for key, says in (
+        ("0003", "damaged"),
+        ("0050", "no .cls, but .png;"),
+        ("0060", "no image, but .cls;"),
+        ("0070", "invalid literal"),
+    ):
         (line,) = (line for line in lines if f"a.tar:{key} " in line)
         assert says in line and line.startswith("passed over: ")
 

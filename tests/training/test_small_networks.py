@@ -13,7 +13,7 @@ from mclr.configs.schema import load
 from mclr.errors import UserError
 from mclr.likelihood import Draws
 from mclr.train.data.dataset import SplitReader, load_split, open_dataset
-from mclr.train.data.source import Source
+from mclr.train.data.source import open_images
 from mclr.train.data.write import prepare_digits, prepare_images
 from mclr.train.prepare import main
 from mclr.train.system.console import run
@@ -41,7 +41,7 @@ def digits(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_falls(digits, kind):
-    source, device = Source(digits, "train", 0), torch.device("cpu")
+    source, device = open_images(digits, "train", 0), torch.device("cpu")
     torch.manual_seed(0)
     net = new_network(kind, 8, 1, 10)
     image, c = source.batch(0, 64).image_BCHW.float() / 127.5 - 1, source.batch(0, 64).c_B

@@ -22,9 +22,9 @@ import torch
 
 from mclr.configs.schema import load, load_data
 from mclr.errors import UserError
-from mclr.train.data.cache import CachedSource, through_cache
+from mclr.train.data.cache import cache_of, through_cache
 from mclr.train.data.dataset import READERS
-from mclr.train.data.source import Source
+from mclr.train.data.source import Source, open_images
 from mclr.train.system.console import Parser, run
 from mclr.train.system.files import write_json
 from mclr.train.training.build import open_source
@@ -38,18 +38,19 @@ EXAMPLE = """examples:
 def open_sources(args: argparse.Namespace) -> Iterator[tuple[str, Source]]:
     """What is read, by name. Raises UserError where there is no dataset, or no cache for the model."""
     if args.model is None:
-        yield "images", Source(load_data(args.data).path, "train", seed=0)
+        yield "images", open_images(load_data(args.data).path, "train", seed=0)
         return
     config = load(args.model, "mle", args.data, "auto", args.overrides)
     source, encoder = open_source(config), build_encoder(config, torch.device("cpu"))
     if not encoder.storage(config.data)[1]:
         raise UserError(f"{args.model} models pixels, of which there is no cache: leave out --model")
-    cached = through_cache(source, encoder, config)
-    if not isinstance(cached, CachedSource):
+    cached = through_cache(source, encoder, config.data, config.model)
+    cache = cache_of(cached)
+    if cache is None:
         how = "make one with `mclr prepare cache`, or leave out --model"
         raise UserError(f"{source.info.path} has no complete cache for {args.model}: {how}")
     yield "images", source
-    yield cached.cache.form.what, cached
+    yield cache.key.what, cached
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,11 @@ class Waits:
 
 def simulate(source: Source, first: int, steps: int, batch: int, sleep: float) -> Waits:
     """Steps of `batch` samples from position `first` on, each of which then takes `sleep` seconds."""
-    coming = source.coming if isinstance(source, CachedSource) else source.reader.coming
     waits = Waits([], [])
     for positions in (range(start, start + batch) for start in range(first, first + (steps + 1) * batch, batch)):
         # its own too, which only the first step has not asked for yet
         source.prefetch(range(positions.start, positions.stop + batch))
-        indices, asked = source._indices(positions), time.perf_counter()
+        indices, asked, coming = source.order.indices(positions), time.perf_counter(), source.reader.coming
         for i in indices:
             if i in coming:
                 coming[i].exception()
@@ -84,15 +84,15 @@ def measure(sources: dict[str, Source], args: argparse.Namespace) -> dict[str, l
     """The rows of both tables. waiting, copying: shares of the time; worst: wait in seconds."""
     read, loops = [], []
     for name, source in sources.items():
-        source.reader.keep = False
+        source.split.keep = False
         # every row reads other samples, as long as there are others
         place = itertools.count(0, (args.steps + 2) * args.batch)
         for readers in args.readers:
-            source.reader.readers = ThreadPoolExecutor(readers)
+            source.split.readers = ThreadPoolExecutor(readers)
             waits = simulate(source, next(place), args.steps, args.batch, sleep=0.0)
             speed = args.steps * args.batch / sum(waits.waiting + waits.copying)
             read.append({"source": name, "readers": readers, "per_second": speed})
-        source.reader.readers = ThreadPoolExecutor(READERS)
+        source.split.readers = ThreadPoolExecutor(READERS)
         for rate in args.rate:
             waits = simulate(source, next(place), args.steps, args.batch, args.batch / rate)
             waiting, copying = sum(waits.waiting), sum(waits.copying)

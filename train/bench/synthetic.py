@@ -5,8 +5,9 @@ import torch
 from mclr.configs.schema import RunConfig
 from mclr.likelihood import Draws
 from mclr.models.vqvae import VQVAE, VQVAEConfig
+from mclr.train.data.dataset import Batch
 from mclr.train.data.encoders import RGB, BareLatents, Encoder, Tokens
-from mclr.train.data.source import Batch, Source
+from mclr.train.data.source import Source
 from mclr.train.training.build import Networks
 from mclr.train.training.networks import build_classifier, build_net, build_objective
 

@@ -23,7 +23,22 @@ from mclr.train.data.shards import Damaged, Shard, load_index, read_image
 KEPT_BYTES = 256 * 2**20
 READERS = 4
 TOKENS = "tokens.npy"
+UNFINISHED = "preparing.json"  # in place of dataset.json until all shards are there
 TYPES = {"name": str, "resolution": int, "channels": int, "num_classes": int, "class_names": list, "source": str, "seed": int}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples: c_B int64, their conditions, and image_BCHW uint8.
+
+    tokens_BL int64: what was drawn, of samples that a token model drew. stored_BV: what the encoder stores of every view of the image,
+    fp32 or int64, where a cache was read; image_BCHW is empty then.
+    """
+
+    image_BCHW: Tensor
+    c_B: Tensor
+    tokens_BL: Tensor | None = None
+    stored_BV: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -36,8 +51,8 @@ class Split:
 class DatasetInfo:
     """What dataset.json says. resolution in pixels; source: where the images come from; seed: of the split into train and val.
 
-    drawn: how the images were drawn, where a network made them (train/prepare.py, prepare_samples); tokens: checksum of TOKENS, which
-    holds the tokens of the train split in shard order, where they were drawn.
+    drawn: the settings they were drawn by, where a network made the images (write.py, prepare_samples); tokens: checksum of TOKENS, the
+    tokens of the train split in shard order, where a token model drew them.
     """
 
     path: Path
@@ -71,7 +86,9 @@ def open_dataset(path: str | Path) -> DatasetInfo:
         if not path.is_dir():
             raise UserError(f"no dataset folder at {path}: make one with `mclr prepare`")
         if not file.is_file():
-            raise UserError(f"{path} holds no dataset.json, so it is no dataset folder: make one with `mclr prepare`")
+            begun = (path / UNFINISHED).is_file()
+            what = "is not finished: run its" if begun else "holds no dataset.json, so it is no dataset folder: make one with"
+            raise UserError(f"{path} {what} `mclr prepare`{' command again' * begun}")
         info = _parse(path, json.loads(file.read_bytes()))
         for shard in [shard for split in info.splits.values() for shard in split.shards]:
             tar = path / shard.file
@@ -131,23 +148,26 @@ def _parse(path: Path, record: dict) -> DatasetInfo:
 
 
 class SplitReader:
-    """The samples of one split in shard order: c_N int64 is known at once, images are read when asked for.
+    """Reads the images of one split, numbered in shard order: c_N int64 is known at once, images are read when asked for.
 
-    For a damaged sample stands the next readable one of its condition in shard order, the first after the last: the same one on
-    every rank and after every resume, and the conditions stay those of the index.
+    A damaged sample is replaced by its substitute, the next readable one of its condition in shard order, the first after the last.
+    That is the same one on every rank and after every resume, and conditions stay those of the index.
     """
 
-    def __init__(self, info: DatasetInfo, split: str, tolerated: float = 0.0):
-        """tolerated: the largest share of the split that may be found damaged; 0: the first one is an error.
+    def __init__(self, info: DatasetInfo, split: str, tolerated: float = 0.0, tokens_NL: Tensor | None = None):
+        """tolerated: the largest share of the split that may be damaged; 0: the first damaged sample is an error. tokens_NL: of the
+        images, to be put into batches.
 
         Raises UserError for an unknown or empty split, a damaged shard, or a condition out of range.
         """
         if split not in info.splits:
             raise UserError(f"{info.path} has no split {split}: it has {', '.join(info.splits)}")
         if info.splits[split].count == 0:
-            raise UserError(f"split {split} of {info.path} is empty: prepare the dataset with a larger share for it")
+            held_out = split == "val"
+            what = "has no held-out images (its val split is empty)" if held_out else f"has no images in its {split} split"
+            raise UserError(f"{info.path} {what}: prepare the images again{' with a larger --val-share' * held_out}")
         index = load_index(info.path, [shard for each in info.splits.values() for shard in each.shards])
-        self.info, self.split, self.tolerated = info, split, tolerated
+        self.info, self.split, self.tolerated, self.tokens_NL = info, split, tolerated, tokens_NL
         self.samples = [sample for shard in info.splits[split].shards for sample in index[shard.file]]
         for file, key, _, _, c in self.samples:
             if not 0 <= c < info.num_classes:
@@ -167,10 +187,17 @@ class SplitReader:
             if not (i in self.kept or i in self.coming or i in self.damaged):
                 self.coming[i] = self.readers.submit(self._read, i)
 
-    def images(self, indices: list[int]) -> Tensor:
-        """image_BCHW uint8 of these samples; UserError naming shard and key where one is damaged and not passed over.
+    def batch(self, indices: list[int]) -> Batch:
+        """These samples, or their substitutes."""
+        image_BCHW = self.images(indices)
+        # after the images, whose damage is known now
+        used = [self.substitute(i) for i in indices]
+        return Batch(image_BCHW, self.c_N[used], None if self.tokens_NL is None else self.tokens_NL[used])
 
-        Damage counts here, in the order of the samples asked for: what was read ahead, and by which thread, shows nowhere.
+    def images(self, indices: list[int]) -> Tensor:
+        """image_BCHW uint8 of these samples. Raises UserError naming shard and key of a damaged one that is not tolerated.
+
+        Damage is counted here, in the order of `indices`: it does not depend on what was read ahead.
         """
         self.read_ahead(indices)
         read = {i: self._image(i) for i in dict.fromkeys(indices)}
@@ -178,8 +205,8 @@ class SplitReader:
             self.kept.update(read)
         return torch.from_numpy(np.stack([read[i] for i in indices]))
 
-    def standing(self, i: int) -> int:
-        """The sample that stands for sample i, as far as damage is known. UserError where its condition has no other left."""
+    def substitute(self, i: int) -> int:
+        """The sample that is used for sample i, as far as damage is known. Raises UserError where its condition has no sample left."""
         first = i
         while i in self.damaged:
             alike = self.of_condition[self.samples[i].c]
@@ -193,7 +220,7 @@ class SplitReader:
 
     def _image(self, i: int) -> np.ndarray:
         while True:
-            i = self.standing(i)
+            i = self.substitute(i)
             if i in self.kept:
                 return self.kept[i]
             try:
@@ -204,7 +231,7 @@ class SplitReader:
                 self.damaged.add(i)
                 tqdm.write(f"passed over: {error}", file=sys.stderr)
                 found, count = len(self.damaged), len(self.samples)
-                # of few samples one may be damaged
+                # one damaged sample is always tolerated: of few samples it is a large share
                 if found > max(1, self.tolerated * count):
                     share = f"{found / count:.2%}, more than data.damaged={self.tolerated:g}"
                     raise UserError(
@@ -216,7 +243,7 @@ class SplitReader:
 
 
 def read_tokens(info: DatasetInfo) -> Tensor:
-    """The drawn tokens [N, L] int64 of the train split. Raises UserError when the file is not the one that dataset.json records."""
+    """Tokens [N, L] int64 of the train split, as they were drawn. Raises UserError when the file is not what dataset.json records."""
     file = info.path / TOKENS
     try:
         data = file.read_bytes()

@@ -1,43 +1,55 @@
-"""Where `mclr prepare images` finds images: a folder or a zip file of them, conditions by class folder or by a list of labels."""
+"""Where images are found: a folder or a zip file, without hidden and system files; conditions by class folder or list of labels."""
 
+import csv
 import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
 from mclr.errors import UserError
+from mclr.train.data.images import endings, format_of
+from mclr.train.system.files import regular
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-# as Pillow names them; it would hand PostScript to Ghostscript, whatever the file is called
-FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM"]
-LABELS = "dataset.json"
-HOW = "put the images of each class into a folder of their own, as in cats/1.png, dogs/1.png"
+# made by file managers, network drives and operating systems, in lower case
+SYSTEM = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "#recycle", "@recycle", "#snapshot", "__macosx"}
+SYSTEM |= {"$recycle.bin", "system volume information", "lost+found"}
+LABELS, TABLE = "dataset.json", "labels.csv"
+HEADS = {"file", "filename", "file_name", "image", "path", "name", "id"}  # of the first column of TABLE
+TRAIN, VAL, TEST = ("train", "training"), ("val", "valid", "validation"), ("test", "testing")
+HOW = f"put the images of each class into a folder of their own, as in cats/1.png, dogs/1.png, or list file,class in {TABLE}"
+File = tuple[str, int]  # name below the root, condition
+Kinds = dict[str, list]  # kind -> [how many, the first one's name]
 
 
 @dataclass(frozen=True)
-class Images:
-    """Images below src, each with its condition, sorted by name ("cats/1.png"). archive: src, where it is a zip file.
+class Found:
+    """Images below src/root, sorted by name ("cats/1.png"), each with its condition.
 
-    A zip file is read in place: its names are looked up in it and never become paths.
+    archive: src, where it is a zip file; it is read in place, and its names never become paths. held_out: images of the val folder, where
+    the folder has splits of its own, else None; files: all others. skipped: what was not taken, by kind; said: what to tell the user.
     """
 
     src: Path
     archive: ZipFile | None
+    root: str
     class_names: tuple[str, ...]
-    files: list[tuple[str, int]]
+    files: list[File]
+    held_out: list[File] | None
+    skipped: Kinds
+    said: list[str]
 
     def read(self, name: str) -> bytes:
-        return (self.src / name).read_bytes() if self.archive is None else self.archive.read(name)
+        return _read(self.src, self.archive, self.root + name)
 
     def fingerprint(self) -> str:
         """Short hash of the images' names and sizes: changed images are another dataset."""
         digest = hashlib.sha256()
-        for name, _ in self.files:
-            digest.update(os.fsencode(name) + b"\0%d\n" % self._size(name))
+        for name, _ in [*self.files, *(self.held_out or [])]:
+            digest.update(os.fsencode(name) + b"\0%d\n" % self._size(self.root + name))
         return digest.hexdigest()[:16]
 
     def _size(self, name: str) -> int:
@@ -50,36 +62,91 @@ class Images:
             return -1
 
 
-def find_images(src: Path) -> Images:
-    """The images of a folder or a .zip. With a dataset.json of labels beside them, as EDM2's and StyleGAN's data have it, they decide;
-    else the class folders do, numbered by name. Hidden files and folders do not count.
+def count(kinds: Kinds, kind: str, name: str) -> None:
+    """Count one more of this kind."""
+    kinds.setdefault(kind, [0, name])[0] += 1
 
-    Raises UserError where there is neither, or src cannot be read.
+
+def listed(kinds: Kinds) -> str:
+    """Kinds in words, the most frequent first: "3 hidden (like .DS_Store), 1 ..."."""
+    return ", ".join(f"{n} {kind} (like {name})" for kind, (n, name) in sorted(kinds.items(), key=lambda item: -item[1][0]))
+
+
+def taken(src: Path, formats: dict[str, int], skipped: Kinds) -> str:
+    """How many images of which formats were taken, and what was skipped, in one line."""
+    kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(formats.items(), key=lambda item: -item[1]))
+    return f"{src}: {sum(formats.values())} images ({kinds})" + (f"; skipped {listed(skipped)}" if skipped else "")
+
+
+def images_below(folder: Path) -> tuple[list[str], Kinds]:
+    """Names of the images anywhere below a folder, sorted; and what else is there. Links are followed.
+
+    Raises UserError where a link leads back, or the folder cannot be read.
     """
+    skipped: Kinds = {}
+    try:
+        entries = sorted(_entries_below(folder, skipped), key=_order)
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    return _images(_without_others(folder, None, entries, skipped)), skipped
+
+
+def find_images(src: Path) -> Found:
+    """The images of a folder or a .zip, and their conditions.
+
+    A list of labels decides, where there is one: dataset.json, as EDM2's and StyleGAN's data have it, or labels.csv; else the class
+    folders do. Around these may be one folder, and folders train/ and val/. Raises UserError where nothing of this fits, or src cannot
+    be read.
+    """
+    skipped: Kinds = {}
     try:
         archive = None
         if src.suffix.lower() == ".zip" and src.is_file():
             archive = ZipFile(src)
-            entries = _entries_of_zip(src, archive)
+            entries = sorted(_entries_of_zip(src, archive, skipped), key=_order)
         elif src.is_dir():
-            entries = sorted(_entries_below(src), key=_order)
+            entries = sorted(_entries_below(src, skipped), key=_order)
         else:
             raise UserError(f"no folder of images at {src}, nor a .zip")
-        wrapped = archive is not None and len({name.split("/")[0] for name in entries}) == 1
-        if wrapped and any(name.count("/") == 2 and name.endswith("/") for name in entries):
-            raise UserError(f"{src} holds one folder, {entries[0]}, with the others inside: pack its content, or give the folder")
-        if LABELS in entries:
-            text = (src / LABELS).read_bytes() if archive is None else archive.read(LABELS)
-            return Images(src, archive, *_by_labels(src, entries, text))
-        return Images(src, archive, *_by_folders(src, entries))
+        root, names = "", _without_others(src, archive, entries, skipped)
+        while inner := _only_folder(names, entries, root):
+            root, names = root + inner, _inside(names, inner)
+        said = [f"the classes are in {src / root}, the only folder of {src}"] if root else []
+        images, held_out = _images(names), None
+        # a table of labels may lie beside the folder of images
+        beside = src.absolute().with_name(TABLE)
+        if root + LABELS in entries:
+            class_names, files = _by_json(src / root / LABELS, images, _read(src, archive, root + LABELS))
+        elif root + TABLE in entries:
+            class_names, files = _by_table(src / root / TABLE, images, _read(src, archive, root + TABLE))
+        elif any("/" not in name for name in images) and beside.is_file():
+            class_names, files = _by_table(beside, images, beside.read_bytes(), src.stem if archive else src.name)
+        elif splits := _splits(names):
+            class_names, files, held_out = _by_splits(src / root, names, *splits)
+            said.append(f"{src / root / splits[0]} is taken as train, {splits[1]} as val; nothing else of {src / root} is used")
+        else:
+            class_names, files = _by_folders(src / root, names)
+        said.append(f"{len(class_names)} classes: {', '.join(_numbered(class_names))}")
+        return Found(src, archive, root, class_names, files, held_out, skipped, said)
     except OSError as error:
-        raise UserError(f"cannot read {error.filename or src} ({error.strerror or error}): make it readable") from error
+        raise _unreadable(src, error) from error
     # what zipfile raises on bytes that are no zip file, and on kinds it does not know
     except (BadZipFile, NotImplementedError, EOFError, ValueError, zlib.error) as error:
         raise UserError(f"{src} is damaged, or no zip file ({error}): copy it again, or unpack it and give the folder") from error
 
 
-def _entries_below(src: Path) -> Iterator[str]:
+def _unreadable(src: Path, error: OSError) -> UserError:
+    return UserError(f"cannot read {error.filename or src} ({error.strerror or error}): make it readable")
+
+
+def _left_out(name: str) -> str | None:
+    """The kind of a hidden or system entry; None for others."""
+    if name.lower() in SYSTEM:
+        return "of the system"
+    return "hidden" if name.startswith(".") else None
+
+
+def _entries_below(src: Path, skipped: Kinds) -> Iterator[str]:
     """Names of all files, and of all folders with "/" at the end. Raises UserError where a link leads back to a folder above it."""
     todo: list[tuple[str, frozenset[str]]] = [("", frozenset())]
     while todo:
@@ -88,17 +155,17 @@ def _entries_below(src: Path) -> Iterator[str]:
         if here in above:
             raise UserError(f"{src / prefix} is a link to a folder that it lies in: remove the link")
         for entry in os.scandir(src / prefix):
-            if entry.name.startswith("."):
-                continue
+            if kind := _left_out(entry.name):
+                count(skipped, kind, prefix + entry.name)
             # of a link that leads nowhere, the entry itself may raise
-            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+            elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                 yield f"{prefix}{entry.name}/"
                 todo.append((f"{prefix}{entry.name}/", above | {here}))
             else:
                 yield prefix + entry.name
 
 
-def _entries_of_zip(src: Path, archive: ZipFile) -> list[str]:
+def _entries_of_zip(src: Path, archive: ZipFile, skipped: Kinds) -> set[str]:
     """As _entries_below: what unpacking would give."""
     entries = set()
     for info in archive.infolist():
@@ -107,41 +174,139 @@ def _entries_of_zip(src: Path, archive: ZipFile) -> list[str]:
             raise UserError(f"{src} is encrypted: unpack it with its password and give the folder")
         if "" in parts or ".." in parts:
             raise UserError(f"{src} holds {info.filename!r}, which lies outside of it: pack it again")
-        # beside each file, macOS packs what Finder knows of it
-        if parts[0] == "__MACOSX" or any(part.startswith(".") for part in parts):
+        if kind := next(filter(None, map(_left_out, parts)), None):
+            count(skipped, kind, info.filename)
             continue
         entries.add(info.filename)
         entries |= {"/".join(parts[:depth]) + "/" for depth in range(1, len(parts))}
-    return sorted(entries, key=_order)
+    return entries
 
 
 def _order(name: str) -> list[str]:
-    """A folder's content comes where its name stands among its neighbours."""
+    """Sorts a folder's content to where the folder's name stands among its neighbours."""
     return name.split("/")
 
 
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in SUFFIXES
+def _read(src: Path, archive: ZipFile | None, name: str) -> bytes:
+    return regular(src / name).read_bytes() if archive is None else archive.read(name)
 
 
-def _by_folders(src: Path, entries: list[str]) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
-    """Names of the class folders, and every (image, condition)."""
-    if loose := [name for name in entries if "/" not in name and _is_image(name)]:
+def _without_others(src: Path, archive: ZipFile | None, entries: list[str], skipped: Kinds) -> list[str]:
+    """Folders and images among the entries. An image has an ending of Pillow's or, with another one, the content of an image."""
+    names = []
+    for name in entries:
+        if name.endswith("/") or os.path.splitext(name)[1].lower() in endings():
+            names.append(name)
+        elif os.path.basename(name) not in (LABELS, TABLE):
+            if format_of(src / name if archive is None else archive.open(name)):
+                names.append(name)
+            else:
+                count(skipped, "that are no images", name)
+    return names
+
+
+def _images(names: list[str]) -> list[str]:
+    return [name for name in names if not name.endswith("/")]
+
+
+def _inside(names: list[str], folder: str) -> list[str]:
+    """Names below a folder, as seen from there."""
+    return [name.removeprefix(folder) for name in names if name.startswith(folder) and name != folder]
+
+
+def _top(names: list[str]) -> list[str]:
+    """The folders that lie in no other one."""
+    return [name for name in names if name.find("/") == len(name) - 1]
+
+
+def _only_folder(names: list[str], entries: list[str], root: str) -> str | None:
+    """The folder around the class folders: the only one, without images or lists of labels beside it and without images in it."""
+    if len(_top(names)) != 1 or root + LABELS in entries or root + TABLE in entries:
+        return None
+    return None if any(name.count("/") < 2 for name in _images(names)) or len(_images(names)) == 0 else _top(names)[0]
+
+
+def ordered(names: Iterable[str]) -> tuple[str, ...]:
+    """Names of classes in the order of their conditions: numbers by size, others as text."""
+    names = sorted(names)
+    return tuple(sorted(names, key=int) if all(name.isdecimal() for name in names) else names)
+
+
+def _numbered(class_names: tuple[str, ...]) -> list[str]:
+    """The order of the classes, in a few words."""
+    shown = [f"{c} {name}" for c, name in enumerate(class_names)]
+    shown[10:-1] = ["..."] if len(shown) > 12 else shown[10:-1]
+    return [*shown[:-1], shown[-1] + " (in numeric order)" * (list(class_names) != sorted(class_names))]
+
+
+def _by_folders(src: Path, names: list[str]) -> tuple[tuple[str, ...], list[File]]:
+    """Names of the class folders, and every image."""
+    images = _images(names)
+    if loose := [name for name in images if "/" not in name]:
         raise UserError(f"{src} has {len(loose)} images outside of any class folder ({loose[0]}): {HOW}")
-    folders = [name for name in entries if name.find("/") == len(name) - 1]
-    if not folders:
+    class_names = ordered(folder[:-1] for folder in _top(names))
+    if not class_names:
         raise UserError(f"{src} has no class folders: {HOW}")
-    condition = {folder: c for c, folder in enumerate(folders)}
-    files = [(name, condition[name[: name.index("/") + 1]]) for name in entries if _is_image(name)]
-    if empty := sorted(set(range(len(folders))) - {c for _, c in files}):
-        folder = src / folders[empty[0]]
-        raise UserError(f"class folder {folder} has no images ({', '.join(sorted(SUFFIXES))}): add some or remove it")
-    return tuple(folder[:-1] for folder in folders), files
+    condition = {name: c for c, name in enumerate(class_names)}
+    files = [(name, condition[name.partition("/")[0]]) for name in images]
+    if empty := sorted(set(range(len(class_names))) - {c for _, c in files}):
+        raise UserError(f"class folder {src / class_names[empty[0]]} has no images: add some or remove it")
+    return class_names, files
 
 
-def _by_labels(src: Path, entries: list[str], text: bytes) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
-    """Classes "0" to the largest label, and every (image, condition), of {"labels": [["00000/img00000000.png", 6], ...]}."""
-    place = f"{src / LABELS}"
+def _splits(names: list[str]) -> tuple[str, str] | None:
+    """The folders of train and val, where all folders are splits; None where they are classes."""
+    top = {folder[:-1].lower(): folder for folder in _top(names)}
+    train, val, test = (next((top.pop(name) for name in known if name in top), None) for known in (TRAIN, VAL, TEST))
+    held_out = val or test
+    # images directly in it make it a class
+    if top or not train or not held_out or any("/" not in name for name in _images(_inside(names, train))):
+        return None
+    return train, held_out
+
+
+def _by_splits(src: Path, names: list[str], train: str, val: str) -> tuple[tuple[str, ...], list[File], list[File]]:
+    """As _by_folders, of train; and the images of val."""
+    class_names, files = _by_folders(src / train, _inside(names, train))
+    known, held_out = _by_folders(src / val, _inside(names, val))
+    if odd := set(known) - set(class_names):
+        raise UserError(f"class {min(odd)} is in {src / val}, but not in {src / train}: add images there, or remove it")
+    return (
+        class_names,
+        [(train + name, c) for name, c in files],
+        [(val + name, class_names.index(known[c])) for name, c in held_out],
+    )
+
+
+def _complete(place: Path, images: list[str], labels: Iterable[str]) -> None:
+    """Raises UserError unless there is a label for every image, and an image for every label."""
+    if unlabelled := [name for name in images if name not in labels]:
+        raise UserError(f"{place} has no label for {len(unlabelled)} images ({unlabelled[0]}): add them or remove the images")
+    if missing := sorted(set(labels) - set(images)):
+        raise UserError(f"{place} has labels for {len(missing)} images that are not there ({missing[0]}): copy the images again")
+    if not images:
+        raise UserError(f"{place.parent} has no images: add some")
+
+
+def _by_table(place: Path, images: list[str], text: bytes, folder: str = "") -> tuple[tuple[str, ...], list[File]]:
+    """Classes and every image of a table of file and class; folder: the name of the folder of images, where the table lies beside it."""
+    try:
+        rows = [row for row in csv.reader(text.decode("utf-8-sig").splitlines(), strict=True) if row]
+        if rows and rows[0][0].strip().lower() in HEADS and rows[0][0] not in images:
+            rows = rows[1:]
+        labels = {row[0].strip().removeprefix(f"{folder}/"): row[1].strip() for row in rows}
+    except (ValueError, IndexError, csv.Error) as error:
+        raise UserError(f"{place} is no table of files and classes ({error}): expected lines like a.png,cats") from error
+    if len(labels) < len(rows):
+        raise UserError(f"{place} names {len(rows) - len(labels)} files twice: leave one line for each")
+    _complete(place, images, labels)
+    class_names = ordered(set(labels.values()))
+    condition = {name: c for c, name in enumerate(class_names)}
+    return class_names, [(name, condition[labels[name]]) for name in images]
+
+
+def _by_json(place: Path, images: list[str], text: bytes) -> tuple[tuple[str, ...], list[File]]:
+    """Classes "0" to the largest label, and every image, of {"labels": [["00000/img00000000.png", 6], ...]}."""
     try:
         labels = json.loads(text)["labels"]
         labels = labels if labels is None else dict(labels)
@@ -149,17 +314,11 @@ def _by_labels(src: Path, entries: list[str], text: bytes) -> tuple[tuple[str, .
             raise TypeError(f"{odd[0]!r:.40} is no name of an image")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f'{place} is no list of labels ({error}): expected {{"labels": [["a.png", 0], ...]}}') from error
-    images = [name for name in entries if _is_image(name)]
     if labels is None:
         raise UserError(f"{place} has no labels (null): conditions are learned from them; {HOW}, and remove dataset.json")
-    if unlabelled := [name for name in images if name not in labels]:
-        raise UserError(f"{place} has no label for {len(unlabelled)} images ({unlabelled[0]}): add them or remove the images")
-    if missing := sorted(labels.keys() - set(images)):
-        raise UserError(f"{place} has labels for {len(missing)} images that are not there ({missing[0]}): copy the images again")
+    _complete(place, images, labels)
     if wrong := [name for name in images if type(labels[name]) is not int or labels[name] < 0]:
         raise UserError(f"{place}: the label of {wrong[0]} is {labels[wrong[0]]!r:.40}: expected a whole number from 0 on")
-    if not images:
-        raise UserError(f"{src} has no images ({', '.join(sorted(SUFFIXES))})")
     known = sorted(set(labels.values()))
     if known[-1] >= len(known):
         gap = next(c for c, label in enumerate(known) if c != label)

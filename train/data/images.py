@@ -1,8 +1,10 @@
-"""Images: read from files, cropped and converted, written as PNG, laid out as a sheet."""
+"""Images: read from files of any format, cropped and converted, written as PNG, laid out as a sheet."""
 
 import io
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -10,12 +12,40 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from mclr.errors import UserError
 from mclr.train.system.files import in_memory, regular
 
+PNG = ("PNG",)
+# Pillow's formats that it hands to other programs (PostScript to Ghostscript), or recognises and cannot decode; IPTC is no image
+NOT_READ = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC"}
+MEGAPIXELS = 256.0  # largest image that is read, in units of 2^20 pixels: 768 MiB as RGB
+MOST_ASPECT = 32  # of what is resized: of a longer image only the middle
+TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+ORIENTATION = (b"Raw profile type", b"XML:com.adobe.xmp")  # texts of a PNG file that may hold it
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """The formats that Pillow here reads, and recognises by their first bytes."""
+    Image.init()
+    return tuple(name for name, (_, recognises) in Image.OPEN.items() if recognises and name not in NOT_READ)
+
+
+@cache
+def endings() -> dict[str, str]:
+    """Ending of a file's name, in lower case -> format; of all formats that Pillow here reads."""
+    formats()
+    return {end: name for end, name in Image.EXTENSION.items() if name in Image.OPEN and name not in NOT_READ}
+
 
 def center_crop(image: Image.Image, resolution: int) -> Image.Image:
     """The centre square at resolution x resolution, as ImageNet is prepared for diffusion models (Dhariwal & Nichol 2021).
 
     Halved by a box filter while twice too large, then bicubic until the shorter side fits, then cropped.
     """
+    longest = MOST_ASPECT * min(image.size)
+    if max(image.size) > longest:
+        # resized as a whole it would need many times the memory of the result
+        width, height = (min(side, longest) for side in image.size)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = resolution / min(image.size)
@@ -24,9 +54,62 @@ def center_crop(image: Image.Image, resolution: int) -> Image.Image:
     return image.crop((left, top, left + resolution, top + resolution))
 
 
-def convert(image: Image.Image, mode: str) -> Image.Image:
-    """The image upright, opaque (over white) and 8 bits per channel; ValueError where the pixels have no known range."""
-    image = ImageOps.exif_transpose(image)
+def open_image(data: bytes, formats: tuple[str, ...]) -> Image.Image:
+    """An image in one of these formats of Pillow, not decoded yet. Raises whatever Pillow does on damaged bytes."""
+    try:
+        return Image.open(io.BytesIO(data), formats=formats)
+    except UnidentifiedImageError:
+        # Pillow's message names an address in memory
+        raise ValueError("no PNG file" if formats == PNG else "in no format that Pillow here reads") from None
+
+
+def format_of(file: Path | IO[bytes]) -> str | None:
+    """The format of a file whose content is an image that Pillow here reads, None for others."""
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        with Image.open(regular(file) if isinstance(file, Path) else file, formats=formats()) as image:
+            return image.format
+    # a decoder that meets other bytes raises nearly anything
+    except Exception:
+        return None
+
+
+def decode(data: bytes, name: str = "", channels: int | None = None, megapixels: float = MEGAPIXELS) -> tuple[Image.Image, str]:
+    """(the image in a file: upright, opaque (over white), 8 bits per channel; the format of the file).
+
+    The content decides the format; name: that of the file, whose ending decides where a format has no signature. channels: 1 gray,
+    3 RGB, None: gray where the file is gray. Raises ValueError where the image is larger than `megapixels`, or its pixels have no
+    known range; on damaged bytes whatever Pillow raises.
+    """
+    # our own limit takes the place of Pillow's, which refuses sound images
+    Image.MAX_IMAGE_PIXELS = None
+    own = endings().get(Path(name).suffix.lower())
+    with open_image(without_texts(data), formats() if own in (None, *formats()) else (*formats(), str(own))) as image:
+        if image.width * image.height > megapixels * 2**20:
+            raise ValueError(f"more than the {megapixels:g} megapixels of `mclr prepare images --megapixels`")
+        kind, gray = str(image.format), image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I;16")
+        upright = ImageOps.exif_transpose(image)
+    return _eight_bits(upright, "L" if channels == 1 or (channels is None and gray) else "RGB"), kind
+
+
+def without_texts(data: bytes) -> bytes:
+    """A PNG file without its texts, whose size Pillow limits; other files as they are.
+
+    Texts that may hold the orientation stay, up to that limit.
+    """
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return data
+    kept, place = [data[:8]], 8
+    while place + 12 <= len(data):
+        # length of the content, kind, content, CRC
+        length, kind = int.from_bytes(data[place : place + 4]), data[place + 4 : place + 8]
+        if kind not in TEXTS or (data.startswith(ORIENTATION, place + 8) and length < 2**20):
+            kept.append(data[place : place + 12 + length])
+        place += 12 + length
+    return b"".join([*kept, data[place:]])
+
+
+def _eight_bits(image: Image.Image, mode: str) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ValueError("32-bit pixels have no known range")
     # Pillow would clip 16 bits at 255
@@ -38,26 +121,15 @@ def convert(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def open_image(data: bytes, formats: list[str]) -> Image.Image:
-    """An image in one of these formats of Pillow, not decoded yet. Raises whatever Pillow does on damaged bytes."""
-    try:
-        return Image.open(io.BytesIO(data), formats=formats)
-    except UnidentifiedImageError:
-        # Pillow names what it read from, here an address in memory
-        raise ValueError(f"no {' or '.join(formats)} file") from None
-
-
 def read_images(paths: Iterable[Path]) -> np.ndarray:
-    """PNG files of one size -> uint8 [N, C, H, W], C = 1 or 3. Raises UserError naming the file at fault."""
+    """Image files of one size, each as decode() gives it -> uint8 [N, C, H, W], C = 1 or 3. Raises UserError naming the file at fault."""
     images: list[np.ndarray] = []
     for path in paths:
         try:
-            with Image.open(regular(path)) as image:
-                pixels, mode = np.asarray(image), image.mode
-        except (OSError, ValueError, SyntaxError) as error:
-            raise UserError(f"{path} is no readable image ({error}): remove it and draw it again") from error
-        if mode not in ("L", "RGB"):
-            raise UserError(f"{path} is of mode {mode}: save it as 8-bit gray (L) or RGB")
+            pixels = np.asarray(decode(regular(path).read_bytes(), path.name)[0])
+        # decoders raise nearly anything on damaged bytes
+        except Exception as error:
+            raise UserError(f"{path} is no readable image ({error}): remove or replace it") from error
         image_CHW = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         if images and image_CHW.shape != images[0].shape:
             raise UserError(f"{path} is of shape {image_CHW.shape}, the images before it of {images[0].shape}: remove it")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mclr.errors import UserError
-from mclr.train.data.images import open_image
+from mclr.train.data.images import PNG, open_image
 from mclr.train.system.files import regular, write_file
 
 INDEX = "index.json"
@@ -79,7 +79,7 @@ def read_image(folder: Path, sample: Sample, shape: tuple[int, int, int]) -> np.
         raise UserError(f"{path} ends within sample {sample.key}: put the whole file back, and the same command goes on")
     mode = {1: "L", 3: "RGB"}[channels]
     try:
-        image = open_image(data, ["PNG"])
+        image = open_image(data, PNG)
         # pixels of another image are not worth decoding
         if fits := (image.mode, image.size) == (mode, (width, height)):
             image.load()

@@ -1,11 +1,13 @@
 """Training samples streamed from shards that are no dataset folder: URLs and commands in webdataset's notation, nothing on disk.
 
-Shards are tar files of KEY.jpg (.jpeg, .png, .webp) + KEY.cls, as webdataset's ImageNet has them, local ones among them; images of
-any size are cropped and resized as `mclr prepare images` does it. Each reader of each rank draws shards with replacement, so any
-number of shards serves any number of them; what a position holds is what comes next, and differs from start to start. C H W image.
+Shards are tar files of KEY.jpg (or another image) and KEY.cls (or .json: data.label), as webdataset's ImageNet has them; images of
+any size are cropped and resized as `mclr prepare images` does it. A key ends at the first dot of a file's name, and a sample's files
+follow each other. Each reader of each rank draws shards with replacement, so any number of shards serves any number of readers. A
+position holds what comes next, which differs from start to start. C H W image.
 """
 
 import errno
+import json
 import os
 import random
 import shlex
@@ -32,22 +34,22 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from mclr.configs.schema import Data
 from mclr.errors import UserError
-from mclr.train.data.dataset import READERS, DatasetInfo
-from mclr.train.data.images import center_crop, convert, open_image
+from mclr.train.data.dataset import READERS, Batch, DatasetInfo
+from mclr.train.data.images import center_crop, decode, endings
 from mclr.train.data.shards import Damaged
-from mclr.train.data.source import Batch, Source
+from mclr.train.data.source import Source
 from mclr.train.system.ranks import world
 
-KINDS, FORMATS = ("jpg", "jpeg", "png", "webp"), ["JPEG", "PNG", "WEBP"]
+FIRST = ("jpg", "jpeg", "png", "webp")  # kinds of images; where a sample has several, in this order
 SHUFFLED = 500  # samples among which a reader draws the next
 READY = 32  # images that a reader holds decoded
-TRIES, PAUSE = 6, 2.0  # of a shard that cannot be read, and the seconds after the first, doubled after each: a minute in all
-STALLED = 60.0  # seconds without one sample, after which a download is ended and counts as a try
-PATIENCE = 300.0  # seconds without one image, after which a stream is dead
-PARTING = 5.0  # seconds in which the readers of a stream that is closed come to their end
-FEW = 10  # damaged samples whose share says nothing yet: of a stream with half of the share tolerated, one in 70 begins with more
-REMEMBERED = 2**16  # positions whose keys are known
-# of commands whose output was not read to its end: SIGPIPE, as a shell says it, as curl does
+TRIES, PAUSE = 6, 2.0  # of a shard that cannot be read; seconds before the second try, doubled each time: a minute in all
+STALLED = 60.0  # seconds without a sample, after which a download is ended and counts as a failed try
+PATIENCE = 300.0  # seconds without an image, after which the stream has failed
+PARTING = 5.0  # seconds that the readers of a closed stream have to end
+FEW = 10  # damaged samples that are always tolerated: their share says nothing yet
+REMEMBERED = 2**16  # positions whose keys are kept
+# exit statuses of a command whose pipe we closed early: -SIGPIPE, the shell's 141, curl's 23
 UNREAD = (-13, 141, 23)
 
 
@@ -61,8 +63,8 @@ class Drawn(NamedTuple):
 
 @dataclass
 class Download:
-    """What a reader reads at the moment. pipe: its command, None for a file; since: when its last sample came, in seconds; stalled: it
-    was ended for that; closed: the reader is to end."""
+    """What a reader reads now. pipe: its command, None for a file; since: time of its last sample, in seconds; stalled: it was ended
+    because none came; closed: the reader shall end."""
 
     url: str = ""
     pipe: Pipe | None = None
@@ -80,24 +82,24 @@ class Download:
         self._end()
 
     def _end(self) -> None:
-        # the reader forgets it before it reaps it: until then its number is its own
+        # the reader clears self.pipe before it waits for the process, so this PID cannot have been reused
         if (pipe := self.pipe) is not None:
             end(pipe)
 
 
 def end(pipe: Pipe) -> None:
-    """Kill a command, with all that it started, which would keep its output open."""
-    # sudo's are another user's
+    """Kill a command and all processes that it started: these would keep its output open."""
+    # a command run by sudo belongs to another user
     with suppress(ProcessLookupError, PermissionError):
-        # one that runs in a session of its own, as opened() starts them; webdataset's curl starts nothing
+        # opened() starts commands in a session of their own; webdataset's curl has none and starts nothing
         (os.killpg if os.getpgid(pipe.proc.pid) == pipe.proc.pid else os.kill)(pipe.proc.pid, signal.SIGKILL)
 
 
 class Stream(Source):
-    """A source in which nothing depends on a position: its samples are whatever comes next."""
+    """A source without an order: its samples are whatever comes next."""
 
     def __init__(self, data: Data, seed: int):
-        """Starts to read and waits for the first image. Raises UserError where none comes, or data.path is no such notation."""
+        """Starts to read and waits for the first image. Raises UserError where none comes, or data.path cannot be expanded."""
         self.data = data
         self.info = DatasetInfo(
             path=Path(data.path),
@@ -112,7 +114,7 @@ class Stream(Source):
         )
         try:
             self.urls = expand_urls(data.path)
-        # braces that do not close, variables that are not set
+        # for braces that do not close, and variables that are not set
         except (ValueError, AssertionError) as error:
             raise UserError(
                 f"data.path={data.path} cannot be expanded ({error}): write shards as in name-{{000..099}}.tar"
@@ -122,7 +124,7 @@ class Stream(Source):
         self.taken = self.unreadable = 0
         self.found: set[str] = set()
         self.given: OrderedDict[int, str] = OrderedDict()
-        # the start time is in the seed, or a resumed run would begin with the same samples
+        # the start time is part of the seed: a resumed run must not begin with the same samples
         rank, started = world()[0], time.time_ns()
         self.readers = [
             Thread(target=self._fill, args=(reader, f"{seed} {rank} {reader} {started}"), daemon=True)
@@ -133,7 +135,7 @@ class Stream(Source):
         self.first = [self._take()]
 
     def __len__(self) -> int:
-        """0: nobody has counted its samples."""
+        """0: the number of samples is not known."""
         return 0
 
     @property
@@ -142,7 +144,7 @@ class Stream(Source):
         return len(self.found)
 
     def batch(self, first: int, count: int) -> Batch:
-        """The next samples, whatever the positions. UserError where no more come, or too many are damaged: the stream is closed then."""
+        """The next samples, for any positions. Raises UserError, and closes the stream, where no more come or too many are damaged."""
         drawn = [self.first.pop() if self.first else self._take() for _ in range(count)]
         self.given.update((first + i, each.key) for i, each in enumerate(drawn))
         while len(self.given) > REMEMBERED:
@@ -151,27 +153,27 @@ class Stream(Source):
         return Batch(torch.from_numpy(np.stack(images)), torch.tensor([each.c for each in drawn]))  # type: ignore[arg-type]
 
     def keys(self, first: int, count: int) -> list[str]:
-        """URL:KEY of each sample that these global positions were given lately."""
+        """URL:KEY of the samples that these global positions held; the last REMEMBERED positions are known."""
         return [self.given[position] for position in range(first, first + count)]
 
     def prefetch(self, positions: range) -> None:
-        """Nothing: the readers are always ahead."""
+        """Nothing to do: the readers are always ahead."""
 
     def close(self) -> None:
-        """End the readers, and the commands that they read from, which run in sessions of their own and would outlive the run."""
-        # all at once, then one after the other
+        """End the readers and their commands, which run in sessions of their own and would outlive the run."""
+        # first tell all of them, then wait for each
         for download in self.downloads:
             download.close()
         parted = time.monotonic() + PARTING
         for thread, ready, download in zip(self.readers, self.ready, self.downloads, strict=True):
             while thread.is_alive() and time.monotonic() < parted:
-                # one may have started a command meanwhile, or wait for a place in its queue
+                # a reader may have started a command since, or wait for a free place in its queue
                 download.close()
                 with suppress(Empty):
                     ready.get(timeout=0.05)
 
     def _take(self) -> Drawn:
-        """The next image; where none comes, or a signal does, the stream is closed."""
+        """The next image. On an error or a signal the stream is closed."""
         try:
             return self._next()
         except BaseException:
@@ -179,7 +181,7 @@ class Stream(Source):
             raise
 
     def _next(self) -> Drawn:
-        """The next image, from the readers in turn; counts the damaged ones on the way."""
+        """The next image, from the readers in turn; damaged samples on the way are counted."""
         patience_ends = time.monotonic() + PATIENCE
         while (left := patience_ends - time.monotonic()) > 0:
             reader = self.taken % READERS
@@ -212,10 +214,10 @@ class Stream(Source):
             )
 
     def _fill(self, reader: int, seed: str) -> None:
-        """What a reader's thread does, until an error, which it hands on."""
+        """The work of a reader's thread. An error ends it and is passed on in its queue."""
         try:
             for sample in shuffle(SHUFFLED, rng=random.Random(seed))(self._samples(reader, seed)):
-                # hundreds may be left among which it draws
+                # the shuffle still holds up to SHUFFLED samples
                 if self.downloads[reader].closed.is_set():
                     return
                 self.ready[reader].put(self._decode(sample))
@@ -223,7 +225,7 @@ class Stream(Source):
             self.ready[reader].put(error)
 
     def _samples(self, reader: int, seed: str) -> Iterator[dict[str, Any]]:
-        """Files of samples by kind, of one shard after the other, without end."""
+        """The files of each sample by kind, one shard after the other, endlessly."""
         number = random.Random(seed).getrandbits(31)
         for drawn in ResampledShards(self.urls, deterministic=True, worker_seed=lambda: number):
             yield from read_shard(drawn["url"], self.downloads[reader])
@@ -231,14 +233,11 @@ class Stream(Source):
                 return
 
     def _decode(self, sample: dict[str, Any]) -> Drawn:
-        """Raises UserError where the condition is none of the config's."""
+        """Raises UserError where the condition is not one of the configuration's."""
         key, size = f"{sample['__url__']}:{sample['__key__']}", self.data.resolution
-        kind = next((kind for kind in KINDS if kind in sample), None)
         try:
-            if kind is None or "cls" not in sample:
-                raise ValueError(f"it lacks its .cls, or an image ({', '.join(KINDS)})")
-            c = int(sample["cls"])
-            image = center_crop(convert(open_image(sample[kind], FORMATS), {1: "L", 3: "RGB"}[self.data.channels]), size)
+            c, kind = condition_of(sample, self.data.label), image_kind(sample)
+            image = center_crop(decode(sample[kind], f".{kind}", self.data.channels)[0], size)
         # a decoder that meets damaged bytes raises nearly anything
         except Exception as error:
             return Drawn(key, Damaged(f"sample {key} is damaged ({error}): see how its shard was written"), -1)
@@ -249,9 +248,45 @@ class Stream(Source):
         return Drawn(key, np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1), c)
 
 
+def image_kind(sample: dict[str, Any]) -> str:
+    """The kind of a sample's image. Raises ValueError where it has none."""
+    if kinds := [kind for kind in (*FIRST, *sample) if kind in sample and f".{kind}" in endings()]:
+        return kinds[0]
+    raise _lacks(sample, "image")
+
+
+def condition_of(sample: dict[str, Any], label: str) -> int:
+    """The condition of a sample as data.label says: KIND, or json.NAME for an entry of a JSON file. Raises ValueError without one."""
+    kind, *names = label.split(".")
+    if kind not in sample:
+        raise _lacks(sample, f".{kind}")
+    if not names:
+        return int(sample[kind])
+    value = json.loads(sample[kind])
+    for name in names:
+        if not isinstance(value, dict) or name not in value:
+            has = ", ".join(value) if isinstance(value, dict) else f"{value!r:.40}"
+            raise ValueError(f"its .{kind} has no {name} for data.label={label}, but {has}")
+        value = value[name]
+    return int(value)
+
+
+def _lacks(sample: dict[str, Any], what: str) -> ValueError:
+    kinds = [kind for kind in sample if not kind.startswith("__")]
+    more = f" and {len(kinds) - 4} more" if len(kinds) > 4 else ""
+    why = "a sample's files must follow each other in the tar file"
+    if any("." in kind for kind in kinds):
+        why = "a key ends at the first dot of a file's name, as webdataset splits it: rename files with several dots"
+    elif "json" in kinds and what != "image":
+        why = "data.label=json.NAME reads the entry NAME of the .json"
+    return ValueError(f"it has no {what}, but {', '.join(f'.{kind}' for kind in kinds[:4])}{more}; {why}")
+
+
 def read_shard(url: str, download: Download) -> Iterator[dict[str, Any]]:
-    """The samples of a tar file in order; after an error once more from its beginning; no more of them once it is closed. UserError
-    where TRIES did not reach its end, or where it is no file."""
+    """The samples of a tar file in order. After an error it starts again at the first sample; once `download` is closed it ends.
+
+    Raises UserError where TRIES tries did not reach the end, or where there is no file.
+    """
     for tried in range(TRIES):
         empty = True
         try:
@@ -260,19 +295,19 @@ def read_shard(url: str, download: Download) -> Iterator[dict[str, Any]]:
                     empty = False
                     download.since = time.monotonic()
                     yield sample
-                # a command may fail after its last whole file
+                # read to the end: a command may fail after the last whole file
                 while stream.read(2**16):
                     pass
             if empty:
                 raise ValueError("it holds no samples")
             return
-        # files, commands, tar files and whatever opens a URL
+        # files, commands, tar files and URLs raise nearly anything
         except Exception as error:
             if download.closed.is_set():
                 return
-            # a file that is not there will not come
+            # a missing file is not tried again
             if tried == TRIES - 1 or isinstance(error, FileNotFoundError | IsADirectoryError):
-                # webdataset adds what it read from
+                # webdataset adds the name of the stream after @
                 why = getattr(error, "strerror", None) or str(next(iter(error.args), error)).partition(" @ ")[0]
                 raise UserError(
                     f"shard {url} cannot be read ({why}): see that it is there and whole; then the same command goes on"
@@ -284,27 +319,27 @@ def read_shard(url: str, download: Download) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def opened(url: str, download: Download) -> Iterator[Any]:
-    """What stands behind a URL, as bytes to read. Raises OSError where its command failed, of which a torn tar file tells nothing, or
-    was ended because it stalled."""
-    # webdataset would start gsutil, a script that starts Python, in no session of its own
+    """The bytes behind a URL, as a file to read. Raises OSError where its command failed, which a cut tar file does not show, or was
+    ended because it stalled."""
+    # webdataset would start gsutil, a script that starts Python, without a session of its own
     command = f"pipe:gsutil cat {shlex.quote(url)}" if url.startswith("gs://") else url
     if command.startswith("pipe:"):
         stream = Pipe(["sh", "-c", command.removeprefix("pipe:")], mode="rb", start_new_session=True)
-    # a URL ends at a #, which the name of a file may hold
+    # a # ends a URL, but not the name of a file
     else:
         stream = gopen(url) if "://" in url or url.startswith("file:") else open(url, "rb")  # noqa: SIM115 (closed below)
     pipe = stream if isinstance(stream, Pipe) else None
     status, torn, abandoned = 0, True, False
     download.url, download.since, download.stalled = url, time.monotonic(), False
-    # last: from now on it may be judged by these, and ended
+    # set last: from now on the command may be ended for what the values above say
     download.pipe = pipe
     try:
-        # a Pipe would reap a command that has ended, whose number may be another's then
+        # not the Pipe: it would wait for the ended command, whose PID may then be reused
         yield stream if pipe is None else pipe.stream
-        # read to its end
+        # reached only when the stream was read to its end
         torn = False
     except GeneratorExit:
-        # nobody reads on, and what the command says to that is nobody's
+        # the reader stopped early: the command's exit status means nothing
         abandoned = True
         raise
     finally:
@@ -321,5 +356,5 @@ def opened(url: str, download: Download) -> Iterator[Any]:
         if download.stalled and not abandoned:
             raise OSError(errno.ETIMEDOUT, f"nothing came for {STALLED:.0f} s")
         if status and not abandoned and not (torn and status in UNREAD):
-            # of curl 22: no such page, 6 and 7: no such host
+            # curl: 22 is no such page, 6 and 7 are no such host
             raise OSError(status, f"its command ended with status {status}")

@@ -16,7 +16,7 @@ from mclr.models.registry import fold
 from mclr.posterior import NoisyPosterior, PrefixPosterior
 from mclr.train.data.cache import through_cache
 from mclr.train.data.encoders import Encoder
-from mclr.train.data.source import Source
+from mclr.train.data.source import Source, open_images
 from mclr.train.engine.base import Engine, Frozen, make_optimizer
 from mclr.train.engine.local import LocalEngine
 from mclr.train.engine.zero import DeepSpeedEngine, Sharded
@@ -77,7 +77,8 @@ def open_source(config: RunConfig, path: str | None = None) -> Source:
 
         return Stream(data, config.train.seed)
     path = path or data.path
-    source = Source(path, "train", config.train.seed, data.balanced, data.damaged)
+    tokenizer = sha256(find_weights(config.model.tokenizer)) if isinstance(config.model, NextScaleModel) else None
+    source = open_images(path, "train", config.train.seed, data.balanced, data.damaged, tokenizer)
     for key in ("resolution", "channels", "num_classes"):
         here, there = getattr(config.data, key), getattr(source.info, key)
         if here != there:
@@ -142,7 +143,7 @@ def build_networks(config: RunConfig, device: torch.device) -> Networks:
     if isinstance(model, DiffusionModel) and objective.needs_posterior:
         classifier = build_classifier(config)
     reference = copy.deepcopy(net) if objective.needs_reference else None
-    generated = through_cache(open_generated(config), encoder, config) if objective.needs_generated else None
+    generated = through_cache(open_generated(config), encoder, config.data, model) if objective.needs_generated else None
     return Networks(encoder, net, classifier, reference, generated)
 
 

@@ -70,7 +70,7 @@ def start(config: RunConfig, out: Path, micro_batch: int, command: str) -> int:
             new_digits = config.data.name == "digits" and not config.data.streamed and not Path(config.data.path).exists()
             networks, inputs = build_networks(config, device), inputs_of(config)
             if not new_digits:
-                source = through_cache(opened(), networks.encoder, config)
+                source = through_cache(opened(), networks.encoder, config.data, config.model)
                 inputs |= precision_of(source, networks.encoder)
             notes |= {"inputs": inputs} | inherited(config.model.weights)
             run_folder = RunFolder(out, config, inputs)
@@ -83,8 +83,8 @@ def start(config: RunConfig, out: Path, micro_batch: int, command: str) -> int:
             with collective():
                 if rank != 0:
                     networks = build_networks(config, device)
-                    source = through_cache(opened(), networks.encoder, config)
-            about, read = describe(config, ranks, micro_batch, networks.net), data_line(source, networks.encoder, config)
+                    source = through_cache(opened(), networks.encoder, config.data, config.model)
+            about, read = describe(config, ranks, micro_batch, networks.net), data_line(source, networks.encoder, config.data)
             if any(other != read for other in gather_objects(read)):
                 raise UserError("a cache was finished while the ranks started, and some read it: run the same command again")
             try:

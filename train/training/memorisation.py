@@ -18,9 +18,9 @@ from mclr.likelihood import Draws, score
 from mclr.metrics import icr
 from mclr.models.edm2 import EDM2
 from mclr.objective import Objective
-from mclr.train.data.dataset import DatasetInfo, SplitReader
+from mclr.train.data.dataset import Batch, DatasetInfo, SplitReader
 from mclr.train.data.encoders import Encoder, from_uint8, mirrored
-from mclr.train.data.source import Batch, permutation
+from mclr.train.data.source import permutation
 from mclr.train.engine.base import eval_mode
 from mclr.train.training.step import Task
 

@@ -18,7 +18,7 @@ from mclr.models.features import ImageClassifier, ImageClassifierConfig, NoiseCl
 from mclr.models.vqvae import VQVAE, VQVAEConfig
 from mclr.train.data.dataset import SplitReader
 from mclr.train.data.encoders import from_uint8
-from mclr.train.data.source import Source
+from mclr.train.data.source import Source, open_images
 from mclr.train.data.write import open_or_prepare
 from mclr.train.system.console import progress_bar
 from mclr.train.system.files import new_folder, write_json, write_text
@@ -80,7 +80,7 @@ def fit_to_data(kind: str, data: str, out: str, recipe: Recipe, seed: int, half:
         raise UserError(f"--seed is {seed}: it must be in [0, 2^63)")
     chosen = load_data(data)
     info = open_or_prepare(chosen.name, chosen.path)
-    source, held_out = Source(info.path, "train", seed), SplitReader(info, "val")
+    source, held_out = open_images(info.path, "train", seed), SplitReader(info, "val")
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     net = new_network(kind, info.resolution, info.channels, info.num_classes)

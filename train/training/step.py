@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from mclr.likelihood import Draws, Paradigm, score
 from mclr.objective import Objective
 from mclr.posterior import NoisyPosterior, PrefixPosterior, calibration
-from mclr.train.data.cache import CachedBatch
+from mclr.train.data.dataset import Batch
 from mclr.train.data.encoders import Encoder, from_uint8, mirrored
-from mclr.train.data.source import Batch, Source
+from mclr.train.data.source import Source
 from mclr.train.engine.base import Engine, Frozen
 from mclr.train.engine.zero import Sharded
 
@@ -78,7 +78,7 @@ class Task:
         """
         if batch.tokens_BL is not None:
             return batch.tokens_BL.to(self.device)
-        if isinstance(batch, CachedBatch):
+        if batch.stored_BV is not None:
             stored_BV = batch.stored_BV.to(self.device)
             return stored_BV[:, 0] if flip_B is None else stored_BV[torch.arange(len(flip_B), device=self.device), flip_B.long()]
         image_BCHW = from_uint8(batch.image_BCHW.to(self.device))
