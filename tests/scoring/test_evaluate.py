@@ -216,7 +216,7 @@ def test_misuse_is_one_line_and_writes_nothing(home, real, tmp_path, capsys):
         ((wide, *data, *judge_), "the samples are of shape (1, 8, 16), the images of blobs of (1, 8, 8)"),
         ((mixed, *data, *judge_), "000100-1.png is of shape (1, 4, 4)"),
         ((nameless, *data, *judge_), "cat.png does not say its condition"),
-        ((clear, *data, *judge_), "000100-1.png is of mode RGBA: save it as 8-bit gray"),
+        ((clear, *data, *judge_), "000100-1.png is of shape (3, 8, 8), the images before it of (1, 8, 8)"),
         ((damaged, *data, *judge_), "000007-1.png is no readable image"),
         ((beyond, *data, *judge_), "holds condition 3, judge"),
         *(

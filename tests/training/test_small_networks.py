@@ -163,14 +163,16 @@ def test_what_cannot_be_used_is_found_before_the_fit(digits, tmp_path, monkeypat
     rng = np.random.default_rng(0)
     for c in "ab":
         (tmp_path / "src" / c).mkdir(parents=True)
-        Image.fromarray(rng.integers(0, 255, (9, 9)).astype(np.uint8)).save(tmp_path / "src" / c / "0.png")
+        for i in range(2):
+            Image.fromarray(rng.integers(0, 255, (9, 9)).astype(np.uint8)).save(tmp_path / "src" / c / f"{i}.png")
     prepare_images(tmp_path / "src", tmp_path / "nine", 9, channels=1, val_share=0.5)
     prepare_images(tmp_path / "src", tmp_path / "no-val", 8, channels=1, val_share=0)
+    capsys.readouterr()
     for out, data, line, *flags in [
         (tmp_path / "file/out", digits, "cannot write"),
         (tmp_path / "taken", digits, "exists already"),
         (tmp_path / "out", tmp_path / "nine", "9-pixel images"),
-        (tmp_path / "out", tmp_path / "no-val", "split val of"),
+        (tmp_path / "out", tmp_path / "no-val", "has no held-out images"),
         (tmp_path / "out", "digit", "did you mean digits?"),
         (tmp_path / "out", digits, "--steps is 0 and --batch 128: both must be at least 1", "--steps", "0"),
         (tmp_path / "out", digits, "--steps is 1000 and --batch -1: both", "--batch", "-1"),

@@ -24,7 +24,7 @@ from webdataset import TarWriter
 from mclr.configs.schema import Data, is_stream
 from mclr.errors import UserError
 from mclr.train.data.dataset import TOKENS, UNFINISHED, DatasetInfo, SplitReader, open_dataset
-from mclr.train.data.folders import File, Found, count, find_images, listed, taken
+from mclr.train.data.folders import File, Found, Kinds, count, find_images, listed, taken
 from mclr.train.data.images import MEGAPIXELS, center_crop, decode
 from mclr.train.data.shards import Shard
 from mclr.train.data.source import permutation
@@ -90,7 +90,7 @@ def prepare_images(
 
     The same dataset at `out` is reused, and a run that was stopped goes on after its last finished shard. Raises UserError for unusable
     arguments or folders, and when more than 1% of the images cannot be read; up to that share they are left out, with the reason on
-    stderr.
+    stderr. Many parameters: one for each option of the command.
     """
     src, out = Path(src), Path(out)
     if channels not in (1, 3):
@@ -99,7 +99,7 @@ def prepare_images(
         raise UserError(f"resolution is {resolution} and shard size {shard_size}: both must be at least 1")
     if not (0 <= (val_share or 0) < 1 and 0 <= seed < 2**64):
         raise UserError(f"val share is {val_share} and seed {seed}: the share must be in [0, 1), the seed in [0, 2^64)")
-    # resolve() would raise at a loop of links
+    # not resolve(), which raises at a loop of links
     if Path(os.path.realpath(src)) in Path(os.path.realpath(out)).parents:
         raise UserError(f"{out} lies inside the images of {src}: choose a place outside")
     found = find_images(src)
@@ -122,22 +122,29 @@ def prepare_images(
             made = state["splits"].setdefault(split, {"taken": 0, "shards": []})
             samples = _encode(found, files, split, header, megapixels, state)
             write_split(folder, split, samples, shard_size, made["shards"], partial(write_json, folder / UNFINISHED, state))
-        bad = sum(n for n, _ in state["unreadable"].values())
-        says = f"{bad} of {count} images in {src} cannot be read: {listed(state['unreadable'])}"
-        if bad > 0.01 * count:
+        try:
+            _refuse_unreadable(src, count, state["unreadable"])
+        except UserError:
             shutil.rmtree(folder)
-            raise UserError(f"{says}; that is more than 1%: remove or replace them")
-        if bad:
-            print(f"{says}; they are left out", file=sys.stderr)
+            raise
         _finish(folder, header, {split: split_record(made["shards"]) for split, made in state["splits"].items()})
     print(taken(src, state["formats"], found.skipped))
     info = open_dataset(out)
-    for split in splits:
+    for split in ("train", "val") if val_share != 0 else ("train",):
         filled = set(SplitReader(info, split).c_N.tolist()) if info.splits[split].count else set()
-        missing = [name for c, name in enumerate(info.class_names) if c not in filled]
-        if missing and (split == "train" or val_share != 0):
+        if missing := [name for c, name in enumerate(info.class_names) if c not in filled]:
             print(f"{len(missing)} of {info.num_classes} classes have no image in {split}, like {missing[0]}", file=sys.stderr)
     return info
+
+
+def _refuse_unreadable(src: Path, count: int, unreadable: Kinds) -> None:
+    """Say which of `count` images cannot be read, and why. Raises UserError where they are more than 1%."""
+    bad = sum(n for n, _ in unreadable.values())
+    says = f"{bad} of {count} images in {src} cannot be read: {listed(unreadable)}"
+    if bad > 0.01 * count:
+        raise UserError(f"{says}; that is more than 1%: remove or replace them")
+    if bad:
+        print(f"{says}; they are left out", file=sys.stderr)
 
 
 def split_images(found: Found, val_share: float | None, seed: int) -> tuple[dict[str, list[File]], str]:
