@@ -35,7 +35,7 @@ PLACES = [
     (RunFolder, "log"),
     (mclr.train.training.state, "write_snapshot"),
     (mclr.train.training.state, "save_checkpoint"),
-    (mclr.train.engine.checkpoint, "save_file"),
+    (mclr.train.engine.checkpoint, "write_tensors"),
     (mclr.train.engine.checkpoint, "write_json"),
     (mclr.train.training.loop, "export"),
     (shutil, "rmtree"),

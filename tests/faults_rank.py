@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import mclr.train.run
 import mclr.train.training.step
-from mclr.train.system.console import run_rank
+from mclr.train.system.console import run_and_exit
 
 here, rank = Path.cwd(), os.environ["RANK"]
 real, count = mclr.train.training.step.score, 0
@@ -34,4 +34,4 @@ def score(*args):
 
 
 mclr.train.training.step.score = score
-run_rank(mclr.train.run.main)
+run_and_exit(mclr.train.run.main)

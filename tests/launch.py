@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mclr.train.run
+from mclr.train.system.ranks import LAUNCHED
 
 RUN = Path(mclr.train.run.__file__).resolve()
 ROOT = RUN.parent.parent
@@ -45,6 +46,12 @@ def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return str(free.getsockname()[1])
+
+
+def as_rank(patch, rank, ranks):
+    """What a launcher tells this rank of so many, on one machine."""
+    for name, value in zip(LAUNCHED, (rank, rank, ranks, "127.0.0.1", 29500), strict=True):
+        patch.setenv(name, str(value))
 
 
 def launcher(name, ranks=2):

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import mclr.train.engine.zero
 from mclr.configs.schema import load
 from mclr.train.engine.ema import averages_of
-from mclr.train.system.console import run_rank
+from mclr.train.system.console import run_and_exit
 from mclr.train.system.ranks import group, world
 from mclr.train.training.build import build_networks, build_task, open_source
 from mclr.train.training.step import train_step
@@ -187,4 +187,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    run_rank(main)
+    run_and_exit(main)

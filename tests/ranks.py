@@ -16,7 +16,7 @@ import torch
 from mclr.configs.schema import load
 from mclr.train.cli import main as cli
 from mclr.train.engine.checkpoint import load_checkpoint, save_checkpoint
-from mclr.train.system.console import run_rank
+from mclr.train.system.console import run_and_exit
 from mclr.train.system.ranks import group, world
 from mclr.train.training.build import build_networks, build_task, open_source
 from mclr.train.training.step import train_step
@@ -300,4 +300,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    run_rank(main)
+    run_and_exit(main)

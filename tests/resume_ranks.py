@@ -17,7 +17,7 @@ import torch
 import mclr.train.run
 import mclr.train.training.launch
 import mclr.train.training.step
-from mclr.train.system.console import run_rank
+from mclr.train.system.console import run_and_exit
 from mclr.train.system.ranks import group, world
 
 real = mclr.train.training.step.score
@@ -54,4 +54,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    run_rank(main)
+    run_and_exit(main)

@@ -1,13 +1,13 @@
-"""The command line: how every program reports errors, and `mclr`, which starts them."""
+"""The command `mclr`: its first argument names a command, which gets the rest."""
 
 import difflib
 import importlib
 import sys
 
 from mclr.errors import UserError
-from mclr.train.system.console import run
+from mclr.train.system.console import answer, run, run_and_exit
 
-# Imported only when called: `mclr --help` and a typo answer at once, without torch.
+# a command is imported only when called: `mclr --help` and a typo answer at once, without torch
 PROGRAMS = {
     "train": ("mclr.train.run", "fine-tune or train a generator"),
     "sample": ("mclr.train.sample", "draw images from a run or from weights"),
@@ -22,24 +22,27 @@ PROGRAMS = {
 
 HELP = "\n".join(
     [
+        "example: mclr train --model edm2-digits --objective mclr --data digits",
+        "",
         "usage: mclr COMMAND [ARGUMENTS]",
         "",
         *(f"  {name:10}{summary}" for name, (_, summary) in PROGRAMS.items()),
         "",
-        "example: mclr train --model edm2-digits --objective mclr --data digits",
         "`mclr COMMAND --help` shows the arguments of a command.",
     ]
 )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The console script `mclr`: the first argument names the program, the rest are the program's own."""
-    return run(dispatch, sys.argv[1:] if argv is None else argv)
+    """Exit status of `mclr ARGV`; without argv, as the console script calls it, those of this process, which then ends."""
+    if argv is None:
+        run_and_exit(lambda _: dispatch(sys.argv[1:]))
+    return run(dispatch, argv)
 
 
-def dispatch(argv: list[str] | None) -> int:
+def dispatch(argv: list[str]) -> int | None:
     if not argv or argv[0] in ("-h", "--help"):
-        print(HELP)
+        answer(HELP)
         return 0
     name, *rest = argv
     if name not in PROGRAMS:
@@ -50,4 +53,4 @@ def dispatch(argv: list[str] | None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -11,7 +11,7 @@ from mclr.errors import UserError
 from mclr.train.data.dataset import DatasetInfo
 from mclr.train.data.images import MEGAPIXELS
 from mclr.train.data.write import open_or_prepare, prepare_digits, prepare_images
-from mclr.train.system.console import Parser, run_rank
+from mclr.train.system.console import Parser, run_and_exit
 from mclr.train.system.ranks import on_signals, own_device, report_once, world
 from mclr.train.training.launch import end_early
 
@@ -162,4 +162,4 @@ def _show(info: DatasetInfo) -> None:
 
 
 if __name__ == "__main__":
-    run_rank(main)
+    run_and_exit(main)

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mclr.configs.schema import dump, load
-from mclr.train.system.console import Parser, run_rank
+from mclr.train.system.console import Parser, answer, run_and_exit
 from mclr.train.system.ranks import on_signals, report_once, world
 from mclr.train.training.launch import describe, end_early, micro_batch_of, planned, start
 from mclr.train.training.trackers import refuse_missing
@@ -48,6 +48,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "scratch (default: those of the model preset)",
     )
     parser.add_argument("--out", type=Path, metavar="RUN", help="run folder (default: runs/MODEL-OBJECTIVE-DATA)")
+    parser.add_argument(
+        "--no-lock", action="store_true", help="for a file system without locks: start no second run in this folder"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the settings and what they cost, write nothing")
     parser.add_argument(
         "--plan", action="store_true", help="print memory, FLOPs and speed on 1 to 1024 GPUs, read and write nothing"
@@ -82,11 +85,11 @@ def main(argv: list[str] | None = None) -> int:
             micro_batch = micro_batch_of(config, ranks)
             if args.dry_run:
                 if rank == 0:
-                    print(dump(config) + describe(config, ranks, micro_batch, planned(config)))
+                    answer(dump(config) + describe(config, ranks, micro_batch, planned(config)))
                 return 0
         out = args.out or Path("runs") / "-".join(Path(name).stem for name in (args.model, args.objective, args.data))
         given = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank")]
-        return start(config, out, micro_batch, shlex.join(["mclr", "train", *given]))
+        return start(config, out, micro_batch, shlex.join(["mclr", "train", *given]), args.no_lock)
 
 
 def print_plan(args: argparse.Namespace, overrides: list[str]) -> None:
@@ -94,8 +97,8 @@ def print_plan(args: argparse.Namespace, overrides: list[str]) -> None:
 
     config = load(args.model, args.objective, args.data, args.engine, [*published_data(args.model, args.data), *overrides])
     for line in plan(config, args.gpus, args.gpu):
-        print(line, flush=True)
+        answer(line)
 
 
 if __name__ == "__main__":
-    run_rank(main)
+    run_and_exit(main)

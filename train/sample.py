@@ -5,7 +5,6 @@ L tokens of an image.
 """
 
 import argparse
-import os
 import signal
 import sys
 from contextlib import nullcontext
@@ -20,8 +19,8 @@ from mclr.configs.schema import NextScaleModel
 from mclr.errors import UserError
 from mclr.train.sampling.folder import draw, write_dataset, write_npz
 from mclr.train.sampling.generate import find_generator, parse_classes
-from mclr.train.system.console import Parser, run_rank
-from mclr.train.system.ranks import group, on_signals, report_once, world
+from mclr.train.system.console import Parser, run_and_exit
+from mclr.train.system.ranks import group, launched, on_signals, report_once, world
 
 EXAMPLE = """examples:
   mclr sample runs/mine --out samples/mine --per-class 50
@@ -66,9 +65,9 @@ def main(argv: list[str] | None = None) -> int:
                 raise UserError("sample.more_smooth=true makes pictures of no tokens: leave out --dataset, or set it to false")
         count = args.per_class * len(conditions) if args.per_class is not None else 100 if args.count is None else args.count
         # a program whose ranks have met already asks one of them
-        launched = "WORLD_SIZE" in os.environ and not torch.distributed.is_initialized()
-        with group(launched), report_once():
-            draw(config, weights, args.out, conditions, args.seed, count, keep_tokens, shared=launched)
+        shared = launched() and not torch.distributed.is_initialized()
+        with group(shared), report_once():
+            draw(config, weights, args.out, conditions, args.seed, count, keep_tokens, shared=shared)
             if rank == 0 and args.npz:
                 write_npz(args.out)
             if rank == 0 and args.dataset:
@@ -77,4 +76,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_rank(main)
+    run_and_exit(main)

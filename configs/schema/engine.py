@@ -34,5 +34,5 @@ class Engine(Section):
     def here(self) -> Literal["local", "deepspeed"]:
         """The engine of this process: `auto` is deepspeed under a launcher. Not resolved in the config, which outlives the process."""
         if self.kind == "auto":
-            return "deepspeed" if "WORLD_SIZE" in os.environ else "local"
+            return "deepspeed" if os.environ.get("LOCAL_RANK") else "local"
         return self.kind

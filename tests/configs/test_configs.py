@@ -140,10 +140,10 @@ def test_width_and_heads_follow_the_depth():
 
 
 def test_engine_auto_asks_the_process(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     engine = load_with(engine="auto").engine
     assert engine.here() == "local"
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     assert engine.here() == "deepspeed"
     assert load_with(engine="local").engine.here() == "local"
 

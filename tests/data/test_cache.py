@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from launch import as_rank
 from PIL import Image
 from ranks import Trained, tiny
 from safetensors.torch import load_file
@@ -232,9 +233,8 @@ def test_ranks_share_the_files_without_a_word(make, data, vae, monkeypatch):
     make("data.flip=true")
     whole = files(data)
     shutil.rmtree(data / "cache")
-    monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, there in ((1, ["000001.npy", "000003.npy"]), (0, sorted([*(path.name for path in whole), "cache.json", "lock"]))):
-        monkeypatch.setenv("RANK", str(rank))
+        as_rank(monkeypatch, rank, 2)
         status, said = make("data.flip=true")
         assert status == 0 and sorted(path.name for path in folder(data).iterdir()) == there
         assert bool(said) == (rank == 0)
@@ -242,6 +242,7 @@ def test_ranks_share_the_files_without_a_word(make, data, vae, monkeypatch):
     (folder(data) / "cache.json").unlink()
     (folder(data) / "000001.npy").unlink()
     assert f"{folder(data)}: 1 of 5 files are still being made elsewhere" in make("data.flip=true")[1]
+    monkeypatch.delenv("LOCAL_RANK")
     monkeypatch.delenv("WORLD_SIZE")
     make("data.flip=true")
     assert files(data) == whole
@@ -266,7 +267,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(make, data, vae, m
     def full(path, content):
         if len(written) == 2:
             # what write_file does when os.write fails
-            raise mclr.train.system.files._cannot_write(path, OSError(28, "No space left on device"))
+            raise mclr.train.system.files.CannotWrite(path, OSError(28, "No space left on device"))
         written.append(path)
         write(path, content)
 

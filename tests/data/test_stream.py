@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launch import is_alive
+from launch import as_rank, is_alive
 from PIL import Image
 from ranks import tiny
 
@@ -169,8 +169,7 @@ def test_one_shard_serves_any_number_of_readers_and_ranks(tmp_path, monkeypatch)
     monkeypatch.setattr(mclr.train.data.stream, "READERS", 3)
     orders = []
     for rank in (0, 1, 0):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", "2")
+        as_rank(monkeypatch, rank, 2)
         orders.append(Stream(data(f"pipe:cat {tmp_path}/a.tar"), seed=0).batch(0, 90).c_B.tolist())
         assert len(set(orders[-1])) == 10
         readers = [tuple(orders[-1][reader::3]) for reader in range(3)]

@@ -2,16 +2,23 @@
 
 import json
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import mclr.train.engine.checkpoint
+import mclr.train.system.files
+import mclr.train.system.watchdog
 from mclr.errors import UserError
 from mclr.train.engine.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from mclr.train.system.files import CannotWrite, write_tensors
+from mclr.train.system.watchdog import Watchdog
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -78,15 +85,68 @@ def test_training_on_from_an_older_one_replaces_the_damaged(tmp_path):
     assert newest(tmp_path) == (96, []) and names(tmp_path) == ["000000000096"]
 
 
-@pytest.mark.parametrize("function", ["write_json", "save_file"])
+def test_a_checkpoint_is_read_by_safetensors_itself(tmp_path):
+    """Every type that networks have, empty and 0-d tensors, those of other memory layouts; as save_file writes them."""
+    types = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8, torch.bool)
+    tensors = {str(dtype): (torch.randn(3, 2, 5) * 3).to(dtype) for dtype in types}
+    tensors |= {
+        "0-d": torch.tensor(7),
+        "none": torch.empty(0, 3),
+        "layout": torch.randn(1, 3, 4, 4).to(memory_format=torch.channels_last),
+    }
+    write_tensors(tmp_path / "a", tensors, {"std": "0.1"})
+    save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "b", {"std": "0.1"})
+    ours, theirs = load_file(tmp_path / "a"), load_file(tmp_path / "b")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert all(ours[name].dtype == theirs[name].dtype for name in theirs)
+    with safe_open(tmp_path / "a", framework="pt") as file:
+        assert file.metadata() == {"std": "0.1"}
+
+
+class SlowDisk:
+    """A clock that only a disk moves: an fsync takes 6 s for every 64 bytes that were not on the disk. longest: silence of a rank."""
+
+    def __init__(self, patch, folder):
+        self.now, self.longest, self.synced = 0.0, 0.0, {}
+        patch.setattr(mclr.train.system.files, "CHUNK", 64)
+        patch.setattr(mclr.train.system.watchdog.time, "monotonic", lambda: self.now)
+        patch.setattr(os, "fsync", self.wait)
+        self.watchdog = Watchdog(folder, rank=0, ranks=1, timeout=1000)
+
+    def wait(self, file):
+        found = os.fstat(file)
+        if stat.S_ISREG(found.st_mode):
+            self.now += 6 * max(found.st_size - self.synced.get(found.st_ino, 0), 0) / 64
+            self.synced[found.st_ino] = found.st_size
+        self.longest = max(self.longest, self.now - self.watchdog.since)
+
+
+def test_a_slow_disk_is_no_hang(tmp_path, monkeypatch):
+    """A checkpoint is written, verified and read in chunks, each of which the watchdog hears of."""
+    with monkeypatch.context() as patch:
+        disk = SlowDisk(patch, tmp_path)
+        tensors = {"engine": {f"w{i}": torch.full((64,), float(i)) for i in range(4)}, "ema": {"w": torch.ones(64)}}
+        for images in (64, 128):
+            save_checkpoint(tmp_path, images, tensors, {}, {}, keep=1, beat=disk.watchdog.beat)
+        assert disk.now > 200 and disk.longest <= 60, (disk.now, disk.longest)
+        beats = []
+        newest, _ = newest_checkpoint(tmp_path, lambda: beats.append(1))
+        # bytes of five tensors, 64 at a time
+        assert len(beats) >= 5 * 4
+        load_checkpoint(newest, lambda: beats.append(2))
+        assert beats.count(2) == 2
+        disk.watchdog.close()
+
+
+@pytest.mark.parametrize("function", ["write_json", "write_tensors"])
 def test_a_process_killed_while_writing_leaves_nothing_to_read(tmp_path, function):
     save(tmp_path, 64)
     program = f"""
 import os, pathlib, torch
 from mclr.train.engine import checkpoint
 real = checkpoint.{function}
-def killed(*args):
-    real(*args)
+def killed(*args, **options):
+    real(*args, **options)
     os.kill(os.getpid(), 9)
 checkpoint.{function} = killed
 checkpoint.save_checkpoint(pathlib.Path({str(tmp_path)!r}), 128, {{"engine": {{"w": torch.zeros(5)}}}}, {{}}, {{}}, 1)
@@ -98,18 +158,15 @@ checkpoint.save_checkpoint(pathlib.Path({str(tmp_path)!r}), 128, {{"engine": {{"
     assert load_checkpoint(newest_checkpoint(tmp_path)[0])[1] == {"images": 64}
 
 
-@pytest.mark.parametrize("function", ["write_json", "save_file"])
+@pytest.mark.parametrize("function", ["write_json", "write_tensors"])
 def test_a_full_disk_is_told_and_costs_nothing(tmp_path, monkeypatch, function):
     save(tmp_path, 64, keep=1)
-    # as safetensors and our own writer say it
-    error = {"save_file": mclr.train.engine.checkpoint.SafetensorError("I/O error: No space left on device (os error 28)")}
-    full = error.get(function, UserError("cannot write state.json (No space left on device)"))
 
-    def fail(*args):
-        raise full
+    def fail(path, *args, **options):
+        raise CannotWrite(path, OSError(28, "No space left on device"))
 
     monkeypatch.setattr(mclr.train.engine.checkpoint, function, fail)
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.raises(UserError, match=r"checkpoints/000000000128 \(No space left on device\): make room"):
         save(tmp_path, 128, keep=1)
     assert names(tmp_path) == ["000000000064"] and newest(tmp_path) == (64, [])
     assert json.loads((tmp_path / "checkpoints" / "000000000064" / "state.json").read_text()) == {"images": 64}

@@ -11,14 +11,14 @@ PROGRAM = """
 import sys, time
 import torch.distributed as dist
 from mclr.errors import UserError
-from mclr.train.system.console import run_rank
+from mclr.train.system.console import run_and_exit
 from mclr.train.system.ranks import group
 dist.get_backend = lambda: "nccl"
 dist.destroy_process_group = lambda: time.sleep(1000)
 def main(argv):
     with group(True):
         raise {error}
-run_rank(main)
+run_and_exit(main)
 """
 
 

@@ -179,7 +179,7 @@ def test_sigkill_anywhere(begin, whole):
 
 
 @pytest.mark.parametrize(
-    ("name", "nth"), [("score", in_step(4)), ("samples", in_step(2)), ("step", 3), ("save_file", 2), ("write_snapshot", 1)]
+    ("name", "nth"), [("score", in_step(4)), ("samples", in_step(2)), ("step", 3), ("write_tensors", 2), ("write_snapshot", 1)]
 )
 def test_sigterm(name, nth, begin, tick):
     case = begin("SIGTERM", EDM2)

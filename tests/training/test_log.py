@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from launch import as_rank
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -239,7 +240,7 @@ def progress(images, rows, flops, seconds):
 
 def test_figures_are_of_what_passed_since_the_last_line(monkeypatch):
     """Of this rank and two others: the second waits longest, the third holds most."""
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    as_rank(monkeypatch, 0, 3)
     others = torch.tensor([[0.0, 3.0 * 2**30, 4], [1.0, 2**30, 2]], dtype=torch.float64)
 
     def all_reduce(values, op=None):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from launch import ROOT, RUN, environment, is_alive, launcher, of_ours, started, wait_for
+from launch import ROOT, RUN, as_rank, environment, is_alive, launcher, of_ours, started, wait_for
 from ranks import tiny
 from safetensors.torch import load_file, save_file
 from test_data import correct_size, edit_json, rewrite_shard
@@ -257,14 +257,12 @@ def test_a_run_does_not_go_on_from_what_changed_under_its_name(here, digits, tmp
     ],
 )
 def test_a_batch_that_the_ranks_cannot_share(ranks, more, says, here, digits, monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    as_rank(monkeypatch, 0, ranks)
     assert says in refused(edm2_argv(digits, *more), capsys, here)
 
 
 def test_a_rank_that_fails_alone_says_who_it_is(here, monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    as_rank(monkeypatch, 1, 2)
     monkeypatch.setattr(mclr.train.system.ranks, "PATIENCE", 0)
     assert refused(["--model", "edm2-digit"], capsys, here).startswith("rank 1: unknown model edm2-digit")
 
@@ -321,7 +319,8 @@ def test_a_dry_run_of_a_large_model_needs_no_memory(here, tokenizer):
     """310M parameters would be 1.2 GB more than the small model's."""
     program = (
         # not getrusage, whose peak is inherited from the process that starts this one
-        "from mclr.train.bench.step import peak_memory; from mclr.train.cli import main; main(); print(int(peak_memory() * 2**20))"
+        "import sys; from mclr.train.bench.step import peak_memory; from mclr.train.cli import main; "
+        "main(sys.argv[1:]); print(int(peak_memory() * 2**20))"
     )
     peaks = []  # kB
     for model, size in (("var-digits", "(next_scale), 0"), ("var-d16", "(next_scale), 30")):

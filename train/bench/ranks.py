@@ -30,7 +30,7 @@ from mclr.errors import UserError
 from mclr.train.data.write import open_or_prepare
 from mclr.train.engine.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from mclr.train.engine.ema import averages_of
-from mclr.train.system.console import Parser, run_rank
+from mclr.train.system.console import Parser, run_and_exit
 from mclr.train.system.ranks import group, own_device, world
 from mclr.train.training.build import build_networks, build_task, open_source
 from mclr.train.training.step import train_step
@@ -185,4 +185,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_rank(main)
+    run_and_exit(main)

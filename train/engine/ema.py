@@ -5,7 +5,7 @@ have the density p(s) = (gamma + 1) s^gamma / t^(gamma + 1): its standard deviat
 of this run: pretraining, whose weights a fine-tuning begins with, has no share in an average. K snapshots.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from mclr.configs.schema import Train
 from mclr.errors import UserError
-from mclr.train.system.files import write_file
+from mclr.train.system.files import ignore, write_tensors
 
 FARTHEST = 0.1  # most that a reconstructed profile may be off, as a share of its L2 norm
 
@@ -79,16 +78,18 @@ def averages_of(shards: dict[str, Tensor], settings: Train) -> dict[str, EMA]:
     return {name: EMA(shards, std) for name, std in stds.items()}
 
 
-def write_snapshot(run: Path, average: dict[str, Tensor], std: float, images_seen: int) -> None:
-    """Write RUN/snapshots/IMAGES-STD.safetensors: the average in fp16, both numbers beside it; whole or not at all."""
+def write_snapshot(
+    run: Path, average: dict[str, Tensor], std: float, images_seen: int, beat: Callable[[], None] = ignore
+) -> None:
+    """Write RUN/snapshots/IMAGES-STD.safetensors: the average in fp16 and both numbers, whole or not at all."""
     folder = run / "snapshots"
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {folder} ({error.strerror}): make room there, the same command goes on") from error
-    tensors = {name: t.half().contiguous() for name, t in average.items()}
-    data = save(tensors, {"images_seen": str(images_seen), "std": str(std)})
-    write_file(folder / f"{images_seen:012d}-{std:.3f}.safetensors", data)
+    tensors = {name: t.half() for name, t in average.items()}
+    about = {"images_seen": str(images_seen), "std": str(std)}
+    write_tensors(folder / f"{images_seen:012d}-{std:.3f}.safetensors", tensors, about, beat)
 
 
 def rewind_snapshots(run: Path, images_seen: int) -> None:

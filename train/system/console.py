@@ -1,17 +1,20 @@
-"""What all programs say to the user: arguments and errors in one line, exit statuses, progress bars."""
+"""What all commands say to the user: arguments and errors in one line, exit statuses, progress bars."""
 
 import argparse
 import io
 import os
-import select
+import signal
 import sys
 import traceback
 from collections.abc import Callable
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
 from mclr.errors import UserError
+from mclr.train.system.ranks import handle_signals, launched
+
+Main = Callable[[Any], int | None]
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,73 +28,115 @@ class Parser(argparse.ArgumentParser):
         return f"{self.examples}\n\n{super().format_help()}" if self.examples else super().format_help()
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
-        # of which argparse makes empty lists
+        # argparse would make empty lists of a second --
         if list(sys.argv[1:] if args is None else args).count("--") > 1:
             self.error("-- twice: give it once, before what begins with a dash")
         return super().parse_known_args(args, namespace)
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        # so that run() hears of it where nobody reads the help
-        sys.stdout.flush()
+        # argparse ignores that help cannot be written
+        answer("", end="")
         super().exit(status, message)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (`{self.prog} --help` shows the arguments)")
 
 
-def run(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
-    """Exit status of `main(argv)`: 2 after a UserError or a file that cannot be used, 130 after Ctrl-C, each with one line on stderr;
-    141, silently, where nobody reads stdout to its end.
+class Output:
+    """A standard stream that never fails. When it cannot be written (nobody reads the pipe, the disk is full), the rest is dropped.
 
-    None counts as 0.
+    error: why it could not be written, or None.
     """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.error: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, call: Callable[..., Any], *args: str) -> None:
+        try:
+            call(*args)
+        except OSError as error:
+            self.error = error
+            # for the rest, also that of libraries, and what Python flushes at its end
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.stream.fileno())
+            os.close(null)
+
+
+def answer(text: str, end: str = "\n") -> None:
+    """Print what the command was asked for: help, a plan, settings. Raises OSError when it cannot be written."""
+    print(text, end=end, flush=True)
+    if error := getattr(sys.stdout, "error", None):
+        raise error
+
+
+def run(main: Main, argv: list[str] | None = None) -> int:
+    """Exit status of `main(argv)`, where None counts as 0. Errors are one line on stderr.
+
+    2 after a UserError or a file that cannot be used; 130 after Ctrl-C; 141, silently, when nobody reads an answer() to its end.
+    All other output is dropped when it cannot be written, and the work goes on.
+    """
+    before = sys.stdout, sys.stderr
+    # of a stream that was closed (`>&-`) Python makes None
+    out, err = (Output(stream or open(os.devnull, "w")) for stream in before)  # noqa: SIM115 (as long as the process)
+    sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
     # names of files may hold bytes that are no text
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(out.stream, io.TextIOWrapper):
+        out.stream.reconfigure(errors="backslashreplace")
     try:
-        status = main(argv) or 0
-        sys.stdout.flush()
-        return status
+        return main(argv) or 0
     except (UserError, OSError) as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads(sys.stdout):
-            # of what is left for it, Python's own end would complain
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141
-        if isinstance(error, OSError):
-            # of no file: our own mistake
+        if error is out.error:
+            if isinstance(error, BrokenPipeError):
+                return 141
+            error = UserError(f"cannot write to stdout ({error.strerror}): make room, or send it elsewhere")
+        elif isinstance(error, OSError):
+            # an error about no file is our own mistake
             if error.filename is None:
                 raise
             error = UserError(f"cannot use {os.fsdecode(error.filename)} ({error.strerror}): give another, or make it usable")
-        # One line, whatever the message was made of.
+        # one line, whatever the message was made of
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    finally:
+        out.flush()
+        err.flush()
+        sys.stdout, sys.stderr = before
 
 
-def _nobody_reads(stream: TextIO) -> bool:
-    """Whether a stream is a pipe without a reader."""
-    events = select.poll()
-    # errors are told unasked
-    events.register(stream, 0)
-    return bool(events.poll(0))
-
-
-def run_rank(main: Callable[[list[str] | None], int | None]) -> NoReturn:
-    """End this process as run(main) says, at once where it is one of several ranks.
-
-    Python's own end would take down NCCL, which waits for others where one failed, and now and then aborts after gloo.
-    """
-    status = 1
+def run_and_exit(main: Main) -> NoReturn:
+    """Run a command in this process, and end the process with the status that run() tells."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # it was closed: else the next file to be opened, perhaps of a checkpoint, would be stdout for C libraries
+            os.open(os.devnull, os.O_RDWR)
+    status: Any = 1
     try:
         status = run(main)
+    except SystemExit as end:
+        status = end.code
     except Exception:
         traceback.print_exc()
-    if "LOCAL_RANK" in os.environ:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    # the work is done: one more Ctrl-C changes nothing
+    handle_signals(signal.SIG_IGN)
+    if launched():
+        # Python's own end would take down NCCL, which waits for others where one failed, and now and then aborts after gloo
+        os._exit(status or 0)
     sys.exit(status)
 
 

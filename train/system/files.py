@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: written under a temporary name beside the target, then renamed."""
+"""Files and folders that appear whole or not at all: they are written under a temporary name beside the target, then renamed."""
 
 import errno
 import fcntl
@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -18,31 +18,106 @@ from typing import IO, Any
 
 from mclr.errors import UserError
 
+CHUNK = 2**26  # bytes between two beats of a rank that writes or reads
+# how file systems refuse what they cannot do; anything else (EIO, ENOSPC) is a fault
+UNSUPPORTED = {errno.EINVAL, errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTTY, errno.EOPNOTSUPP, errno.ENOLCK}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+# of torch, as safetensors names them
+DTYPES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8",
+}  # fmt: skip
+
+
+class CannotWrite(UserError):
+    """A file or folder cannot be written. reason: why, in a few words."""
+
+    def __init__(self, path: Path, error: OSError):
+        below_a_file = isinstance(error, FileExistsError | NotADirectoryError)
+        self.reason = "it lies below a regular file" if below_a_file else error.strerror
+        super().__init__(
+            f"cannot write {path} ({self.reason}): choose another place, or make this one writable with room to spare"
+        )
+
+
+class NoLocks(OSError):
+    """The file system has no locks."""
+
+
+def ignore() -> None:
+    """The beat of a process that nobody watches."""
+
 
 def write_file(path: str | Path, data: bytes) -> None:
     """Write `data` to `path`, replacing what is there; a crash leaves the old file or the new one, never a part.
 
-    Raises UserError when the folder does not exist, cannot be written or is full.
+    Raises CannotWrite when the folder does not exist, cannot be written or is full.
     """
-    path = Path(path)
+    write_blocks(path, [data])
+
+
+def write_blocks(path: str | Path, blocks: Iterable[Any], beat: Callable[[], None] = ignore) -> str:
+    """As write_file, of what these buffers hold in turn; returns its sha256. beat: called after every CHUNK that is on the disk."""
+    path, digest = Path(path), hashlib.sha256()
     temporary = _temporary(path)
     try:
         with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            for block in blocks:
+                view = memoryview(block)
+                for start in range(0, len(view), CHUNK):
+                    chunk = view[start : start + CHUNK]
+                    digest.update(chunk)
+                    file.write(chunk)
+                    if len(chunk) == CHUNK:
+                        # otherwise all the waiting would come at the end, in one fsync
+                        _flush(file)
+                        beat()
+            _flush(file)
+        beat()
         os.replace(temporary, path)
-        _sync(path.parent)
+        _sync_folder(path.parent)
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise CannotWrite(path, error) from error
     finally:
         with suppress(OSError):
             temporary.unlink()
+    return digest.hexdigest()
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, Any], about: Mapping[str, str] | None = None, beat: Callable[[], None] = ignore
+) -> str:
+    """As write_blocks, of a safetensors file with these tensors and metadata, without a copy of all of them in memory."""
+    import torch
+
+    # safetensors aligns by size
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": dict(about)} if about else {}
+    end = 0
+    for name in order:
+        t = tensors[name]
+        begin, end = end, end + t.numel() * t.element_size()
+        dtype = DTYPES[str(t.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": dtype, "shape": list(t.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+
+    def blocks() -> Iterator[Any]:
+        yield len(text).to_bytes(8, "little") + text
+        for name in order:
+            yield tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+
+    return write_blocks(path, blocks(), beat)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` as UTF-8, by write_file; bytes that are no text, which names of files may hold, as backslashes say them."""
+    """Write `text` as UTF-8, by write_file; undecodable bytes in file names are written as backslash escapes."""
     write_file(path, text.encode(errors="backslashreplace"))
+
+
+def write_json(path: str | Path, obj: Any) -> str:
+    """Write `obj` as indented JSON; returns the file's sha256."""
+    return write_blocks(path, [(json.dumps(obj, indent=2) + "\n").encode()])
 
 
 def in_memory(write: Callable[..., Any], **options: Any) -> bytes:
@@ -52,28 +127,47 @@ def in_memory(write: Callable[..., Any], **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def lock(path: Path, wait: bool = False) -> tuple[IO[str], bool]:
-    """(the file at `path`, made where it is missing and open to be read and appended to; whether its lock is ours until it is closed).
+def lock(path: Path, wait: bool = False, none: bool = False) -> tuple[IO[str], bool]:
+    """Open the file at `path` and try to lock it: (the file, open for reading and appending; whether we hold the lock).
 
-    wait: for another process that has it. Raises OSError when the file cannot be opened.
+    The lock lasts until the file is closed. wait: until another process lets go. none: go on where the file system has no locks, and
+    say so. Raises OSError when the file cannot be opened, and NoLocks.
     """
     file = open(path, "a+")  # noqa: SIM115 (the caller closes it)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return file, False
+    except OSError as error:
+        if not none or error.errno not in UNSUPPORTED:
+            file.close()
+            raise NoLocks(error.errno, error.strerror, str(path)) from error
+        _without("locks", path, error)
     return file, True
 
 
+def try_folder(path: Path) -> None:
+    """Try what checkpoints need in this folder: a folder with a file in it can be renamed. Raises UserError when it cannot."""
+    made = _temporary(path / "any")
+    try:
+        with new_folder(made) as folder:
+            (folder / "file").touch()
+    except CannotWrite as error:
+        raise UserError(
+            f"the file system of {path} cannot rename folders ({error.reason}), as checkpoints need: choose another"
+        ) from error
+    shutil.rmtree(made, ignore_errors=True)
+
+
 def regular(path: Path) -> Path:
-    """The path; OSError where something else than a file is there: a pipe would be waited for, a device has no end."""
+    """The path. Raises OSError when something else than a file is there: reading a pipe would wait, a device has no end."""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
     return path
 
 
 def checksum(path: Path) -> str:
-    """sha256 of a file, which is read once as long as size and time of change stay. Raises UserError when it cannot be read."""
+    """sha256 of a file. It is read once as long as its size and time of change stay. Raises UserError when it cannot be read."""
     try:
         stat = regular(path).stat()
         return _digest(path, stat.st_size, stat.st_mtime_ns)
@@ -83,12 +177,21 @@ def checksum(path: Path) -> str:
 
 @lru_cache
 def _digest(path: Path, size: int, changed: int) -> str:
+    return digest(path)
+
+
+def digest(path: Path, beat: Callable[[], None] = ignore) -> str:
+    """sha256 of a file. beat: called after every CHUNK. Raises OSError."""
+    found = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(CHUNK):
+            found.update(chunk)
+            beat()
+    return found.hexdigest()
 
 
 def cache_folder() -> Path:
-    """Where converted weights and statistics of references are kept between programs. We never empty it.
+    """The folder for what can be made again: converted weights, statistics of real images. We never empty it.
 
     XDG_CACHE_HOME/mclr, else ~/.cache/mclr. A user without a home gets a temporary folder.
     """
@@ -113,24 +216,19 @@ def _temporary_cache() -> Path:
     return folder
 
 
-def write_json(path: str | Path, obj: Any) -> None:
-    """Write `obj` as indented JSON, by write_file."""
-    write_file(path, (json.dumps(obj, indent=2) + "\n").encode())
-
-
 @contextmanager
 def new_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path`; it becomes `path` when the body ends and vanishes when the body raises.
+    """Yield an empty temporary folder beside `path`. It becomes `path` when the body ends, and vanishes when the body raises.
 
-    Parents are made as needed; an empty folder at `path` is replaced; replace: so is one with content, at the end.
-    Raises UserError when `path` is taken, is the current folder, or cannot be made (at the start, before any work), or when the disk
+    Parents are made as needed. An empty folder at `path` is replaced; with replace, so is one with content, at the end.
+    Raises UserError when `path` is taken, is the current folder or cannot be made (at the start, before any work), or when the disk
     is full.
     """
-    # a link to an empty folder stays: what it points to is replaced
+    # a link to an empty folder stays: its target is replaced
     path = Path(os.path.realpath(path))
     try:
         if path.exists() and os.path.samefile(path, "."):
-            # whoever sits in it would sit in a deleted one
+            # the user's shell would be left in a deleted folder
             raise UserError(f"{path} is the folder that you are in: choose another name")
         if path.exists() and not (path.is_dir() and (replace or not any(path.iterdir()))):
             raise UserError(f"{path} exists already: remove it or choose another name")
@@ -139,27 +237,40 @@ def new_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
     except OSError as error:
-        raise _cannot_write(path, error) from error
+        raise CannotWrite(path, error) from error
     try:
         yield temporary
-        for folder, _, names in os.walk(temporary):
-            for name in names:
-                # safetensors lets the owner alone read; as open to others as the folder is
-                os.chmod(Path(folder, name), temporary.stat().st_mode & 0o666)
-                _sync(Path(folder, name))
-            _sync(Path(folder))
+        _settle(temporary)
         if replace and path.exists():
             _swap(temporary, path)
         else:
             os.rename(temporary, path)
-        _sync(path.parent)
+        _sync_folder(path.parent)
     except OSError as error:
         # an error about some other file of the body is not ours to explain
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) or error.filename in (str(temporary), str(path)):
-            raise _cannot_write(path, error) from error
+        if error.errno in FULL or error.filename in (str(temporary), str(path)):
+            raise CannotWrite(path, error) from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _settle(folder: Path) -> None:
+    """Make all below a new folder as open to others as the folder is, and make it survive a power cut."""
+    mode = folder.stat().st_mode & 0o666
+    for below, _, names in os.walk(folder):
+        for name in names:
+            path = Path(below, name)
+            if path.stat().st_mode & 0o777 != mode:
+                try:
+                    os.chmod(path, mode)
+                except OSError as error:
+                    if error.errno not in UNSUPPORTED:
+                        raise
+                    _without("permissions", path, error)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        _sync_folder(Path(below))
 
 
 def _temporary(path: Path) -> Path:
@@ -167,7 +278,7 @@ def _temporary(path: Path) -> Path:
 
 
 def _swap(new: Path, path: Path) -> None:
-    """Put one folder in the place of another, which is removed; between two renames, a crash may leave both beside the place."""
+    """Put one folder in the place of another, which is removed. A crash between the two renames may leave both beside the place."""
     old = _temporary(path)
     os.rename(path, old)
     try:
@@ -178,16 +289,29 @@ def _swap(new: Path, path: Path) -> None:
     shutil.rmtree(old)
 
 
-def _sync(path: Path) -> None:
-    """Make a file, or the names in a folder, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
+def _flush(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """Make the names in a folder survive a power cut, where its file system can."""
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        _without("syncing of folders", path, error)
 
 
-def _cannot_write(path: Path, error: OSError) -> UserError:
-    below_a_file = isinstance(error, FileExistsError | NotADirectoryError)
-    reason = "it lies below a regular file" if below_a_file else error.strerror
-    return UserError(f"cannot write {path} ({reason}): choose another place, or make this one writable with room to spare")
+NAMED: set[str] = set()  # what we have said that we do without
+
+
+def _without(what: str, path: Path, error: OSError) -> None:
+    if what not in NAMED:
+        NAMED.add(what)
+        print(f"the file system of {path} has no {what} ({error.strerror}): going on without", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The pulse of a rank: what it is doing, how long it waited for data, and the end of a run in which one has gone silent."""
+"""The watchdog: it writes down what a rank is doing, and ends a run in which a rank makes no more progress."""
 
 import os
 import sys
@@ -13,17 +13,16 @@ from tqdm import tqdm
 from mclr.errors import UserError
 from mclr.train.system.ranks import PATIENCE
 
-BYTES = 80  # of a pulse, padded: it is overwritten in place
+BYTES = 80  # of a beat, padded: it is overwritten in place
 
 
 class Watchdog:
-    """Writes RUN/pulse/RANK at every change of phase: step, phase and the time, so that any rank, and anybody, can read them.
+    """Writes step, phase and time to RUN/pulse/RANK whenever this rank begins something, for any rank and any user to read.
 
-    waited: seconds spent in phase "data". A thread looks whether this rank has gone on within `timeout` seconds. If not, some rank
-    holds up all: one whose process does not live, else the one in the earliest step, else the one that has been silent longest. Its
-    step and phase are told in one line by the first of the others (by itself where it is alone), and this process ends with status 1,
-    upon which its launcher ends the rest. That a process lives, whatever its main thread waits for, is told by the time of change of
-    its file.
+    waited: seconds spent in phase "data". When this rank has made no progress for `timeout` seconds, a thread picks a culprit (a dead
+    process, else the lowest step, else the longest silent). The lowest other rank prints it in one line (the culprit itself where it is
+    alone) and exits with status 1; the launcher then ends the job. A process is alive while its thread keeps the file's time of change
+    recent, whatever its main thread waits for.
     """
 
     def __init__(self, run: Path, rank: int, ranks: int, timeout: float):
@@ -40,18 +39,25 @@ class Watchdog:
         self.watcher.start()
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """From now on this rank does something else, or the same once more."""
+        """This rank begins something else, or the same once more."""
         now = time.monotonic()
         self.waited += now - self.since if self.phase == "data" else 0.0
         self.phase, self.since = phase, now
         self.step = self.step if step is None else step
         self._write()
 
+    def beat(self) -> None:
+        """This rank makes progress with what it is doing."""
+        self.enter(self.phase)
+
     def close(self) -> None:
         self.enter("ended")
         self.ended.set()
         self.watcher.join()
         os.close(self.file)
+
+    def silent(self) -> bool:
+        return time.monotonic() - self.since > self.timeout
 
     def _write(self) -> None:
         beat = f"{self.step} {self.phase} {datetime.now().astimezone().isoformat(timespec='milliseconds')}"
@@ -63,29 +69,26 @@ class Watchdog:
         while not self.ended.wait(min(self.timeout / 10, 10)):
             with suppress(OSError):
                 os.utime(self.file)
-            if not self._silent():
+            if not self.silent():
                 continue
-            others, told = self._blame()
-            # one voice; whoever else is alive follows if the launcher does not end it
-            if self.rank != others[0] and (self.ended.wait(PATIENCE) or not self._silent()):
+            others, blame = self._blame()
+            # the lowest other rank speaks; the rest follow if the launcher does not end them
+            if self.rank != others[0] and (self.ended.wait(PATIENCE) or not self.silent()):
                 continue
             # not into the line of a progress bar
-            tqdm.write(f"error: {told}: the same command goes on from the newest checkpoint", file=sys.stderr)
+            tqdm.write(f"error: {blame}: the same command goes on from the newest checkpoint", file=sys.stderr)
             sys.stderr.flush()
             # not sys.exit: the main thread waits for somebody and will not hear of it
             os._exit(1)
 
-    def _silent(self) -> bool:
-        return time.monotonic() - self.since > self.timeout
-
     def _blame(self) -> tuple[list[int], str]:
-        """(all ranks but the one that holds them up, or it where it is alone; what to say of it)."""
+        """(all ranks but the culprit, or the culprit where it is alone; what to say of it)."""
         beats = read_beats(self.folder, self.ranks) or {self.rank: (self.step, self.phase, time.time() - self.timeout)}
-        # steps before times: those are of several machines' clocks. Within a step, who waits may have come before who holds up
-        silent = min(beats, key=lambda rank: (self._lives(rank), beats[rank][0], beats[rank][2]))
-        step, phase, then = beats[silent]
-        told = f"rank {silent} has been silent for {time.time() - then:.0f} s, since phase {phase} of step {step}"
-        return [rank for rank in beats if rank != silent] or [silent], told
+        # compare steps first: clocks of machines differ. Within a step the culprit is not always the last to arrive
+        culprit = min(beats, key=lambda rank: (self._lives(rank), beats[rank][0], beats[rank][2]))
+        step, phase, then = beats[culprit]
+        blame = f"rank {culprit} has been silent for {time.time() - then:.0f} s, since phase {phase} of step {step}"
+        return [rank for rank in beats if rank != culprit] or [culprit], blame
 
     def _lives(self, rank: int) -> bool:
         try:
@@ -96,11 +99,11 @@ class Watchdog:
 
 
 def read_beats(folder: Path, ranks: int) -> dict[int, tuple[int, str, float]]:
-    """Rank -> (step, phase, seconds since 1970 when it entered that), of those whose folder this is."""
-    pulses = {}
+    """Rank -> (step, phase, seconds since 1970 of its last beat), of the ranks whose file can be read."""
+    beats = {}
     for rank in range(ranks):
         # not there yet, or not written yet
         with suppress(OSError, ValueError):
             step, phase, then = (folder / f"{rank:05d}").read_text().split()
-            pulses[rank] = (int(step), phase, datetime.fromisoformat(then).timestamp())
-    return pulses
+            beats[rank] = (int(step), phase, datetime.fromisoformat(then).timestamp())
+    return beats

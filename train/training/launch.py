@@ -1,7 +1,6 @@
 """How a training run begins: what it reads is checked, the ranks meet, everything is built, and trained."""
 
 import math
-import os
 import sys
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -9,7 +8,17 @@ from typing import Any, NoReturn
 
 from mclr.configs.schema import DiffusionModel, RunConfig, flatten
 from mclr.errors import UserError
-from mclr.train.system.ranks import Interrupt, collective, gather_objects, group, on_signals, own_device, report_once, world
+from mclr.train.system.ranks import (
+    Interrupt,
+    collective,
+    gather_objects,
+    group,
+    launched,
+    on_signals,
+    own_device,
+    report_once,
+    world,
+)
 
 
 def end_early(number: int, frame: Any) -> NoReturn:
@@ -32,7 +41,7 @@ def micro_batch_of(config: RunConfig, ranks: int) -> int:
         raise UserError(
             f"engine.zero={config.engine.zero} needs a launcher: use `deepspeed train/run.py ...`, or engine.zero=0 engine.offload=false"
         )
-    if config.engine.here() == "deepspeed" and "WORLD_SIZE" not in os.environ:
+    if config.engine.here() == "deepspeed" and not launched():
         raise UserError("engine.kind=deepspeed needs a launcher: use `deepspeed train/run.py ...`, or --engine local")
     share = batch // ranks
     most = min(config.train.micro_batch or share, share)
@@ -40,7 +49,7 @@ def micro_batch_of(config: RunConfig, ranks: int) -> int:
     return max(d for d in divisors if d <= most)
 
 
-def start(config: RunConfig, out: Path, micro_batch: int, command: str) -> int:
+def start(config: RunConfig, out: Path, micro_batch: int, command: str, no_lock: bool = False) -> int:
     """Read what the run reads, meet the other ranks, build and train. Returns what train() returns."""
     import torch
 
@@ -73,7 +82,7 @@ def start(config: RunConfig, out: Path, micro_batch: int, command: str) -> int:
                 source = through_cache(opened(), networks.encoder, config.data, config.model)
                 inputs |= precision_of(source, networks.encoder)
             notes |= {"inputs": inputs} | inherited(config.model.weights)
-            run_folder = RunFolder(out, config, inputs)
+            run_folder = RunFolder(out, config, inputs, no_lock)
             if new_digits:
                 open_or_prepare(config.data.name, config.data.path)
                 source = opened()

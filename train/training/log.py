@@ -11,7 +11,7 @@ from typing import Any
 from mclr.configs.schema import FILE, RunConfig, dump, flatten, load_resolved
 from mclr.errors import UserError
 from mclr.train.engine.checkpoint import MANIFEST, checkpoints
-from mclr.train.system.files import lock, regular, write_file, write_json
+from mclr.train.system.files import NoLocks, lock, regular, try_folder, write_file, write_json
 from mclr.train.training.trackers import Trackers
 
 # may change between one start and the next: they do not decide what is learned; a section ends in a dot
@@ -54,10 +54,10 @@ class RunFolder:
     """A run folder held by this process until it is closed. Raises UserError when it is unwritable, held, or holds another run
     or what no run has written.
 
-    inputs: checksum of each thing that the config names and that could change under its name.
+    inputs: checksum of each thing that the config names and that could change under its name. no_lock: where the file system has none.
     """
 
-    def __init__(self, path: Path, config: RunConfig, inputs: dict[str, str]):
+    def __init__(self, path: Path, config: RunConfig, inputs: dict[str, str], no_lock: bool = False):
         self.path = path
         goes_on = _is_run(path)
         for name in () if goes_on else WRITES:
@@ -69,7 +69,12 @@ class RunFolder:
             _refuse_other(path, config, inputs)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self.lock, mine = lock(path / LOCK)
+            self.lock, mine = lock(path / LOCK, none=no_lock)
+        except NoLocks as error:
+            raise UserError(
+                f"the file system of {path} has no locks ({error.strerror}), which keep two runs apart: choose another place with --out, "
+                "or give --no-lock and start no second run there"
+            ) from error
         except OSError as error:
             raise UserError(f"cannot write the run folder {path} ({error.strerror}): choose another with --out") from error
         if not mine:
@@ -83,6 +88,7 @@ class RunFolder:
         # left by a process of this run that died while writing
         for torn in [*path.glob(".tmp-*"), *path.glob("checkpoints/.tmp-*"), *path.glob("grids/.tmp-*")] if goes_on else []:
             shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
+        try_folder(path)
         write_json(path / INPUTS, inputs)
         write_file(path / FILE, dump(config).encode())
         self.trackers = Trackers(config.train.log_to, path, flatten(config))

@@ -44,7 +44,7 @@ def train(
     """
     rank, _, ranks = world()
     averages = averages_of(task.engine.shards(), settings)
-    progress = resume(task, averages, path, rank)
+    progress = resume(task, averages, path, rank, watchdog.beat)
     if run is not None:
         run.rewind(progress.images)
         rewind_snapshots(path, progress.images)
@@ -69,7 +69,7 @@ def train(
         watchdog.enter("checkpoint")
         if held_out:
             progress.held_out = mle_loss(task, held_out)["mle_loss_val"]
-        save(task, averages, progress, path, settings, rank, notes)
+        save(task, averages, progress, path, settings, notes, watchdog.beat)
 
     share, throughput = settings.batch // ranks, Throughput(vars(progress), peak, task.device)
     begun = checkpointed = progress.images
@@ -125,7 +125,7 @@ def train(
                 preview.draw(progress.images)
             if settings.snapshot_every and (progress.images % settings.snapshot_every < settings.batch or done()):
                 watchdog.enter("snapshot")
-                snapshot(task, averages, settings, progress, path, rank)
+                snapshot(task, averages, settings, progress, path, rank, watchdog.beat)
             if progress.images - checkpointed >= settings.checkpoint_every:
                 checkpoint()
                 checkpointed = progress.images

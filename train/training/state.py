@@ -20,7 +20,8 @@ from mclr.posterior import NoisyPosterior
 from mclr.train.engine.base import Engine, buffers_of
 from mclr.train.engine.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from mclr.train.engine.ema import EMA, write_snapshot
-from mclr.train.system.ranks import collective, from_rank_0
+from mclr.train.system.files import ignore
+from mclr.train.system.ranks import collective, from_rank_0, world
 from mclr.train.training.step import Task
 from mclr.train.weights.folder import describe, save_weights
 
@@ -114,16 +115,16 @@ def flops_of(run: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def resume(task: Task, averages: dict[str, EMA], path: Path, rank: int) -> RunState:
+def resume(task: Task, averages: dict[str, EMA], path: Path, rank: int, beat: Callable[[], None] = ignore) -> RunState:
     """Load the newest whole checkpoint of the run folder, if there is one, into engines and averages. Collective.
 
     Raises UserError when there are checkpoints and none is whole, or when a rank does not see it.
     """
     newest = None
-    with collective():
+    with collective(beat) as working:
         # one rank reads and checks it all
         if rank == 0:
-            newest, damaged = newest_checkpoint(path)
+            newest, damaged = newest_checkpoint(path, working)
             if damaged and newest is None:
                 raise UserError(
                     f"no checkpoint in {path / 'checkpoints'} is whole (newest: {damaged[0].name}): remove that folder to start from "
@@ -139,7 +140,7 @@ def resume(task: Task, averages: dict[str, EMA], path: Path, rank: int) -> RunSt
     with collective():
         if not newest.exists():
             raise UserError(f"{newest} is not seen here: put the run folder on storage that all ranks see")
-        tensors, state = load_checkpoint(newest)
+        tensors, state = load_checkpoint(newest, beat)
         model, engine = tensors["model"], tensors["engine"]
         for name, _ in task.engine.net.named_parameters():
             engine.setdefault(f"weight:{name}", model[name])
@@ -151,30 +152,52 @@ def resume(task: Task, averages: dict[str, EMA], path: Path, rank: int) -> RunSt
     return RunState(**state)
 
 
-def snapshot(task: Task, averages: dict[str, EMA], settings: Train, progress: RunState, path: Path, rank: int) -> None:
+def snapshot(
+    task: Task,
+    averages: dict[str, EMA],
+    settings: Train,
+    progress: RunState,
+    path: Path,
+    rank: int,
+    beat: Callable[[], None] = ignore,
+) -> None:
     """Write one snapshot per width in settings.snapshot_stds. Collective."""
-    whole = {ema.std: task.engine.gather(ema.average) for ema in averages.values() if ema.std in settings.snapshot_stds}
-    with collective():
+    whole = {}
+    for ema in averages.values():
+        if ema.std in settings.snapshot_stds:
+            whole[ema.std] = task.engine.gather(ema.average)
+            beat()
+    with collective(beat) as working:
         if rank == 0:
             for std, average in whole.items():
-                write_snapshot(path, average, std, progress.images)
+                write_snapshot(path, average, std, progress.images, working)
 
 
 def save(
-    task: Task, averages: dict[str, EMA], progress: RunState, path: Path, settings: Train, rank: int, notes: dict[str, Any]
+    task: Task,
+    averages: dict[str, EMA],
+    progress: RunState,
+    path: Path,
+    settings: Train,
+    notes: dict[str, Any],
+    beat: Callable[[], None] = ignore,
 ) -> None:
     """Write a checkpoint; collective, since gathering the engines' states is."""
     engine = task.engine.save()
-    tensors = {"engine": engine} | {name: task.engine.gather(ema.average) for name, ema in averages.items()}
+    tensors = {"engine": engine}
+    for name, ema in averages.items():
+        beat()
+        tensors[name] = task.engine.gather(ema.average)
+    beat()
     if task.posterior_engine is not None:
         tensors["posterior"] = task.posterior_engine.save()
-    with collective():
-        if rank == 0:
+    with collective(beat) as working:
+        if world()[0] == 0:
             # as `mclr sample` and `mclr convert` read weights, and no tensor twice
             average = tensors.pop("ema", None) or taken(engine, "weight:")
             tensors["model"] = average | taken(engine, "buffer:")
             about = describe(task.engine.net, tensors["model"], notes | {"images_seen": progress.images})
-            save_checkpoint(path, progress.images, tensors, vars(progress), about, settings.keep, settings.keep_best)
+            save_checkpoint(path, progress.images, tensors, vars(progress), about, settings.keep, settings.keep_best, working)
 
 
 def taken(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

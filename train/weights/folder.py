@@ -105,7 +105,7 @@ def converted(name: str) -> Path:
     folder = cache / f"{file.stem}-{checksum(file)[:16]}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        held, _ = lock(cache / "lock", wait=True)
+        held, _ = lock(cache / "lock", wait=True, none=True)
     except OSError as error:
         raise UserError(f"cannot write {cache} ({error.strerror}): set XDG_CACHE_HOME to a folder with room to spare") from error
     with held:
