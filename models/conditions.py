@@ -4,23 +4,28 @@ sources: for every new condition c the old one, sources[c], or None = fresh. K o
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
+from mclr.errors import UserError
 from mclr.kernels.magnitude import normalize
 
-VAR_LAYER, EDM2_LAYER = "embed_condition.weight", "condition_linear.weight"
 Sources = Sequence[int | None]
 
 
-def map_conditions(old: Mapping[str, Tensor], fresh: Mapping[str, Tensor], sources: Sources) -> dict[str, Tensor]:
-    """State dict of a VAR or EDM2 -> the same for the new conditions. fresh: of a new network of k conditions."""
-    if VAR_LAYER in old:
-        return dict(old) | {VAR_LAYER: map_rows(old[VAR_LAYER], sources)}
-    return dict(old) | {EDM2_LAYER: map_columns(old[EDM2_LAYER], fresh[EDM2_LAYER], sources)}
+def map_conditions(net: Any, old: Mapping[str, Tensor], sources: Sources) -> dict[str, Tensor]:
+    """State dict of a network of other conditions -> that of `net`, whose own embedding gives the fresh ones.
+
+    Raises UserError for a network that does not say how.
+    """
+    layer = getattr(net, "condition_layer", None)
+    if layer is None:
+        raise UserError(f"a {type(net).__name__} cannot map its conditions: leave out model.class_map")
+    return dict(old) | {layer: net.map_layer(old[layer], net.state_dict()[layer], sources)}
 
 
-def map_rows(old_KD: Tensor, sources: Sources) -> Tensor:
+def map_rows(old_KD: Tensor, fresh_kD: Tensor, sources: Sources) -> Tensor:
     """VAR's class embedding [K+1, D] -> [k+1, D]: mapped rows are copied, the null condition stays the last row.
 
     Fresh rows start as the null condition's: there the network begins unconditional.

@@ -1,14 +1,19 @@
 """Published state dicts into our networks and back: nothing but a translation of names, checked entry by entry."""
 
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mclr.errors import UserError
+from mclr.models.options import SCALES_256, SCALES_512
 
 NameOf = Callable[[str], str | None]  # our parameter or buffer name -> published name; None: not in a published file
+SCALES = (SCALES_256, SCALES_512, (1, 2, 3, 4))  # of tokenizers that are known by the number of their tokens or scales
 NAMED = 3  # faulty entries that an error names
 
 
@@ -52,3 +57,44 @@ def published_entries(net: nn.Module, name_of: NameOf) -> dict[str, Tensor]:
             assert name not in entries, f"two entries are published as {name}"
             entries[name] = tensor
     return entries
+
+
+@dataclass(frozen=True)
+class Published:
+    """How a kind of network is published. mark: an entry that no other kind has. infer: shapes -> the options that they show.
+
+    ignored: endings of entries that we do not keep. constants: options -> the entries among those that published code expects.
+    """
+
+    mark: str
+    infer: Callable[["Shapes"], Any]
+    name_of: NameOf
+    ignored: tuple[str, ...] = ()
+    constants: Callable[[Any], dict[str, Tensor]] = lambda config: {}
+
+
+class Shapes(dict[str, tuple[int, ...]]):
+    """Entry name -> shape of a state dict; a missing name is a LookupError that says so."""
+
+    @staticmethod
+    def of(entries: Mapping[str, Any]) -> "Shapes":
+        return Shapes({name: tuple(t.shape) for name, t in entries.items()})
+
+    def __missing__(self, name: str) -> tuple[int, ...]:
+        raise LookupError(f"{name} is missing")
+
+    def numbers(self, names: str) -> list[int]:
+        """The different numbers at the first # of entries that are named like this, rising; # stands for any number."""
+        pattern = re.escape(names).replace(r"\#", r"(\d+)")
+        found = sorted({int(match[1]) for name in self if (match := re.fullmatch(pattern, name))})
+        if not found:
+            raise LookupError(f"entries like {names} are missing")
+        return found
+
+    def count(self, names: str, times: int = 0) -> int:
+        """How many there are. times: blocks in the network for each; LookupError where its entries are too few for so many."""
+        found = len(self.numbers(names))
+        # a block, with its counterpart in a decoder, has more; names alone must not build a network of any depth
+        if 8 * times * found > len(self):
+            raise LookupError(f"{times * found} blocks in {len(self)} entries, some are missing")
+        return found

@@ -13,7 +13,6 @@ Input scaling, embedding, log-variance, weight normalisation and all RMS statist
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,49 +24,22 @@ from mclr.errors import UserError
 from mclr.kernels.magnitude import mp_silu, mp_sum, norm_silu, normalize, scale_silu, sum_clip
 from mclr.kernels.weight_norm import used_weights
 from mclr.models.blocks import MPConv, MPFourier, mp_cat, running, trunk_dtype
-
-
-@dataclass(frozen=True)
-class EDM2Config:
-    """Every option of the network; the defaults are the published size S. References are to arXiv 2312.02696."""
-
-    # fmt: off
-    img_resolution:     int                             # H = W, of pixels or latents; halved at every level after the first
-    img_channels:       int                             # C
-    num_classes:        int                             # conditions; 0 builds an unconditional network
-    # Width and depth (Figure 21)
-    model_channels:     int             = 192           # unit of all widths
-    channel_mult:       tuple[int, ...] = (1, 2, 3, 4)  # width of each level, in units
-    channel_mult_noise: int | None      = None          # width of the noise features, in units; None: that of the first level
-    channel_mult_emb:   int | None      = None          # width E of the embedding, in units; None: that of the widest level
-    num_blocks:         int             = 3             # blocks per level of the encoder; the decoder has one more
-    attn_resolutions:   tuple[int, ...] = (16, 8)       # levels whose blocks attend
-    channels_per_head:  int             = 64            # d
-    # Balance of what is joined: share t of the second operand
-    label_balance:      float           = 0.5           # noise and condition embedding (Eq. 88)
-    concat_balance:     float           = 0.5           # decoder activation and encoder skip (Eq. 103)
-    res_balance:        float           = 0.3           # main path and residual branch (Eq. 88)
-    attn_balance:       float           = 0.3           # main path and attention (Eq. 88)
-    # Regularity
-    dropout:            float           = 0.0           # in the residual branch; 0.1 from size M up
-    clip_act:           float           = 256.0         # activations are clipped to +-clip_act after every block
-    # Input scaling (Karras et al. 2022, Table 1) and learned uncertainty (Eq. 21)
-    sigma_data:         float           = 0.5           # standard deviation of the data
-    logvar_channels:    int             = 128           # width of the noise features of the log-variance
-    # fmt: on
-
-    def __post_init__(self) -> None:
-        halvings = len(self.channel_mult) - 1
-        if self.img_resolution % 2**halvings:
-            raise UserError(f"img_resolution {self.img_resolution} cannot be halved {halvings} times; shorten channel_mult")
+from mclr.models.conditions import map_columns
+from mclr.models.convert import Published, Shapes
+from mclr.models.options import EDM2Config
 
 
 class EDM2(nn.Module):
     """Noisy image, noise level, condition -> what the denoised image is made of, log-variance of its error (Figure 21)."""
 
+    condition_layer, map_layer = "condition_linear.weight", staticmethod(map_columns)
+
     def __init__(self, config: EDM2Config):
         super().__init__()
         self.config = config
+        halvings = len(config.channel_mult) - 1
+        if config.img_resolution % 2**halvings:
+            raise UserError(f"img_resolution {config.img_resolution} cannot be halved {halvings} times; shorten channel_mult")
         unit, resolutions = config.model_channels, [config.img_resolution >> i for i in range(len(config.channel_mult))]
         levels = [
             (f"{resolution}x{resolution}", unit * mult, resolution in config.attn_resolutions)
@@ -295,7 +267,7 @@ def double(x: Tensor) -> Tensor:
 
 
 # The published name of a top-level entry, where it differs from ours.
-PUBLISHED = {
+RENAMES = {
     "noise_fourier": "unet.emb_fourier",
     "noise_linear": "unet.emb_noise",
     "condition_linear": "unet.emb_label",
@@ -309,4 +281,26 @@ PUBLISHED = {
 def edm2_published_name(name: str) -> str:
     """Name of one of our parameters or buffers -> its name in the published state dicts."""
     top, dot, rest = name.partition(".")
-    return PUBLISHED.get(top, top) + dot + rest.replace("attention.", "attn_")
+    return RENAMES.get(top, top) + dot + rest.replace("attention.", "attn_")
+
+
+def infer_edm2(shape: Shapes) -> EDM2Config:
+    resolutions = shape.numbers("unet.enc.#x#_block0.conv_res1.weight")[::-1]
+    widths = [shape[f"unet.enc.{r}x{r}_block0.conv_res1.weight"][0] for r in resolutions]
+    emb, noise = shape["unet.emb_noise.weight"]
+    unit = math.gcd(*widths, emb, noise)
+    return EDM2Config(
+        img_resolution=resolutions[0],
+        img_channels=shape["unet.out_conv.weight"][0],
+        num_classes=shape["unet.emb_label.weight"][1] if "unet.emb_label.weight" in shape else 0,
+        model_channels=unit,
+        channel_mult=tuple(width // unit for width in widths),
+        channel_mult_noise=None if noise == widths[0] else noise // unit,
+        channel_mult_emb=None if emb == max(widths) else emb // unit,
+        num_blocks=shape.count(f"unet.enc.{resolutions[0]}x{resolutions[0]}_block#.conv_res1.weight", times=len(resolutions)),
+        attn_resolutions=tuple(r for r in resolutions if f"unet.enc.{r}x{r}_block0.attn_qkv.weight" in shape),
+        logvar_channels=shape["logvar_fourier.freqs"][0],
+    )
+
+
+PUBLISHED = Published("unet.out_gain", infer_edm2, edm2_published_name)

@@ -8,44 +8,15 @@ neighbours, on the rank or on a training flag.
 
 import difflib
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mclr.errors import UserError
+from mclr.models.options import ImageClassifierConfig, NoiseClassifierConfig
 
 CONVNEXT_SMALLEST = 16  # pixels of a side that its stem and three stages can halve
-
-
-@dataclass(frozen=True)
-class ImageClassifierConfig:
-    """channels times channel_mult gives the width at each resolution, finest first (multiples of 8); the last one is D.
-
-    The defaults suit 8 x 8 digits (D = 64, 77k parameters); channel_mult_for gives what suits other images.
-    """
-
-    img_channels: int
-    num_classes: int
-    channels: int = 32
-    channel_mult: tuple[int, ...] = (1, 2)
-
-
-@dataclass(frozen=True)
-class NoiseClassifierConfig:
-    """As ImageClassifierConfig; sigma_data is the standard deviation of the clean data, emb_channels is E (even).
-
-    backbone: a ConvNeXt by timm's name instead of our blocks; channels and channel_mult say nothing then.
-    """
-
-    img_channels: int
-    num_classes: int
-    channels: int = 32
-    channel_mult: tuple[int, ...] = (1, 2)
-    emb_channels: int = 32
-    sigma_data: float = 0.5
-    backbone: str | None = None
 
 
 def channel_mult_for(resolution: int) -> tuple[int, ...]:

@@ -1,70 +1,82 @@
-"""The list of networks: what each kind is, which configuration builds it, and the words of its model card.
+"""The list of networks: what each kind is, which options build it, and the words of its model card. Without torch.
 
-To add a network: one file in models/, one entry here, a YAML in configs/model/. A network may also have these methods; whoever
-needs one asks for it by name, and a network without it does without:
+To add a network: one file in models/, its options without torch (like models/options.py), one entry here, a YAML in configs/model/ that
+says model.kind. A network may also have what stands in this table; whoever needs it asks by name, and a network without does without:
 
-| method | for |
+| attribute | for |
 | --- | --- |
-| magnitude_preserving() -> list of parameters | weights that training keeps at unit magnitude (mclr.project) |
-| fold() | constant weights are computed once, before sampling |
+| magnitude_preserving() -> list of parameters | weights whose rows training keeps at unit magnitude (mclr.project) |
+| fold() | constants of frozen weights are computed once, before sampling; there is no way back |
 | blocks | modules that run one after the other: compiled and gathered one at a time |
+| activation_checkpointing | set to true, backward computes the activations inside every block again |
+| tokens, tokens_of(*inputs, cache=None) | tokens of a whole row, and of each row of a call: a row cut short costs its share |
+| condition_layer, map_layer(old, fresh, sources) | the weight that embeds the conditions, and the same for others (models/conditions.py) |
 """
 
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
-from torch import nn
-
-from mclr.models.edm2 import EDM2, EDM2Config
-from mclr.models.features import ImageClassifier, ImageClassifierConfig, NoiseClassifier, NoiseClassifierConfig
-from mclr.models.var import VAR, VARConfig
-from mclr.models.vqvae import VQVAE, VQVAEConfig
+from mclr.models.options import EDM2Config, ImageClassifierConfig, NoiseClassifierConfig, VARConfig, VQVAEConfig
 
 
 @dataclass(frozen=True)
 class Network:
     """One kind of network.
 
-    net, config: its class and the dataclass that builds it. about, use: what its model card says, the latter a command.
+    place: "module:class", imported when it is asked for; the class takes the config as its one argument and keeps it as `config`. A module
+    whose networks others publish holds PUBLISHED, a models.convert.Published.
+    config: dataclass of its options, which does not import torch. about, use: what its model card says, the latter a command.
     paradigm: of generators, diffusion or next_scale: what the network answers as (mclr/diffusion.py, mclr/next_scale.py).
     """
 
-    net: type[nn.Module]
+    place: str
     config: type
     about: str
     use: str
     paradigm: str | None = None
 
+    @property
+    def net(self) -> Any:
+        """The class of the network."""
+        module, _, name = self.place.partition(":")
+        return getattr(import_module(module), name)
+
+    @property
+    def published(self) -> Any:
+        """How its published state dicts are named and recognised (models.convert.Published); None where there are none."""
+        return getattr(import_module(self.place.partition(":")[0]), "PUBLISHED", None)
+
 
 NETWORKS: dict[str, Network] = {
     "edm2": Network(
-        EDM2,
+        "mclr.models.edm2:EDM2",
         EDM2Config,
         "An EDM2 diffusion network",
         "mclr sample FOLDER --model {model} --data {data} --out samples/mine",
         paradigm="diffusion",
     ),
     "var": Network(
-        VAR,
+        "mclr.models.var:VAR",
         VARConfig,
         "A VAR next-scale network",
         "mclr sample FOLDER --model {model} --data {data} --out samples/mine model.tokenizer={tokenizer}",
         paradigm="next_scale",
     ),
     "vqvae": Network(
-        VQVAE,
+        "mclr.models.vqvae:VQVAE",
         VQVAEConfig,
         "A multi-scale VQVAE, the tokenizer of VAR networks",
         "mclr train --model MODEL --data {data} model.tokenizer=FOLDER",
     ),
     "image_classifier": Network(
-        ImageClassifier,
+        "mclr.models.features:ImageClassifier",
         ImageClassifierConfig,
         "A classifier of images, the judge of samples",
         "mclr evaluate SAMPLES --reference {data} --judge FOLDER",
     ),
     "noise_classifier": Network(
-        NoiseClassifier,
+        "mclr.models.features:NoiseClassifier",
         NoiseClassifierConfig,
         "A classifier of noisy images, the posterior of diffusion runs",
         "mclr train --model MODEL --data {data} model.posterior.weights=FOLDER",
@@ -72,16 +84,16 @@ NETWORKS: dict[str, Network] = {
 }
 
 
-def kind_of(net: nn.Module) -> str:
-    """The kind of a network, a key of NETWORKS. Raises ValueError for a class that is not there."""
+def kind_of(net: Any) -> str:
+    """The kind of a network, a key of NETWORKS, told by its options. Raises ValueError for options that are not there."""
     for kind, network in NETWORKS.items():
-        if network.net is type(net):
+        if network.config is type(net.config):
             return kind
     raise ValueError(f"{type(net).__name__} is not in models/registry.py: add a line for it")
 
 
-def forced_weights(net: Any) -> list[nn.Parameter]:
-    """The weights that training keeps at unit magnitude; none of most networks."""
+def forced_weights(net: Any) -> list[Any]:
+    """The weights that training keeps at unit magnitude, parameters; none of most networks."""
     return net.magnitude_preserving() if hasattr(net, "magnitude_preserving") else []
 
 
@@ -89,3 +101,8 @@ def fold(net: Any) -> None:
     """Compute the constants of a network's weights, once and for all, before it is sampled; nothing for most networks."""
     if hasattr(net, "fold"):
         net.fold()
+
+
+def share_of(net: Any, *inputs: Any, cache: Any = None) -> float:
+    """What each row of a call of this network costs, as a share of a whole row; 1 unless its tokens are cut short or cached."""
+    return net.tokens_of(*inputs, cache=cache) / net.tokens if hasattr(net, "tokens_of") else 1.0

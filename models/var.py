@@ -16,9 +16,8 @@ Legend: B samples, R rows, L tokens of all scales, l tokens of one call, E code 
 """
 
 import math
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,24 +27,9 @@ from torch import Tensor, nn
 from mclr.kernels.modulated_norm import gated_norm, modulated_norm
 from mclr.kernels.token_logp import token_logp, wide_linear
 from mclr.models.blocks import running, trunk_dtype
-
-
-@dataclass(frozen=True)
-class VARConfig:
-    """Published sizes: embed_dim 64 * depth, num_heads depth; shared_aln and larger scales at 512 px (d36-s)."""
-
-    num_classes: int
-    depth: int
-    embed_dim: int
-    num_heads: int
-    patch_nums: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # side length of each scale, in tokens
-    vocab_size: int = 4096
-    z_channels: int = 32  # width of a code vector
-    mlp_ratio: float = 4.0
-    shared_aln: bool = False
-    attn_l2_norm: bool = True
-    norm_eps: float = 1e-6
-    drop_path: float = 0.0  # stochastic depth of the last block, rising linearly from 0; published training: 0.1 * depth / 24
+from mclr.models.conditions import map_rows
+from mclr.models.convert import SCALES, Published, Shapes
+from mclr.models.options import VARConfig
 
 
 class KVCache:
@@ -174,12 +158,14 @@ class Head(nn.Linear):
 class VAR(nn.Module):
     """(teacher inputs, condition) -> what predicts every token given all coarser scales. Null condition: index num_classes."""
 
+    condition_layer, map_layer = "embed_condition.weight", staticmethod(map_rows)
+
     def __init__(self, config: VARConfig):
         super().__init__()
         self.config = config
         D, sides = config.embed_dim, config.patch_nums
         self.ends = list(accumulate(side**2 for side in sides))  # tokens up to and including each scale
-        L = self.tokens = self.ends[-1]  # of a whole row: engines count rows cut short by their share
+        L = self.tokens = self.ends[-1]
         self.embed_code = nn.Linear(config.z_channels, D)
         self.embed_condition = nn.Embedding(config.num_classes + 1, D)
         self.embed_scale = nn.Embedding(len(sides), D)
@@ -208,7 +194,7 @@ class VAR(nn.Module):
         and extends the cache. A call holds whole scales, one or several.
         """
         start = cache.length if cache else 0
-        end = start + teacher_BlE.shape[1] + (start == 0)
+        end = start + self.tokens_of(teacher_BlE, cache=cache)
         assert start in [0, *self.ends] and end in self.ends, f"tokens {start}..{end} are not whole scales of {self.ends}"
         condition_RD = self.embed_condition(c_R)
         first_RD = condition_RD + self.first_token[0]
@@ -236,6 +222,9 @@ class VAR(nn.Module):
         scale_RD, shift_RD = self.head_modulation(active_RD).chunk(2, dim=-1)
         _, h_RlD = stream.norm(scale_RD, shift_RD, self.config.norm_eps, trunk_dtype(stream.x))
         return h_RlD, self.head
+
+    def tokens_of(self, *inputs: Any, cache: KVCache | None = None) -> int:
+        return inputs[0].shape[1] + (cache is None or cache.length == 0)
 
     def new_cache(self, rows: int) -> KVCache:
         """An empty cache for `rows` rows; create it under the autocast setting of the calls that use it."""
@@ -302,3 +291,31 @@ def var_published_name(name: str) -> str:
     for ours, published in RENAMES:
         name = name.replace(ours, published)
     return name
+
+
+def infer_var(shape: Shapes) -> VARConfig:
+    _, L, D = shape["pos_1LC"]
+    l2_norm = "blocks.0.attn.scale_mul_1H11" in shape
+    return VARConfig(
+        num_classes=shape["class_emb.weight"][0] - 1,
+        depth=shape.count("blocks.#.attn.mat_qkv.weight", times=1),
+        embed_dim=D,
+        num_heads=shape["blocks.0.attn.scale_mul_1H11"][1] if l2_norm else D // 64,
+        patch_nums=next((s for s in SCALES if sum(side**2 for side in s) == L), ()),
+        vocab_size=shape["head.weight"][0],
+        z_channels=shape["word_embed.weight"][1],
+        mlp_ratio=shape["blocks.0.ffn.fc1.weight"][0] / D,
+        shared_aln="shared_ada_lin.1.weight" in shape,
+        attn_l2_norm=l2_norm,
+    )
+
+
+def var_constants(config: VARConfig) -> dict[str, Tensor]:
+    """Scale of every token [1, L], additive attention mask [1, 1, L, L], and the keys' bias, zero."""
+    scale_L = torch.tensor([k for k, side in enumerate(config.patch_nums) for _ in range(side**2)])
+    mask_LL = torch.where(scale_L[:, None] >= scale_L, 0.0, -torch.inf)
+    zeros = {f"blocks.{i}.attn.zero_k_bias": torch.zeros(config.embed_dim) for i in range(config.depth)}
+    return {"lvl_1L": scale_L[None], "attn_bias_for_masking": mask_LL[None, None], **zeros}
+
+
+PUBLISHED = Published("pos_1LC", infer_var, var_published_name, IGNORED, var_constants)

@@ -11,7 +11,6 @@ Feature maps (f, f_hat, h) are [B, E, side, side] with the side of the last scal
 
 import math
 import re
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,22 +18,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mclr.errors import UserError
-
-
-@dataclass(frozen=True)
-class VQVAEConfig:
-    """The defaults are the published tokenizer at 256 px; at 512 px only the scales differ."""
-
-    img_channels: int = 3
-    ch: int = 160  # channels of the highest resolution
-    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)  # channels of each resolution in units of ch; each step halves the size
-    num_res_blocks: int = 2  # per resolution in the encoder, one more in the decoder
-    z_channels: int = 32  # width of a code vector
-    vocab_size: int = 4096
-    scales: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # side of each scale; the last is the side of the feature map
-    share_quant_resi: int = 4  # number of phi convolutions that the scales share
-    quant_resi: float = 0.5  # share of phi's convolution in its output
-    beta: float = 0.25  # weight of the commitment term
+from mclr.models.convert import SCALES, Published, Shapes
+from mclr.models.options import VQVAEConfig
 
 
 def norm(channels: int) -> nn.GroupNorm:
@@ -275,3 +260,27 @@ def vqvae_published_name(name: str) -> str:
     for ours, published in RENAMES:
         name = re.sub(ours, published, name)
     return name
+
+
+def infer_vqvae(shape: Shapes) -> VQVAEConfig:
+    levels = shape.count("encoder.down.#.block.0.conv1.weight")
+    widths = [shape[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)]
+    num_scales = shape["quantize.ema_vocab_hit_SV"][0] if "quantize.ema_vocab_hit_SV" in shape else len(VQVAEConfig.scales)
+    return VQVAEConfig(
+        img_channels=shape["encoder.conv_in.weight"][1],
+        ch=math.gcd(*widths),
+        ch_mult=tuple(width // math.gcd(*widths) for width in widths),
+        num_res_blocks=shape.count("encoder.down.0.block.#.conv1.weight", times=levels),
+        z_channels=shape["quantize.embedding.weight"][1],
+        vocab_size=shape["quantize.embedding.weight"][0],
+        scales=next((s for s in SCALES if len(s) == num_scales), ()),
+        share_quant_resi=shape.count("quantize.quant_resi.qresi_ls.#.weight"),
+    )
+
+
+def vqvae_constants(config: VQVAEConfig) -> dict[str, Tensor]:
+    """How often each code was used at each scale in training, which we do not record."""
+    return {"quantize.ema_vocab_hit_SV": torch.zeros(len(config.scales), config.vocab_size)}
+
+
+PUBLISHED = Published("quantize.embedding.weight", infer_vqvae, vqvae_published_name, IGNORED, vqvae_constants)

@@ -12,12 +12,14 @@ import torch
 
 from mclr.configs.schema import FILE
 from mclr.errors import UserError
-from mclr.models.convert import to_published
+from mclr.models.convert import Shapes, to_published
+from mclr.models.options import SCALES_512, TRAINING
+from mclr.models.registry import NETWORKS
 from mclr.train.engine.ema import reconstruct
 from mclr.train.system.console import Parser, run
 from mclr.train.system.files import write_file
 from mclr.train.weights.folder import convert_published, find_weights, load_net, notes_of, read_config, save_weights
-from mclr.train.weights.published import FAMILIES, READABLE, SCALES_512, SUFFIXES, TRAINING, Shapes
+from mclr.train.weights.published import READABLE, SUFFIXES
 
 EXAMPLE = f"""examples:
   mclr convert var_d16.pth weights/var-d16                  published -> ours
@@ -118,11 +120,12 @@ def to_average(run: Path, dst: Path, std: float, force: bool) -> None:
 def to_file(src: str, dst: Path) -> None:
     """Weights folder (or bundled name) -> published state dict in fp32, with the constants that published code expects."""
     described = read_config(find_weights(src))
-    family = next((family for family in FAMILIES if family.kind == described["kind"]), None)
+    kind = NETWORKS[described["kind"]]
+    family = kind.published
     if family is None:
-        known = ", ".join(family.kind for family in FAMILIES)
+        known = ", ".join(name for name, each in NETWORKS.items() if each.published)
         raise UserError(f"weights {src} hold a network of kind {described['kind']}: only {known} have a published form")
-    net = load_net(src, family.kind)
+    net = load_net(src, described["kind"])
     config: Any = net.config
     state_dict = to_published(net, family.name_of) | family.constants(config)
     if dst.suffix == ".safetensors":
@@ -132,7 +135,7 @@ def to_file(src: str, dst: Path) -> None:
         torch.save(state_dict, buffer)
         data = buffer.getvalue()
     write_file(dst, data)
-    print(f"{dst}: {len(state_dict)} entries with the published names of {family.net.__name__}")
+    print(f"{dst}: {len(state_dict)} entries with the published names of {kind.net.__name__}")
     inferred, own = dataclasses.asdict(family.infer(Shapes.of(state_dict))), dataclasses.asdict(config)
     hidden = [f"'{key}={json.dumps(own[key])}'" for key in own if own[key] != inferred[key] and key not in TRAINING]
     if hidden:

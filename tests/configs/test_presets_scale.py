@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from test_encoders import save_tiny_vae
 
 from mclr.configs.schema import PRESETS
+from mclr.models.options import SCALES_512
 from mclr.models.vqvae import VQVAE, VQVAEConfig
 from mclr.train.cli import main
 from mclr.train.weights.folder import save_weights
-from mclr.train.weights.published import SCALES_512
 
 IMAGES, BATCH, STEPS = 8, 4, 3
 # narrow and shallow, with the levels, attention, scales, dropout, precision and classifier's kind of the preset

@@ -4,8 +4,9 @@ import pytest
 import torch
 from toy import logits_of
 
+from mclr.errors import UserError
 from mclr.kernels.magnitude import normalize
-from mclr.models.conditions import EDM2_LAYER, VAR_LAYER, map_columns, map_conditions, map_rows
+from mclr.models.conditions import map_columns, map_conditions, map_rows
 from mclr.models.edm2 import EDM2, EDM2Config
 from mclr.models.var import VAR, VARConfig
 
@@ -19,7 +20,7 @@ def edm2(num_classes, seed):
             if p.ndim == 0:
                 p.fill_(0.7)
             # an average of weights is shorter than they are
-            p.mul_(0.6 if name == EDM2_LAYER else 1)
+            p.mul_(0.6 if name == EDM2.condition_layer else 1)
     return net
 
 
@@ -29,13 +30,13 @@ def var(num_classes, seed):
 
 
 def carried(old, new, sources):
-    new.load_state_dict(map_conditions(old.state_dict(), new.state_dict(), sources))
+    new.load_state_dict(map_conditions(new, old.state_dict(), sources))
     return new
 
 
 def test_rows_are_copied_fresh_ones_start_as_the_null_row_which_stays_last():
     old_KD = torch.arange(8.0).reshape(4, 2)  # 3 conditions and the null condition
-    assert torch.equal(map_rows(old_KD, [2, None, 0, 2]), old_KD[[2, 3, 0, 2, 3]])
+    assert torch.equal(map_rows(old_KD, old_KD, [2, None, 0, 2]), old_KD[[2, 3, 0, 2, 3]])
 
 
 def test_a_mapped_var_answers_as_before_and_a_fresh_condition_as_without_condition():
@@ -58,7 +59,7 @@ def test_a_mapped_edm2_embedding_is_divided_by_the_row_rms_and_null_stays_null()
     old = edm2(3, 0)
     new = carried(old, edm2(5, 1), [2, None, 0, None, None])
     # what training does first; the network itself divides by the same RMS
-    r_E = new.state_dict()[EDM2_LAYER].square().mean(1).sqrt()
+    r_E = new.state_dict()[EDM2.condition_layer].square().mean(1).sqrt()
     assert (r_E - 1).abs().max() > 0.1
     columns = {c: torch.eye(5)[[c]] * 5**0.5 for c in range(5)}
     for here, there in ((0, 2), (2, 0)):
@@ -78,9 +79,14 @@ def test_a_permutation_changes_nothing_but_the_order():
         torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("net", "layer"), [(edm2, EDM2_LAYER), (var, VAR_LAYER)])
-def test_nothing_else_is_touched(net, layer):
-    old, fresh = net(3, 0).state_dict(), net(4, 1).state_dict()
-    mapped = map_conditions(old, fresh, [None] * 4)
+@pytest.mark.parametrize("make", [edm2, var])
+def test_nothing_else_is_touched(make):
+    old, new = make(3, 0).state_dict(), make(4, 1)
+    mapped, fresh, layer = map_conditions(new, old, [None] * 4), new.state_dict(), new.condition_layer
     assert mapped.keys() == fresh.keys() and mapped[layer].shape == fresh[layer].shape != old[layer].shape
     assert all(torch.equal(mapped[name], old[name]) for name in old if name != layer)
+
+
+def test_a_network_that_does_not_say_how_is_refused_in_a_line():
+    with pytest.raises(UserError, match=r"a Linear cannot map its conditions: leave out model\.class_map"):
+        map_conditions(torch.nn.Linear(1, 1), {}, [None])

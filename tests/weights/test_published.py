@@ -15,9 +15,10 @@ import torch
 from golden_weights import FOLDER, load_golden, rule_weights
 
 from mclr.errors import UserError
-from mclr.models.convert import NAMED, to_published
+from mclr.models.convert import NAMED, Shapes, to_published
 from mclr.models.edm2 import EDM2Config, edm2_published_name
-from mclr.train.weights.published import FAMILIES, Shapes, read_published, read_state_dict, size_of
+from mclr.models.registry import NETWORKS
+from mclr.train.weights.published import read_published, read_state_dict, size_of
 
 _, ARGUMENTS, NAMES = load_golden("edm2_tiny.npz")
 TINY = rule_weights(NAMES)
@@ -119,7 +120,7 @@ CONTRADICTIONS = {
     "label_dim": ({"label_dim": 1000}, {}, "records label_dim 1000, but its weights have 10"),
     "img_resolution": ({"img_resolution": 32}, {}, "records img_resolution 32, but its weights have 16"),
     "attn_resolutions": ({"attn_resolutions": [16, 8]}, {}, "records attn_resolutions [16, 8], but its weights have [8]"),
-    "model_channels": ({"model_channels": 1 << 30}, {}, "records channels"),
+    "model_channels": ({"model_channels": 64}, {}, "records channels [64, 128], but its weights have [32, 64]"),
     "levels": ({"channel_mult": [1, 2, 4]}, {}, "records channels [32, 64, 128], but its weights have [32, 64]"),
     "noise": ({"channel_mult_noise": 3}, {}, "records noise channels 96, but its weights have 32"),
     "embedding": ({"channel_mult_emb": 3}, {}, "records embedding channels 96, but its weights have 64"),
@@ -162,7 +163,7 @@ def test_every_published_size_is_called_by_its_name():
     sizes = json.loads(gzip.decompress((FOLDER / "published_names.json.gz").read_bytes()))
     for name, shapes in sizes.items():
         shapes = Shapes({entry: tuple(shape) for entry, shape in shapes.items()})
-        family = next(family for family in FAMILIES if family.mark in shapes)
+        family = next(p for p in (each.published for each in NETWORKS.values()) if p and p.mark in shapes)
         assert size_of(family.infer(shapes)) == name.partition("@")[0]
 
 

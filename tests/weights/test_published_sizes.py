@@ -12,11 +12,12 @@ from test_encoders import save_tiny_vae
 from mclr.configs.schema import PRESETS, load
 from mclr.models.convert import published_entries
 from mclr.models.edm2 import EDM2, EDM2Config
+from mclr.models.options import SCALES_256, SCALES_512
+from mclr.models.registry import NETWORKS, kind_of
 from mclr.models.vqvae import VQVAE, VQVAEConfig
 from mclr.train.run import main
 from mclr.train.training.networks import build_classifier, build_encoder, build_guide, build_net, build_paradigm
 from mclr.train.weights.folder import save_weights
-from mclr.train.weights.published import FAMILIES, SCALES_256, SCALES_512
 
 with gzip.open(FOLDER / "published_names.json.gz") as stored:
     NAMES = {
@@ -90,7 +91,7 @@ def load_with(argv: list[str], *overrides: str):
 
 def assert_published(net, name: str):
     """Names and shapes, constants included, are those of the published state dict: no fewer and no more."""
-    family = next(family for family in FAMILIES if family.net is type(net))
+    family = NETWORKS[kind_of(net)].published
     ours = published_entries(net, family.name_of) | family.constants(net.config)
     assert {name: tuple(tensor.shape) for name, tensor in ours.items()} == NAMES[name]
 

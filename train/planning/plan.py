@@ -37,14 +37,14 @@ import torch
 
 from mclr.configs.schema import DiffusionModel, RunConfig
 from mclr.errors import UserError
-from mclr.models.vqvae import VQVAE, VQVAEConfig
+from mclr.models.options import SCALES_256, SCALES_512, VQVAEConfig
+from mclr.models.vqvae import VQVAE
 from mclr.train.data.encoders import RGB, BareLatents, Encoder, Tokens
 from mclr.train.engine.zero import bucket_of
 from mclr.train.planning.footprint import Model
 from mclr.train.system.gpus import GPU, GPUS, NODE, gpu_named
 from mclr.train.training.build import LARGE
 from mclr.train.training.networks import build_encoder
-from mclr.train.weights.published import SCALES_256, SCALES_512
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)  # of GPUs, where none is asked for
 MOST = 1024

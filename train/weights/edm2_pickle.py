@@ -4,18 +4,17 @@ Their modules keep attributes as torch's do, and record what their constructors 
 which they carry too, is never looked at.
 """
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from mclr.models.edm2 import EDM2Config
+from mclr.models.options import EDM2Config, fits, hints_of
 from mclr.train.weights.unpickler import Module, View, refuse
 
 LONGEST = 200  # letters of an entry's name; EDM2's have 36
 MANY = 2000  # parts of a network, or entries of one part; a published EDM2 has about 250
-MOST = 16  # levels; EDM2 has 4
 # EDM2's arguments and our options: the same names, but for one
-ARGUMENTS = {field.name: field for field in dataclasses.fields(EDM2Config)}
+HINTS = hints_of(EDM2Config)
+ARGUMENTS = {name: name for name in HINTS}
 ARGUMENTS["label_dim"] = ARGUMENTS.pop("num_classes")
 WITHOUT_EFFECT = ("use_fp16", "resample_filter")  # a matter of the run; checked to be the only one that we have
 
@@ -71,11 +70,11 @@ def recorded_edm2(network: Module, shown: EDM2Config) -> EDM2Config:
         # 0 heads: a block without attention
         if type(heads) is type(width) is int and heads > 0:
             records.append({"channels_per_head": width // heads})
-        for name, field in ARGUMENTS.items():
+        for name, option in ARGUMENTS.items():
             for value in (record[name] for record in records if name in record):
-                value = _option(field, value)
-                if found.setdefault(field.name, value) != value:
-                    refuse(f"records both {found[field.name]} and {value} as {name}")
+                value = _option(option, value)
+                if found.setdefault(option, value) != value:
+                    refuse(f"records both {found[option]} and {value} as {name}")
         for value in (record["resample_filter"] for record in records if "resample_filter" in record):
             if type(value) is not list or value != [1, 1]:
                 refuse("records another resample_filter than this EDM2 has, [1, 1]", "give another file")
@@ -87,24 +86,12 @@ def recorded_edm2(network: Module, shown: EDM2Config) -> EDM2Config:
     return result
 
 
-def _option(field: dataclasses.Field, value: Any) -> Any:
+def _option(name: str, value: Any) -> Any:
     """A recorded value as the config wants it. Raises Refused for what no network can have."""
-    value = tuple(value) if type(value) is list and len(value) <= MOST else value
-    if field.type is float:
-        # balances and dropout are shares
-        least, most = (1e-6, 1e6) if field.name in ("sigma_data", "clip_act") else (0, 1)
-        fits = type(value) in (int, float) and least <= value <= most
-    elif field.type == tuple[int, ...]:
-        fits = type(value) is tuple and (field.name != "attn_resolutions") <= len(value) <= MOST and all(map(_is_count, value))
-    else:
-        fits = _is_count(value, least=field.name != "num_classes") or (value is None and field.default is None)
-    if not fits:
-        refuse(f"records a {field.name} that no EDM2 has")
-    return float(value) if field.type is float else value
-
-
-def _is_count(value: Any, least: int = 1) -> bool:
-    return type(value) is int and least <= value < 1 << 31
+    value = tuple(value) if type(value) is list else value
+    if not fits(value, HINTS[name]):
+        refuse(f"records a {name} that no EDM2 has")
+    return float(value) if type(getattr(EDM2Config, name, None)) is float else value
 
 
 def _shown_by_shapes(config: EDM2Config) -> dict[str, Any]:

@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,17 +17,16 @@ import mclr.models
 from mclr.configs import schema
 from mclr.errors import UserError
 from mclr.models.conditions import Sources, map_conditions
+from mclr.models.options import TRAINING, fits, hints_of
 from mclr.models.registry import NETWORKS, kind_of
 from mclr.train.system.files import cache_folder, checksum, lock, new_folder, regular, write_json, write_text
 from mclr.train.system.hub import SCHEME, fetch
 from mclr.train.weights.model_card import card
-from mclr.train.weights.published import TRAINING, read_published
+from mclr.train.weights.published import read_published
 
 BUNDLED = Path(mclr.models.__file__).parent / "weights"
 OWN = ("kind", "config", "parameters")  # entries of config.json that follow from the network; the others are notes
 WEIGHTS = ("model.weights", "model.tokenizer", "model.posterior.weights", "sample.guide")  # settings that name weights
-DEPTHS = ("num_blocks", "depth", "num_res_blocks", "share_quant_resi")
-MOST_BLOCKS = 100
 MOST = 3  # differences that an error names
 IMAGES = "give data of their images by --data"
 TOKENS = "give the tokenizer that they were trained with, model.tokenizer=WEIGHTS"
@@ -203,10 +201,10 @@ def load_net(name: str, kind: str) -> nn.Module:
     if described["kind"] != kind:
         raise UserError(f"weights {name} hold a network of kind {described['kind']}, not {kind}: choose other weights")
     config_class, net_class = NETWORKS[kind].config, NETWORKS[kind].net
-    hints, settings = get_type_hints(config_class), settings_of(described)
+    hints, settings = hints_of(config_class), settings_of(described)
     try:
         for key, value in settings.items():
-            if key in hints and not (_is(value, hints[key]) and (key not in DEPTHS or value <= MOST_BLOCKS)):
+            if key in hints and not fits(value, hints[key]):
                 raise ValueError(f"{key} {value!r:.40}")
         # without memory first: it may be of any size
         with torch.device("meta"):
@@ -221,17 +219,6 @@ def load_net(name: str, kind: str) -> nn.Module:
     return net.eval()
 
 
-def _is(value: Any, hint: Any) -> bool:
-    """Whether a setting of config.json is of the type that its network declares."""
-    if hint is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_is(entry, get_args(hint)[0]) for entry in value)
-    if get_args(hint):
-        return any(_is(value, each) for each in get_args(hint))
-    return type(value) is hint and (hint is not int or 0 <= value < 2**31)
-
-
 def load_into(net: nn.Module, folder: Path, sources: Sources | None = None) -> None:
     """Copy a weights folder into a network of the same architecture. Raises UserError naming the first differences.
 
@@ -240,7 +227,7 @@ def load_into(net: nn.Module, folder: Path, sources: Sources | None = None) -> N
     refuse_misfit(net, folder, any_conditions=sources is not None)
     tensors, state = read_tensors(folder), net.state_dict()
     if sources is not None:
-        tensors = map_conditions(tensors, state, sources)
+        tensors = map_conditions(net, tensors, sources)
     _refuse_others(state, tensors, folder)
     net.load_state_dict(tensors)
 

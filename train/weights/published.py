@@ -9,9 +9,7 @@ L tokens of all scales; D width.
 import dataclasses
 import json
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +19,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mclr.errors import UserError
-from mclr.models import var, vqvae
-from mclr.models.convert import NameOf, load_published, to_published
-from mclr.models.edm2 import EDM2, EDM2Config, edm2_published_name
-from mclr.models.var import VAR, VARConfig, var_published_name
-from mclr.models.vqvae import VQVAE, VQVAEConfig, vqvae_published_name
+from mclr.models.convert import Shapes, load_published, to_published
+from mclr.models.options import EDM2Config, VARConfig, VQVAEConfig
+from mclr.models.registry import NETWORKS, Network
 from mclr.train.weights import unpickler as pickles
 from mclr.train.weights.edm2_pickle import LONGEST, MANY, entries_of, recorded_edm2
 from mclr.train.weights.unpickler import Module, Refused, View, refuse
@@ -35,9 +31,6 @@ READABLE = (*SUFFIXES, ".pkl")
 WRAPPERS = ("ema", "net", "model", "state_dict")  # under which checkpoints keep a network
 MAX_HEADER = 4 << 20  # bytes of what a safetensors file says of its entries; published: 0.1 MB
 WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
-SCALES = (SCALES_256, SCALES_512, (1, 2, 3, 4))
 EDM2_SIZES = {64: "xxs", 128: "xs", 192: "s", 256: "m", 320: "l", 384: "xl", 448: "xxl"}  # by model_channels
 EDM2_LICENCE = "published EDM2 weights and all weights made from them: CC BY-NC-SA 4.0, not for commercial use"
 
@@ -49,11 +42,11 @@ def read_published(src: Path, settings: Sequence[str] = ()) -> tuple[nn.Module, 
     """
     entries, pickled = _read(src)
     family = family_of(entries, src)
-    kind = family.net.__name__  # type: ignore[attr-defined]
+    kind, published = family.net.__name__, family.published
     try:
-        config = family.infer(Shapes.of(entries))
+        config = published.infer(Shapes.of(entries))
         likely = size_of(config)
-        if pickled is not None and family.kind == "edm2":
+        if pickled is not None and family.config is EDM2Config:
             config = recorded_edm2(pickled, config)
     except Refused as error:
         raise UserError(f"{src} {error}") from error
@@ -61,7 +54,7 @@ def read_published(src: Path, settings: Sequence[str] = ()) -> tuple[nn.Module, 
         raise UserError(f"{src}: {error}") from error
     except (LookupError, ValueError, ZeroDivisionError) as error:
         raise UserError(f"{src} is no whole {kind}: {error}; copy it again, or give another file") from error
-    if pickled is not None and settings and family.kind == "edm2":
+    if pickled is not None and settings and family.config is EDM2Config:
         raise UserError(f"{src} records the options of its network: leave out {settings[0]}")
     for setting in settings:
         config = changed(config, setting)
@@ -78,21 +71,21 @@ def read_published(src: Path, settings: Sequence[str] = ()) -> tuple[nn.Module, 
         raise UserError(f"{src} is no whole {kind}: {error}; copy it again, or give another file") from error
     try:
         shapes = {name: torch.empty(t.shape, device="meta") for name, t in entries.items()}
-        load_published(skeleton, shapes, family.name_of, family.ignored)
+        load_published(skeleton, shapes, published.name_of, published.ignored)
     except UserError as error:
         raise UserError(f"{src} looks like {likely}, but {error}") from error
-    for name in to_published(skeleton, family.name_of):
+    for name in to_published(skeleton, published.name_of):
         if entries[name].dtype not in WEIGHTS:
             raise UserError(f"{src}: {name} holds {entries[name].dtype}, no weights: get the file in fp16, bf16 or fp32")
     net = family.net(config)
-    for name, weight in to_published(net, family.name_of).items():
+    for name, weight in to_published(net, published.name_of).items():
         # one by one: a copy of the whole file would be as large as the network
         weight.copy_(_tensor(entries[name]))
         if not weight.isfinite().all():
             raise UserError(
                 f"{src}: {name} holds NaN or infinite numbers: copy the file again, or give weights of an earlier step"
             )
-    return net, {"licence": EDM2_LICENCE} if family.kind == "edm2" else {}
+    return net, {"licence": EDM2_LICENCE} if family.config is EDM2Config else {}
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -196,58 +189,6 @@ def the_network(content: Any) -> Any:
     return found.popitem()[1]
 
 
-def infer_var(shape: "Shapes") -> VARConfig:
-    _, L, D = shape["pos_1LC"]
-    l2_norm = "blocks.0.attn.scale_mul_1H11" in shape
-    return VARConfig(
-        num_classes=shape["class_emb.weight"][0] - 1,
-        depth=shape.count("blocks.#.attn.mat_qkv.weight", times=1),
-        embed_dim=D,
-        num_heads=shape["blocks.0.attn.scale_mul_1H11"][1] if l2_norm else D // 64,
-        patch_nums=next((s for s in SCALES if sum(side**2 for side in s) == L), ()),
-        vocab_size=shape["head.weight"][0],
-        z_channels=shape["word_embed.weight"][1],
-        mlp_ratio=shape["blocks.0.ffn.fc1.weight"][0] / D,
-        shared_aln="shared_ada_lin.1.weight" in shape,
-        attn_l2_norm=l2_norm,
-    )
-
-
-def infer_vqvae(shape: "Shapes") -> VQVAEConfig:
-    levels = shape.count("encoder.down.#.block.0.conv1.weight")
-    widths = [shape[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)]
-    num_scales = shape["quantize.ema_vocab_hit_SV"][0] if "quantize.ema_vocab_hit_SV" in shape else len(SCALES_256)
-    return VQVAEConfig(
-        img_channels=shape["encoder.conv_in.weight"][1],
-        ch=math.gcd(*widths),
-        ch_mult=tuple(width // math.gcd(*widths) for width in widths),
-        num_res_blocks=shape.count("encoder.down.0.block.#.conv1.weight", times=levels),
-        z_channels=shape["quantize.embedding.weight"][1],
-        vocab_size=shape["quantize.embedding.weight"][0],
-        scales=next((s for s in SCALES if len(s) == num_scales), ()),
-        share_quant_resi=shape.count("quantize.quant_resi.qresi_ls.#.weight"),
-    )
-
-
-def infer_edm2(shape: "Shapes") -> EDM2Config:
-    resolutions = shape.numbers("unet.enc.#x#_block0.conv_res1.weight")[::-1]
-    widths = [shape[f"unet.enc.{r}x{r}_block0.conv_res1.weight"][0] for r in resolutions]
-    emb, noise = shape["unet.emb_noise.weight"]
-    unit = math.gcd(*widths, emb, noise)
-    return EDM2Config(
-        img_resolution=resolutions[0],
-        img_channels=shape["unet.out_conv.weight"][0],
-        num_classes=shape["unet.emb_label.weight"][1] if "unet.emb_label.weight" in shape else 0,
-        model_channels=unit,
-        channel_mult=tuple(width // unit for width in widths),
-        channel_mult_noise=None if noise == widths[0] else noise // unit,
-        channel_mult_emb=None if emb == max(widths) else emb // unit,
-        num_blocks=shape.count(f"unet.enc.{resolutions[0]}x{resolutions[0]}_block#.conv_res1.weight", times=len(resolutions)),
-        attn_resolutions=tuple(r for r in resolutions if f"unet.enc.{r}x{r}_block0.attn_qkv.weight" in shape),
-        logvar_channels=shape["logvar_fourier.freqs"][0],
-    )
-
-
 def size_of(config: Any) -> str:
     """What a network of this size is likely to be: the name of the published one where there is one."""
     if isinstance(config, VARConfig):
@@ -260,42 +201,8 @@ def size_of(config: Any) -> str:
     return f"edm2-img{512 if config.img_channels == 4 else 64}-{size}"
 
 
-def var_constants(config: VARConfig) -> dict[str, Tensor]:
-    """Scale of every token [1, L], additive attention mask [1, 1, L, L], and the keys' bias, zero."""
-    scale_L = torch.tensor([k for k, side in enumerate(config.patch_nums) for _ in range(side**2)])
-    mask_LL = torch.where(scale_L[:, None] >= scale_L, 0.0, -torch.inf)
-    zeros = {f"blocks.{i}.attn.zero_k_bias": torch.zeros(config.embed_dim) for i in range(config.depth)}
-    return {"lvl_1L": scale_L[None], "attn_bias_for_masking": mask_LL[None, None], **zeros}
-
-
-def vqvae_constants(config: VQVAEConfig) -> dict[str, Tensor]:
-    """How often each code was used at each scale in training, which we do not record."""
-    return {"quantize.ema_vocab_hit_SV": torch.zeros(len(config.scales), config.vocab_size)}
-
-
-@dataclass(frozen=True)
-class Family:
-    """One kind of published network. mark: an entry that no other kind has. ignored: endings of entries that we do not keep."""
-
-    kind: str
-    net: Callable[..., nn.Module]
-    mark: str
-    infer: Callable[["Shapes"], Any]
-    name_of: NameOf
-    ignored: tuple[str, ...] = ()
-    constants: Callable[[Any], dict[str, Tensor]] = lambda config: {}
-
-
-FAMILIES = (
-    Family("var", VAR, "pos_1LC", infer_var, var_published_name, var.IGNORED, var_constants),
-    Family("vqvae", VQVAE, "quantize.embedding.weight", infer_vqvae, vqvae_published_name, vqvae.IGNORED, vqvae_constants),
-    Family("edm2", EDM2, "unet.out_gain", infer_edm2, edm2_published_name),
-)
-TRAINING = ("dropout", "drop_path", "beta")  # settings that say nothing about the network in use
-
-
-def family_of(entries: Mapping[str, View | Tensor], path: Path) -> Family:
-    family = next((family for family in FAMILIES if family.mark in entries), None)
+def family_of(entries: Mapping[str, View | Tensor], path: Path) -> Network:
+    family = next((each for each in NETWORKS.values() if each.published and each.published.mark in entries), None)
     if family is None:
         names = ", ".join(list(entries)[:3])
         raise UserError(
@@ -330,30 +237,3 @@ def changed(config: Any, setting: str) -> Any:
         example = ", as in [1, 2, 3, 4]" if wanted is tuple else ""
         raise UserError(f"{setting!r}: {key} must be like {json.dumps(fields[key])}{example}")
     return dataclasses.replace(config, **{key: value})
-
-
-class Shapes(dict[str, tuple[int, ...]]):
-    """Entry name -> shape of a state dict; a missing name is a LookupError that says so."""
-
-    @staticmethod
-    def of(entries: Mapping[str, View | Tensor]) -> "Shapes":
-        return Shapes({name: tuple(t.shape) for name, t in entries.items()})
-
-    def __missing__(self, name: str) -> tuple[int, ...]:
-        raise LookupError(f"{name} is missing")
-
-    def numbers(self, names: str) -> list[int]:
-        """The different numbers at the first # of entries that are named like this, rising; # stands for any number."""
-        pattern = re.escape(names).replace(r"\#", r"(\d+)")
-        found = sorted({int(match[1]) for name in self if (match := re.fullmatch(pattern, name))})
-        if not found:
-            raise LookupError(f"entries like {names} are missing")
-        return found
-
-    def count(self, names: str, times: int = 0) -> int:
-        """How many there are. times: blocks in the network for each; LookupError where its entries are too few for so many."""
-        found = len(self.numbers(names))
-        # a block, with its counterpart in a decoder, has more; names alone must not build a network of any depth
-        if 8 * times * found > len(self):
-            raise LookupError(f"{times * found} blocks in {len(self)} entries, some are missing")
-        return found

@@ -1,0 +1,205 @@
+"""The options of every network, with their ranges. Without torch, so that a configuration is checked before anything heavy is imported.
+
+What a run decides by its data and its encoder (GIVEN, below) comes first in each class; a preset sets the rest as model.net.
+"""
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True)
+class Within:
+    """The range of a number, or the length of a list. pydantic reads it through __get_pydantic_core_schema__."""
+
+    gt: float | None = None
+    ge: float | None = None
+    lt: float | None = None
+    le: float | None = None
+    min_length: int | None = None
+    max_length: int | None = None
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> dict[str, Any]:
+        # a list in YAML is a tuple here, also where types are strict
+        strict = {"strict": False} if get_origin(source) is tuple else {}
+        return handler(source) | strict | {name: bound for name, bound in vars(self).items() if bound is not None}
+
+    def holds(self, value: Any) -> bool:
+        """Whether a number, or the length of a tuple, is in the range."""
+        if isinstance(value, tuple):
+            return (self.min_length or 0) <= len(value) <= (math.inf if self.max_length is None else self.max_length)
+        low = (self.gt is None or value > self.gt) and (self.ge is None or value >= self.ge)
+        return low and (self.lt is None or value < self.lt) and (self.le is None or value <= self.le)
+
+
+Size = Annotated[int, Within(gt=0, le=2**16)]  # of images and layers
+Blocks = Annotated[int, Within(gt=0, le=100)]
+Conditions = Annotated[int, Within(ge=0, lt=2**31)]
+Positive = Annotated[float, Within(gt=0)]
+Fraction = Annotated[float, Within(ge=0, le=1)]
+Dropout = Annotated[float, Within(ge=0, lt=1)]
+Sizes = Annotated[tuple[Size, ...], Within(min_length=1, max_length=16)]
+MaybeSizes = Annotated[tuple[Size, ...], Within(max_length=16)]
+
+SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # sides of the published token maps
+SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+
+# what the data, the encoder and the paradigm of a run decide of its network
+GIVEN = {
+    "diffusion": ("img_resolution", "img_channels", "num_classes", "sigma_data"),
+    "next_scale": ("num_classes", "vocab_size", "z_channels", "patch_nums"),
+}
+TRAINING = ("dropout", "drop_path", "beta")  # options that matter in training alone
+
+
+class Options:
+    """Base of the options of a network."""
+
+    @staticmethod
+    def misfits(net: Any, side: int | None) -> Iterator[str]:
+        """What keeps options that are fine one by one from making a network; each text begins with the key under model.net, or "side".
+
+        net: holds the options of model.net as attributes. side: of the samples, in cells; None: they are tokens.
+        """
+        yield from ()
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value, lists as tuples, is of the type and in the range that an option declares."""
+    kind, *rest = get_args(hint) or (hint,)
+    if get_origin(hint) is Annotated:
+        return fits(value, kind) and (value is None or all(each.holds(value) for each in rest))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(fits(entry, kind) for entry in value)
+    if rest:
+        return any(fits(value, each) for each in (kind, *rest))
+    if hint is float:
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return type(value) is hint
+
+
+def hints_of(options: type) -> dict[str, Any]:
+    """Name -> type with its range, of every option."""
+    hints = get_type_hints(options, include_extras=True)
+    return {each.name: hints[each.name] for each in fields(options)}
+
+
+@dataclass(frozen=True)
+class EDM2Config(Options):
+    """EDM2; the defaults are the published size S. References are to arXiv 2312.02696."""
+
+    # fmt: off
+    img_resolution:     Size                        # H = W, of pixels or latents; halved at every level after the first
+    img_channels:       Size                        # C
+    num_classes:        Conditions                  # 0 builds an unconditional network
+    # Width and depth (Figure 21)
+    model_channels:     Size        = 192           # unit of all widths
+    channel_mult:       Sizes       = (1, 2, 3, 4)  # width of each level, in units
+    channel_mult_noise: Size | None = None          # width of the noise features, in units; None: that of the first level
+    channel_mult_emb:   Size | None = None          # width E of the embedding, in units; None: that of the widest level
+    num_blocks:         Blocks      = 3             # blocks per level of the encoder; the decoder has one more
+    attn_resolutions:   MaybeSizes  = (16, 8)       # levels whose blocks attend
+    channels_per_head:  Size        = 64            # d
+    # Balance of what is joined: share t of the second operand
+    label_balance:      Fraction    = 0.5           # noise and condition embedding (Eq. 88)
+    concat_balance:     Fraction    = 0.5           # decoder activation and encoder skip (Eq. 103)
+    res_balance:        Fraction    = 0.3           # main path and residual branch (Eq. 88)
+    attn_balance:       Fraction    = 0.3           # main path and attention (Eq. 88)
+    # Regularity
+    dropout:            Dropout     = 0.0           # in the residual branch; 0.1 from size M up
+    clip_act:           Positive    = 256.0         # activations are clipped to +-clip_act after every block
+    # Input scaling (Karras et al. 2022, Table 1) and learned uncertainty (Eq. 21)
+    sigma_data:         Positive    = 0.5           # standard deviation of the data
+    logvar_channels:    Size        = 128           # width of the noise features of the log-variance
+    # fmt: on
+
+    @staticmethod
+    def misfits(net: Any, side: int | None) -> Iterator[str]:
+        assert side is not None
+        halvings = len(net.channel_mult) - 1
+        if side % 2**halvings:
+            yield f"side {side} cannot be halved {halvings} times, as the entries of model.net.channel_mult ask"
+            return
+        channels = {side >> level: net.model_channels * mult for level, mult in enumerate(net.channel_mult)}
+        have = ", ".join(map(str, channels))
+        for resolution in net.attn_resolutions:
+            if resolution not in channels:
+                yield f"attn_resolutions: {resolution} is not a resolution of this net ({have})"
+        # the middle of the net always has attention
+        for resolution in {*net.attn_resolutions, side >> halvings} & channels.keys():
+            if channels[resolution] % net.channels_per_head:
+                yield (
+                    f"channels_per_head={net.channels_per_head} must divide the {channels[resolution]} channels "
+                    f"at resolution {resolution}"
+                )
+
+
+@dataclass(frozen=True)
+class VARConfig(Options):
+    """VAR. Published sizes: shared_aln and larger scales at 512 px (d36-s)."""
+
+    num_classes: Conditions
+    depth: Blocks
+    # not set by a preset: width 64 * depth, as many heads as depth
+    embed_dim: Size = field(metadata={"follows": lambda net: 64 * net.get("depth", 1)})
+    num_heads: Size = field(metadata={"follows": lambda net: net.get("depth", 1)})
+    patch_nums: Sizes = SCALES_256  # side length of each scale, in tokens
+    vocab_size: Size = 4096
+    z_channels: Size = 32  # width of a code vector
+    mlp_ratio: Positive = 4.0
+    shared_aln: bool = False
+    attn_l2_norm: bool = True
+    norm_eps: Positive = 1e-6
+    drop_path: Dropout = 0.0  # stochastic depth of the last block, rising linearly from 0; published training: 0.1 * depth / 24
+
+    @staticmethod
+    def misfits(net: Any, side: int | None) -> Iterator[str]:
+        if net.embed_dim % net.num_heads:
+            yield f"embed_dim={net.embed_dim} must be a multiple of num_heads={net.num_heads}"
+
+
+@dataclass(frozen=True)
+class VQVAEConfig(Options):
+    """VAR's tokenizer. The defaults are the published one at 256 px; at 512 px only the scales differ."""
+
+    img_channels: Size = 3
+    ch: Size = 160  # channels of the highest resolution
+    ch_mult: Sizes = (1, 1, 2, 2, 4)  # channels of each resolution in units of ch; each step halves the size
+    num_res_blocks: Blocks = 2  # per resolution in the encoder, one more in the decoder
+    z_channels: Size = 32  # width of a code vector
+    vocab_size: Size = 4096
+    scales: Sizes = SCALES_256  # side of each scale; the last is the side of the feature map
+    share_quant_resi: Blocks = 4  # number of phi convolutions that the scales share
+    quant_resi: Fraction = 0.5  # share of phi's convolution in its output
+    beta: Positive = 0.25  # weight of the commitment term
+
+
+@dataclass(frozen=True)
+class ImageClassifierConfig(Options):
+    """channels times channel_mult gives the width at each resolution, finest first (multiples of 8); the last one is D.
+
+    The defaults suit 8 x 8 digits (D = 64, 77k parameters); models.features.channel_mult_for gives what suits other images.
+    """
+
+    img_channels: Size
+    num_classes: Conditions
+    channels: Size = 32
+    channel_mult: Sizes = (1, 2)
+
+
+@dataclass(frozen=True)
+class NoiseClassifierConfig(Options):
+    """As ImageClassifierConfig; sigma_data is the standard deviation of the clean data, emb_channels is E (even).
+
+    backbone: a ConvNeXt by timm's name instead of our blocks; channels and channel_mult say nothing then.
+    """
+
+    img_channels: Size
+    num_classes: Conditions
+    channels: Size = 32
+    channel_mult: Sizes = (1, 2)
+    emb_channels: Size = 32
+    sigma_data: Positive = 0.5
+    backbone: str | None = None
