@@ -218,7 +218,7 @@ def test_a_target_that_cannot_be_written_is_one_line(tmp_path, capsys):
     for argv, line in [
         ((tmp_path / "a.pth", tmp_path / "judge"), "exists already"),
         ((tmp_path / "judge", tmp_path / "a.pth"), "exists already"),
-        ((tmp_path / "judge", tmp_path / "b.pth"), "kind image_classifier: only var, vqvae, edm2 have a published form"),
+        ((tmp_path / "judge", tmp_path / "b.pth"), "kind image_classifier: only edm2, var, vqvae have a published form"),
         ((tmp_path / "none", tmp_path / "b.pth"), "no weights at"),
         ((tmp_path / "judge", tmp_path / "b.pth", "depth=2"), "depth=2 has no effect"),
         ((tmp_path / "judge", tmp_path / "b", "depth=2", "--half"), "depth=2 has no effect"),
