@@ -1,4 +1,4 @@
-"""The report of a tour: tables, figures, one page."""
+"""The report of a tour: tables, a figure per model, one page that holds all of it."""
 
 import base64
 import json
@@ -8,13 +8,18 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from mclr.errors import UserError
-from mclr.train.studies.curves import WEIGHTS, curves_figure, dict_of, list_of, number_of
-from mclr.train.system.files import regular, write_file, write_text
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
-# Row -> its name in the tables; its weight, where it has one: key in results.json and symbol.
+from mclr.errors import UserError
+from mclr.train.system.files import in_memory, regular, write_file, write_text
+
+# row -> its name in the tables
 ROWS = {"base": "base", "control": "control (more mle)", "cfg": "control + CFG", "mclr": "MCLR"}
-# Key in results.json, heading (↑ higher is better, ↓ lower is better), format; None: three significant digits, a judge sets the scale.
+# row -> the key of its weight in results.json, and its symbol
+WEIGHTS = {"cfg": ("gamma", "γ"), "mclr": ("lam", "λ")}
+# key in results.json, heading (↑ higher is better, ↓ lower is better), format; None: three significant digits
 METRICS = [
     ("accuracy", "class accuracy ↑", ".3f"),
     ("fd", "FD ↓", None),
@@ -26,6 +31,9 @@ METRICS = [
     ("forwards_per_image", "forwards per image ↓", "g"),
 ]
 HEADINGS = ["model", *(heading for _, heading, _ in METRICS), "images/s ↑"]
+# Okabe and Ito's blue and vermilion, which every kind of colour vision tells apart; the markers differ as well
+STYLES = {"cfg": ("#0072B2", "o"), "mclr": ("#D55E00", "s"), "base": ("#6B7280", "D"), "control": ("#6B7280", "^")}
+INK = "#1F2937"
 LEGEND = """Values are mean ± standard deviation over repeated sampling, speeds the median with the range of the runs; – is not
 measured. <em>base</em>: the model that fine-tuning starts from. <em>control</em>: base fine-tuned by plain maximum likelihood
 with the compute that MCLR took, which is enough for more images. <em>CFG</em>: the control, sampled with classifier-free guidance
@@ -52,156 +60,190 @@ def load_results(folder: Path) -> dict[str, Any]:
     try:
         results = json.loads(regular(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(
-            f"{path} is missing: give the folder of a tour; a training run is scored by `mclr evaluate {folder}`"
-        ) from None
+        raise UserError(f"{path} is missing: give the folder of a tour; `mclr evaluate {folder}` scores a training run") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}): repeat the run that wrote it") from None
-    if not isinstance(results, dict) or not paradigms(results):
-        raise UserError(f"{path} holds no scores ({', '.join(ROWS)} under the name of a paradigm): repeat the run that wrote it")
+        raise UserError(f"{path} cannot be read ({error}): repeat the tour") from None
+    if not isinstance(results, dict) or not models(results):
+        raise UserError(f"{path} holds no scores ({', '.join(ROWS)} under the name of a model): repeat the tour")
     return results
 
 
-def paradigms(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def models(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The entries that hold rows of scores, by name, in the order of the file."""
     return {name: entry for name, entry in results.items() if isinstance(entry, dict) and ROWS.keys() & entry.keys()}
 
 
-def write_report(results: dict[str, Any], run_folder: Path, out: Path) -> Path:
-    """Write OUT/figures/NAME-curves.png and OUT/report.html; returns the path of the page. Raises UserError, also for bad scores."""
-    figures = {name: curves_figure(name, paradigm) for name, paradigm in paradigms(results).items()}
-    page = html_page(results, run_folder, figures)
+def write_report(results: dict[str, Any], tour: Path, out: Path) -> Path:
+    """Write OUT/figures/MODEL-curves.png and OUT/report.html, and return the page's path. tour: the folder of the sample grids.
+
+    Raises UserError where results are not as a tour writes them, with nothing written, and where `out` cannot be written.
+    """
+    try:
+        figures = {name: curves_figure(name, model) for name, model in models(results).items() if model.get("sweep")}
+        page = html_page(results, tour, figures)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(error) from error
     try:
         (out / "figures").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {out / 'figures'} ({error.strerror}): choose another --out") from None
     for name, png in figures.items():
-        if png is not None:
-            write_file(out / "figures" / f"{name}-curves.png", png)
+        write_file(out / "figures" / f"{name}-curves.png", png)
     write_text(out / "report.html", page)
     return out / "report.html"
 
 
 def markdown_table(results: dict[str, Any]) -> str:
-    """One markdown table per paradigm: the README's. Raises UserError for scores that are no numbers."""
+    """One markdown table per model. Raises UserError as write_report does."""
     parts = []
-    for name, paradigm in paradigms(results).items():
-        rows = [HEADINGS, ["---", *["---:"] * (len(HEADINGS) - 1)], *table_rows(name, paradigm)]
-        table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
-        parts.append(f"**{name}**\n\n{table}\n\n{gap_sentence(name, paradigm)}")
+    try:
+        for name, model in models(results).items():
+            rows = [HEADINGS, ["---", *["---:"] * (len(HEADINGS) - 1)], *table_rows(model)]
+            table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+            parts.append(f"**{name}**\n\n{table}\n\n{gap_sentence(model)}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(error) from error
     return "\n\n".join(parts)
 
 
-def table_rows(name: str, paradigm: dict[str, Any]) -> Iterator[list[str]]:
-    """Cells of one row after the other; a dash where the run has no number."""
+def _damaged(error: Exception) -> UserError:
+    return UserError(f"results.json is not as a tour writes it ({type(error).__name__}: {error}): repeat the tour")
+
+
+def table_rows(model: dict[str, Any]) -> Iterator[list[str]]:
+    """The cells of one row after the other. A dash stands for a number that the tour does not have."""
     for row, label in ROWS.items():
-        if row in paradigm:
-            where = f"{name}.{row}"
-            scores = dict_of(paradigm[row], where)
-            if row in WEIGHTS and (key := WEIGHTS[row][0]) in scores:
-                label += f", {WEIGHTS[row][1]} = {number_of(scores[key], f'{where}.{key}'):g}"
-            cells = [score_cell(scores.get(key), form, f"{where}.{key}") for key, _, form in METRICS]
-            yield [label, *cells, _speed(scores.get("images_per_second"), f"{where}.images_per_second")]
+        if row in model:
+            scores = model[row]
+            if row in WEIGHTS and WEIGHTS[row][0] in scores:
+                key, symbol = WEIGHTS[row]
+                label += f", {symbol} = {scores[key]:g}"
+            yield [
+                label,
+                *(score_cell(scores.get(key), form) for key, _, form in METRICS),
+                _speed(scores.get("images_per_second")),
+            ]
 
 
-def gap_sentence(name: str, paradigm: dict[str, Any]) -> str:
-    if "gap_closed" not in paradigm:
+def gap_sentence(model: dict[str, Any]) -> str:
+    """How much of CFG's gain MCLR reaches."""
+    if "gap_closed" not in model:
         return "Gap closed: not measured in this run."
-    if paradigm["gap_closed"] is None:
+    if model["gap_closed"] is None:
         return "Gap closed: –. CFG's class-wise FD is no lower than the control's, so there is no gap to close."
-    share = number_of(paradigm["gap_closed"], f"{name}.gap_closed")
-    return f"Gap closed: MCLR reaches {share:.0%} of CFG's gain in class-wise FD over the control, without guidance."
-
-
-def html_page(results: dict[str, Any], run_folder: Path, figures: dict[str, bytes | None]) -> str:
-    """The whole page; its pictures lie inside it, so that the file alone can be mailed and opened anywhere."""
-    title = escape(f"MCLR report: {run_folder.resolve().name}")
-    judge = "".join(
-        f"<dt>{escape(key)}</dt><dd>{escape(text)}</dd>" for key, text in _facts(dict_of(results.get("judge", {}), "judge"))
+    return (
+        f"Gap closed: MCLR reaches {model['gap_closed']:.0%} of CFG's gain in class-wise FD over the control, without guidance."
     )
-    judge_html = f"<h2>The judge</h2><dl>{judge}</dl>" if judge else _missing("judge is not described")
-    body = [f"<h1>{title}</h1>", f"<p>{LEGEND}</p>", judge_html]
-    for name, paradigm in paradigms(results).items():
-        body += [f"<h2>{escape(name)}</h2>", _table(HEADINGS, table_rows(name, paradigm))]
-        body.append(f"<p><strong>{escape(gap_sentence(name, paradigm))}</strong></p>")
-        png = figures[name]
-        body.append(_picture(png, f"{name}: class-wise FD over both sweeps") if png else _missing("sweep was not run"))
-        body += _grids(dict_of(paradigm.get("grids") or {}, f"{name}.grids"), run_folder)
-        compute = dict_of(paradigm.get("compute") or {}, f"{name}.compute")
-        body.append("<h3>Compute</h3>")
-        body.append(_table(["quantity", "value"], _facts(compute)) if compute else _missing("compute was not recorded"))
-    body += ["<h2>Cost</h2>", _phases(results.get("phases") or [])]
+
+
+def html_page(results: dict[str, Any], tour: Path, figures: dict[str, bytes]) -> str:
+    """The whole page. Its pictures lie inside it, so that the file alone can be mailed and opened anywhere."""
+    title = escape(f"MCLR report: {tour.resolve().name}")
+    judge = "".join(f"<dt>{escape(key)}</dt><dd>{escape(text)}</dd>" for key, text in _facts(results.get("judge", {})))
+    body = [f"<h1>{title}</h1>", f"<p>{LEGEND}</p>", f"<h2>The judge</h2><dl>{judge}</dl>" if judge else ""]
+    for name, model in models(results).items():
+        body += [f"<h2>{escape(name)}</h2>", _table(HEADINGS, table_rows(model))]
+        body.append(f"<p><strong>{escape(gap_sentence(model))}</strong></p>")
+        if name in figures:
+            body.append(_picture(figures[name], f"{name}: class-wise FD over both sweeps"))
+        grids = [
+            (ROWS[row], (tour / path).read_bytes()) for row, path in model.get("grids", {}).items() if (tour / path).is_file()
+        ]
+        if grids:
+            pictures = "".join(
+                f"<figure>{_picture(png, f'samples of {row}')}<figcaption>{escape(row)}</figcaption></figure>"
+                for row, png in grids
+            )
+            body += ["<h3>Samples, the same seeds in the same places</h3>", f'<div class="grids">{pictures}</div>']
+        if model.get("compute"):
+            body += ["<h3>Compute</h3>", _table(["quantity", "value"], _facts(model["compute"]))]
+    if results.get("phases"):
+        body += ["<h2>Cost</h2>", _phases(results["phases"])]
     head = f'<meta charset="utf-8"><title>{title}</title><style>{CSS}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(body) + "\n</body></html>\n"
 
 
-def _grids(grids: dict[str, Any], run_folder: Path) -> list[str]:
-    """Sample grids side by side: in all of them, the same place has the same seed and condition."""
-    pictures, missing = [], []
-    for row, path in grids.items():
-        name = ROWS.get(row, row)
-        try:
-            picture = _picture((run_folder / str(path)).read_bytes(), f"samples of {name}")
-            pictures.append(f"<figure>{picture}<figcaption>{escape(name)}</figcaption></figure>")
-        except OSError:
-            missing.append(_missing(f"grid of {name} ({path}) is missing"))
-    shown = f'<div class="grids">{"".join(pictures)}</div>' if grids else _missing("sample grids were not drawn")
-    return ["<h3>Samples, the same seeds in the same places</h3>", shown, *missing]
-
-
-def _phases(phases: Any) -> str:
+def _phases(phases: list[dict[str, Any]]) -> str:
     """Where the time went: seconds and share of each phase, and their sum."""
-    if not phases:
-        return _missing("phases were not timed")
-    named = [dict_of(phase, "phases") for phase in list_of(phases, "phases")]
-    timed = [(str(phase.get("name")), number_of(phase.get("seconds"), "phases.seconds")) for phase in named]
-    total = sum(seconds for _, seconds in timed)
-    rows = [[name, f"{seconds:,.1f}", f"{seconds / max(total, 1e-9):.0%}"] for name, seconds in timed]
+    total = sum(phase["seconds"] for phase in phases)
+    rows = [[phase["name"], f"{phase['seconds']:,.1f}", f"{phase['seconds'] / max(total, 1e-9):.0%}"] for phase in phases]
     return _table(["phase", "seconds", "share"], [*rows, ["total", f"{total:,.1f}", ""]])
 
 
 def _table(headings: list[str], rows: Iterable[list[str]]) -> str:
     lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
-    head = "".join(f"<th>{_tied(heading)}</th>" for heading in headings)
+    # the arrow of a heading is tied to its last word
+    head = "".join(f"<th>{escape(heading).replace(' ↑', '&nbsp;↑').replace(' ↓', '&nbsp;↓')}</th>" for heading in headings)
     return f'<div class="wide"><table><tr>{head}</tr>\n' + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table></div>"
-
-
-def _tied(heading: str) -> str:
-    """The heading, its arrow tied to the last word."""
-    return "&nbsp;".join(escape(heading).rsplit(" ", 1)) if heading.endswith(("↑", "↓")) else escape(heading)
 
 
 def _picture(png: bytes, description: str) -> str:
     return f'<img alt="{escape(description)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
-def _missing(what: str) -> str:
-    return f'<p class="missing">In this run the {escape(what)}.</p>'
+def curves_figure(name: str, model: dict[str, Any]) -> bytes:
+    """PNG of class-wise FD (logarithmic) against precision and against recall, over both sweeps."""
+    figure = Figure(figsize=(11, 5.2), dpi=160, layout="constrained")
+    figure.suptitle(f"{name}: what each weight buys, with guidance (CFG) and without (MCLR)", color=INK, fontsize=13)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, metric in zip(panels, ("precision", "recall"), strict=True):
+        _draw_curves(axes, model, metric)
+    panels[0].set_ylabel("class-wise FD (lower is better)", color=INK)
+    panels[0].legend(frameon=False)
+    return in_memory(figure.savefig, format="png")
 
 
-def score_cell(value: Any, form: str | None, where: str) -> str:
+def _draw_curves(axes: Axes, model: dict[str, Any], metric: str) -> None:
+    """One line per sweep, each point with its weight; base and control as single points. A score that is not finite is left out."""
+    for row, (colour, marker) in STYLES.items():
+        if row in WEIGHTS:
+            key, symbol = WEIGHTS[row]
+            points = sorted((entry[key], entry[metric], entry["cfd"]) for entry in model["sweep"].get(row, []))
+            label = f"{ROWS[row]}, weight {symbol}"
+        else:
+            points = [(None, _mean(model[row][metric]), _mean(model[row]["cfd"]))] if row in model else []
+            label = ROWS[row]
+        points = [point for point in points if math.isfinite(point[1]) and math.isfinite(point[2])]
+        axes.plot([x for _, x, _ in points], [y for *_, y in points], color=colour, marker=marker, linewidth=1.8, label=label)
+        for weight, x, y in points if row in WEIGHTS else []:
+            # the two lines often meet: each has its weights on a side of its own, on a white ground
+            side, halo = (0, -14) if row == "mclr" else (0, 8), [withStroke(linewidth=3, foreground="white")]
+            note = axes.annotate(f"{weight:g}", (x, y), side, textcoords="offset points", color=colour, fontsize=9, ha="center")
+            note.set_path_effects(halo)
+    axes.set_yscale("log")
+    for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatted("{x:g}")
+    axes.margins(0.1)
+    axes.set_xlabel(f"{metric} (higher is better)", color=INK)
+    axes.grid(color="#E5E7EB", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _mean(value: float | dict[str, float]) -> float:
+    return value["mean"] if isinstance(value, dict) else value
+
+
+def score_cell(value: float | dict[str, float] | None, form: str | None) -> str:
     """A number, or {mean, std} as "mean ± std" with as many decimals; a dash for None."""
     if value is None:
         return "–"
-    mean, std = (value.get("mean"), value.get("std")) if isinstance(value, dict) else (value, None)
-    form = form or f".{_decimals(number_of(mean, where), least=1)}f"
-    return format(number_of(mean, where), form) + ("" if std is None else " ± " + format(number_of(std, f"{where}.std"), form))
+    form = form or f".{_decimals(_mean(value), least=1)}f"
+    deviation = f" ± {value['std']:{form}}" if isinstance(value, dict) and "std" in value else ""
+    return f"{_mean(value):{form}}{deviation}"
 
 
-def _speed(value: Any, where: str) -> str:
-    """Median of the runs and their range; a dash for None."""
+def _speed(value: dict[str, Any] | None) -> str:
+    """The median of the runs and their range; a dash for None."""
     if value is None:
         return "–"
-    median = number_of(dict_of(value, where).get("median"), f"{where}.median")
-    runs = [number_of(one, f"{where}.runs") for one in list_of(value.get("runs") or [], f"{where}.runs")]
-    return _digits(median) + (f" ({_digits(min(runs))}–{_digits(max(runs))})" if runs else "")
+    return f"{_digits(value['median'])} ({_digits(min(value['runs']))}–{_digits(max(value['runs']))})"
 
 
 def _facts(values: dict[str, Any]) -> Iterator[list[str]]:
     """[name, value] of free-form entries as text."""
     for name, value in values.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        yield [name.replace("_", " "), _digits(value) if number else str(value)]
+        yield [name.replace("_", " "), _digits(value) if isinstance(value, int | float) else str(value)]
 
 
 def _digits(value: float) -> str:
