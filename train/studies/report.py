@@ -207,9 +207,9 @@ def _draw_curves(axes: Axes, model: dict[str, Any], metric: str) -> None:
         axes.plot([x for _, x, _ in points], [y for *_, y in points], color=colour, marker=marker, linewidth=1.8, label=label)
         for weight, x, y in points if row in WEIGHTS else []:
             # the two lines often meet: each has its weights on a side of its own, on a white ground
-            side, halo = (0, -14) if row == "mclr" else (0, 8), [withStroke(linewidth=3, foreground="white")]
+            side = (0, -14) if row == "mclr" else (0, 8)
             note = axes.annotate(f"{weight:g}", (x, y), side, textcoords="offset points", color=colour, fontsize=9, ha="center")
-            note.set_path_effects(halo)
+            note.set_path_effects([withStroke(linewidth=3, foreground="white")])
     axes.set_yscale("log")
     for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         formatted("{x:g}")
