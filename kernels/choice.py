@@ -1,4 +1,4 @@
-"""Which operations run as Triton kernels: `auto` where a measurement on this GPU says that they win, `torch` never, `triton` always."""
+"""Which operations run as Triton kernels: `auto` those that a measurement on this GPU found fastest, `torch` none, `triton` all."""
 
 import json
 import os
@@ -11,13 +11,13 @@ from torch import Tensor
 
 MODES = ("auto", "torch", "triton")
 RESULTS = Path(__file__).parent / "RESULTS.json"
-# operations by GPU family; read once, at import: torch.compile cannot trace the reading of a file
+# GPU family -> operations; read once, at import, since torch.compile cannot trace the reading of a file
 WINNERS: dict[str, list[str]] = json.loads(RESULTS.read_text())["winners"]
 _mode = "auto"
 
 
 def use(mode: str) -> None:
-    """Decide for the whole process. Raises ValueError for another word than those of MODES."""
+    """Decide for the whole process. Raises ValueError if `mode` is not one of MODES."""
     global _mode
     if mode not in MODES:
         raise ValueError(f"kernels: {mode!r} is not one of {', '.join(MODES)}")
@@ -26,6 +26,7 @@ def use(mode: str) -> None:
 
 @contextmanager
 def using(mode: str) -> Iterator[None]:
+    """As use(), for the body of a `with`."""
     before = _mode
     use(mode)
     try:
@@ -35,7 +36,9 @@ def using(mode: str) -> Iterator[None]:
 
 
 def family(device: torch.device) -> str:
-    """The GPU family that measurements hold for: its compute capability, as sm_90."""
+    """The GPU family that measurements hold for: its compute capability, as sm_90; cpu for a CPU."""
+    if device.type != "cuda":
+        return "cpu"
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
 
@@ -47,4 +50,4 @@ def interpreting() -> bool:
 
 def runs_triton(op: str, like: Tensor) -> bool:
     """Whether this operation runs as a Triton kernel on the device of `like`."""
-    return _mode == "triton" or (_mode == "auto" and like.is_cuda and op in WINNERS.get(family(like.device), ()))
+    return _mode == "triton" or (_mode == "auto" and op in WINNERS.get(family(like.device), ()))

@@ -1,27 +1,28 @@
-"""`python -m kernels.compile`: compile every kernel ahead of time, without a GPU, and read what it takes of one.
+"""`python -m kernels.compile`: compile every kernel ahead of time, without a GPU, and print the resources that it needs.
 
-Registers and spills come from the ptxas that Triton carries, shared memory from Triton. A kernel above BOUNDS fails.
+Registers and spills come from the ptxas that Triton carries, shared memory from Triton. The exit status is 1 if a kernel spills or
+needs more shared memory than the GPU has.
 """
 
-import argparse
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mclr.kernels.op import DTYPES, Launch, triton
 from mclr.kernels.registry import OPS
+from mclr.kernels.timing import Parser
 
 ARCHITECTURES = (80, 90, 100)
-# Bytes spilled per thread, and of shared memory per block: what an A100, an H100 and a B200 grant one block.
-SPILLS = 0
+# bytes of shared memory that an A100, an H100 and a B200 grant one block
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TYPES = {
     torch.float32: "*fp32",
@@ -33,29 +34,22 @@ TYPES = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {' '.join(message.split())} (`{self.prog} --help` shows the arguments)\n")
-
-
 @dataclass(frozen=True)
 class Report:
-    """What one compiled kernel takes: registers per thread, bytes spilled per thread, bytes of shared memory per block."""
+    """What one compiled kernel needs: registers and spilled bytes per thread, bytes of shared memory per block."""
 
     registers: int
     spilled: int
     shared: int
 
     def ok(self, architecture: int) -> bool:
-        return self.spilled <= SPILLS and self.shared <= SHARED[architecture]
+        return self.spilled == 0 and self.shared <= SHARED[architecture]
 
 
 def signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
-    """(types by name, constants by place, what is known of the arguments by place), as Triton's own launcher would find them.
+    """(types by name, constants by place, attributes by place) of the arguments, as Triton's own launcher finds them.
 
-    Like it: None and the integer 1 become constants, and what is divisible by 16 is known to be.
+    None and the integer 1 become constants. Integers and addresses that are divisible by 16 are marked so.
     """
     types, constants, known = {}, {}, {}
     for place, parameter in enumerate(launch.kernel.params):
@@ -105,27 +99,25 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if triton is None or os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("triton is not installed" if triton is None else "TRITON_INTERPRET=1 replaces the compiler: unset it")
-    failed, done = 0, set()
     print(
         "| op | kernel | constants | dtype | sm | warps | registers | spilled | shared |\n" + "| --- " * 5 + "| ---: " * 4 + "|"
     )
-    for name in args.only:
-        for dtype in args.dtype:
-            for shape in OPS[name].shapes.values():
-                for launch in OPS[name].launches(shape, DTYPES[dtype]):
-                    constants = " ".join(f"{p.name}={launch.arguments[p.name]}" for p in launch.kernel.params if p.is_constexpr)
-                    for architecture in args.arch:
-                        # shapes share configurations
-                        key = (launch.kernel.fn.__qualname__, str(signature(launch)), launch.warps, launch.stages, architecture)
-                        if key in done:
-                            continue
-                        done.add(key)
-                        report = compile_launch(launch, architecture)
-                        failed += not report.ok(architecture)
-                        row = [name, launch.kernel.fn.__name__, constants, dtype, architecture, launch.warps, report.registers]
-                        row += [report.spilled, f"{report.shared}{'' if report.ok(architecture) else ' ABOVE THE BOUNDS'}"]
-                        print("| " + " | ".join(map(str, row)) + " |", flush=True)
-    print(f"\n{len(done)} kernels compiled, {failed} above the bounds: {SPILLS} bytes spilled, shared memory {SHARED}")
+    failed, done = 0, set()
+    cases = [(name, dtype, shape) for name in args.only for dtype in args.dtype for shape in OPS[name].shapes.values()]
+    for name, dtype, shape in cases:
+        for launch, architecture in product(OPS[name].launches(shape, DTYPES[dtype]), args.arch):
+            # shapes share configurations
+            key = (launch.kernel.fn.__qualname__, str(signature(launch)), launch.warps, launch.stages, architecture)
+            if key in done:
+                continue
+            done.add(key)
+            report = compile_launch(launch, architecture)
+            failed += not report.ok(architecture)
+            constants = " ".join(f"{p.name}={launch.arguments[p.name]}" for p in launch.kernel.params if p.is_constexpr)
+            row = [name, launch.kernel.fn.__name__, constants, dtype, architecture, launch.warps, report.registers]
+            row += [report.spilled, f"{report.shared}{'' if report.ok(architecture) else ' ABOVE THE BOUNDS'}"]
+            print("| " + " | ".join(map(str, row)) + " |", flush=True)
+    print(f"\n{len(done)} kernels compiled, {failed} above the bounds: no byte spilled, shared memory {SHARED}")
     return 1 if failed else 0
 
 

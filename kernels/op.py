@@ -1,7 +1,7 @@
-"""What all operations share: reaching Triton, launching or recording a kernel, refusing bad input, checking against a definition.
+"""What all operations share: access to Triton, launching or recording a kernel, refusing bad input, checking against a definition.
 
-A file holds a family of operations, for each of them: its formula, definition() in plain torch, Triton kernels forward and backward, the
-public function, and an Op that the tests, the compile report and the bench read.
+A file of an operation holds its formula, its definition in plain torch, the Triton kernels of forward and backward, the public function,
+and an Op, which the tests, the compile report and the bench read.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,13 +17,13 @@ from mclr.kernels.choice import interpreting, using
 try:
     import triton
     import triton.language as tl
-except ImportError:  # it has no builds for macOS and Windows: there every operation runs in torch
+except ImportError:  # there are no builds for macOS and Windows, where every operation runs in torch
     triton = tl = None
 
 Shape = dict[str, int]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# relative RMS error against fp64, of outputs; of gradients twice that
+# allowed relative RMS error of outputs against fp64; twice that for gradients
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -36,13 +36,13 @@ def cdiv(a: int, b: int) -> int:
 
 
 def power_of_2(n: int, least: int = 1, most: int = 1 << 30) -> int:
-    """The smallest power of 2 that is not below n, within [least, most], which are powers of 2."""
+    """The smallest power of 2 that is at least n, clipped to [least, most], which are powers of 2."""
     return min(max(1 << (n - 1).bit_length(), least), most)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel: arguments by name, its compile-time constants among them."""
+    """One launch of a kernel: its arguments by name, compile-time constants included."""
 
     kernel: Any
     arguments: dict[str, Any]
@@ -55,7 +55,7 @@ _recorded: list[Launch] | None = None
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Launches inside are written down and not run: what they would have computed is left uninitialised."""
+    """Launches inside are recorded and not run; their results stay uninitialised."""
     global _recorded
     before, _recorded = _recorded, []
     try:
@@ -65,9 +65,9 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 3, **constants: Any) -> None:
-    """Run a kernel over a grid of programs, on the GPU of its first tensor. constants: its compile-time constants, by name.
+    """Run a kernel over a grid of programs, on the GPU of its first tensor. constants: compile-time constants by name.
 
-    Raises ValueError where there is no GPU.
+    Raises ValueError if the tensor is not on a GPU.
     """
     if _recorded is not None:
         _recorded.append(Launch(kernel, dict(zip(kernel.arg_names, arguments, strict=False)) | constants, warps, stages))
@@ -76,12 +76,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, 
     if device.type != "cuda" and not interpreting():
         refuse("kernels", f"triton needs a GPU, not {device}; use engine.kernels=auto")
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        # products and sums may become one operation, whatever Triton's default of the day is: numbers must not move with it
+        # products and sums may be fused: said here, so that results do not change with Triton's default
         kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
 
 def floats(triton: bool) -> tuple[torch.dtype, ...]:
-    """What an operation takes: fp64, which is there for checks, in torch alone."""
+    """The dtypes that an operation accepts; fp64, which checks need, in torch alone."""
     return FLOATS if triton else (*FLOATS, torch.float64)
 
 
@@ -91,32 +91,43 @@ def wide(x: Tensor) -> torch.dtype:
 
 
 def refuse(name: str, says: str) -> NoReturn:
-    """Raises ValueError naming the argument. Called inside an `if`, so that no message is written where none is needed."""
+    """Raises ValueError that names the argument. Call it inside an `if`, so that a message is formatted only when needed."""
     raise ValueError(f"{name}: {says}")
 
 
-def refuse_unlike(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], dtypes: Sequence[torch.dtype]) -> None:
-    """Raises ValueError where a tensor is empty, of another shape or device than the first one's, or a float of a dtype not listed.
+# arguments that hold int64 numbers, in all operations
+INDICES = ("index", "tokens")
 
-    tensors: by the names of the arguments. shapes: what each must have.
+
+def fit(dtypes: Sequence[torch.dtype], **arguments: tuple[Tensor | None, str]) -> dict[str, int]:
+    """Sizes by letter, of arguments given with a letter per dimension, as x=(x_RLD, "RLD"); None is left out.
+
+    Raises ValueError that names an argument which is empty, has other sizes or is on another device than those before it, or has a dtype
+    that is not one of `dtypes`. The dtype of INDICES is refuse_index's matter.
     """
-    device = next(iter(tensors.values())).device
-    for name, t in tensors.items():
-        if tuple(t.shape) != shapes[name]:
-            refuse(name, f"shape {tuple(t.shape)}, not {shapes[name]}")
+    sizes: dict[str, int] = {}
+    given = {name: (t, letters) for name, (t, letters) in arguments.items() if t is not None}
+    first, device = next((name, t.device) for name, (t, _) in given.items())
+    for name, (t, letters) in given.items():
+        if t.ndim != len(letters):
+            refuse(name, f"{t.ndim} dimensions, not {len(letters)}")
+        shape = tuple(sizes.setdefault(letter, size) for letter, size in zip(letters, t.shape, strict=True))
+        if tuple(t.shape) != shape:
+            refuse(name, f"shape {tuple(t.shape)}, not {shape}")
         if t.numel() == 0:
             refuse(name, f"shape {tuple(t.shape)} holds nothing")
         if t.device != device:
-            refuse(name, f"on {t.device}, not on {device} as {next(iter(tensors))}")
-        if t.is_floating_point() and t.dtype not in dtypes:
+            refuse(name, f"on {t.device}, not on {device} as {first}")
+        if name not in INDICES and t.dtype not in dtypes:
             refuse(name, f"dtype {t.dtype}, not one of {', '.join(map(str, dtypes))}")
+    return sizes
 
 
 def refuse_index(name: str, index: Tensor, limit: int) -> None:
     """Raises ValueError unless index is int64 in [0, limit).
 
-    What lies on a GPU is checked there, before whatever is launched next, and fails as indexing out of range does in torch: looking at
-    it here would have the host wait, at every call. So it is in what torch.compile makes.
+    Values on a GPU are checked by the GPU and fail as torch's own indexing does: to read them here, the host would wait at every call.
+    Compiled code checks them in the same way.
     """
     if index.dtype != torch.int64:
         refuse(name, f"dtype {index.dtype}, not torch.int64")
@@ -132,7 +143,7 @@ def refuse_index(name: str, index: Tensor, limit: int) -> None:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one call must at least do: bytes that it reads and writes, floating-point operations of its matrix products."""
+    """The least work of one call: bytes read and written, floating-point operations of matrix products."""
 
     forward_bytes: int
     backward_bytes: int
@@ -144,10 +155,10 @@ class Cost:
 class Op:
     """An operation as tests, compile report and bench see it.
 
-    run: the public function; definition: the same in plain torch, as mathematics; both take what `draw` gives, by name, and return a
-    tensor, or a tuple or list of them. draw: sizes, dtype of the activations, generator -> inputs on the CPU; a tensor that requires
-    gradient is compared by its gradient. shapes: sizes of full-sized networks, by name; tiny: those of the tests. narrow: sizes that
-    leave the compiled kernels as they are, set small where these are only compiled.
+    run: the public function. definition: the same in plain torch, as mathematics. Both take the results of `draw` by name and return a
+    tensor, or a tuple or list of tensors. draw: (sizes, dtype of the activations, generator) -> inputs on the CPU; for tensors that
+    require gradient, gradients are compared. shapes: sizes of full-sized networks by name. tiny: sizes of the tests. narrow: small
+    values of those sizes that compiled kernels do not depend on.
     """
 
     name: str
@@ -160,7 +171,7 @@ class Op:
     narrow: Shape = field(default_factory=dict)
 
     def launches(self, shape: Shape, dtype: torch.dtype) -> list[Launch]:
-        """The kernel launches of one forward and backward, which are not run."""
+        """The kernel launches of one forward and backward; they are not run."""
         inputs = self.draw(shape | self.narrow, dtype, torch.Generator().manual_seed(0))
         with recording() as launches, using("triton"):
             outputs = as_tuple(self.run(**inputs))
@@ -171,7 +182,7 @@ class Op:
 
 @dataclass(frozen=True)
 class Error:
-    """How far one output or gradient is from the definition in fp64. relative: RMS of the difference over that of the definition."""
+    """How far one output or gradient is from the definition in fp64. relative: RMS of the difference over RMS of the definition."""
 
     name: str
     relative: float
@@ -188,7 +199,7 @@ def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
 
 
 def moved(inputs: dict[str, Any], convert: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """The same inputs, each tensor converted; new leaves that require gradient where the old ones did."""
+    """The same inputs, each tensor converted to a new leaf; it requires gradient if the old one did."""
 
     def one(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
@@ -200,16 +211,21 @@ def moved(inputs: dict[str, Any], convert: Callable[[Tensor], Tensor]) -> dict[s
     return {name: one(value) for name, value in inputs.items()}
 
 
-def leaves(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors that require gradient, by name; those of a list are numbered."""
-    flat: dict[str, Any] = {}
+def flat(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs by name; those of a list are numbered."""
+    found: dict[str, Any] = {}
     for name, value in inputs.items():
-        flat |= {f"{name}[{i}]": each for i, each in enumerate(value)} if isinstance(value, list) else {name: value}
-    return {name: t for name, t in flat.items() if isinstance(t, Tensor) and t.requires_grad}
+        found |= {f"{name}[{i}]": each for i, each in enumerate(value)} if isinstance(value, list) else {name: value}
+    return found
+
+
+def leaves(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors that require gradient, by name."""
+    return {name: t for name, t in flat(inputs).items() if isinstance(t, Tensor) and t.requires_grad}
 
 
 def results(function: Callable[..., Any], inputs: dict[str, Any], seed: int = 1) -> dict[str, Tensor]:
-    """Outputs, and gradients of all leaves under random upstream gradients, by name; in fp64 on the CPU."""
+    """Outputs, and gradients of all leaves for random upstream gradients, by name, converted to fp64 on the CPU."""
     outputs = as_tuple(function(**inputs))
     generator = torch.Generator().manual_seed(seed)
     upstream = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out) for out in outputs]
@@ -223,7 +239,7 @@ def results(function: Callable[..., Any], inputs: dict[str, Any], seed: int = 1)
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """What torch.empty gives inside is NaN, so that an element read before it was written, or never written, shows."""
+    """Fill new memory with NaN, so that an element that is read before it is written, or never written, shows."""
     memory: Any = torch.utils.deterministic
     deterministic, fill = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -237,9 +253,9 @@ def poisoned() -> Iterator[None]:
 
 
 def compare(op: Op, inputs: dict[str, Any], dtype: torch.dtype, kernels: str = "triton") -> list[Error]:
-    """Errors of every output and gradient of op.run on these inputs, by `kernels`, against its definition on the same numbers in fp64.
+    """Errors of every output and gradient of op.run in the mode `kernels`, against the definition on the same inputs in fp64.
 
-    dtype: whose tolerances hold.
+    dtype: selects the tolerances.
     """
     wide = moved(inputs, lambda t: t.cpu().double() if t.is_floating_point() else t.cpu())
     expected = results(op.definition, wide)
@@ -256,6 +272,6 @@ def compare(op: Op, inputs: dict[str, Any], dtype: torch.dtype, kernels: str = "
 
 
 def check(op: Op, device: torch.device | str, dtype: torch.dtype, shape: Shape, kernels: str = "triton") -> list[Error]:
-    """As compare, on random inputs of these sizes: what the tests run in the interpreter and the bench before it times anything."""
+    """As compare, on random inputs of these sizes. The tests do so in the interpreter, the bench before it times anything."""
     inputs = moved(op.draw(shape, dtype, torch.Generator().manual_seed(0)), lambda t: t.to(device))
     return compare(op, inputs, dtype, kernels)

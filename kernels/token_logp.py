@@ -2,23 +2,22 @@
 
     value[r, l] = log softmax(z)[tokens[index[r], l]],  z = weight h[r, l] + bias,  d value / d z = onehot - softmax(z)
 
-The contrast `null` scores inversely guided logits, z + g (z - sg z_guide), g per token, z_guide of a second row without gradient. The
-Linear is affine and 1 + g and -g sum to 1, so these are the Linear of h + g (h - h_guide) (derived): one product and one log-sum-exp
-instead of two products; z may as well be log-probabilities, whose shift the softmax cancels. Gradients are not those of that
-Linear, since sg holds weight and bias still as well: with d = (1 + g) (onehot - softmax), h gets weight^T d, the weight d h^T of h
-alone (not of the mixture), the bias d. Four products in all instead of six, or three instead of four where the logits are kept.
+The contrast `null` scores inversely guided logits, z + g (z - sg z_guide), with g per token and z_guide of a second row without gradient.
+The Linear is affine and the factors 1 + g and -g sum to 1, so these are the Linear of h + g (h - h_guide) (derived): one product and one
+log-sum-exp instead of two products. z may as well be log-probabilities, since the softmax cancels their shift. The gradients are not
+those of that Linear, because sg also stops the gradient of weight and bias: with d = (1 + g) (onehot - softmax), h gets weight^T d, the
+weight gets d h^T with h alone (not the mixture), the bias gets d.
 
-Triton, forward: a program computes one tile of logits (fp32 accumulator) and leaves, per row, the largest one, the sum of
-exp(logit - largest), 8 bytes for 256 logits, and the target's logit if it holds that; a second kernel merges. Not one program per block
-of rows: the 85 blocks of 8 pairs would leave a third of an H100's 132 multiprocessors idle. Backward: tiles of logits again, in chunks
-of rows, of which d is stored in h's dtype; torch.mm makes gradients of it. That fourth product buys 36 bytes per logit: d costs 6
-(written, read twice), where Linear, log_softmax, gather and their gradients under bf16 autocast move 42. At an H200's 4.3 TB/s they
-take as long as 6,500 flops at its 780 TFLOP/s, the product 2 D; and the 4 V bytes per token that log_softmax keeps are not kept.
-Deterministic: no sum depends on the order in which programs run. A width that is no multiple of 16 spills registers; no preset has one.
+Triton, forward: a program computes one tile of logits (fp32 accumulator) and leaves, per row, the largest logit and the sum of
+exp(logit - largest), 8 bytes for 256 logits, and the target's logit if the tile holds it; a second kernel merges the tiles. Backward:
+tiles of logits again, in chunks of rows, of which d is stored in h's dtype; torch.mm makes gradients of it. To compute the logits again
+is a fourth product beside the three that any implementation needs; in return the 4 V bytes per token that log_softmax keeps are not kept.
+Which is faster on a GPU has not been measured. Deterministic: no sum depends on the order in which programs run. A width that is not a
+multiple of 16 spills registers; no preset has one.
 
-Per token in bf16: forward reads 2 D bytes, backward as many and writes 2 D; weight and bias are read once, however many rows share
-them, their gradients written. Flops: forward 2 D V, backward three times that. Floor at an H200's 780 TFLOP/s, L = 680, V = 4096, forward
-+ backward, 8 and 32 pairs: var-d16 (D = 1024) 117 + 351 us, 468 + 1,404 us; var-d30 (D = 1920) 219 + 658 us, 878 + 2,633 us.
+Least work per token in bf16: forward reads 2 D bytes, backward as many and writes 2 D; weight and bias are read once, their gradients
+written. FLOPs: forward 2 D V, backward twice that. At an H200's 780 TFLOP/s, L = 680, V = 4096, 32 pairs, forward + backward:
+var-d16 (D = 1024) 468 + 936 us, var-d30 (D = 1920) 878 + 1,756 us.
 
 B samples; R rows; L tokens of a row; M = R L; D width; V codes.
 """
@@ -30,9 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mclr.kernels.choice import runs_triton
-from mclr.kernels.op import Cost, Op, Shape, cdiv, floats, jit, launch, power_of_2, refuse, refuse_index, refuse_unlike, tl, wide
+from mclr.kernels.op import Cost, Op, Shape, cdiv, fit, floats, jit, launch, power_of_2, refuse, refuse_index, tl, wide
 
-# how many logits, or gradients of logits, exist at a time: what a CPU's cache holds; 8,192 rows of 4,096, which fill a GPU
+# logits, or gradients of logits, that exist at a time: as many as a CPU's cache holds; 8,192 rows of 4,096, which fill a GPU
 CPU_LOGITS, GPU_LOGITS = 1 << 21, 1 << 25
 
 
@@ -62,7 +61,7 @@ def _scored(hidden_RLD: Tensor, guide_RLD: Tensor | None, mix_RL: Tensor | None)
 
 
 def _chunks(rows: int, weight_VD: Tensor) -> Iterator[slice]:
-    """Chunks of the rows, all but the last one equal."""
+    """Chunks of the rows, of equal size except the last."""
     most = GPU_LOGITS if weight_VD.is_cuda else CPU_LOGITS
     step = cdiv(rows, cdiv(rows * len(weight_VD), most))
     if weight_VD.is_cuda:
@@ -82,14 +81,14 @@ def wide_linear(hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor) -> Tensor:
 
 
 class _InTorch(torch.autograd.Function):
-    """Saves one [M, V] tensor in hidden's dtype, softmax - onehot, beside its inputs; where not `keep` there is none of that size."""
+    """Saves softmax - onehot, [M, V] in hidden's dtype, beside its inputs; without `keep` no tensor of that size exists."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, tokens, index, guide, mix, keep):
         scored, target = _scored(hidden, guide, mix), tokens[index].flatten()[:, None]
         kept = hidden.new_empty(len(scored), len(weight)) if keep else None
         value_M1 = torch.empty(target.shape, device=hidden.device, dtype=wide(hidden))
-        # what wide_linear would do again for every chunk
+        # here once, instead of in wide_linear for every chunk
         linear = [weight.to(hidden.dtype), bias]
         if not hidden.is_cuda:
             scored, *linear = (t.to(value_M1.dtype) for t in (scored, *linear))
@@ -100,7 +99,7 @@ class _InTorch(torch.autograd.Function):
             value = logits.gather(-1, target[rows]) - logits.amax(-1, True) + prob.amax(-1, True).log()
             value_M1[rows] = value
             if kept is not None:
-                # p - 1 before it is rounded: the gradient of a token that is all but certain keeps its digits
+                # p - 1 before it is rounded: so the gradient of an almost certain token keeps its digits
                 kept[rows] = prob.scatter_(-1, target[rows], value.expm1())
         ctx.save_for_backward(hidden, weight, mix, kept)
         ctx.bias_dtype = bias.dtype
@@ -109,7 +108,7 @@ class _InTorch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         hidden, weight, mix, kept = ctx.saved_tensors
-        # upstream is applied to what is D wide
+        # applied to the tensors of width D, which are smaller than those of width V
         factor = (-upstream if mix is None else -upstream * (1 + mix)).flatten()[:, None].to(hidden.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             grad_hidden = torch.mm(kept, weight.to(hidden.dtype)).mul_(factor).view(hidden.shape)
@@ -120,7 +119,7 @@ class _InTorch(torch.autograd.Function):
 
 def in_torch(hidden_RLD, weight_VD, bias_V, tokens_BL, index_R, guide_RLD=None, mix_RL=None) -> Tensor:
     if not hidden_RLD.is_cuda and hidden_RLD[..., 0].numel() * len(weight_VD) <= CPU_LOGITS:
-        # a cache holds all logits: nothing to save, and the definition takes fewer passes
+        # the cache holds all logits: there is nothing to save, and the definition takes fewer passes
         dtype = wide(hidden_RLD)
         weight_VD, guide = weight_VD.to(hidden_RLD.dtype).to(dtype), None if guide_RLD is None else guide_RLD.to(dtype)
         return definition(hidden_RLD.to(dtype), weight_VD, bias_V.to(dtype), tokens_BL, index_R, guide, mix_RL)
@@ -150,8 +149,8 @@ def _forward(
     hidden_ptr, weight_ptr, bias_ptr, target_ptr, top_ptr, sum_ptr, value_ptr, M, V, D,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Per row of one tile: its largest logit and sum of exp(logit - largest), [tiles, M]; the target's logit if it is there."""
-    # neighbouring programs share rows: the weight stays in the L2 cache, hidden is read from memory once
+    """Per row of one tile: its largest logit and sum of exp(logit - largest), [tiles, M]; the target's logit if the tile holds it."""
+    # neighbouring programs share rows, so that the weight stays in the L2 cache and hidden is read from memory once
     tile = tl.program_id(0)
     row, column = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tile * BLOCK_V + tl.arange(0, BLOCK_V)
     logits = _logits(hidden_ptr, weight_ptr, bias_ptr, row, column, M, V, D, BLOCK_M, BLOCK_V, BLOCK_D)
@@ -169,7 +168,7 @@ def _forward(
 def _merge(
     tile_top_ptr, tile_sum_ptr, value_ptr, top_ptr, log_sum_ptr, M, TILES, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr
 ):  # fmt: skip
-    """The largest logit of a row and log sum exp(logit - largest); value: from the target's logit to its log-probability."""
+    """The largest logit of a row and log sum exp(logit - largest). value: the target's logit becomes its log-probability."""
     row, tile = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_T)
     place = tile.to(tl.int64)[:, None] * M + row[None, :]
     inside = (tile < TILES)[:, None] & (row < M)[None, :]
@@ -254,7 +253,7 @@ def _gradient(
             torch.mm(d_logits, factor, out=grad_hidden[rows])
             grad_weight += d_logits.T @ own[rows]
         grad_bias += d_logits.sum(0, dtype=torch.float32)
-        # before the next chunk's
+        # free it before the next chunk's is made
         del d_logits
     return grad_hidden.view(hidden.shape), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
@@ -265,7 +264,7 @@ def _(hidden, weight, bias, *rest):
 
 
 def _save(ctx, inputs, output):
-    # the inputs and norm, 8 bytes per token: the logits are computed again
+    # the inputs and norm, 8 bytes per token; the logits are computed again
     ctx.save_for_backward(*inputs, output[1])
 
 
@@ -287,31 +286,23 @@ def token_logp(
 ) -> Tensor:
     """value_RL, fp32: log-probabilities, in nats, of each row's tokens under the Linear of its hidden states.
 
-    hidden: fp32, fp16 or bf16, in torch also fp64 (then value too); autocast does not change it. weight and bias: of its dtype, or fp32
-    beside half, the weight then rounded to it. Products accumulate in fp32; in torch half logits are rounded, as a Linear's are. These
-    three get gradients, in their own dtypes. tokens: int64 codes, held once per sample. index: int64 sample of each row. guide, mix:
-    score z + mix (z - sg z_guide), z the logits of hidden, z_guide those of guide, which gets no gradient, nor does the Linear through
-    it. Raises ValueError naming an argument that does not fit.
+    hidden: fp32, fp16 or bf16; in torch also fp64, then value is fp64. Autocast does not change it. weight and bias: in hidden's dtype, or
+    fp32 beside half; then the weight is rounded to half. Products accumulate in fp32; in torch half logits are rounded, as a Linear's.
+    hidden, weight and bias get gradients, in their own dtypes. tokens: int64 codes, held once per sample. index: int64 sample of each row.
+    guide, mix: score z + mix (z - sg z_guide), z from hidden and z_guide from guide; nothing gets a gradient through z_guide.
+    Raises ValueError that names an argument that does not fit.
     """
     triton = runs_triton("token_logp", hidden_RLD)
-    ranks = {"hidden": (hidden_RLD, 3), "weight": (weight_VD, 2), "tokens": (tokens_BL, 2)}
-    for name, (t, rank) in ranks.items():
-        if t.ndim != rank:
-            refuse(name, f"{t.ndim} dimensions, not {rank}")
-    (R, L, D), V, B = hidden_RLD.shape, len(weight_VD), len(tokens_BL)
-    tensors = {"hidden": hidden_RLD, "weight": weight_VD, "bias": bias_V, "tokens": tokens_BL, "index": index_R}
-    shapes = {"hidden": (R, L, D), "weight": (V, D), "bias": (V,), "tokens": (B, L), "index": (R,)}
     if (guide_RLD is None) != (mix_RL is None):
         refuse("guide", "guide and mix come together")
-    if guide_RLD is not None and mix_RL is not None:
-        tensors, shapes = tensors | {"guide": guide_RLD, "mix": mix_RL}, shapes | {"guide": (R, L, D), "mix": (R, L)}
-    refuse_unlike(tensors, shapes, floats(triton))
-    for name in ("hidden", "weight", "bias"):
-        fits = (hidden_RLD.dtype, torch.float32) if hidden_RLD.dtype.itemsize == 2 else (hidden_RLD.dtype,)
-        if tensors[name].dtype not in fits:
-            refuse(name, f"dtype {tensors[name].dtype}, not {' or '.join(map(str, fits))}")
-    refuse_index("tokens", tokens_BL, V)
-    refuse_index("index", index_R, B)
+    given = {"hidden": (hidden_RLD, "RLD"), "weight": (weight_VD, "VD"), "bias": (bias_V, "V"), "tokens": (tokens_BL, "BL")}
+    sizes = fit(floats(triton), **given, index=(index_R, "R"), guide=(guide_RLD, "RLD"), mix=(mix_RL, "RL"))
+    fits = (hidden_RLD.dtype, torch.float32) if hidden_RLD.dtype.itemsize == 2 else (hidden_RLD.dtype,)
+    for name, t in (("hidden", hidden_RLD), ("weight", weight_VD), ("bias", bias_V)):
+        if t.dtype not in fits:
+            refuse(name, f"dtype {t.dtype}, not {' or '.join(map(str, fits))}")
+    refuse_index("tokens", tokens_BL, sizes["V"])
+    refuse_index("index", index_R, sizes["B"])
     inputs = (hidden_RLD, weight_VD, bias_V, tokens_BL, index_R, guide_RLD, mix_RL)
     with torch.autocast(hidden_RLD.device.type, enabled=False):
         return _value(*inputs)[0] if triton else in_torch(*inputs)
@@ -320,7 +311,7 @@ def token_logp(
 def draw(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> dict:
     B, R, L, D, V = (shape[name] for name in "BRLDV")
     hidden = torch.randn(R, L, D, generator=generator).to(dtype).requires_grad_()
-    # fp32 whatever the activations: as under autocast
+    # fp32 for all activations, as under autocast
     weight = (2 * torch.randn(V, D, generator=generator) / D**0.5).requires_grad_()
     bias = torch.randn(V, generator=generator).requires_grad_()
     tokens, index = torch.randint(V, (B, L), generator=generator), torch.randint(B, (R,), generator=generator)
@@ -331,7 +322,8 @@ def cost(shape: Shape, dtype: torch.dtype) -> Cost:
     B, R, L, D, V = (shape[name] for name in "BRLDV")
     hidden, linear, value = R * L * D * dtype.itemsize, (V * D + V) * 4, R * L * 4
     read, flops = hidden + linear + B * L * 8, 2 * R * L * D * V
-    return Cost(read + value, read + value + hidden + linear, flops, 3 * flops)
+    # two products; that our kernel computes the logits again is not the least
+    return Cost(read + value, read + value + hidden + linear, flops, 2 * flops)
 
 
 NETWORKS = {"d16": {"L": 680, "D": 1024, "V": 4096}, "d30": {"L": 680, "D": 1920, "V": 4096}}
@@ -351,6 +343,6 @@ OP = Op(
         "several blocks": {"B": 2, "R": 3, "L": 50, "D": 70, "V": 300},
     },
     cost=cost,
-    # blocks shrink below 128 tokens alone; of 640 a CPU's cache does not hold the logits
+    # below 128 tokens blocks shrink; with 640 the logits exceed a CPU's cache
     narrow={"B": 1, "R": 1, "L": 640},
 )

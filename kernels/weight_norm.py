@@ -1,29 +1,28 @@
-"""EDM2's weight normalisation, any number of weights in one launch: the weights that are used, and those that are stored.
+"""EDM2's weight normalisation of any number of weights in one launch: the weights that layers use, and the stored ones.
 
     used_weights:   u = w / (sqrt(f) (1e-4 + rms(w))) per row (Eq. 47, 66 of Karras et al. 2024, arXiv 2312.02696)
     force_weights:  w <- w / (1e-4 + rms(w)) per row, in place (Eq. 66)
 
-f is the fan-in: the elements of a row, which is an output channel. Backward, derived: rms = |w| / sqrt(f), so with
-M = |w| + 1e-4 sqrt(f) it is u = w / M and, for an upstream gradient G, dw = (G - w <G, w> / (M |w|)) / M; where w = 0, dw = G / M.
-A layer's gain is left to its output, which is smaller than its weight (EDM2 has them on vectors and on the image alone).
+A row is an output channel, f its number of elements (the fan-in). Backward, derived: rms = |w| / sqrt(f), so with M = |w| + 1e-4 sqrt(f)
+it is u = w / M and, for an upstream gradient G, dw = (G - w <G, w> / (M |w|)) / M; where w = 0, dw = G / M.
 
-Bytes per element, used weights in bf16: forward 6, backward 10, force 8; statistics are computed again, nothing but the weights is kept.
-Floor at an H200's 4.3 TB/s: edm2-img64-s (280 M elements) 391 + 651 us, force 521; edm2-img512-l (778 M) 1,085 + 1,809 us, force
-1,447. Both rows of a pair use the same weights: one pair in one forward normalises once, two separate forwards twice.
+Bytes per element with used weights in bf16: forward 6, backward 10, force 8; the norms are computed again, only the weights are kept.
+The least time at an H200's 4.3 TB/s: edm2-img64-s (280 M elements) 391 + 651 us, force 521; edm2-img512-l (778 M) 1,085 + 1,809 us,
+force 1,447. These bytes assume that the second pass over a row hits the cache, and do not count MPConv's change of layout.
+Both rows of a pair use the same weights: one forward of a pair normalises once, two forwards twice.
 
-EDM2 makes the weights of a block in one launch and its few others by themselves: gradients come block by block, and ZeRO reduces them
-while backward goes on. MPConv then re-lays 3x3 weights to channels_last, bytes that are not counted here.
+EDM2 makes the weights of one block per launch, so that gradients come block by block and ZeRO reduces them while backward goes on.
 
-One program per row goes through its columns twice, the second time backwards, so that what was read last is still in the cache.
-Which weight a row belongs to stands in a table that is made of shapes alone; the addresses are handed over anew at every call.
-The compiler knows nothing of an address that it reads from a table and would load 4 bytes at a time. So a program looks at its own row:
-where weight and result are aligned and the fan-in is a multiple of 4 it runs a copy of the code that loads 16 bytes; odd fan-ins,
-and parameters cut from a flat buffer at any place, run the other.
+One program per row goes through its columns twice, the second time backwards, so that the last ones may still be in the cache.
+A table made of shapes alone says which weight a row belongs to; a second one holds the addresses, anew at every call. The compiler knows
+nothing about an address read from a table and would load 4 bytes at a time. So each program looks at its own row: if weight and result
+are aligned and the fan-in is a multiple of 4, it runs a copy of the code that loads 16 bytes. Odd fan-ins and parameters cut from a flat
+buffer run the other copy.
 """
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -31,7 +30,7 @@ import torch
 from torch import Tensor
 
 from mclr.kernels.choice import runs_triton
-from mclr.kernels.magnitude import EPS, layout
+from mclr.kernels.magnitude import EPS, dense, empty, layout
 from mclr.kernels.op import FLOATS, Cost, Op, Shape, jit, launch, refuse, tl
 
 BLOCK = 2048
@@ -46,13 +45,17 @@ def used_weights_definition(weights: list[Tensor], dtype: torch.dtype) -> list[T
     return [(w / _per_row(norm, w)).to(_result(w, dtype)) for w, norm in zip(weights, norms, strict=True)]
 
 
+def force_weights_definition(weights: list[Tensor]) -> list[Tensor]:
+    return [w / _per_row(EPS + w.flatten(1).square().mean(1).sqrt(), w) for w in weights]
+
+
 def _result(w: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """What fp32 weights are asked for; fp64 weights, which are there for checks, stay that."""
+    """The dtype of used weights; fp64 weights, which checks need, stay fp64."""
     return torch.float64 if w.dtype == torch.float64 else dtype
 
 
 class _UsedWeightsInTorch(torch.autograd.Function):
-    """Forward and derived backward go over a weight 2 + 4 times, autograd some 4 + 10 times."""
+    """Forward and derived backward pass over a weight 2 + 4 times, autograd about 4 + 10 times."""
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -65,13 +68,13 @@ class _UsedWeightsInTorch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # to be read once: activation checkpointing refuses more
+        # read once: activation checkpointing refuses a second read
         saved = ctx.saved_tensors
         weights, norms = saved[: len(upstream)], saved[len(upstream) :]
         grads = []
         for G, w, norm in zip(upstream, weights, norms, strict=True):
             G, M = G.to(w.dtype), norm + EPS * math.sqrt(fan_in(w))
-            # the product is 0 where the norm is
+            # where the norm is 0 so is the product
             shift = (G * w).flatten(1).sum(1).div_(M * norm.clamp_min(torch.finfo(norm.dtype).tiny))
             grads.append(torch.addcmul(G, w, _per_row(shift, w), value=-1).div_(_per_row(M, w)))
         return None, *grads
@@ -92,15 +95,15 @@ def _row(owner_ptr, first_ptr, fan_in_ptr):
 
 @jit
 def _pointer(address, dtype: tl.constexpr, VECTOR: tl.constexpr):
-    """The address, which is aligned to VECTOR elements, as a pointer."""
+    """An address that is aligned to VECTOR elements, as a pointer."""
     return tl.multiple_of(address.to(tl.pointer_type(dtype)), VECTOR * (dtype.primitive_bitwidth // 8))
 
 
 @jit
 def _scale_row(w, u, dtype: tl.constexpr, fan_in, size, extra, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
-    """u = size w / (|w| + extra), of one row at these addresses."""
+    """u = size w / (|w| + extra) of one row at these addresses."""
     w_ptr, u_ptr = _pointer(w, tl.float32, VECTOR), _pointer(u, dtype, VECTOR)
-    # tells the compiler, which does not know the fan-in, that the mask changes at whole vectors alone
+    # the compiler does not know the fan-in: this tells it that the mask changes at whole vectors only
     fan_in = fan_in // VECTOR * VECTOR
     total = tl.zeros([BLOCK], tl.float32)
     blocks = tl.cdiv(fan_in, BLOCK)
@@ -171,11 +174,11 @@ def _backward(table_ptr, owner_ptr, first_ptr, fan_in_ptr, like_ptr, eps, BLOCK:
         _derive_row(G, w, dw, dtype, fan_in, extra, BLOCK, 1)
 
 
-@lru_cache(maxsize=16)
+@cache
 def _rows(shapes: tuple[torch.Size, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """(weight of every row, first row of every weight, fan-in of every weight), int32, from the shape of every weight.
 
-    Kept from call to call: it is a function of what it is looked up by.
+    All are kept: a network has some 25 lists of shapes, and to make one again the host waits for the GPU.
     """
     first = [0, *accumulate(shape[0] for shape in shapes)][:-1]
     owner = [weight for weight, shape in enumerate(shapes) for _ in range(shape[0])]
@@ -185,57 +188,46 @@ def _rows(shapes: tuple[torch.Size, ...], device: torch.device) -> tuple[Tensor,
 
 
 def _table(*lists: list[Tensor]) -> Tensor:
-    """Addresses [n, lists], int64, on the GPU of the tensors; the copy waits for nothing there."""
+    """Addresses [n, lists], int64, on the device of the tensors; the host does not wait for the copy.
+
+    Raises ValueError while a CUDA graph is captured: it would replay the addresses of this call.
+    """
     device = lists[0][0].device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        refuse("weights", "a CUDA graph would replay the addresses of this call: use engine.kernels=torch")
     addresses = [[t.data_ptr() for t in of_one_weight] for of_one_weight in zip(*lists, strict=True)]
     return torch.tensor(addresses, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
-def _dense(weights: list[Tensor]) -> list[Tensor]:
-    """Each with rows that are gapless, one after another; within a row any order is the same to a norm."""
-    return [w.contiguous(memory_format=layout(w)) for w in weights]
-
-
-# a graph would replay the addresses of the call that it recorded
+# the tag keeps torch.compile from capturing these in CUDA graphs, which would replay the addresses of one call
 @torch.library.custom_op("mclr::used_weights", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _used(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    weights = _dense(weights)
-    used = [torch.empty_like(w, dtype=dtype) for w in weights]
+    weights = [dense(w) for w in weights]
+    used = [empty(w, dtype) for w in weights]
     rows = _rows(tuple(w.shape for w in weights), weights[0].device)
     launch(_forward, (len(rows[0]),), _table(weights, used), *rows, used[0], EPS, FORCE=False, BLOCK=BLOCK)
     return used
 
 
-@_used.register_fake
-def _(weights, dtype):
-    return [torch.empty_like(w, dtype=dtype, memory_format=layout(w)) for w in weights]
-
-
 @torch.library.custom_op("mclr::used_weights_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _gradient(weights: list[Tensor], upstream: list[Tensor]) -> list[Tensor]:
-    weights = _dense(weights)
-    upstream = [G.contiguous(memory_format=layout(w)) for G, w in zip(upstream, weights, strict=True)]
-    grads = [torch.empty_like(w) for w in weights]
+    # rows are gapless and follow each other; the order within a row does not matter to a norm
+    weights = [dense(w) for w in weights]
+    upstream = [dense(G, like=w) for G, w in zip(upstream, weights, strict=True)]
+    grads = [empty(w) for w in weights]
     rows = _rows(tuple(w.shape for w in weights), weights[0].device)
     launch(_backward, (len(rows[0]),), _table(upstream, weights, grads), *rows, upstream[0], EPS, BLOCK=BLOCK)
     return grads
 
 
-@_gradient.register_fake
-def _(weights, upstream):
-    return [torch.empty_like(w, memory_format=layout(w)) for w in weights]
-
-
 def _save(ctx, inputs, output):
-    # nothing but the weights: the norms are computed again
+    # the weights alone: the norms are computed again
     ctx.save_for_backward(*inputs[0])
 
 
-def _derive(ctx, upstream):
-    return _gradient(list(ctx.saved_tensors), upstream), None
-
-
-_used.register_autograd(_derive, setup_context=_save)
+_used.register_fake(lambda weights, dtype: [empty(w, dtype) for w in weights])
+_gradient.register_fake(lambda weights, upstream: [empty(w) for w in weights])
+_used.register_autograd(lambda ctx, upstream: (_gradient(list(ctx.saved_tensors), upstream), None), setup_context=_save)
 
 
 @torch.library.custom_op("mclr::force_weights", mutates_args=("weights",), tags=(torch.Tag.cudagraph_unsafe,))
@@ -244,13 +236,11 @@ def _force(weights: list[Tensor]) -> None:
     launch(_forward, (len(rows[0]),), _table(weights, weights), *rows, weights[0], EPS, FORCE=True, BLOCK=BLOCK)
 
 
-@_force.register_fake
-def _(weights):
-    return None
+_force.register_fake(lambda weights: None)
 
 
 def _admit(op: str, weights: Sequence[Tensor]) -> bool:
-    """Whether this runs as a kernel. Raises ValueError unless these are weights of one dtype on one device, none of them empty."""
+    """Whether this runs as a kernel. Raises ValueError unless these are weights of one dtype on one device, none empty."""
     if not weights:
         refuse("weights", "there are none")
     triton, device, dtype = runs_triton(op, weights[0]), weights[0].device, weights[0].dtype
@@ -271,7 +261,7 @@ def _admit(op: str, weights: Sequence[Tensor]) -> bool:
 def used_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Every weight as its layer uses it, in `dtype` and the layout of the weight: rows of norm 1, up to the 1e-4.
 
-    weights: fp32, [out, in] or [out, in, k, k]; they get gradients. Raises ValueError naming an argument that does not fit.
+    weights: fp32, [out, in] or [out, in, k, k]; they get gradients. Raises ValueError that names an argument that does not fit.
     """
     triton = _admit("used_weights", weights)
     if dtype not in FLOATS:
@@ -283,13 +273,13 @@ def used_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 def force_weights(weights: Sequence[Tensor]) -> None:
     """Divide every row of the fp32 weights by 1e-4 + its RMS, in place.
 
-    Raises ValueError for what is not a weight, for one whose rows are not gapless, and for one that stands there twice.
+    Raises ValueError if a tensor is no weight, if its rows are not gapless, or if it is listed twice.
     """
     triton = _admit("force_weights", weights)
     for i, w in enumerate(weights):
         if not w.is_contiguous(memory_format=layout(w)):
             refuse(f"weights[{i}]", f"strides {w.stride()} leave gaps")
-    # addresses are not there while a graph is made
+    # while torch.compile traces there are no addresses
     places = {i if torch.compiler.is_compiling() else w.data_ptr() for i, w in enumerate(weights)}
     if len(places) < len(weights):
         refuse("weights", "one is there twice")
@@ -300,52 +290,19 @@ def force_weights(weights: Sequence[Tensor]) -> None:
             w.div_(_per_row(EPS + torch.linalg.vector_norm(w.flatten(1), dim=1) / math.sqrt(fan_in(w)), w))
 
 
-# --- what tests, compile report and bench see ---
+def block(shape: Shape) -> list[tuple[int, ...]]:
+    """Shapes of the weights of one block of an EDM2's decoder, which go into one launch, `blocks` times.
 
-
-def network(shape: Shape) -> list[tuple[int, ...]]:
-    """Shapes of all weights of an EDM2 U-Net of these levels, whose last two attend, in its order.
-
-    unit: width of the first level, twice that in the second and so on; C channels of the image, K conditions.
+    width: of the block. source: channels that come in, the skipped ones included. embedding: width of the condition's embedding.
     """
-    unit, levels, depth = shape["unit"], shape["levels"], shape["blocks"]
-    E = unit * levels
-    shapes: list[tuple[int, ...]] = [(E, unit), (E, shape["K"])]
-
-    def block(source: int, width: int, decoder: bool, attends: bool) -> None:
-        if source != width:
-            shapes.append((width, source, 1, 1))
-        shapes.extend([(width, source if decoder else width, 3, 3), (width, E), (width, width, 3, 3)])
-        if attends:
-            shapes.extend([(3 * width, width, 1, 1), (width, width, 1, 1)])
-
-    skips: list[int] = []
-    for level in range(levels):
-        width = unit * (level + 1)
-        if level:
-            block(skips[-1], skips[-1], False, False)
-        else:
-            shapes.append((width, shape["C"] + 1, 3, 3))
-        skips.append(skips[-1] if level else width)
-        for _ in range(depth):
-            block(skips[-1], width, False, level >= levels - 2)
-            skips.append(width)
-    last = skips[-1]
-    block(last, last, True, True)
-    block(last, last, True, False)
-    for level in reversed(range(levels)):
-        if level < levels - 1:
-            block(last, last, True, False)
-        for _ in range(depth + 1):
-            width = unit * (level + 1)
-            block(last + skips.pop(), width, True, level >= levels - 2)
-            last = width
-    return [*shapes, (shape["C"], last, 3, 3), (1, 128)]
+    width, source = shape["width"], shape["source"]
+    convolutions = [(width, source, 1, 1), (width, source, 3, 3), (width, shape["embedding"]), (width, width, 3, 3)]
+    return [*convolutions, (3 * width, width, 1, 1), (width, width, 1, 1)] * shape["blocks"]
 
 
 def draw_forced(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> dict:
-    # of all magnitudes, since that of a stored weight must not matter
-    return {"weights": [torch.randn(s, generator=generator) * 10 ** (i % 5 - 2) for i, s in enumerate(network(shape))]}
+    # of several magnitudes, since that of a stored weight must not matter
+    return {"weights": [torch.randn(s, generator=generator) * 10 ** (i % 5 - 2) for i, s in enumerate(block(shape))]}
 
 
 def draw_used(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> dict:
@@ -354,32 +311,30 @@ def draw_used(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> d
 
 
 def force_copies(weights: list[Tensor]) -> list[Tensor]:
-    """As force_weights, of copies."""
+    """As force_weights, on copies."""
     copies = [w.detach().clone(memory_format=torch.contiguous_format) for w in weights]
     force_weights(copies)
     return copies
 
 
-def force_weights_definition(weights: list[Tensor]) -> list[Tensor]:
-    return [w / _per_row(EPS + w.flatten(1).square().mean(1).sqrt(), w) for w in weights]
-
-
 def cost_used(shape: Shape, dtype: torch.dtype) -> Cost:
-    elements = sum(map(math.prod, network(shape)))
+    elements = sum(map(math.prod, block(shape)))
     return Cost(elements * (4 + dtype.itemsize), elements * (8 + dtype.itemsize))
 
 
 def cost_forced(shape: Shape, dtype: torch.dtype) -> Cost:
-    return Cost(8 * sum(map(math.prod, network(shape))), 0)
+    return Cost(8 * sum(map(math.prod, block(shape))), 0)
 
 
-SIZES: dict[str, Any] = {
-    "shapes": {
-        "edm2-img64-s": {"unit": 192, "levels": 4, "blocks": 3, "C": 3, "K": 1000},
-        "edm2-img512-l": {"unit": 320, "levels": 4, "blocks": 3, "C": 4, "K": 1000},
-    },
-    "tiny": {"one level": {"unit": 2, "levels": 1, "blocks": 1, "C": 1, "K": 5}},
-    "narrow": {"unit": 4},
+SHAPES = {
+    "edm2-img64-s": {"width": 768, "source": 1536, "embedding": 768, "blocks": 1},
+    "edm2-img512-l": {"width": 1280, "source": 2560, "embedding": 1280, "blocks": 1},
 }
-USED_WEIGHTS = Op("used_weights", used_weights, used_weights_definition, draw_used, cost=cost_used, **SIZES)
-FORCE_WEIGHTS = Op("force_weights", force_copies, force_weights_definition, draw_forced, cost=cost_forced, **SIZES)
+SIZES: dict[str, Any] = {
+    "tiny": {"one block": {"width": 2, "source": 5, "embedding": 3, "blocks": 1}},
+    "narrow": {"width": 4, "source": 8, "embedding": 8},
+}
+USED_WEIGHTS = Op("used_weights", used_weights, used_weights_definition, draw_used, cost=cost_used, shapes=SHAPES, **SIZES)
+# all weights of a network in one launch: as many elements as 14 of these blocks have
+FORCED = {name: shape | {"blocks": 14} for name, shape in SHAPES.items()}
+FORCE_WEIGHTS = Op("force_weights", force_copies, force_weights_definition, draw_forced, cost=cost_forced, shapes=FORCED, **SIZES)

@@ -21,7 +21,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mclr.errors import UserError
-from mclr.kernels.magnitude import mp_silu, mp_sum, norm_silu, normalize, scale_silu, sum_clip
+from mclr.kernels.magnitude import mp_silu, mp_sum, normalize
+from mclr.kernels.norm_silu import norm_silu
+from mclr.kernels.scale_silu import scale_silu
+from mclr.kernels.sum_clip import sum_clip
 from mclr.kernels.weight_norm import used_weights
 from mclr.models.blocks import MPConv, MPFourier, mp_cat, running, trunk_dtype
 from mclr.models.conditions import map_columns

@@ -30,17 +30,13 @@ USED = {
 # (module, kernel, whether it is the one of two forms that has a residual add or is in place)
 LAUNCHED = {
     "edm2-digits": {
-        *(
-            ("magnitude", f"_{op}_{which}", False)
-            for op in ("norm_silu", "scale_silu", "sum_clip")
-            for which in ("forward", "backward")
-        ),
+        *((op, f"_{which}", False) for op in ("norm_silu", "scale_silu", "sum_clip") for which in ("forward", "backward")),
         ("weight_norm", "_forward", False),
         ("weight_norm", "_forward", True),
         ("weight_norm", "_backward", False),
     },
     "var-digits": {
-        *(("modulated_norm", f"_{which}", gated) for which in ("forward", "backward") for gated in (False, True)),
+        *(("modulated_norm_triton", f"_{which}", gated) for which in ("forward", "backward") for gated in (False, True)),
         *(("token_logp", f"_{which}", False) for which in ("forward", "merge", "backward")),
     },
 }
@@ -76,8 +72,8 @@ def test_a_step_through_every_operation_is_the_step_in_torch(name, digits, token
         launched.add((kernel.fn.__module__.removeprefix("mclr.kernels."), kernel.fn.__name__, form))
         launch(kernel, *arguments, **options)
 
-    for op in OPS.values():
-        monkeypatch.setattr(f"{op.run.__module__}.launch", noted)
+    for module in {module for of in LAUNCHED.values() for module, *_ in of}:
+        monkeypatch.setattr(f"mclr.kernels.{module}.launch", noted)
     expected, metrics = weights_after_a_step(model, settings, digits, tokenizer, "torch")
     assert not launched
     found, fused = weights_after_a_step(model, settings, digits, tokenizer, "triton")
@@ -89,11 +85,10 @@ def test_a_step_through_every_operation_is_the_step_in_torch(name, digits, token
 
 
 def test_every_operation_is_used_by_a_paradigm():
-    assert set.union(*USED.values()) == OPS.keys() - {"denoising_value"}
+    assert set.union(*USED.values()) == OPS.keys()
     for model, operations in USED.items():
-        assert {module for module, *_ in LAUNCHED[model]} == {
-            OPS[op].run.__module__.removeprefix("mclr.kernels.") for op in operations
-        }
+        modules = {OPS[op].run.__module__.removeprefix("mclr.kernels.") for op in operations}
+        assert {module.removesuffix("_triton") for module, *_ in LAUNCHED[model]} == modules
 
 
 @pytest.mark.parametrize("model", USED)

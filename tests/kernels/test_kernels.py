@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,9 +15,9 @@ from test_house import ROOT
 from mclr.kernels import choice
 from mclr.kernels.choice import use, using
 from mclr.kernels.compile import main as compile_main
-from mclr.kernels.op import as_tuple, check, compare, leaves, moved, results
-from mclr.kernels.registry import OPS
-from mclr.kernels.results import source
+from mclr.kernels.op import FLOATS, as_tuple, check, compare, fit, leaves, moved, recording, results
+from mclr.kernels.registry import OPS, refuse_unknown
+from mclr.kernels.results import dump, source
 
 CASES = [pytest.param(op, shape, id=f"{op.name}, {name}") for op in OPS.values() for name, shape in op.tiny.items()]
 # of the dtypes that the interpreter computes rightly: in bf16 it is silently wrong
@@ -128,22 +129,54 @@ def test_every_kernel_compiles_for_a_hopper_gpu_in_bf16():
     assert all(f"| {name} |" in done.stdout for name in OPS)
 
 
-@pytest.mark.parametrize("sigma", [0.002, 80.0])
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
-def test_the_gradient_of_a_denoising_value_keeps_its_digits_at_extreme_noise(kernels, sigma):
-    """The definition, in fp32, is 6e-6 off at small noise."""
-    op = OPS["denoising_value"]
-    inputs = op.draw({"B": 2, "R": 4, "C": 3, "H": 8, "W": 8}, torch.float32, torch.Generator().manual_seed(0))
-    noise = torch.randn(inputs["x_BCHW"].shape, generator=torch.Generator().manual_seed(1))
-    inputs |= {"sigma_B": torch.full((2,), sigma), "noisy_BCHW": inputs["x_BCHW"] + sigma * noise}
-    assert all(error.relative < 5e-7 for error in compare(op, inputs, torch.float32, kernels))
+def test_auto_runs_the_winners_of_this_gpu_and_nothing_else(monkeypatch):
+    monkeypatch.setattr(choice, "WINNERS", {"sm_90": ["norm_silu", "force_weights"], "sm_80": ["sum_clip"]})
+    monkeypatch.setattr(choice, "family", lambda device: "sm_90")
+    launched = set()
+    for name, op in OPS.items():
+        with recording() as launches, using("auto"):
+            op.run(**first(op))
+        launched |= {name} if launches else set()
+    assert launched == {"norm_silu", "force_weights"}
+
+
+@pytest.mark.parametrize(
+    ("winners", "says"),
+    [({"sm_90": ["attention"]}, "unknown operation attention for sm_90"), ({"hopper": ["sum_clip"]}, "hopper is no GPU family")],
+)
+def test_winners_that_do_not_exist_are_refused(winners, says, tmp_path):
+    """When kernels are imported, from the file that stands there."""
+    with pytest.raises(ValueError, match=says):
+        refuse_unknown(winners)
+    refuse_unknown({"sm_90": list(OPS), "sm_120": []})
+    (tmp_path / "RESULTS.json").write_bytes(dump([], winners=winners))
+    (tmp_path / "choice.py").write_text((ROOT / "kernels/choice.py").read_text())
+    planted = runpy.run_path(str(tmp_path / "choice.py"))
+    assert planted["WINNERS"] == winners and "refuse_unknown(WINNERS)" in (ROOT / "kernels/registry.py").read_text().splitlines()
+
+
+def stale(published):
+    """Winners whose rows were measured with other code than this."""
+    return [
+        (gpu, row["op"])
+        for gpu, names in published["winners"].items()
+        for row in published["rows"]
+        if row["family"] == gpu and row["op"] in names and row["source"] != source()
+    ]
+
+
+def test_published_winners_are_of_this_code():
+    row = {"family": "sm_90", "op": "sum_clip", "source": "other"}
+    assert stale({"winners": {"sm_90": ["sum_clip"]}, "rows": [row]}) == [("sm_90", "sum_clip")]
+    assert stale({"winners": {"sm_90": ["sum_clip"]}, "rows": [row | {"source": source()}, row | {"op": "norm_silu"}]}) == []
+    assert stale(json.loads(choice.RESULTS.read_text())) == []
 
 
 def test_auto_is_traced(monkeypatch):
     """What decides between Triton and torch on a GPU is no file and no cache, which torch.compile cannot trace."""
     monkeypatch.setattr(choice, "WINNERS", {"sm_90": ["won"]})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    on_a_gpu = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    on_a_gpu = SimpleNamespace(device=torch.device("cuda", 0))
 
     def chosen(op, x):
         return x + 1 if choice.runs_triton(op, on_a_gpu) else x - 1
@@ -152,12 +185,6 @@ def test_auto_is_traced(monkeypatch):
     compiled = torch.compile(chosen, backend="eager", fullgraph=True)
     with using("auto"):
         assert [compiled(op, x).item() for op in ("won", "lost")] == [1, -1]
-
-
-def test_published_winners_are_of_this_code():
-    published = json.loads(choice.RESULTS.read_text())
-    for gpu, names in published["winners"].items():
-        assert {row["source"] for row in published["rows"] if row["family"] == gpu and row["op"] in names} == {source()}, gpu
 
 
 def test_a_bad_argument_of_the_compiler_is_one_line(capsys):
@@ -170,3 +197,23 @@ def test_a_bad_argument_of_the_compiler_is_one_line(capsys):
 def test_modes_are_words_that_exist():
     with pytest.raises(ValueError, match="kernels: 'fast' is not one of auto, torch, triton"):
         use("fast")
+
+
+FIRST = torch.zeros(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("second", "says"),
+    [
+        (FIRST[0], "b: 1 dimensions, not 2"),
+        (FIRST[:2], r"b: shape \(2, 4\), not \(3, 4\)"),
+        (FIRST.to("meta"), "b: on meta, not on cpu as a"),
+        (FIRST.double(), r"b: dtype torch\.float64, not one of torch\.float32"),
+    ],
+)
+def test_an_argument_that_does_not_fit_is_named(second, says):
+    with pytest.raises(ValueError, match=says):
+        fit(FLOATS, a=(FIRST, "RD"), b=(second, "RD"))
+    with pytest.raises(ValueError, match=r"c: shape \(0,\) holds nothing"):
+        fit(FLOATS, a=(FIRST, "RD"), c=(FIRST[0, :0], "L"))
+    assert fit(FLOATS, a=(FIRST, "RD"), none=(None, "RLD"), index=(FIRST[:, 0].long(), "R")) == {"R": 3, "D": 4}

@@ -6,10 +6,15 @@ import pytest
 import torch
 
 from mclr.kernels.choice import using
-from mclr.kernels.magnitude import EPS, NORM_SILU, SCALE_SILU, SILU, SUM_CLIP, mp_sum, norm_silu, scale_silu, sum_clip
+from mclr.kernels.magnitude import EPS, SILU, mp_sum
+from mclr.kernels.norm_silu import norm_silu
 from mclr.kernels.op import as_tuple, compare
+from mclr.kernels.registry import OPS
+from mclr.kernels.scale_silu import scale_silu
+from mclr.kernels.sum_clip import sum_clip
 
 both = pytest.mark.parametrize("kernels", ["torch", "triton"])
+per_op = pytest.mark.parametrize("op", [OPS[name] for name in ("norm_silu", "scale_silu", "sum_clip")], ids=lambda op: op.name)
 LAST = torch.channels_last
 
 
@@ -41,7 +46,7 @@ def test_zeros_have_a_finite_gradient(kernels):
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 @both
 @pytest.mark.parametrize("scale", [1e-3, 1e4])
-@pytest.mark.parametrize("op", [NORM_SILU, SCALE_SILU, SUM_CLIP], ids=lambda op: op.name)
+@per_op
 def test_small_and_large_numbers(op, scale, kernels):
     inputs = op.draw(op.tiny["odd sizes"], torch.float32, torch.Generator().manual_seed(4))
     inputs = {
@@ -85,7 +90,7 @@ def test_either_output_may_go_unused(kernels):
 
 
 @both
-@pytest.mark.parametrize("op", [NORM_SILU, SCALE_SILU, SUM_CLIP], ids=lambda op: op.name)
+@per_op
 def test_the_layout_stays(op, kernels):
     """channels_last in, channels_last out, gradients too; and the numbers are those of NCHW."""
     inputs = op.draw(op.tiny["odd sizes"], torch.float32, torch.Generator().manual_seed(0))

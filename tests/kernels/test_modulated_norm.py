@@ -11,8 +11,9 @@ both = pytest.mark.parametrize("kernels", ["torch", "triton"])
 per_op = pytest.mark.parametrize("op", [MODULATED_NORM, GATED_NORM], ids=lambda op: op.name)
 
 
-def drawn(op, dtype=torch.float32, **shape):
-    return op.draw({"B": 3, "R": 3, "L": 5, "D": 6} | shape, dtype, torch.Generator().manual_seed(0))
+def drawn(op, dtype=torch.float32, indexed=0, **shape):
+    shape = {"B": 3, "R": 3, "L": 5, "D": 6} | ({"indexed": 1} if indexed else {}) | shape
+    return op.draw(shape, dtype, torch.Generator().manual_seed(0))
 
 
 def with_tokens(inputs, change):
@@ -178,7 +179,7 @@ def test_every_tensor_may_have_its_own_dtype(kernels):
 @pytest.mark.parametrize("indexed", [0, 1])
 @per_op
 def test_cost_counts_the_tokens_read_and_written(op, indexed):
-    shape = {"B": 2, "R": 4, "L": 3, "D": 5, "indexed": indexed}
+    shape = {"B": 2, "R": 4, "L": 3, "D": 5} | ({"indexed": 1} if indexed else {})
     inputs = op.draw(shape, torch.float16, torch.Generator())
     outputs = as_tuple(op.definition(**inputs))
     gradients = torch.autograd.grad(outputs, inputs["x"], [torch.ones_like(out) for out in outputs])
@@ -194,25 +195,19 @@ def test_cost_counts_the_tokens_read_and_written(op, indexed):
     assert cost.backward_bytes == size(normalised, *outputs, *y, *gradients)
 
 
+INDEX = torch.tensor([0, 1, 2])
 WRONG = {
     "x: 2 dimensions, not 3": {"x": torch.zeros(3, 6)},
-    r"x: shape \(3, 0, 6\) holds nothing": {"x": torch.zeros(3, 0, 6)},
     "x: dtype torch.bfloat16, not torch.float32": {"x": torch.zeros(3, 5, 6, dtype=torch.bfloat16)},
-    r"x: shape \(2, 5, 6\), not \(3, 5, 6\)": {"x": torch.zeros(2, 5, 6)},
-    r"scale: shape \(3, 1, 6\), not \(3, 6\)": {"scale_RD": torch.zeros(3, 1, 6)},
+    r"scale: shape \(2, 6\), not \(3, 6\)": {"scale_RD": torch.zeros(2, 6)},
     r"shift: shape \(3, 5\), not \(3, 6\)": {"shift_RD": torch.zeros(3, 5)},
-    "shift: on meta, not on cpu as x": {"shift_RD": torch.zeros(3, 6, device="meta")},
     "dtype: torch.int64, not one of": {"dtype": torch.int64},
     "first: goes with index: both or neither": {"first_RD": torch.zeros(3, 6)},
-    r"first: shape \(2, 6\), not \(3, 6\)": {"index_R": torch.zeros(3, dtype=torch.int64), "first_RD": torch.zeros(2, 6)},
-    "first: dtype torch.float16, not torch.float32": {
-        "index_R": torch.zeros(3, dtype=torch.int64),
-        "first_RD": torch.zeros(3, 6, dtype=torch.float16),
-    },
-    "index: dtype torch.int32, not torch.int64": {"index_R": torch.zeros(3, dtype=torch.int32), "first_RD": torch.zeros(3, 6)},
-    r"index: shape \(2,\), not \(3,\)": {"index_R": torch.zeros(2, dtype=torch.int64), "first_RD": torch.zeros(3, 6)},
-    r"index: holds 3, outside 0\.\.2": {"index_R": torch.tensor([0, 3, 1]), "first_RD": torch.zeros(3, 6)},
-    r"index: holds -1, outside 0\.\.2": {"index_R": torch.tensor([0, -1, 1]), "first_RD": torch.zeros(3, 6)},
+    r"first: shape \(2, 6\), not \(3, 6\)": {"index_R": INDEX, "first_RD": torch.zeros(2, 6)},
+    "first: dtype torch.float16, not torch.float32": {"index_R": INDEX, "first_RD": torch.zeros(3, 6, dtype=torch.float16)},
+    "index: dtype torch.int32, not torch.int64": {"index_R": INDEX.int(), "first_RD": torch.zeros(3, 6)},
+    r"index: shape \(2,\), not \(3,\)": {"index_R": INDEX[:2], "first_RD": torch.zeros(3, 6)},
+    r"index: holds 3, outside 0\.\.2": {"index_R": INDEX + 1, "first_RD": torch.zeros(3, 6)},
 }
 
 
@@ -229,7 +224,7 @@ def test_what_does_not_fit_is_refused_by_name(op, says, kernels):
     ("says", "wrong"),
     [
         (r"y: shape \(3, 4, 6\), not \(3, 5, 6\)", {"y_RLD": torch.zeros(3, 4, 6)}),
-        (r"gate: shape \(3, 1, 6\), not \(3, 6\)", {"gate_RD": torch.zeros(3, 1, 6)}),
+        ("gate: 3 dimensions, not 2", {"gate_RD": torch.zeros(3, 1, 6)}),
     ],
 )
 def test_what_is_added_must_fit(says, wrong, kernels):

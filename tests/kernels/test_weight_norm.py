@@ -1,14 +1,16 @@
 """EDM2's weight normalisation: its properties, alignment, layouts, forced weights, what is refused. Formulas: test_kernels.py."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from mclr.kernels import weight_norm as module
 from mclr.kernels.choice import using
 from mclr.kernels.magnitude import EPS, normalize
 from mclr.kernels.op import check, compare
-from mclr.kernels.weight_norm import FORCE_WEIGHTS, USED_WEIGHTS, force_copies, force_weights, network, used_weights
+from mclr.kernels.weight_norm import FORCE_WEIGHTS, USED_WEIGHTS, block, force_copies, force_weights, used_weights
 from mclr.models.edm2 import EDM2, EDM2Config
 
 both = pytest.mark.parametrize("kernels", ["torch", "triton"])
@@ -116,19 +118,41 @@ def test_channels_last_stays(kernels):
         torch.testing.assert_close(one, two)
 
 
-@pytest.mark.parametrize("name", USED_WEIGHTS.shapes)
-def test_the_listed_shapes_are_the_networks(name):
-    shape = USED_WEIGHTS.shapes[name]
-    config = EDM2Config(img_resolution=64, img_channels=shape["C"], num_classes=shape["K"], model_channels=shape["unit"])
+@pytest.mark.parametrize(("name", "width", "channels"), [("edm2-img64-s", 192, 3), ("edm2-img512-l", 320, 4)])
+def test_the_listed_shapes_are_those_of_the_network(name, width, channels):
+    """Of a decoder's block with attention; all blocks of force_weights together are as many elements as the network has."""
+    config = EDM2Config(img_resolution=64, img_channels=channels, num_classes=1000, model_channels=width)
     with torch.device("meta"):
         net = EDM2(config)
-    assert sorted(network(shape)) == sorted(tuple(p.shape) for p in net.magnitude_preserving())
+    of_blocks = [sorted(tuple(p.shape) for p in each.parameters() if p.ndim > 1) for each in net.blocks]
+    assert sorted(block(USED_WEIGHTS.shapes[name])) in of_blocks
+    count = sum(p.numel() for p in net.magnitude_preserving())
+    assert sum(map(math.prod, block(FORCE_WEIGHTS.shapes[name]))) == pytest.approx(count, rel=0.02)
+
+
+def test_tables_of_rows_are_made_once():
+    """More lists of shapes than any network has; to make one again the host would wait for the GPU."""
+    module._rows.cache_clear()
+    lists = [drawn([(n, 3)]) for n in range(1, 41)]
+    with using("triton"):
+        for _ in range(2):
+            for weights in lists:
+                used_weights(weights, torch.float32)
+    assert module._rows.cache_info().misses == len(lists)
+
+
+def test_a_cuda_graph_is_refused(monkeypatch):
+    """It would replay the addresses of the call that it captured."""
+    on_a_gpu = SimpleNamespace(device=torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(ValueError, match="a CUDA graph would replay the addresses of this call"):
+        module._table([on_a_gpu])
 
 
 @both
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_forced_weights_are_the_definition(dtype, kernels):
-    errors = check(FORCE_WEIGHTS, "cpu", dtype, FORCE_WEIGHTS.tiny["one level"], kernels)
+    errors = check(FORCE_WEIGHTS, "cpu", dtype, FORCE_WEIGHTS.tiny["one block"], kernels)
     assert errors and all(error.ok for error in errors), errors
 
 

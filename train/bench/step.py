@@ -1,27 +1,26 @@
 """`python -m train.bench.step`: what a whole training step and a whole sampling call cost, by objective, precision and arm.
 
-The digits have their bundled weights and real data; full sizes random weights and noise, no files. An arm is a way to run the same step:
+The presets on digits use their bundled weights and real data; full sizes use random weights and noise, no files. An arm is a way to run
+the same step:
 eager     plain torch
 ours      our Triton kernels
 compiled  torch.compile (the head of a VAR is called from outside of it)
 separate  plain torch, the mismatched rows in a forward of their own
-All rows of a model run in one process and take turns, so that a slow minute of the machine hits each of them: read the ratios.
+All rows of a model run in one process and take turns: compare their times.
 
-Times are medians (20th to 80th percentile, from three rounds on). Work: FLOPs, one step of maximum likelihood being 1. rows/s: with and
-without gradient. MFU: FLOPs of forwards (1x) and backwards (2x) as torch counts them, against a matrix
-product of the same type and run. Peak memory: of tensors on a GPU, of the process on a CPU, with all that the table's rows keep.
-Sampling is the sampler's loop, without decoding, by the first objective's network; `mclr sample` does not compile, nor is it here.
+Times are medians (20th to 80th percentile). Work: FLOPs; one step of maximum likelihood is 1. rows/s: with and without gradient. MFU:
+FLOPs of forwards (1x) and backwards (2x) as torch counts them, over those of a matrix product of the same type and run. Peak memory: of
+tensors on a GPU, of the process on a CPU, with everything that the table's rows keep. Sampling is the sampler's loop without decoding,
+on the first objective's network; it is not compiled, as in `mclr sample`.
 """
 
 import argparse
-import statistics
-import sys
-import time
+import math
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
-from functools import cache
-from itertools import pairwise, product
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,8 @@ from torch import Tensor, nn
 from mclr.configs.schema import RunConfig, load
 from mclr.errors import UserError
 from mclr.guidance import Guidance
-from mclr.kernels.bench import reached
-from mclr.kernels.choice import using
 from mclr.kernels.op import DTYPES
+from mclr.kernels.timing import Turn, above_0, number, rates, spread, table, take_turns, time_cell
 from mclr.likelihood import Draws
 from mclr.models.registry import fold
 from mclr.posterior import NoisyPosterior
@@ -52,7 +50,7 @@ EXAMPLE = """examples:
   python -m train.bench.step sample.steps=18 --model edm2-digits --objective mle "mclr posterior" --sampling"""
 DIGITS = ("edm2-digits", "var-digits")
 FULL = {"edm2-img64-s": 64, "edm2-img512-l": 512, "var-d16": 256, "var-d30": 256}  # pixels
-# objective -> preset and settings; of the reference objectives one, since they cost the same
+# objective -> preset and settings; one of the objectives with a reference, since they cost the same
 OBJECTIVES = {
     "mle": ("mle", ()),
     "mclr posterior": ("mclr", ("objective.contrast=posterior",)),
@@ -68,10 +66,11 @@ OBJECTIVES = {
 PAIR = "mclr uniform"
 WARM_UP = 2
 GAMMA = 1.5  # time does not depend on it
-BANDS = (0.0, 0.15, 0.3, 0.5, 0.8, 1.25, 2.0, 3.5)  # of sigma
+HEAD = ["objective", "precision", "arm", "ms per step (p20–p80)", "time, first = 1", "work, mle = 1", "rows/s", "images/s", "MFU"]
+SAMPLING = ["precision", "arm", "plain images/s", "guided images/s", "time, plain / guided"]
 
-# objective, precision, arm; its columns: none where a GPU's memory was too small
-Table = dict[tuple[str, str, str], dict[str, float]]
+# (objective, precision, arm) -> numbers of the row; none if it ran out of memory
+Rows = dict[tuple[str, str, str], dict[str, float]]
 
 
 class Separate(nn.Module):
@@ -93,7 +92,7 @@ def itself(net: nn.Module) -> nn.Module:
     return net
 
 
-# arm -> the word for `using`; what an engine calls in place of the network
+# arm -> the mode of kernels; what an engine calls in place of the network
 ARMS: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
     "eager": ("torch", itself),
     "ours": ("triton", itself),
@@ -103,10 +102,10 @@ ARMS: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
 
 
 def build(model: str, objective: str, overrides: list[str], device: torch.device) -> tuple[Task, RunConfig]:
-    """What one objective trains, in fp32; train.batch samples per step. Raises UserError where settings are at odds."""
+    """What one objective trains, in fp32; train.batch samples per step. Raises UserError if settings are at odds."""
     preset, settings = OBJECTIVES[objective]
     if model in DIGITS:
-        # its webdataset is not on every machine with a GPU
+        # webdataset, which this imports, is not on every machine with a GPU
         from mclr.train.data.write import open_or_prepare
 
         config = load(model, preset, "digits", "local", [*settings, *overrides])
@@ -116,7 +115,7 @@ def build(model: str, objective: str, overrides: list[str], device: torch.device
         if preset == "cca":
             raise UserError(f"cca compares with trained weights, {model} has random ones here: choose another --objective")
         ours = [f"data.resolution={FULL[model]}", "data.channels=3", "data.num_classes=1000", "engine.precision=fp32"]
-        # nothing but the pair: a sample that drops its condition would have no contrast row
+        # pairs alone: a sample that drops its condition would have no contrast row
         ours += ["train.drop_condition=0"] * (objective == PAIR)
         ours += ["model.posterior.warmup_images=0"] * model.startswith("edm2")
         config = load(model, preset, "digits", "local", [*ours, *settings, *overrides])
@@ -125,7 +124,7 @@ def build(model: str, objective: str, overrides: list[str], device: torch.device
 
 
 def as_run_by(task: Task, arm: str, precision: str) -> Task:
-    """The same task, on the same weights and moments; its steps want `using` this arm's kernels."""
+    """The same task, on the same weights and moments, as an arm runs it; its kernels are those of ARMS."""
 
     def copied(engine: Any, wrap: Callable[[nn.Module], Any] = itself) -> Any:
         found = copy(engine)
@@ -141,14 +140,8 @@ def as_run_by(task: Task, arm: str, precision: str) -> Task:
     return replace(task, posterior=posterior, **engines)
 
 
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def peak_memory(reset: bool = False) -> float:
-    """GiB that the process (on a GPU: its tensors) took at most since the last reset. Linux alone."""
+    """Peak memory in GiB since the last reset: of the process, on a GPU of its tensors. Linux only."""
     if torch.cuda.is_available():
         found = torch.cuda.max_memory_allocated() / 2**30
         if reset:
@@ -163,109 +156,85 @@ def peak_memory(reset: bool = False) -> float:
 @cache
 def flops_per_second(device: torch.device, precision: str) -> float:
     """Of a matrix product, in this run."""
-    return 1e12 * reached(device, DTYPES[precision])["product_tflops"]
+    return 1e12 * rates(device, DTYPES[precision])["product_tflops"]
 
 
-def measure_training(built: dict[str, tuple[Task, RunConfig]], precisions: list[str], arms: list[str], rounds: int) -> Table:
-    """ms, low, high of a step; images and rows per second; work in steps of maximum likelihood, by FLOPs; mfu; memory in GiB."""
-    keys = list(product(built, precisions, arms))
-    tasks = {(o, precision, arm): as_run_by(built[o][0], arm, precision) for o, precision, arm in keys}
+def measure_training(built: dict[str, tuple[Task, RunConfig]], precisions: list[str], arms: list[str], rounds: int) -> Rows:
+    """ms, p20, p80 of a step; images and rows per second; work in steps of maximum likelihood; mfu; peak memory in GiB."""
     flops = {objective: forward_flops(task) for objective, (task, _) in built.items()}
-    seconds: dict[tuple, list[float]] = {key: [] for key in keys}
-    spent, memory = {key: RunState() for key in keys}, dict.fromkeys(keys, 0.0)
-    for step in range(WARM_UP + rounds):
-        # a copy: what is out of memory takes no more turns
-        for key, task in list(tasks.items()):
-            (objective, _, arm), train = key, built[key[0]][1].train
-            positions = range(step * train.batch, (step + 1) * train.batch)
-            peak_memory(reset=True)
-            try:
-                with using(ARMS[arm][0]):
-                    began = now(task.device)
-                    train_step(task, positions, train.batch, train.lr, lambda: False)
-                    seconds[key].append(now(task.device) - began)
-            except torch.OutOfMemoryError:
-                del tasks[key]
-                for engine in filter(None, (task.engine, task.posterior_engine)):
-                    engine.net.zero_grad()
-            memory[key] = max(memory[key], peak_memory())
-            rows = add_up(rows_of(task), task.device)
-            if step >= WARM_UP:
-                count_compute(spent[key], rows, flops[objective])
-    table: Table = {key: {} for key in keys}
-    for key, task in tasks.items():
+    tasks = {key: as_run_by(built[key[0]][0], key[2], key[1]) for key in product(built, precisions, arms)}
+    spent, memory = {key: RunState() for key in tasks}, dict.fromkeys(tasks, 0.0)
+    device = next(iter(tasks.values())).device
+
+    def turn(key: tuple[str, str, str]) -> Turn:
+        task, train = tasks[key], built[key[0]][1].train
+
+        def step(i: int) -> None:
+            train_step(task, range(i * train.batch, (i + 1) * train.batch), train.batch, train.lr, lambda: False)
+
+        return Turn(step, rounds, ARMS[key[2]][0], warm_up=WARM_UP)
+
+    turns = {key: turn(key) for key in tasks}
+
+    def count(key: tuple[str, str, str]) -> None:
+        memory[key] = max(memory[key], peak_memory(reset=True))
+        if turns[key].failed:
+            for engine in filter(None, (tasks[key].engine, tasks[key].posterior_engine)):
+                engine.net.zero_grad()
+        elif turns[key].times:
+            count_compute(spent[key], add_up(rows_of(tasks[key]), device), flops[key[0]])
+        else:
+            rows_of(tasks[key])
+
+    peak_memory(reset=True)
+    take_turns(turns, device, count)
+    found: Rows = {}
+    for key, each in turns.items():
         objective, precision, _ = key
-        times = sorted(1000 * each for each in seconds[key][WARM_UP:])
-        ms = statistics.median(times)
+        if each.failed:
+            found[key] = {}
+            continue
+        row = spread(each.times) | {"memory": memory[key]}
         step_flops, batch = spent[key].flops / rounds, built[objective][1].train.batch
-        table[key] = {"ms": ms, "images": 1000 * batch / ms, "memory": memory[key]}
-        if rounds >= 3:
-            table[key] |= {"low": times[round(0.2 * (rounds - 1))], "high": times[round(0.8 * (rounds - 1))]}
-        table[key]["rows"] = 1000 * (spent[key].rows + spent[key].rows_no_grad) / rounds / ms
-        table[key]["work"] = step_flops / (3 * flops[objective]["net"] * batch)
-        table[key]["mfu"] = step_flops / (ms / 1000) / flops_per_second(task.device, precision)
-    return table
+        row["images"] = 1000 * batch / row["ms"]
+        row["rows"] = 1000 * (spent[key].rows + spent[key].rows_no_grad) / rounds / row["ms"]
+        row["work"] = step_flops / (3 * flops[objective]["net"] * batch)
+        row["mfu"] = step_flops / (row["ms"] / 1000) / flops_per_second(device, precision)
+        found[key] = row
+    return found
 
 
-def training_table(table: Table) -> str:
-    heads = ["ms per step (p20–p80)", "time, first = 1", "work, mle = 1", "rows/s", "images/s", "MFU", "peak GiB"]
-    lines = [f"| objective | precision | arm | {' | '.join(heads)} |", "| --- | --- | --- " + "| ---: " * len(heads) + "|"]
-    first = next((row["ms"] for row in table.values() if row), 0.0)
-    for key, row in table.items():
-        cells = ["out of memory", *[""] * (len(heads) - 1)]
+def training_table(rows: Rows) -> str:
+    first = next((row["ms"] for row in rows.values() if row), 0.0)
+    lines = []
+    for key, row in rows.items():
+        cells = ["out of memory", *[""] * 6]
         if row:
-            spread = f" ({row['low']:,.0f}–{row['high']:,.0f})" if "low" in row else ""
-            cells = [f"{row['ms']:,.0f}{spread}", f"{row['ms'] / first:.2f}", f"{row['work']:.2f}"]
-            cells += [per_second(row["rows"]), per_second(row["images"]), f"{100 * row['mfu']:.0f} %", f"{row['memory']:.1f}"]
-        lines.append(f"| {' | '.join([*key, *cells])} |")
-    return "\n".join(lines)
+            cells = [time_cell(row), f"{row['ms'] / first:.2f}", f"{row['work']:.2f}", number(row["rows"]), number(row["images"])]
+            cells += [f"{100 * row['mfu']:.0f} %", f"{row['memory']:.1f}"]
+        lines.append([*key, *cells])
+    return table([*HEAD, "peak GiB"], lines, left=3)
 
 
-def per_second(rate: float) -> str:
-    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
-
-
-@torch.no_grad()
-def computed_shares(task: Task, batch: int, batches: int = 20) -> list[tuple[float, float, float]]:
-    """(lowest sigma, share of all samples, share of these whose contrast row is computed) of each band of noise levels.
-
-    task: of diffusion with the contrast `posterior`, whose draw is mostly the condition itself where the image is still clear.
-    """
-    seen = []
-    for first in range(0, batches * batch, batch):
-        x_P, c_P, true_c_P, draws = task.samples(first, batch)
-        probe = task.paradigm.probe(x_P, draws)
-        assert isinstance(task.posterior, NoisyPosterior)
-        rows = task.objective.rows(probe, c_P, task.null, draws, task.posterior(probe, true_c_P)[0])
-        computed_B = rows.contrast_BT[:, 0] != rows.index_R[: len(c_P)]
-        seen.append(torch.stack([probe.inputs["sigma"], computed_B.float()]))
-    sigma, computed = torch.cat(seen, 1)
-    edges = [*BANDS, float("inf")]
-    bands = [(low, (sigma >= low) & (sigma < high)) for low, high in pairwise(edges)]
-    return [(low, band.float().mean().item(), computed[band].mean().item()) for low, band in bands if band.any()]
-
-
-def draw(task: Task, gamma: Schedule, precision: str, arm: str, images: int) -> tuple[float, Tensor]:
-    """(seconds, samples) of one call of the sampler."""
+def draw(task: Task, gamma: Schedule, precision: str, images: int, _: int = 0) -> Tensor:
+    """Samples of one call of the sampler."""
     net, device = task.engine.net.eval(), task.device
-    draws = Draws(0, list(range(images)), device)
-    with using(ARMS[arm][0]), autocast_of(net, precision == "bf16"):
-        began = now(device)
-        x_B = task.paradigm.sample(net, torch.arange(images, device=device) % task.null, Guidance(gamma), draws)
-        return now(device) - began, x_B
+    with autocast_of(net, precision == "bf16"):
+        c_B = torch.arange(images, device=device) % task.null
+        return task.paradigm.sample(net, c_B, Guidance(gamma), Draws(0, list(range(images)), device))
 
 
 def measure_sampling(
     task: Task, guided: Schedule, precisions: list[str], arms: list[str], rounds: int, images: int
 ) -> dict[tuple[str, str], tuple[float, float]]:
-    """Precision and arm -> median seconds (without guidance, with guidance) of drawing some images. One warm-up. No training after it."""
+    """(precision, arm) -> median ms (without guidance, with guidance) of drawing some images. The task cannot be trained afterwards."""
     # as `mclr sample` does
     fold(task.engine.net)
-    turns: dict[tuple, list[float]] = {key: [] for key in product(precisions, arms, (NONE, guided))}
-    for _ in range(1 + rounds):
-        for (precision, arm, gamma), seconds in turns.items():
-            seconds.append(draw(task, gamma, precision, arm, images)[0])
-    medians = {key: statistics.median(seconds[1:]) for key, seconds in turns.items()}
+    turns: dict[Any, Turn] = {}
+    for precision, arm, gamma in product(precisions, arms, (NONE, guided)):
+        turns[precision, arm, gamma] = Turn(partial(draw, task, gamma, precision, images), rounds, ARMS[arm][0], warm_up=1)
+    take_turns(turns, task.device)
+    medians = {key: spread(turn.times)["ms"] if turn.times else math.nan for key, turn in turns.items()}
     return {key: (medians[*key, NONE], medians[*key, guided]) for key in product(precisions, arms)}
 
 
@@ -286,18 +255,12 @@ def measure_model(model: str, args: argparse.Namespace, device: torch.device) ->
     peaks = ", ".join(f"{flops_per_second(device, each) / 1e12:.3g} TFLOP/s in {each}" for each in precisions)
     print(f"**{model}**, {machine}, {batch} samples per step, {rounds} steps of each row; a matrix product reaches {peaks}\n")
     print(training_table(measure_training(built, precisions, args.arms, rounds)))
-    if digits and "mclr posterior" in built and config.model.paradigm == "diffusion":
-        print("\nWhere the posterior contrast computes a row:\n")
-        print("| sigma from | share of samples | of these with a contrast row |\n| --- | ---: | ---: |")
-        for low, share, computed in computed_shares(build(model, "mclr posterior", overrides, device)[0], batch):
-            print(f"| {low:g} | {share:.3f} | {computed:.3f} |")
     arms = [arm for arm in args.arms if arm in ("eager", "ours")]
-    if arms and (args.sampling or config.model.paradigm == "next_scale"):
+    if arms and args.sampling:
         images, guided = args.images or batch, build_schedule(config.sample.schedule, GAMMA)
-        print(f"\nSampling {images} at a time:\n\n| precision | arm | plain images/s | guided images/s | time, plain / guided |")
-        print("| --- | --- | ---: | ---: | ---: |")
-        for key, (plain, other) in measure_sampling(task, guided, precisions, arms, rounds, images).items():
-            print(f"| {' | '.join(key)} | {per_second(images / plain)} | {per_second(images / other)} | {plain / other:.2f} |")
+        found = measure_sampling(task, guided, precisions, arms, rounds, images)
+        lines = [[*key, *(number(1000 * images / ms) for ms in both), f"{both[0] / both[1]:.2f}"] for key, both in found.items()]
+        print(f"\nSampling {images} at a time:\n\n{table(SAMPLING, lines, left=2)}")
     print(flush=True)
 
 
@@ -305,33 +268,24 @@ def arguments(argv: list[str] | None, gpu: bool) -> argparse.Namespace:
     parser = Parser("python -m train.bench.step", description=__doc__, epilog=EXAMPLE)
     several: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
     arms = ["eager", "ours", "compiled"] if gpu else ["eager"]
+    objectives = f"of %(choices)s; quote those of several words (default: all; at full size {PAIR})"
+    count: dict[str, Any] = {"type": above_0(int), "metavar": "N"}
     add = parser.add_argument
     add("overrides", nargs="*", metavar="section.key=value", help="settings of every row; give them first")
     add("--model", choices=[*DIGITS, *FULL], default=DIGITS, help="of %(choices)s (default: the two on digits)", **several)
-    add(
-        "--objective",
-        choices=OBJECTIVES,
-        help=f"of %(choices)s; quote those of several words (default: all; at full size {PAIR})",
-        **several,
-    )
+    add("--objective", choices=OBJECTIVES, help=objectives, **several)
     add("--arms", choices=ARMS, default=arms, help=f"of %(choices)s (default here: {' '.join(arms)})", **several)
     add("--precision", choices=["fp32", "bf16"], help="of %(choices)s (default: fp32; at full size both)", **several)
-    add("--pairs", type=int, help="samples per step (default: train.batch; at full size 1, on a GPU 32)")
-    add("--rounds", type=int, help="steps and samplings of every row that are timed (default: 20; at full size on a CPU 3)")
-    add("--images", type=int, help="drawn at a time (default: as many as samples per step)")
-    add("--sampling", action="store_true", help="measure sampling of diffusion models too, which takes long")
+    add("--pairs", help="samples per step (default: train.batch; at full size 1, on a GPU 32)", **count)
+    add("--rounds", help="steps and samplings of every row (default: 20; at full size on a CPU 3)", **count)
+    add("--sampling", action="store_true", help="measure the sampler, too")
+    add("--images", help="drawn at a time (default: as many as samples per step)", **count)
     args = parser.parse_intermixed_args(argv)
-    for name in ("pairs", "rounds", "images"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            parser.error(f"--{name} {value}: at least 1")
     for override in args.overrides:
         if override.startswith(("engine.kind=", "engine.precision=", "engine.compile=", "engine.kernels=")):
-            parser.error(f"{override}: --arms and --precision say how a step is run (--arms ours runs our kernels)")
+            parser.error(f"{override}: --arms and --precision say how a step runs (--arms ours: with our kernels)")
     if "ours" in args.arms and not gpu:
-        args.arms = [arm for arm in args.arms if arm != "ours"]
-        if not args.arms:
-            parser.error("--arms ours needs a GPU: on a CPU it would run what eager does")
-        print("ours is left out: on a CPU it would run what eager does\n")
+        parser.error("--arms ours needs a GPU: on a CPU it would run what eager does")
     return args
 
 
@@ -347,4 +301,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    raise SystemExit(run(main))
