@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from launch import lose_readers
 from test_resume import poison, skip
 
 import mclr.train.engine.checkpoint
@@ -78,6 +79,13 @@ def hang():
     time.sleep(1e6)
 
 
+def unread(number):
+    """Nobody reads what is said from now on, as when Ctrl-C ends the other end of a pipe, too; then the signal, or none (0)."""
+    lose_readers()
+    if number:
+        send(number)
+
+
 def limit(size):
     """No file may grow beyond so many bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
@@ -106,6 +114,7 @@ def leave_out(steps):
 ACTIONS = {
     "send": send,
     "hang": hang,
+    "unread": unread,
     "limit": limit,
     "forbid": forbid,
     "lose": os.rename,

@@ -1,6 +1,7 @@
 """train/run.py for the launchers of tests/test_faults.py: waits in the first micro-batch of step HOLD until ./go is there.
 
-It says so by ./held-RANK, which holds its process id. Then rank LOST no longer finds what it was given by relative paths.
+It says so by ./held-RANK, which holds its process id. Then rank LOST no longer finds what it was given by relative paths, and with
+UNREAD nobody reads what the ranks say.
 """
 
 import os
@@ -9,6 +10,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from launch import lose_readers
 
 import mclr.train.run
 import mclr.train.training.step
@@ -28,6 +31,8 @@ def score(*args):
         held.rename(here / f"held-{rank}")
         while not (here / "go").exists():
             time.sleep(0.02)
+        if os.environ.get("UNREAD"):
+            lose_readers()
         if os.environ.get("LOST") == rank:
             os.chdir("/")
     return real(*args)

@@ -48,6 +48,14 @@ def free_port():
         return str(free.getsockname()[1])
 
 
+def lose_readers():
+    """Stdout and stderr of this process become a pipe that nobody reads."""
+    reader, pipe = os.pipe()
+    os.close(reader)
+    for stream in (1, 2):
+        os.dup2(pipe, stream)
+
+
 def as_rank(patch, rank, ranks):
     """What a launcher tells this rank of so many, on one machine."""
     for name, value in zip(LAUNCHED, (rank, rank, ranks, "127.0.0.1", 29500), strict=True):

@@ -3,8 +3,11 @@
 import json
 import os
 import pwd
+import subprocess
+import sys
 
 import pytest
+from launch import ROOT, environment
 
 from mclr.errors import UserError
 from mclr.train.system import files
@@ -126,3 +129,73 @@ def test_a_user_without_a_home_has_a_temporary_cache(tmp_path, monkeypatch, caps
     (tmp_path / "mclr-1234567").mkdir()
     with pytest.raises(UserError, match="it belongs to another user"):
         cache_folder()
+
+
+# a file system that refuses what SHIM names, as CIFS, FUSE and some network mounts do
+SHIM = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+static int on(const char *what) { const char *s = getenv("SHIM"); return s && strstr(s, what); }
+static int refuse(int number) { errno = number; return -1; }
+int fsync(int fd) {
+  struct stat st;
+  if (on("fsync-dir") && fstat(fd, &st) == 0 && S_ISDIR(st.st_mode)) return refuse(EINVAL);
+  return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(fd); }
+int chmod(const char *p, mode_t m) {
+  if (on("chmod")) return refuse(EPERM);
+  return ((int (*)(const char *, mode_t))dlsym(RTLD_NEXT, "chmod"))(p, m); }
+int flock(int fd, int how) {
+  if (on("flock")) return refuse(ENOLCK);
+  return ((int (*)(int, int))dlsym(RTLD_NEXT, "flock"))(fd, how); }
+int rename(const char *a, const char *b) {
+  struct stat st;
+  if (on("rename-dir") && stat(a, &st) == 0 && S_ISDIR(st.st_mode)) return refuse(ENOSYS);
+  return ((int (*)(const char *, const char *))dlsym(RTLD_NEXT, "rename"))(a, b); }
+"""
+TRAIN = ["train", "--model", "var-digits", "--objective", "mle", "--out", "run", "train.images=32", "train.batch=16"]
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory):
+    path = tmp_path_factory.mktemp("shim") / "shim.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", path, "-ldl"], input=SHIM, text=True, check=True)
+    return path
+
+
+@pytest.fixture
+def trained(shim, digits, tmp_path):
+    """trained(WHAT IS REFUSED, ARGUMENTS) -> (status, what a run in a folder of its own said)."""
+
+    def trained(refused, *more):
+        command = [sys.executable, "-m", "mclr.train.cli", *TRAIN, "--data", str(digits), *more]
+        program = environment() | {"LD_PRELOAD": str(shim), "SHIM": refused, "PYTHONPATH": str(ROOT)}
+        ran = subprocess.run(command, cwd=tmp_path, env=program, capture_output=True, text=True)
+        return ran.returncode, ran.stdout + ran.stderr
+
+    return trained
+
+
+@pytest.mark.parametrize(("refused", "named"), [("chmod", "permissions"), ("fsync-dir", "syncing of folders")])
+def test_what_safety_does_not_need_is_done_without_and_said_once(trained, tmp_path, refused, named):
+    status, said = trained(refused)
+    assert status == 0 and (tmp_path / "run" / "weights" / "model.safetensors").exists(), said
+    assert said.count(f" has no {named} (") == said.count("going on without") == 1, said
+
+
+def test_without_locks_a_run_says_how_it_may_go_on(trained):
+    status, said = trained("flock")
+    assert status == 2 and "the file system of run has no locks" in said and "--no-lock" in said, said
+    status, said = trained("flock", "--no-lock")
+    assert status == 0 and said.count("the file system of run/lock has no locks (No locks available): going on without") == 1, (
+        said
+    )
+
+
+def test_without_renames_of_folders_a_run_does_not_begin(trained, tmp_path):
+    status, said = trained("rename-dir")
+    assert status == 2 and "cannot rename folders (Function not implemented), as checkpoints need" in said, said
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() and not list((tmp_path / "run").glob(".tmp-*"))

@@ -179,13 +179,31 @@ def test_sigkill_anywhere(begin, whole):
 
 
 @pytest.mark.parametrize(
-    ("name", "nth"), [("score", in_step(4)), ("samples", in_step(2)), ("step", 3), ("write_tensors", 2), ("write_snapshot", 1)]
+    ("number", "name", "nth"),
+    [
+        (signal.SIGTERM, "score", in_step(4)),
+        (signal.SIGTERM, "samples", in_step(2)),
+        (signal.SIGHUP, "step", 3),
+        (signal.SIGUSR1, "write_tensors", 2),
+        (signal.SIGUSR2, "write_snapshot", 1),
+    ],
 )
-def test_sigterm(name, nth, begin, tick):
-    case = begin("SIGTERM", EDM2)
-    status, said = case.start(tick(EDM2, name, nth), "send", signal.SIGTERM)
-    assert status == 128 + signal.SIGTERM and "stopped by a signal at" in said.splitlines()[-1], said
+def test_a_signal(number, name, nth, begin, tick):
+    case = begin(number.name, EDM2)
+    status, said = case.start(tick(EDM2, name, nth), "send", number)
+    assert status == 128 + number and "stopped by a signal at" in said.splitlines()[-1], said
     assert time.time() - (case.folder / "sent").stat().st_mtime < PROMPT
+    case.goes_on()
+    assert TABLE[case.fault][-1] == 0
+
+
+@pytest.mark.parametrize(("number", "ends"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (0, 0)])
+@pytest.mark.parametrize("name", ["score", "write_tensors"])
+def test_nobody_reads_what_it_says(number, ends, name, begin, tick):
+    """`mclr train 2>&1 | tee log`, then Ctrl-C, which ends `tee` as well; or `tee` alone has died."""
+    case = begin("nobody reads stdout and stderr", EDM2)
+    status, said = case.start(tick(EDM2, name, 3), "unread", number)
+    assert status == ends and "Traceback" not in said, said
     case.goes_on()
     assert TABLE[case.fault][-1] == 0
 
@@ -398,6 +416,18 @@ def to_rank_1(number):
 
 def to_the_launcher(number):
     return lambda process, ranks: os.kill(process, number)
+
+
+@pytest.mark.parametrize(("name", "zero"), [("deepspeed", 1), ("torchrun", 3)])
+def test_nobody_reads_what_ranks_say(name, zero, launched, monkeypatch):
+    """Ctrl-C then goes to the launcher, which hands it on."""
+    monkeypatch.setenv("UNREAD", "1")
+    case = launched("nobody reads what ranks say", EDM2, zero, name)
+    _, took, _ = case.suffer(to_the_launcher(signal.SIGINT))
+    assert took < PROMPT + SILENT
+    monkeypatch.delenv("UNREAD")
+    case.goes_on()
+    assert TABLE[case.fault] == [0]
 
 
 def test_sigterm_to_one_of_two_ranks(launched):

@@ -267,7 +267,7 @@ def _settle(folder: Path) -> None:
                 except OSError as error:
                     if error.errno not in UNSUPPORTED:
                         raise
-                    _without("permissions", path, error)
+                    _without("permissions", folder.parent, error)
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         _sync_folder(Path(below))
