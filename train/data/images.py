@@ -86,7 +86,7 @@ def decode(data: bytes, name: str = "", channels: int | None = None, megapixels:
     own = endings().get(Path(name).suffix.lower())
     with open_image(without_texts(data), formats() if own in (None, *formats()) else (*formats(), str(own))) as image:
         if image.width * image.height > megapixels * 2**20:
-            raise ValueError(f"more than the {megapixels:g} megapixels of `mclr prepare images --megapixels`")
+            raise ValueError(f"larger than the {megapixels:g} megapixels of `mclr prepare images --megapixels`")
         kind, gray = str(image.format), image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I;16")
         upright = ImageOps.exif_transpose(image)
     return _eight_bits(upright, "L" if channels == 1 or (channels is None and gray) else "RGB"), kind
@@ -111,7 +111,7 @@ def without_texts(data: bytes) -> bytes:
 
 def _eight_bits(image: Image.Image, mode: str) -> Image.Image:
     if image.mode in ("I", "F"):
-        raise ValueError("32-bit pixels have no known range")
+        raise ValueError("pixels of 32 bits have no known range")
     # Pillow would clip 16 bits at 255
     if image.mode.startswith("I;16"):
         image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
@@ -139,7 +139,7 @@ def read_images(paths: Iterable[Path]) -> np.ndarray:
 
 def image_paths(folder: Path) -> list[Path]:
     """The images of a samples folder in the order of their seeds."""
-    return sorted((folder / "images").glob("*.png"), key=lambda path: (len(path.stem.partition("-")[0]), path.name))
+    return sorted((folder / "images").glob("[!.]*.png"), key=lambda path: (len(path.stem.partition("-")[0]), path.name))
 
 
 def condition_of(path: Path) -> int:

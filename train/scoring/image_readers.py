@@ -5,7 +5,9 @@ N images of a set; B of a batch; C H W image.
 
 import hashlib
 import os
+import sys
 import zipfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -17,10 +19,11 @@ from torch import Tensor
 
 from mclr.errors import UserError
 from mclr.train.data.dataset import DatasetInfo, SplitReader
-from mclr.train.data.images import condition_of, image_paths, read_images
+from mclr.train.data.folders import images_below, taken
+from mclr.train.data.images import condition_of, format_of, image_paths, read_images
 from mclr.train.system.files import checksum, regular
 
-JPEG = (".jpg", ".jpeg")
+JPEG = {"JPEG", "MPO"}
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,10 @@ def in_memory_images(image_NCHW: Tensor, c_N: Tensor) -> ImageSet:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The images of a samples folder in the order of their seeds, or PNG and JPEG files anywhere below another one, by path."""
-    return image_paths(folder) or sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".png", *JPEG))
+    """The images of a samples folder in the order of their seeds, or those anywhere below another folder, by path."""
+    if not folder.is_dir():
+        return []
+    return image_paths(folder) or [folder / name for name in images_below(folder)[0]]
 
 
 def open_folder(folder: Path, with_conditions: bool) -> ImageSet:
@@ -57,9 +62,15 @@ def open_folder(folder: Path, with_conditions: bool) -> ImageSet:
     Raises UserError for an empty folder, and where only some names have a condition. Reading raises it for an image that is
     unreadable or differs in shape from the first.
     """
-    paths = find_images(folder)
+    paths, skipped = image_paths(folder), None
     if not paths:
-        raise UserError(f"{folder} holds no PNG or JPEG images: give another folder")
+        names, skipped = images_below(folder)
+        paths = [folder / name for name in names]
+    if not paths:
+        raise UserError(f"{folder} holds no images: give another folder")
+    formats = Counter(format_of(path) or "unreadable" for path in paths)
+    if skipped is not None:
+        print(taken(folder, formats, skipped), file=sys.stderr)
     shape = read_images(paths[:1]).shape[1:]
     c_N = None
     if with_conditions and any(_has_condition(path) for path in paths):
@@ -78,8 +89,7 @@ def open_folder(folder: Path, with_conditions: bool) -> ImageSet:
             sums.update(os.fsencode(f"{path.name}\n") + hashlib.sha256(path.read_bytes()).digest())
         return sums.hexdigest()
 
-    jpeg = any(path.suffix.lower() in JPEG for path in paths)
-    return ImageSet(str(folder), len(paths), shape, read, checksum_of_all, c_N, jpeg)
+    return ImageSet(str(folder), len(paths), shape, read, checksum_of_all, c_N, jpeg=not JPEG.isdisjoint(formats))
 
 
 def _has_condition(path: Path) -> bool:
