@@ -70,7 +70,9 @@ class DiffusionModel(Section):
     paradigm: Literal["diffusion"]
     net: DiffusionNet
     weights: str | None = None  # what train/weights/folder.py finds by name; None: from scratch
-    class_map: str | None = None  # weights of other conditions: JSON file {name here: condition there}, or fresh; None: refused
+    class_map: str | None = (
+        None  # of weights' classes: JSON file {name here: condition there}, fresh or same; None: refused if others
+    )
     vae: str | None = None  # folder of a diffusers AutoencoderKL, or hf://ORG/REPO, for latents; None: pixels
     noise_mean: float = -0.4  # of ln sigma in training
     noise_std: Positive = 1.0
@@ -83,7 +85,9 @@ class NextScaleModel(Section):
     paradigm: Literal["next_scale"]
     net: NextScaleNet
     weights: str | None = None  # what train/weights/folder.py finds by name; None: from scratch
-    class_map: str | None = None  # weights of other conditions: JSON file {name here: condition there}, or fresh; None: refused
+    class_map: str | None = (
+        None  # of weights' classes: JSON file {name here: condition there}, fresh or same; None: refused if others
+    )
     tokenizer: str  # what train/weights/folder.py finds by name
 
 

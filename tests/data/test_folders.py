@@ -57,7 +57,11 @@ def test_what_is_no_image_of_the_user_is_skipped_and_counted(pets, tmp_path, cap
     info = prepare_images(pets, tmp_path / "out", resolution=8)
     assert info.class_names == ("cats", "dogs") and sum(split.count for split in info.splits.values()) == 14
     said = capsys.readouterr().out
-    assert "2 classes: 0 cats, 1 dogs\n" in said and f"{pets}: 14 images (13 PNG, 1 AVIF); skipped 3 " in said and "3 hidden (like " in said
+    assert (
+        "2 classes: 0 cats, 1 dogs\n" in said
+        and f"{pets}: 14 images (13 PNG, 1 AVIF); skipped 3 " in said
+        and "3 hidden (like " in said
+    )
     assert "3 of the system (like " in said and "2 that are no images (like " in said
     names, skipped = images_below(pets)
     assert len(names) == 14 and names == [name for name, _ in find_images(pets).files] and skipped == find_images(pets).skipped

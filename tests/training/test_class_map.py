@@ -47,6 +47,20 @@ def config_of(data, weights, objective="mclr", overrides=()):
     return load("edm2-digits", objective, str(data), "local", [*TINY, f"model.weights={weights}", *overrides])
 
 
+def test_weights_that_record_other_classes_are_refused_unless_it_is_said_that_they_are_the_same(data, digits, tmp_path):
+    net = build_networks(config_of("digits", None), torch.device("cpu")).net
+    save_weights(tmp_path / "ten", net, classes=list("0123456789"))
+    with pytest.raises(UserError, match=r"condition 0 is 0 there and zero here\. Say model\.class_map=same"):
+        class_map(config_of(data, tmp_path / "ten"), tmp_path / "ten")
+    for where, given in ((data, "same"), (digits, None), ("digits", None)):
+        overrides = [f"model.class_map={given}"] if given else []
+        assert class_map(config_of(where, tmp_path / "ten", overrides=overrides), tmp_path / "ten") is None
+    assert class_map(config_of(data, tmp_path / "ten", overrides=["model.class_map=fresh"]), tmp_path / "ten") == [None] * 10
+    # images that these weights drew are of their classes, whatever the names
+    edit_json(shutil.copytree(data, tmp_path / "drawn") / "dataset.json", lambda record: record.update(drawn={}))
+    assert class_map(config_of(tmp_path / "drawn", tmp_path / "ten"), tmp_path / "ten") is None
+
+
 def sources(data, weights, given, tmp_path):
     path = tmp_path / "map.json"
     path.write_text(given if isinstance(given, str) else json.dumps(given))
@@ -99,7 +113,7 @@ def test_a_bad_file_is_one_line(given, says, data, weights, tmp_path):
 
 def test_no_file_no_conditions_and_samples_of_other_conditions(data, weights, tmp_path):
     with pytest.raises(
-        UserError, match=r"cannot read model.class_map=nowhere.json \(No such file or directory\): give fresh, or a JSON"
+        UserError, match=r"cannot read model.class_map=nowhere.json \(No such file or directory\): give fresh, same, or a JSON"
     ):
         class_map(config_of(data, weights, overrides=["model.class_map=nowhere.json"]), weights)
     overrides = ["model.class_map=fresh", "objective.generated=samples", "objective.beta=0.1", "model.net.dropout=0.0"]

@@ -69,6 +69,9 @@ def evaluate(request: Request) -> None:
     write_json(path, result)
     if evaluation.run:
         add_scores(evaluation.run[1], result)
+    for images in (samples, evaluation.real_set.images):
+        if images is not None and images.found:
+            print(images.found)
     print(table(result))
     print(f"statistics of the reference: {origin}")
     print(f"written to {path}")

@@ -5,7 +5,6 @@ N images of a set; B of a batch; C H W image.
 
 import hashlib
 import os
-import sys
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -31,7 +30,8 @@ class ImageSet:
     """N images of one shape (C, H, W) in a fixed order.
 
     read(first, end): uint8 [B, C, H, W]; callers ask in rising order. c_N: conditions, None where they are unknown. checksum: of the
-    images and their conditions. jpeg: some images are JPEG files.
+    images and their conditions. jpeg: some images are JPEG files. found: what was taken
+    from a folder and what was skipped, in a line.
     """
 
     name: str
@@ -41,6 +41,7 @@ class ImageSet:
     checksum: Callable[[], str]
     c_N: Tensor | None = None
     jpeg: bool = False
+    found: str = ""
 
 
 def in_memory_images(image_NCHW: Tensor, c_N: Tensor) -> ImageSet:
@@ -62,15 +63,14 @@ def open_folder(folder: Path, with_conditions: bool) -> ImageSet:
     Raises UserError for an empty folder, and where only some names have a condition. Reading raises it for an image that is
     unreadable or differs in shape from the first.
     """
-    paths, skipped = image_paths(folder), None
+    paths, found, formats = image_paths(folder), "", Counter[str]()
     if not paths:
         names, skipped = images_below(folder)
         paths = [folder / name for name in names]
+        formats.update(format_of(path) or "unreadable" for path in paths)
+        found = taken(folder, formats, skipped)
     if not paths:
         raise UserError(f"{folder} holds no images: give another folder")
-    formats = Counter(format_of(path) or "unreadable" for path in paths)
-    if skipped is not None:
-        print(taken(folder, formats, skipped), file=sys.stderr)
     shape = read_images(paths[:1]).shape[1:]
     c_N = None
     if with_conditions and any(_has_condition(path) for path in paths):
@@ -89,7 +89,7 @@ def open_folder(folder: Path, with_conditions: bool) -> ImageSet:
             sums.update(os.fsencode(f"{path.name}\n") + hashlib.sha256(path.read_bytes()).digest())
         return sums.hexdigest()
 
-    return ImageSet(str(folder), len(paths), shape, read, checksum_of_all, c_N, jpeg=not JPEG.isdisjoint(formats))
+    return ImageSet(str(folder), len(paths), shape, read, checksum_of_all, c_N, not JPEG.isdisjoint(formats), found)
 
 
 def _has_condition(path: Path) -> bool:

@@ -12,16 +12,19 @@ from mclr.train.data.dataset import open_dataset
 from mclr.train.system.files import regular
 from mclr.train.weights.folder import read_config
 
-FRESH = "fresh"
+FRESH, SAME = "fresh", "same"
 
 
 def class_map(config: RunConfig, weights: Path) -> list[int | None] | None:
-    """For every class of the run its condition in `weights`, None = fresh (models/conditions.py); None where no class_map is given.
+    """For every class of the run its condition in `weights`, None = fresh (models/conditions.py); None where these are the run's own.
 
-    Raises UserError for a file that is not a JSON object with one entry, a condition or null, for each class.
+    Raises UserError for a file that is not a JSON object with one entry, a condition or null, for each class; and, without a class_map,
+    where weights and data record different names of classes.
     """
     file, data = config.model.class_map, config.data
     if file is None:
+        refuse_other_names(config, weights)
+    if file in (None, SAME):
         return None
     conditions = read_config(weights)["config"].get("num_classes")
     if not conditions:
@@ -39,13 +42,29 @@ def class_map(config: RunConfig, weights: Path) -> list[int | None] | None:
     return sources_of(file, read_entries(file), names, conditions)
 
 
+def refuse_other_names(config: RunConfig, weights: Path) -> None:
+    """Raises UserError where weights and data record as many classes of different names."""
+    there, path = read_config(weights).get("classes") or (), Path(config.data.path)
+    # streams and drawn images have numbers in place of names
+    if not there or not (path / "dataset.json").exists() or (info := open_dataset(path)).drawn is not None:
+        return
+    differ = [c for c, name in enumerate(info.class_names) if len(there) == info.num_classes and str(there[c]) != name]
+    if differ:
+        c = differ[0]
+        raise UserError(
+            f"weights {config.model.weights} were trained on other classes than {path} has: condition {c} is {there[c]} there and "
+            f"{info.class_names[c]} here. Say model.class_map={SAME} if the classes are the same, model.class_map={FRESH} if none is, "
+            "or give a JSON file {class here: condition there}"
+        )
+
+
 def read_entries(file: str) -> list[tuple[str, Any]]:
     """The entries of a JSON object, those given twice included."""
     try:
         entries = json.loads(regular(Path(file)).read_bytes(), object_pairs_hook=list)
     except OSError as error:
         raise UserError(
-            f"cannot read model.class_map={file} ({error.strerror}): give {FRESH}, or a JSON file {{class here: condition there}}"
+            f"cannot read model.class_map={file} ({error.strerror}): give {FRESH}, {SAME}, or a JSON file {{class here: condition there}}"
         ) from error
     except ValueError as error:
         raise UserError(

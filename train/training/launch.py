@@ -115,13 +115,13 @@ def inputs_of(config: RunConfig) -> dict[str, str]:
     """Setting -> checksum of the weights, the class map or the dataset that it names; without digits that are still to be prepared."""
     from mclr.train.data.encoders import VAE_WEIGHTS, find_vae
     from mclr.train.system.files import checksum
-    from mclr.train.training.class_map import FRESH
+    from mclr.train.training.class_map import FRESH, SAME
     from mclr.train.weights.folder import find_weights, named_weights, sha256
 
     model, named = config.model, named_weights(flatten(config))
     # how a run is sampled decides nothing of it
     inputs = {key: sha256(find_weights(name)) for key, name in named.items() if key != "sample.guide"}
-    files = {"model.class_map": Path(model.class_map)} if model.class_map not in (None, FRESH) else {}
+    files = {"model.class_map": Path(model.class_map)} if model.class_map not in (None, FRESH, SAME) else {}
     if isinstance(model, DiffusionModel) and model.vae is not None:
         files["model.vae"] = find_vae(model.vae) / VAE_WEIGHTS
     for key, path in (("data.path", config.data.path), ("objective.generated", config.objective.generated)):
