@@ -75,6 +75,10 @@ class Diffusion:
     def dims(self) -> int:
         return math.prod(self.shape)
 
+    def check(self, x_B: Tensor) -> None:
+        if x_B.shape[1:] != self.shape or not x_B.is_floating_point():
+            raise ValueError(f"x must be floats [B, {', '.join(map(str, self.shape))}], not {x_B.dtype} {list(x_B.shape)}")
+
     def probe(self, x_B: Tensor, draws: Draws) -> Probe:
         """One noise level and one noise per sample. x_B: [B, C, H, W]."""
         sigma_B = (draws.normal() * self.noise_std + self.noise_mean).exp()

@@ -110,6 +110,13 @@ class Paradigm(Protocol):
     def dims(self) -> int:
         """Dimensions of one sample: C*H*W, or the number of tokens."""
 
+    @property
+    def null(self) -> int:
+        """Index of the null condition, which is the number of conditions."""
+
+    def check(self, x_B: Tensor) -> None:
+        """Raises ValueError, in one line, for samples of another shape or type."""
+
     def probe(self, x_B: Tensor, draws: Draws) -> Probe: ...
 
     def predict(self, net: Net, probe: Probe, index_R: Tensor, c_R: Tensor, terms: int | None = None) -> tuple[Tensor, Any]:
@@ -137,50 +144,69 @@ class Paradigm(Protocol):
     def sample(self, net: Net, c_B: Tensor, guidance: Any, draws: Draws) -> Tensor: ...
 
 
-def score(
-    paradigm: Paradigm, net: Net, probe: Probe, rows: Rows, null: int, reference: Net | None = None, lockstep: bool = False
-) -> Scores:
-    """Values of all rows, with gradient; with `mix_BT` or a reference, a second forward without.
+def score(paradigm: Paradigm, net: Net, probe: Probe, rows: Rows, reference: Net | None = None, lockstep: bool = False) -> Scores:
+    """Values of all rows, with gradient. The contrast `null` and a reference take a second forward, without gradient.
 
-    One forward, or one for every number of terms that rows are scored on, cut short there (up to one per scale). The null forward
-    covers only samples whose mixing weight is not 0. aux comes from the unmixed prediction.
-    lockstep: as many forwards whatever the rows are: none is cut short, and there is a null forward in any case.
+    lockstep: run the network equally often whatever the rows are, as ranks must that share its weights: no row is cut short, and
+    there always is a null forward.
     """
-    index_R, c_R = rows.index_R, rows.c_R
     if rows.mix_BT is not None:
-        guided_R = rows.mix_BT.ne(0).any(1).nonzero()[:, 0]
-        if lockstep and not len(guided_R):
-            guided_R = index_R[:1]
-        null_pred = None
-        # before the other: nothing may run through a network between a forward and its backward, which may compute it again or have its
-        # weights to gather. And not every network takes zero rows
-        if len(guided_R):
-            with torch.no_grad():
-                null_pred = paradigm.predict(net, probe, guided_R, torch.full_like(guided_R, null), rows.terms or None)[0]
-        prediction = paradigm.predict(net, probe, index_R, c_R)
-        guide = prediction[0].detach().clone()
-        if null_pred is not None:
-            guide[guided_R, : null_pred.shape[1]] = null_pred
-        own = paradigm.log_likelihood(prediction, probe, index_R, guide, rows.mix_BT)
-        return Scores(own.value_RT, own.aux_R)
-    batch, all_terms = rows.lam_BT.shape
-    # terms_R waits for a GPU: not where nothing can be cut short
-    if reference is None and len(index_R) > batch and all_terms > 1 and not lockstep:
-        terms_R = rows.terms_R
-        value_RT, aux_R = rows.lam_BT.new_zeros(len(index_R), all_terms), rows.lam_BT.new_zeros(len(index_R))
-        for terms in terms_R.unique(sorted=True).flip(0).tolist():
-            cut = (terms_R == terms).nonzero()[:, 0]
-            prediction = paradigm.predict(net, probe, index_R[cut], c_R[cut], terms)
-            some = paradigm.log_likelihood(prediction, probe, index_R[cut])
-            value_RT[cut, :terms], aux_R[cut] = some.value_RT, some.aux_R
-        return Scores(value_RT, aux_R)
-    prediction = paradigm.predict(net, probe, index_R, c_R)
-    own = paradigm.log_likelihood(prediction, probe, index_R)
-    if reference is None:
-        return Scores(own.value_RT, own.aux_R)
+        return _score_with_null(paradigm, net, probe, rows, lockstep)
+    if reference is not None:
+        return _score_with_reference(paradigm, net, probe, rows, reference)
+    batch, terms = rows.lam_BT.shape
+    # terms_R waits for a GPU, so it is not asked for where nothing can be cut short.
+    if len(rows.index_R) > batch and terms > 1 and not lockstep:
+        return _score_cut_short(paradigm, net, probe, rows)
+    prediction = paradigm.predict(net, probe, rows.index_R, rows.c_R)
+    own = paradigm.log_likelihood(prediction, probe, rows.index_R)
+    return Scores(own.value_RT, own.aux_R)
+
+
+def _score_with_null(paradigm: Paradigm, net: Net, probe: Probe, rows: Rows, lockstep: bool) -> Scores:
+    """Values of the matched rows under inverse guidance by the null condition; aux comes from the unmixed prediction.
+
+    The null forward covers only samples whose mixing weight is not 0.
+    """
+    assert rows.mix_BT is not None
+    guided_R = rows.mix_BT.ne(0).any(1).nonzero()[:, 0]
+    if lockstep and not len(guided_R):
+        guided_R = rows.index_R[:1]
+    null_pred = None
+    # Run the null forward first: checkpointing and ZeRO 3 need the forward and backward of the other one side by side.
+    # Skip it for zero rows, which not every network takes.
+    if len(guided_R):
+        null_R = torch.full_like(guided_R, paradigm.null)
+        with torch.no_grad():
+            null_pred = paradigm.predict(net, probe, guided_R, null_R, rows.terms or None)[0]
+    prediction = paradigm.predict(net, probe, rows.index_R, rows.c_R)
+    guide = prediction[0].detach().clone()
+    if null_pred is not None:
+        guide[guided_R, : null_pred.shape[1]] = null_pred
+    own = paradigm.log_likelihood(prediction, probe, rows.index_R, guide, rows.mix_BT)
+    return Scores(own.value_RT, own.aux_R)
+
+
+def _score_cut_short(paradigm: Paradigm, net: Net, probe: Probe, rows: Rows) -> Scores:
+    """One forward for every number of terms that rows are scored on, up to one per scale; the values beyond are 0."""
+    terms_R = rows.terms_R
+    value_RT = rows.lam_BT.new_zeros(len(rows.index_R), rows.lam_BT.shape[1])
+    aux_R = rows.lam_BT.new_zeros(len(rows.index_R))
+    for terms in terms_R.unique(sorted=True).flip(0).tolist():
+        cut = (terms_R == terms).nonzero()[:, 0]
+        prediction = paradigm.predict(net, probe, rows.index_R[cut], rows.c_R[cut], terms)
+        some = paradigm.log_likelihood(prediction, probe, rows.index_R[cut])
+        value_RT[cut, :terms], aux_R[cut] = some.value_RT, some.aux_R
+    return Scores(value_RT, aux_R)
+
+
+def _score_with_reference(paradigm: Paradigm, net: Net, probe: Probe, rows: Rows, reference: Net) -> Scores:
+    """Values of all rows, and their log-likelihood ratio to the reference."""
+    prediction = paradigm.predict(net, probe, rows.index_R, rows.c_R)
+    own = paradigm.log_likelihood(prediction, probe, rows.index_R)
     with torch.no_grad():
-        frozen = paradigm.predict(reference, probe, index_R, c_R)
-        reference_RT = paradigm.log_likelihood(frozen, probe, index_R).value_RT
-    # both under the reference's uncertainty: with each network's own, an error halved alone would show as a ratio of 0 (derived)
+        frozen = paradigm.predict(reference, probe, rows.index_R, rows.c_R)
+        reference_RT = paradigm.log_likelihood(frozen, probe, rows.index_R).value_RT
+    # Compare under the reference's uncertainty: with each network's own, halving the error would show as a ratio of 0 (derived).
     policy_RT = paradigm.compared(own.value_RT, prediction, frozen)
     return Scores(own.value_RT, own.aux_R, paradigm.dims * (policy_RT - reference_RT).mean(1))

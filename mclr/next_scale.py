@@ -78,6 +78,10 @@ class NextScale:
     def dims(self) -> int:
         return sum(side * side for side in self.scales)
 
+    def check(self, x_B: Tensor) -> None:
+        if x_B.shape[1:] != (self.dims,) or x_B.dtype != torch.int64:
+            raise ValueError(f"x must be int64 tokens [B, {self.dims}], not {x_B.dtype} {list(x_B.shape)}")
+
     def probe(self, x_B: Tensor, draws: Draws) -> Probe:
         """Teacher inputs of the tokens; nothing is drawn. x_B: tokens [B, L] int64."""
         sizes = torch.tensor([side * side for side in self.scales])

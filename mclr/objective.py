@@ -95,8 +95,8 @@ class Objective:
             object.__setattr__(self, "contrast", CONTRASTS[self.name][0])
         for fault in objective_conflicts(self, self.schedule.weight, self.schedule):
             raise ValueError(fault)
-        if not 0 <= self.null_share < 1:
-            raise ValueError(f"null_share={self.null_share} is out of range: must be >= 0 and < 1")
+        if not 0 <= self.null_share <= 1:
+            raise ValueError(f"null_share={self.null_share} is out of range: must be >= 0 and <= 1")
 
     @property
     def schedule(self) -> Schedule:

@@ -39,12 +39,11 @@ class PrefixPosterior:
 
     paradigm: Paradigm
     net: Net
-    num_classes: int
 
     @torch.no_grad()
     def __call__(self, probe: Probe, c_B: Tensor) -> tuple[Tensor, None]:
         """(posterior [B, L, K], None): nothing is trained, the true conditions c_B are not looked at."""
-        batch, K = len(probe.progress_BT), self.num_classes
+        batch, K = len(probe.progress_BT), self.paradigm.null
         index = torch.arange(batch, device=probe.progress_BT.device)
         # tokens before the first of each token's own scale: the prefix that its logits were computed from
         progress_L = probe.progress_BT[0].contiguous()

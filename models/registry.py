@@ -92,11 +92,6 @@ def kind_of(net: Any) -> str:
     raise ValueError(f"{type(net).__name__} is not in models/registry.py: add a line for it")
 
 
-def forced_weights(net: Any) -> list[Any]:
-    """The weights that training keeps at unit magnitude, parameters; none of most networks."""
-    return net.magnitude_preserving() if hasattr(net, "magnitude_preserving") else []
-
-
 def fold(net: Any) -> None:
     """Compute the constants of a network's weights, once and for all, before it is sampled; nothing for most networks."""
     if hasattr(net, "fold"):

@@ -13,12 +13,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launch import lose_readers
 
+import mclr.loss
 import mclr.train.run
-import mclr.train.training.step
 from mclr.train.system.console import run_and_exit
 
 here, rank = Path.cwd(), os.environ["RANK"]
-real, count = mclr.train.training.step.score, 0
+real, count = mclr.loss.score, 0
 
 
 def score(*args):
@@ -38,5 +38,5 @@ def score(*args):
     return real(*args)
 
 
-mclr.train.training.step.score = score
+mclr.loss.score = score
 run_and_exit(mclr.train.run.main)

@@ -14,13 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+import mclr.loss
 import mclr.train.run
 import mclr.train.training.launch
-import mclr.train.training.step
 from mclr.train.system.console import run_and_exit
 from mclr.train.system.ranks import group, world
 
-real = mclr.train.training.step.score
+real = mclr.loss.score
 
 
 def once(folder, argv, step):
@@ -34,7 +34,7 @@ def once(folder, argv, step):
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
-    mclr.train.training.step.score = score
+    mclr.loss.score = score
     Path(folder).mkdir(parents=True, exist_ok=True)
     home = Path.cwd()
     os.chdir(folder)

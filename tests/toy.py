@@ -191,9 +191,12 @@ class Toy:
         posterior_BTK = self.posterior(probe, c_B % K)[0] if objective.needs_posterior else None
         return probe, objective.rows(probe, c_B, K, draws, posterior_BTK)
 
+    def score_rows(self, probe: Probe, rows: Rows, objective: Objective) -> Scores:
+        return score(self.paradigm, self.net, probe, rows, self.reference if objective.needs_reference else None)
+
     def score(self, objective: Objective, seed: int = 0) -> tuple[Scores, Rows]:
         probe, rows = self.ask(objective, seed)
-        return score(self.paradigm, self.net, probe, rows, K, self.reference if objective.needs_reference else None), rows
+        return self.score_rows(probe, rows, objective), rows
 
     def loss(self, objective: Objective, seed: int = 0) -> Tensor:
         """loss_B of one training step."""
@@ -223,4 +226,4 @@ def toy(kind: str, dtype: torch.dtype = torch.float64, c_B: Tensor = CONDITIONS)
     net = ToyTokens(SCALES).to(dtype)
     tokens_BL, generated_BL = ((wave(len(c_B), paradigm.dims, phase=phase) * 1000).long() % V for phase in (9, 11))
     reference = ToyTokens(SCALES, phase=0.5).to(dtype)
-    return Toy(paradigm, net, tokens_BL, PrefixPosterior(paradigm, net, K), c_B, draws, reference, generated_BL)
+    return Toy(paradigm, net, tokens_BL, PrefixPosterior(paradigm, net), c_B, draws, reference, generated_BL)

@@ -138,7 +138,7 @@ def test_a_run_reads_its_cache_and_no_image(make, data, vae, monkeypatch):
     assert torch.equal(c, plain_c) and x.dtype == torch.float32
     assert ((x - plain_x).square().mean() / plain_x.square().mean()).sqrt() < 1e-5
     # with mirror images among them, which are others
-    flip_B, batch = Draws(task.seed, list(range(30, 70))).uniform() < 0.5, source.batch(30, 40)
+    flip_B, batch = Draws(task.loss.seed, list(range(30, 70))).uniform() < 0.5, source.batch(30, 40)
     changed_B = (task.encode(batch, flip_B) - task.encode(batch)).flatten(1).abs().amax(1) > 1e-2
     assert 8 < flip_B.sum() < 32 and torch.equal(changed_B, flip_B)
     assert not source.reader.coming

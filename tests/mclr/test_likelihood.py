@@ -74,7 +74,7 @@ def test_score_gives_every_row_its_sample_and_condition(kind):
     index_R, c_R = torch.tensor([7, 0, 0, 3, 5, 0]), torch.tensor([0, 1, K, 2, 2, 1])
     nothing = torch.zeros(6, 1)
     case.net = Counted(case.net)
-    scores = score(case.paradigm, case.net, probe, Rows(index_R, c_R, nothing.long(), nothing, nothing), K)
+    scores = score(case.paradigm, case.net, probe, Rows(index_R, c_R, nothing.long(), nothing, nothing))
     assert case.net.calls == [(6, True)]
     terms = probe.progress_BT.shape[1]
     assert scores.value_RT.shape == (6, terms) and scores.aux_R.shape == (6,) and scores.value_RT.requires_grad
@@ -93,7 +93,7 @@ def test_score_mixes_with_the_null_condition(kind):
     shape = probe.progress_BT.shape
     mix_BT = -0.1 * torch.arange(8.0)[:, None].expand(shape) * (torch.arange(8) % 2)[:, None]
     case.net = Counted(case.net)
-    scores = score(case.paradigm, case.net, probe, matched_rows(case.c_B, torch.ones(shape), mix_BT), K)
+    scores = score(case.paradigm, case.net, probe, matched_rows(case.c_B, torch.ones(shape), mix_BT))
     assert case.net.calls == [(4, False), (8, True)] and case.net.conditions[0] == [K] * 4
     everyone = torch.arange(8)
     pred, extra = case.paradigm.predict(case.net, probe, everyone, case.c_B)
@@ -127,9 +127,9 @@ def test_in_lockstep_there_are_as_many_forwards_whatever_the_rows_are(kind):
             case = toy(kind)
             probe, rows = case.ask(Objective("mclr", contrast, schedule))
             case.net = Counted(case.net)
-            plain = score(case.paradigm, case.net, probe, rows, K)
+            plain = score(case.paradigm, case.net, probe, rows)
             case.net.calls.clear()
-            together = score(case.paradigm, case.net, probe, rows, K, lockstep=True)
+            together = score(case.paradigm, case.net, probe, rows, lockstep=True)
             assert len(case.net.calls) == forwards
             # what is cut short elsewhere has values of its own here, without a ratio that reads them
             used = rows.contrast_BT if contrast == "uniform" else torch.arange(len(case.c_B))[:, None]

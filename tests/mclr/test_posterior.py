@@ -30,7 +30,7 @@ def test_prefix_posterior_is_bayes_rule_by_enumeration(scales):
     joint_NK = torch.stack(joint, 1)
     assert torch.allclose(joint_NK.sum(0), torch.full((K,), 1 / K))
 
-    posterior_NLK, loss = PrefixPosterior(paradigm, net, K)(probe, torch.zeros_like(everyone))
+    posterior_NLK, loss = PrefixPosterior(paradigm, net)(probe, torch.zeros_like(everyone))
     assert loss is None and posterior_NLK.shape == (len(tokens_NL), L, K)
     for t in range(L):
         before = scale_L.index(scale_L[t])

@@ -89,7 +89,7 @@ class Points:
                 return torch.where(c_R[:, None] == K, null_R, own_R)[..., None, None], torch.zeros_like(sigma_R)
 
             D.requires_grad_()
-            loss_B, _ = objective(score(self.paradigm, of_denoiser(self.paradigm, net), probe, rows, K), rows)
+            loss_B, _ = objective(score(self.paradigm, of_denoiser(self.paradigm, net), probe, rows), rows)
             return torch.autograd.grad(self.chance_B @ loss_B, D)[0]
 
         def curvature(start: Tensor, *question) -> tuple[Tensor, Tensor]:
@@ -160,7 +160,7 @@ def test_coinciding_draws_cancel_row_by_row():
             image_RCHW = wave(len(here.c_B), *oracle.shape, phase=5)[number_R[:, 0, 0, 0]] + c_R.view(-1, 1, 1, 1)
             return image_RCHW, wave(len(c_R), phase=6)
 
-        return objective(score(here.paradigm, of_denoiser(here.paradigm, net), here.probe, rows, K), rows)[0]
+        return objective(score(here.paradigm, of_denoiser(here.paradigm, net), here.probe, rows), rows)[0]
 
     rows = here.rows(objective)
     coincide_B = rows.contrast_BT[:, 0] == torch.arange(len(here.c_B))
@@ -361,8 +361,8 @@ class Language:
         self.probe = self.paradigm.probe(sequences.repeat(K, 1), Given())
         truth, mle = Table(logits_KSV), Objective()
         rows = mle.rows(self.probe, self.c_B, K, Given(), None)
-        self.chance_B = score(self.paradigm, truth, self.probe, rows, K).value_RT.sum(1).exp() / K
-        self.posterior_BLK = PrefixPosterior(self.paradigm, truth, K)(self.probe, self.c_B)[0]
+        self.chance_B = score(self.paradigm, truth, self.probe, rows).value_RT.sum(1).exp() / K
+        self.posterior_BLK = PrefixPosterior(self.paradigm, truth)(self.probe, self.c_B)[0]
         prefix_BL = torch.nn.functional.pad(self.probe.inputs["teacher"][..., 0].long(), (1, 0))
         self.posterior_KS = torch.zeros(K, logits_KSV.shape[1])
         self.posterior_KS[:, prefix_BL] = self.posterior_BLK.permute(2, 0, 1)
@@ -383,7 +383,7 @@ class Language:
         copies = torch.arange(len(self.c_B)).repeat_interleave(uniform_BN.shape[1])
         probe = Probe({name: x[copies] for name, x in self.probe.inputs.items()}, self.probe.progress_BT[copies])
         rows = objective.rows(probe, c_B[copies], K, Given(uniform_BN.flatten()), self.posterior_BLK[copies])
-        loss_B, _ = objective(score(self.paradigm, Table(logits_KSV), probe, rows, K), rows)
+        loss_B, _ = objective(score(self.paradigm, Table(logits_KSV), probe, rows), rows)
         return chance_BN.flatten() @ loss_B
 
     def minimum(self, objective: Objective, null_SV: Tensor | None = None) -> Tensor:
@@ -575,7 +575,7 @@ def test_training_internalises_the_guided_sampler(kind):
         x_B, c_B = oracle.sample(draws)
         probe = paradigm.probe(x_B, draws)
         rows = objective.rows(probe, c_B, K, draws, posterior(probe, c_B)[0])
-        loss_B, _ = objective(score(paradigm, of_denoiser(paradigm, net), probe, rows, K), rows)
+        loss_B, _ = objective(score(paradigm, of_denoiser(paradigm, net), probe, rows), rows)
         optimizer.zero_grad()
         loss_B.mean().backward()
         optimizer.step()

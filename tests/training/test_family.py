@@ -9,7 +9,7 @@ import torch
 from ranks import tiny
 from safetensors.torch import load_file
 
-import mclr.train.training.step
+import mclr.loss
 from mclr.train.cli import main
 from mclr.train.data.dataset import load_split, open_dataset
 from mclr.train.training.throughput import TIMING
@@ -81,13 +81,13 @@ def test_drawn_tokens_are_trained_on_as_they_were_drawn(fine_tune, monkeypatch, 
     assert before == {path.name: path.read_bytes() for path in Path("drawn/images").iterdir()}
     tokens_NL = torch.stack([torch.from_numpy(np.load(path)) for path in sorted(Path("drawn/tokens").iterdir())])
     seen = []
-    real = mclr.train.training.step.score
+    real = mclr.loss.score
 
     def score(paradigm, net, probe, *rest):
         seen.append(probe.inputs["tokens"][4:])
         return real(paradigm, net, probe, *rest)
 
-    monkeypatch.setattr(mclr.train.training.step, "score", score)
+    monkeypatch.setattr(mclr.loss, "score", score)
     more = ("objective.generated=drawn/dataset", "train.micro_batch=4", "train.batch=4")
     assert fine_tune("var-digits", "ddo", *more, images=4)[0] == 0
     (seen_BL,) = seen
@@ -102,13 +102,13 @@ def test_drawn_tokens_are_trained_on_as_they_were_drawn(fine_tune, monkeypatch, 
 def test_generated_samples_keep_their_condition_and_their_place(fine_tune, monkeypatch):
     """Real and generated samples in turn, whatever the micro-batch; a dropped condition leaves its generated one alone."""
     seen = []
-    real = mclr.train.training.step.score
+    real = mclr.loss.score
 
-    def score(paradigm, net, probe, rows, null, reference, lockstep):
-        seen.append((rows.index_R, rows.c_R, null))
-        return real(paradigm, net, probe, rows, null, reference)
+    def score(paradigm, net, probe, rows, reference, lockstep):
+        seen.append((rows.index_R, rows.c_R, paradigm.null))
+        return real(paradigm, net, probe, rows, reference)
 
-    monkeypatch.setattr(mclr.train.training.step, "score", score)
+    monkeypatch.setattr(mclr.loss, "score", score)
     assert main(["sample", "edm2-digits-base", "--out", "drawn", "--count", "10", "--dataset", "sample.batch=4"]) == 0
     more = ("objective.generated=drawn/dataset", "train.drop_condition=0.5", "train.micro_batch=4")
     assert fine_tune("edm2-digits", "ddo", *more, images=BATCH)[0] == 0

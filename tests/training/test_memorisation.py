@@ -119,10 +119,10 @@ def test_the_loss_is_that_of_mle_under_the_images_own_conditions(model, digits, 
         image_NCHW, c_N = load_split(digits, split)
         chosen = permutation(0, 0, len(c_N))[:64].copy()
         x = task.encoder.encode(from_uint8(image_NCHW[chosen]))
-        probe = task.paradigm.probe(x, Draws(memorisation.LOSS, list(range(64))))
+        probe = task.loss.paradigm.probe(x, Draws(memorisation.LOSS, list(range(64))))
         with torch.no_grad():
-            prediction = task.paradigm.predict(net, probe, torch.arange(64), c_N[chosen])
-            own = task.paradigm.log_likelihood(prediction, probe, torch.arange(64))
+            prediction = task.loss.paradigm.predict(net, probe, torch.arange(64), c_N[chosen])
+            own = task.loss.paradigm.log_likelihood(prediction, probe, torch.arange(64))
         losses[name] = (own.aux_R - own.value_RT.mean(1)).mean().item()
     assert found == pytest.approx(losses, rel=1e-5) and info.splits["val"].count >= 64
 

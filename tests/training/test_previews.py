@@ -128,7 +128,7 @@ def test_what_goes_wrong_is_one_line_and_training_mode_comes_back(make, tmp_path
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(task.paradigm), "sample", short)
+        patch.setattr(type(task.loss.paradigm), "sample", short)
         with pytest.raises(UserError, match=r"^out of GPU memory for a picture: lower sample.batch \(now 16\)$"):
             preview.draw(100)
     assert task.engine.net.training

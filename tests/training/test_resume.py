@@ -10,6 +10,7 @@ import torch
 from ranks import tiny
 from safetensors.torch import load_file
 
+import mclr.loss
 import mclr.train.engine.checkpoint
 import mclr.train.training.loop
 import mclr.train.training.state
@@ -79,7 +80,7 @@ def assert_same(run, other, steps=STEPS):
 
 def in_step(step, monkeypatch, action):
     """Do this in the first of the two micro-batches of the given step, counted from 1."""
-    real, count = mclr.train.training.step.score, 0
+    real, count = mclr.loss.score, 0
 
     def score(*args):
         nonlocal count
@@ -88,7 +89,7 @@ def in_step(step, monkeypatch, action):
             action()
         return real(*args)
 
-    monkeypatch.setattr(mclr.train.training.step, "score", score)
+    monkeypatch.setattr(mclr.loss, "score", score)
 
 
 def interrupt_in(step, monkeypatch, number=signal.SIGINT):

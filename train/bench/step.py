@@ -34,7 +34,6 @@ from mclr.kernels.op import DTYPES
 from mclr.kernels.timing import Turn, above_0, number, rates, spread, table, take_turns, time_cell
 from mclr.likelihood import Draws
 from mclr.models.registry import fold
-from mclr.posterior import NoisyPosterior
 from mclr.schedule import NONE, Schedule
 from mclr.train.bench.synthetic import build_noise
 from mclr.train.engine.base import autocast_of
@@ -135,9 +134,8 @@ def as_run_by(task: Task, arm: str, precision: str) -> Task:
     engine = copied(task.engine, ARMS[arm][1])
     # as in a run: the classifier is compiled too, the reference is not
     posterior_engine = copied(task.posterior_engine, ARMS[arm][1] if arm == "compiled" else itself)
-    posterior = NoisyPosterior(posterior_engine) if posterior_engine else task.posterior and replace(task.posterior, net=engine)
-    engines = {"engine": engine, "posterior_engine": posterior_engine, "reference": copied(task.reference)}
-    return replace(task, posterior=posterior, **engines)
+    loss = replace(task.loss, posterior=posterior_engine, reference=copied(task.loss.reference))
+    return replace(task, loss=loss, engine=engine, posterior_engine=posterior_engine)
 
 
 def peak_memory(reset: bool = False) -> float:
@@ -220,8 +218,8 @@ def draw(task: Task, gamma: Schedule, precision: str, images: int, _: int = 0) -
     """Samples of one call of the sampler."""
     net, device = task.engine.net.eval(), task.device
     with autocast_of(net, precision == "bf16"):
-        c_B = torch.arange(images, device=device) % task.null
-        return task.paradigm.sample(net, c_B, Guidance(gamma), Draws(0, list(range(images)), device))
+        c_B = torch.arange(images, device=device) % task.loss.paradigm.null
+        return task.loss.paradigm.sample(net, c_B, Guidance(gamma), Draws(0, list(range(images)), device))
 
 
 def measure_sampling(

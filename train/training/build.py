@@ -11,9 +11,9 @@ from mclr.configs.schema import Schedule as ScheduleConfig
 from mclr.errors import UserError
 from mclr.kernels.choice import interpreting, runs_triton, use
 from mclr.kernels.registry import OPS
+from mclr.loss import Loss, project
 from mclr.models.features import NoiseClassifier
 from mclr.models.registry import fold
-from mclr.posterior import NoisyPosterior, PrefixPosterior
 from mclr.train.data.cache import through_cache
 from mclr.train.data.encoders import Encoder
 from mclr.train.data.source import Source, open_images
@@ -29,7 +29,6 @@ from mclr.train.training.networks import (
     build_objective,
     build_paradigm,
     build_schedule,
-    project,
 )
 from mclr.train.training.step import Task
 from mclr.train.weights.folder import find_weights, load_into, sha256
@@ -185,32 +184,29 @@ def build_task(config: RunConfig, source: Source, networks: Networks, device: to
 
     networks.net.activation_checkpointing = config.engine.activation_checkpointing  # type: ignore[assignment]
     engine = engine_of(networks.net, settings.lr, settings.weight_decay, config.engine.zero, config.engine.offload)
-    objective, paradigm = build_objective(config), build_paradigm(config, networks.encoder)
-    posterior: NoisyPosterior | PrefixPosterior | None = None
     posterior_engine = None
     if networks.classifier is not None:
         assert isinstance(model, DiffusionModel)
         # too small to be worth dividing
         posterior_engine = engine_of(networks.classifier, model.posterior.lr, 0.0, zero=0, offload=False)
-        posterior = NoisyPosterior(posterior_engine)
-    elif objective.needs_posterior:
-        posterior = PrefixPosterior(paradigm, engine, config.data.num_classes)
+    loss = Loss(
+        build_paradigm(config, networks.encoder),
+        build_objective(config),
+        posterior=posterior_engine,
+        reference=reference,
+        drop_condition=settings.drop_condition,
+        seed=settings.seed,
+        warmup=posterior_warmup(config),
+    )
     return Task(
         source=source,
         encoder=networks.encoder,
-        paradigm=paradigm,
-        objective=objective,
+        loss=loss,
         engine=engine,
         normalised=normalised,
-        posterior=posterior,
         posterior_engine=posterior_engine,
         posterior_lr=model.posterior.lr if isinstance(model, DiffusionModel) else 0.0,
-        posterior_warmup=posterior_warmup(config),
-        reference=reference,
         generated=networks.generated,
-        null=config.data.num_classes,
-        seed=settings.seed,
-        drop_condition=settings.drop_condition,
         flip=config.data.flip,
         bf16=bf16,
         device=device,

@@ -98,10 +98,10 @@ def mle_loss(task: Task, images: dict[str, SplitReader]) -> dict[str, float]:
         losses = []
         for positions, batch in _fixed(reader):
             draws = Draws(LOSS, list(positions), task.device)
-            probe = task.paradigm.probe(task.encoder.draw(task.encode(batch), draws), draws)
-            rows = mle.rows(probe, batch.c_B.to(task.device), task.null, draws, None)
+            probe = task.loss.paradigm.probe(task.encoder.draw(task.encode(batch), draws), draws)
+            rows = mle.rows(probe, batch.c_B.to(task.device), task.loss.paradigm.null, draws, None)
             with eval_mode(net, task.bf16):
-                scores = score(task.paradigm, net, probe, rows, task.null)
+                scores = score(task.loss.paradigm, net, probe, rows)
             losses.append(mle(scores, rows)[0])
         found[NAMES[split].format("mle_loss")] = torch.cat(losses).mean().item()
     return found
@@ -142,7 +142,7 @@ class Monitor:
             return {}
         found = mle_loss(self.task, self.images)
         net = self.task.engine.net
-        if isinstance(net, EDM2) and self.task.drop_condition > 0:
+        if isinstance(net, EDM2) and self.task.loss.drop_condition > 0:
             try:
                 found |= measure(net, self.task.encoder, self.images, self.task.flip)
             except UserError as error:

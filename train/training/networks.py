@@ -12,11 +12,9 @@ from mclr.configs.schema import Schedule as ScheduleConfig
 from mclr.diffusion import Diffusion, sigma_of
 from mclr.errors import UserError
 from mclr.guidance import Guidance
-from mclr.kernels.weight_norm import force_weights
 from mclr.likelihood import Net, Paradigm
 from mclr.models.edm2 import EDM2, EDM2Config
 from mclr.models.features import CONVNEXT_SMALLEST, NoiseClassifier, NoiseClassifierConfig, channel_mult_for
-from mclr.models.registry import forced_weights
 from mclr.models.var import VAR, VARConfig
 from mclr.models.vqvae import VQVAE
 from mclr.next_scale import NextScale, scale_progress
@@ -181,12 +179,3 @@ def schedule_table(name: str, schedule: Schedule, scales: Sequence[int] | None) 
         places = ["scale", *(str(side) for side in scales)]
     rows = [places, ["progress", *(f"{p:.3g}" for p in progress)], [name, *(f"{schedule.at(p):.3g}" for p in progress)]]
     return [f"  {row[0]:9}" + "".join(f"{entry:>8}" for entry in row[1:]) for row in rows]
-
-
-@torch.no_grad()
-def project(net: nn.Module) -> list[nn.Parameter]:
-    """The weights under forced normalisation, brought to unit magnitude; of networks that have some."""
-    normalised = forced_weights(net)
-    if normalised:
-        force_weights(normalised)
-    return normalised

@@ -73,6 +73,6 @@ class Preview:
         for seeds in torch.arange(len(c_N)).split(self.batch):
             draws = Draws(SAMPLING, seeds.tolist(), device)
             with eval_mode(net, self.task.bf16):
-                x = self.task.paradigm.sample(net, c_N[seeds.to(device)], Guidance(), draws)
+                x = self.task.loss.paradigm.sample(net, c_N[seeds.to(device)], Guidance(), draws)
             drawn.append(to_uint8(self.task.encoder.decode(x)).cpu())
         return torch.cat(drawn)

@@ -64,9 +64,9 @@ def rows_of(task: Task) -> dict[str, float]:
     if task.posterior_engine is not None:
         rows["posterior_rows"] = task.posterior_engine.rows["grad"]
         engines.append(task.posterior_engine)
-    if task.reference is not None:
-        rows["rows_no_grad"] += task.reference.rows["no_grad"]
-        task.reference.rows.update(no_grad=0)
+    if task.loss.reference is not None:
+        rows["rows_no_grad"] += task.loss.reference.rows["no_grad"]
+        task.loss.reference.rows.update(no_grad=0)
     for engine in engines:
         engine.rows.update(grad=0, no_grad=0)
     return rows
@@ -87,15 +87,15 @@ def forward_flops(task: Task) -> dict[str, int]:
     batch = task.source.batch(0, 1)
     draws = Draws(0, [0], task.device)
     x_B = task.encoder.draw(task.encode(batch), draws)
-    probe = task.paradigm.probe(x_B, draws)
+    probe = task.loss.paradigm.probe(x_B, draws)
     index = torch.zeros(1, dtype=torch.int64, device=task.device)
 
     def value() -> None:
-        prediction = task.paradigm.predict(task.engine.net, probe, index, batch.c_B.to(task.device))
-        task.paradigm.log_likelihood(prediction, probe, index)
+        prediction = task.loss.paradigm.predict(task.engine.net, probe, index, batch.c_B.to(task.device))
+        task.loss.paradigm.log_likelihood(prediction, probe, index)
 
     counted = {"net": flops_of(value), "posterior": 0}
-    if isinstance(task.posterior, NoisyPosterior) and task.posterior_engine is not None:
+    if isinstance(task.loss.posterior, NoisyPosterior) and task.posterior_engine is not None:
         classifier = task.posterior_engine.net
         counted["posterior"] = flops_of(lambda: classifier(probe.inputs["noisy"], probe.inputs["sigma"]))
     return counted

@@ -1,52 +1,39 @@
-"""One training step: it never learns which paradigm, objective or engine runs."""
+"""One training step: the samples of a run, and the optimizer step on their loss (mclr/loss.py)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from mclr.likelihood import Draws, Paradigm, score
-from mclr.objective import Objective
-from mclr.posterior import NoisyPosterior, PrefixPosterior, calibration
+from mclr.likelihood import Draws
+from mclr.loss import GENERATED, Loss
 from mclr.train.data.dataset import Batch
 from mclr.train.data.encoders import Encoder, from_uint8, mirrored
 from mclr.train.data.source import Source
-from mclr.train.engine.base import Engine, Frozen
-from mclr.train.engine.zero import Sharded
-
-# where the random numbers of generated samples begin: beyond all positions of training
-GENERATED = 2**62
+from mclr.train.engine.base import Engine
 
 
 def ignore(phase: str) -> None:
-    """For whoever does not want to hear what a step is doing."""
+    """Report no phase of a step."""
 
 
 @dataclass
 class Task:
     """What one run optimises, and on what: fixed for its lifetime.
 
-    normalised: weights kept at unit magnitude (EDM2's forced weight normalisation). reference: the network as it was before
-    fine-tuning; generated: samples drawn from it; both None where the objective asks for none. null: index of the null condition.
-    posterior_warmup: images that the classifier learns from before there is any ratio.
+    normalised: weights kept at unit magnitude (EDM2's forced weight normalisation). posterior_engine: carries the classifier of
+    loss.posterior, None where there is none. generated: samples of the reference, None where the objective asks for none.
     """
 
     source: Source
     encoder: Encoder
-    paradigm: Paradigm
-    objective: Objective
+    loss: Loss
     engine: Engine
     normalised: list[nn.Parameter]
-    posterior: NoisyPosterior | PrefixPosterior | None
     posterior_engine: Engine | None
     posterior_lr: float
-    posterior_warmup: int
-    reference: Frozen | Sharded | None
     generated: Source | None
-    null: int
-    seed: int
-    drop_condition: float
     flip: bool
     bf16: bool
     device: torch.device
@@ -62,19 +49,17 @@ class Task:
             keys += [GENERATED + position for position in keys]
             batches.append(self.generated.batch(first, count))
         enter("compute")
-        draws = Draws(self.seed, keys, self.device)
+        draws = Draws(self.loss.seed, keys, self.device)
         flips = (draws.uniform() < 0.5).split(count) if self.flip else [None] * len(batches)
         stored_P = torch.cat([self.encode(*each) for each in zip(batches, flips, strict=True)])
         true_c_P = torch.cat([batch.c_B for batch in batches]).to(self.device)
-        dropped_P = draws.uniform() < self.drop_condition
-        # a generated sample keeps the condition it was drawn for
-        dropped_P[count:] = False
-        return self.encoder.draw(stored_P, draws), torch.where(dropped_P, self.null, true_c_P), true_c_P, draws
+        c_P = self.loss.drop(true_c_P, draws, count)
+        return self.encoder.draw(stored_P, draws), c_P, true_c_P, draws
 
     def encode(self, batch: Batch, flip_B: Tensor | None = None) -> Tensor:
-        """What the encoder may store of a batch, its images mirrored where flip_B says so.
+        """What the encoder may store of a batch, with the images mirrored where flip_B is true.
 
-        Drawn tokens are taken as they are: decoded, rounded and encoded again most of them would be others.
+        Drawn tokens are used as they are: most would change if they were decoded, rounded and encoded again.
         """
         if batch.tokens_BL is not None:
             return batch.tokens_BL.to(self.device)
@@ -95,10 +80,10 @@ def train_step(
 ) -> dict[str, Tensor] | None:
     """Train on the samples at these global positions (this rank's share of the batch), micro_batch at a time.
 
-    stopped: asked before every micro-batch; when it says yes, the step is given up with the weights as they were. enter: is told what
-    comes next: "meet" (the other ranks), "data" (waiting for files), "compute" or "optimizer".
-    Returns averages over the positions, 0-d tensors, or None when given up. Losses are divided by the number of samples, never by
-    that of rows.
+    stopped: asked before every micro-batch; a true answer gives up the step and leaves the weights as they were. enter: called with
+    the phase that begins: "meet" (the other ranks), "data" (waiting for files), "compute" or "optimizer".
+    Returns averages over the positions, 0-d tensors, or None when the step was given up. Losses are divided by the number of
+    samples, never by that of rows.
     """
     totals: dict[str, Tensor] = {}
     for first in range(positions.start, positions.stop, micro_batch):
@@ -106,21 +91,10 @@ def train_step(
         if stopped():
             return None
         x_P, c_P, true_c_P, draws = task.samples(first, micro_batch, enter)
-        probe = task.paradigm.probe(x_P, draws)
-
-        posterior_BTK, posterior_loss_B = task.posterior(probe, true_c_P) if task.posterior else (None, None)
-        # a classifier that knows nothing yet draws any condition: that ratio has no bound, and the network would not recover
-        objective = task.objective if first >= task.posterior_warmup else replace(task.objective, lam=0.0)
-        rows = objective.rows(probe, c_P, task.null, draws, posterior_BTK)
-        scores = score(task.paradigm, task.engine, probe, rows, task.null, task.reference, task.engine.lockstep)
-        loss_B, metrics = objective(scores, rows)
+        loss_B, posterior_loss_B, metrics = task.loss.per_sample(task.engine, x_P, c_P, true_c_P, draws, first)
         task.engine.backward(loss_B.mean())
-        metrics["loss"] = loss_B.detach().mean()
-        if posterior_BTK is not None:
-            metrics |= calibration(posterior_BTK, true_c_P, task.objective.truncate)
         if task.posterior_engine is not None and posterior_loss_B is not None:
             task.posterior_engine.backward(posterior_loss_B.mean())
-            metrics["posterior_loss"] = posterior_loss_B.detach().mean()
         for name, value in metrics.items():
             totals[name] = totals.get(name, 0) + value * micro_batch / len(positions)
 

@@ -1,0 +1,138 @@
+"""The training loss: from samples and conditions to one number per sample. Also forced weight normalisation (project).
+
+B samples; P = B, or 2B with generated samples; R scored rows; T terms. Conditions are int64, 0 .. null - 1; null is the null condition.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mclr.combinations import objective_conflicts
+from mclr.diffusion import Diffusion
+from mclr.kernels.weight_norm import force_weights
+from mclr.likelihood import Draws, Net, Paradigm, score
+from mclr.objective import Objective
+from mclr.posterior import NoisyPosterior, PrefixPosterior, calibration
+
+# Where the random numbers of generated samples begin: beyond all positions of training.
+GENERATED = 2**62
+
+
+@dataclass(frozen=True)
+class Loss:
+    """loss(net, x, c, first=position) -> (value, metrics): the loss of one micro-batch, for a training loop of your own.
+
+    paradigm: Diffusion or NextScale. objective: what is optimised.
+    posterior: for the contrasts posterior and weighted. Diffusion: a network classifier(noisy [B, C, H, W], sigma [B]) -> logits
+    [B, K], such as mclr.load("digits-posterior"). Where its parameters are trainable, its cross-entropy is part of the value; its
+    gradients are separate from the network's. Tokens need none: Bayes' rule on the network itself gives the posterior.
+    reference: for cc_dpo, cca and ddo, a frozen copy of the network before fine-tuning.
+    drop_condition: share of the samples that learn the null condition. seed: of all random numbers.
+    warmup: samples at positions before this one have no ratio, so that a posterior from scratch can learn first.
+    Raises ValueError for parts that do not fit together.
+    """
+
+    paradigm: Paradigm
+    objective: Objective
+    posterior: Any = None
+    reference: Any = None
+    drop_condition: float = 0.1
+    seed: int = 0
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        objective, diffusion = self.objective, isinstance(self.paradigm, Diffusion)
+        for fault in objective_conflicts(objective, objective.schedule.weight, objective.schedule, diffusion=diffusion):
+            raise ValueError(fault)
+        if not 0 <= self.drop_condition <= 1:
+            raise ValueError(f"drop_condition={self.drop_condition} is out of range: must be >= 0 and <= 1")
+        if objective.contrast == "null" and self.drop_condition == 0:
+            raise ValueError("contrast=null needs the null condition, which drop_condition=0 leaves untrained; set 0.1")
+        if objective.needs_reference != (self.reference is not None):
+            how = "needs reference=, a frozen copy of" if objective.needs_reference else "takes no reference="
+            raise ValueError(f"objective {objective.name} {how} the network before fine-tuning")
+        if not objective.needs_posterior and self.posterior is not None:
+            raise ValueError(f"posterior= has no effect with contrast={objective.contrast}: leave it out")
+        if objective.needs_posterior and diffusion and self.posterior is None:
+            raise ValueError(f"contrast={objective.contrast} needs posterior=, a network classifier(noisy, sigma) -> logits")
+        if self.posterior is not None and not isinstance(self.posterior, NoisyPosterior | PrefixPosterior):
+            object.__setattr__(self, "posterior", NoisyPosterior(self.posterior))
+        if objective.contrast == "marginal":
+            object.__setattr__(self, "objective", replace(objective, null_share=self.drop_condition))
+
+    def __call__(
+        self, net: Net, x: Tensor, c: Tensor, *, first: int, generated: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(mean loss, 0-d and ready for backward; metrics, 0-d without gradient).
+
+        x: images or latents [B, C, H, W], or tokens [B, L] int64. c: their conditions [B]. first: position of the first sample in
+        training, as in step * B: positions and the seed decide all random numbers. generated: for ddo, (x, c) of as many samples
+        drawn from the reference. Raises ValueError for samples or conditions that do not fit. Waits for the device, to check c.
+        """
+        if self.objective.needs_generated != (generated is not None):
+            how = "needs generated=(x, c), samples of the reference" if generated is None else "takes no generated="
+            raise ValueError(f"objective {self.objective.name} {how}")
+        for name, (x_B, c_B) in {"": (x, c), "generated ": generated or (x, c)}.items():
+            self.paradigm.check(x_B)
+            if c_B.dtype != torch.int64 or c_B.shape != x.shape[:1] or len(x_B) != len(x) or len(x) == 0:
+                raise ValueError(f"{name}c must be int64 of shape [{len(x)}], like x, not {c_B.dtype} {list(c_B.shape)}")
+            if c_B.min() < 0 or c_B.max() >= self.paradigm.null:
+                raise ValueError(f"{name}c has conditions {c_B.min()} .. {c_B.max()}: must be 0 .. {self.paradigm.null - 1}")
+        if first < 0:
+            raise ValueError(f"first={first} is a position: must be >= 0")
+        keys, count = list(range(first, first + len(x))), len(x)
+        if generated is not None:
+            keys += [GENERATED + position for position in keys]
+            x, c = torch.cat([x, generated[0]]), torch.cat([c, generated[1]])
+        c, draws = c.to(x.device), Draws(self.seed, keys, x.device)
+        dropped_c = self.drop(c, draws, count)
+        loss_B, posterior_loss_B, metrics = self.per_sample(net, x, dropped_c, c, draws, first)
+        value = loss_B.mean()
+        if posterior_loss_B is not None and posterior_loss_B.requires_grad:
+            value = value + posterior_loss_B.mean()
+        return value, metrics
+
+    def drop(self, c_P: Tensor, draws: Draws, real: int) -> Tensor:
+        """The conditions, null for a share of the first `real` samples. A generated sample keeps the condition it was drawn for."""
+        dropped_P = draws.uniform() < self.drop_condition
+        dropped_P[real:] = False
+        return torch.where(dropped_P, self.paradigm.null, c_P)
+
+    def per_sample(
+        self, net: Net, x_P: Tensor, c_P: Tensor, true_c_P: Tensor, draws: Draws, first: int
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """(loss [B], the posterior's cross-entropy [B] or None, metrics): unreduced, fp32. Nothing is checked, nothing waits.
+
+        c_P: conditions, null where dropped; true_c_P: before that. net: with lockstep=True it runs equally often on all ranks.
+        """
+        probe = self.paradigm.probe(x_P, draws)
+        posterior_BTK, posterior_loss_B = None, None
+        if self.objective.needs_posterior:
+            posterior = self.posterior or PrefixPosterior(self.paradigm, net)
+            posterior_BTK, posterior_loss_B = posterior(probe, true_c_P)
+        # A classifier that knows nothing yet draws any condition: that ratio has no bound, and the network would not recover.
+        objective = self.objective if first >= self.warmup else replace(self.objective, lam=0.0)
+        rows = objective.rows(probe, c_P, self.paradigm.null, draws, posterior_BTK)
+        lockstep = getattr(net, "lockstep", False)
+        loss_B, metrics = objective(score(self.paradigm, net, probe, rows, self.reference, lockstep), rows)
+        metrics["loss"] = loss_B.detach().mean()
+        if posterior_BTK is not None:
+            metrics |= calibration(posterior_BTK, true_c_P, self.objective.truncate)
+        if posterior_loss_B is not None:
+            metrics["posterior_loss"] = posterior_loss_B.detach().mean()
+        return loss_B, posterior_loss_B, metrics
+
+
+@torch.no_grad()
+def project(net: nn.Module) -> list[nn.Parameter]:
+    """Bring the weights under forced normalisation to unit magnitude, and return them. Call it after every optimizer step.
+
+    EDM2 (arXiv 2312.02696, section 2.3) trains so. Networks without a method magnitude_preserving are left as they are.
+    """
+    forcing: list[Any] = [module for module in net.modules() if hasattr(module, "magnitude_preserving")]
+    forced = [weight for module in forcing for weight in module.magnitude_preserving()]
+    if forced:
+        force_weights(forced)
+    return forced

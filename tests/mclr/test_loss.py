@@ -1,0 +1,150 @@
+"""mclr.Loss: the loss of a training step from a network, samples and conditions; what does not fit is refused; mclr.project."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from toy import GENERATED, KINDS, K, toy
+
+from mclr.loss import GENERATED as BEYOND
+from mclr.loss import Loss, project
+from mclr.objective import Objective
+from mclr.schedule import Schedule
+
+# every objective, with the settings that it needs
+OBJECTIVES = {
+    "mle": Objective(),
+    "posterior": Objective("mclr", "posterior", lam=0.7),
+    "weighted": Objective("mclr", "weighted", lam=Schedule("ramp", 0.7)),
+    "uniform": Objective("mclr", "uniform", lam=0.3),
+    "null": Objective("mclr", "null", lam=0.7),
+    "unlearn": Objective("unlearn", lam=0.7),
+    "cc_dpo": Objective("cc_dpo", lam=1.0, beta=0.3),
+    "cca": Objective("cca", lam=2.5, beta=0.3),
+    "ddo": Objective("ddo", lam=2.5, beta=0.3),
+}
+TRUE = torch.arange(8) % K
+
+
+def loss_of(kind, objective, **settings):
+    """(loss, case, further arguments of its call) with the parts that the objective needs."""
+    case = toy(kind, torch.float32, c_B=TRUE)
+    diffusion = kind == "diffusion" and objective.needs_posterior
+    parts = {
+        "posterior": case.posterior.classifier if diffusion else None,
+        "reference": case.reference if objective.needs_reference else None,
+    }
+    more = {"generated": (case.generated_B, GENERATED)} if objective.needs_generated else {}
+    return Loss(case.paradigm, objective, **parts | settings), case, more
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_it_is_the_mean_of_the_objective_and_the_posteriors_loss(name, kind):
+    """From draws that belong to the positions: first the dropped conditions, then the probe, then the rows."""
+    loss, case, more = loss_of(kind, OBJECTIVES[name], drop_condition=0.4, seed=3)
+    value, metrics = loss(case.net, case.x_B, TRUE, first=16, **more)
+    x, c = case.x_B, TRUE
+    keys = list(range(16, 24))
+    if more:
+        x, c, keys = torch.cat([x, case.generated_B]), torch.cat([c, GENERATED]), [*keys, *(BEYOND + key for key in keys)]
+    draws = case.draws(3, keys)
+    dropped = draws.uniform() < 0.4
+    dropped[8:] = False
+    assert dropped.any() and not dropped.all()
+    case.x_B, case.c_B = x, torch.where(dropped, K, c)
+    probe = case.paradigm.probe(x, draws)
+    posterior_BTK, extra = case.posterior(probe, c) if loss.objective.needs_posterior else (None, None)
+    rows = loss.objective.rows(probe, case.c_B, K, draws, posterior_BTK)
+    loss_B, expected = loss.objective(case.score_rows(probe, rows, loss.objective), rows)
+    assert metrics["loss"] == loss_B.mean() and metrics["value"] == expected["value"]
+    assert torch.equal(value, loss_B.mean() if extra is None else loss_B.mean() + extra.mean())
+    assert value.ndim == 0 and value.requires_grad
+    assert all(each.ndim == 0 and not each.requires_grad for each in metrics.values())
+    assert loss.objective.null_share == (0.4 if name == "cca" else 0.0)
+
+
+def test_a_trainable_posterior_learns_and_a_frozen_one_does_not():
+    """Its cross-entropy is part of the value; the network's gradient is the same in both cases."""
+    gradients = []
+    for trainable in (True, False):
+        loss, case, _ = loss_of("diffusion", OBJECTIVES["posterior"])
+        classifier = loss.posterior.classifier.requires_grad_(trainable)
+        value, metrics = loss(case.net, case.x_B, TRUE, first=0)
+        value.backward()
+        assert (classifier.weight.grad is not None) == trainable and metrics["posterior_loss"] > 0
+        assert torch.isclose(value, metrics["loss"] + trainable * metrics["posterior_loss"])
+        gradients.append([p.grad for p in case.net.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+def test_before_the_warmup_ends_there_is_no_ratio():
+    loss, case, _ = loss_of("diffusion", OBJECTIVES["posterior"], warmup=8)
+    plain, _, _ = loss_of("diffusion", OBJECTIVES["mle"])
+    losses = [[each(case.net, case.x_B, TRUE, first=first)[1]["loss"] for each in (loss, plain)] for first in (0, 8)]
+    assert losses[0][0] == losses[0][1] and losses[1][0] != losses[1][1]
+
+
+WRONG_PARTS = {
+    "no posterior": ("posterior", {"posterior": None}, "needs posterior="),
+    "a posterior for nothing": ("null", {"posterior": torch.nn.Linear(2, 2)}, "posterior= has no effect with contrast=null"),
+    "no reference": ("cca", {"reference": None}, "needs reference=, a frozen copy"),
+    "a reference for nothing": ("null", {"reference": torch.nn.Linear(2, 2)}, "takes no reference="),
+    "untrained null": ("null", {"drop_condition": 0.0}, "drop_condition=0 leaves untrained"),
+    "share": ("mle", {"drop_condition": -0.1}, "drop_condition=-0.1 is out of range"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG_PARTS)
+def test_parts_that_do_not_fit_are_refused(case):
+    name, settings, message = WRONG_PARTS[case]
+    with pytest.raises(ValueError, match=message):
+        loss_of("diffusion", OBJECTIVES[name], **settings)
+
+
+def test_a_bound_needs_tokens():
+    loss_of("tokens", replace(OBJECTIVES["uniform"], bound=1.0))
+    with pytest.raises(ValueError, match=r"bound=1.0 needs mclr, a next_scale model"):
+        loss_of("diffusion", replace(OBJECTIVES["uniform"], bound=1.0))
+
+
+WRONG_CALLS = {
+    "x of another size": ("diffusion", {"x": torch.zeros(8, 1, 3, 3)}, r"x must be floats \[B, 1, 2, 2\]"),
+    "x of bytes": ("diffusion", {"x": torch.zeros(8, 1, 2, 2, dtype=torch.uint8)}, r"not torch.uint8"),
+    "tokens of another length": ("tokens", {"x": torch.zeros(8, 3, dtype=torch.int64)}, r"int64 tokens \[B, 14\]"),
+    "tokens of floats": ("tokens", {"x": torch.zeros(8, 14)}, r"not torch.float32"),
+    "no samples": ("diffusion", {"x": torch.zeros(0, 1, 2, 2), "c": TRUE[:0]}, r"shape \[0\]"),
+    "too few conditions": ("diffusion", {"c": TRUE[:7]}, r"c must be int64 of shape \[8\]"),
+    "conditions of floats": ("diffusion", {"c": TRUE.float()}, r"c must be int64"),
+    "a condition too many": ("diffusion", {"c": TRUE + 1}, "c has conditions 1 .. 3: must be 0 .. 2"),
+    "a negative condition": ("tokens", {"c": TRUE - 1}, "c has conditions -1 .. 1"),
+    "a negative position": ("tokens", {"first": -1}, "first=-1 is a position"),
+    "generated for nothing": ("tokens", {"generated": (torch.zeros(8, 14), TRUE)}, "takes no generated="),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_CALLS)
+def test_samples_that_do_not_fit_are_refused(name):
+    kind, wrong, message = WRONG_CALLS[name]
+    loss, case, _ = loss_of(kind, OBJECTIVES["mle"])
+    with pytest.raises(ValueError, match=message):
+        loss(case.net, **{"x": case.x_B, "c": TRUE, "first": 0} | wrong)
+
+
+def test_ddo_needs_as_many_generated_samples():
+    loss, case, more = loss_of("diffusion", OBJECTIVES["ddo"])
+    for generated in (None, tuple(each[:4] for each in more["generated"])):
+        with pytest.raises(ValueError, match="generated"):
+            loss(case.net, case.x_B, TRUE, first=0, generated=generated)
+
+
+def test_project_brings_forced_weights_to_unit_magnitude_wherever_they_are():
+    class Forced(torch.nn.Linear):
+        def magnitude_preserving(self):
+            return [self.weight]
+
+    net = torch.nn.Sequential(Forced(4, 3), torch.nn.Linear(3, 2))
+    before = net[1].weight.clone()
+    assert [id(p) for p in project(net)] == [id(net[0].weight)]
+    assert torch.allclose(net[0].weight.square().mean(1).sqrt(), torch.ones(3), atol=1e-3) and torch.equal(net[1].weight, before)
+    assert project(net[1]) == []
