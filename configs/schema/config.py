@@ -1,20 +1,27 @@
-"""Everything that decides a run, as one object."""
+"""RunConfig, which is everything that decides a run; its settings as flat tables; a setting's type and range in words."""
 
-from typing import Annotated
+from collections.abc import Iterator
+from functools import reduce
+from operator import getitem
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import Field
+from pydantic.fields import FieldInfo
 
 from mclr.configs.schema.data import Data
 from mclr.configs.schema.engine import Engine
-from mclr.configs.schema.model import DiffusionModel, NextScaleModel
+from mclr.configs.schema.model import MODELS, DiffusionModel, NextScaleModel
 from mclr.configs.schema.objective import Objective
 from mclr.configs.schema.sample import Sample
 from mclr.configs.schema.section import Section
 from mclr.configs.schema.train import Train
 
+WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+
 
 class RunConfig(Section):
-    """Everything that decides a run. Made by load(), from_dict() or load_resolved(): they resolve what depends on other keys."""
+    """Everything that decides a run. Made by load(), from_dict() or load_resolved(): they resolve settings that depend on others."""
 
     model: Annotated[DiffusionModel | NextScaleModel, Field(discriminator="paradigm")]
     data: Data
@@ -22,3 +29,51 @@ class RunConfig(Section):
     train: Train
     engine: Engine = Engine()
     sample: Sample = Sample()
+
+
+def fields_of(paradigm: Any) -> dict[str, FieldInfo]:
+    """Dotted key -> field of everything that may be set for this paradigm (an unknown one: diffusion), sections included."""
+
+    def walk(section: type[Section], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
+        for name, field in section.model_fields.items():
+            yield prefix + name, field
+            inner = MODELS.get(str(paradigm), DiffusionModel) if prefix + name == "model" else field.annotation
+            if isinstance(inner, type) and issubclass(inner, Section):
+                yield from walk(inner, f"{prefix}{name}.")
+
+    return dict(walk(RunConfig, ""))
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """Dotted key -> value, lists as lists: for logs, and to tell two runs apart."""
+    values = config.model_dump(mode="json")
+    found = {key: reduce(getitem, key.split("."), values) for key in fields_of(config.model.paradigm)}
+    return {key: value for key, value in found.items() if not isinstance(value, dict)}
+
+
+def type_of(annotation: Any) -> str:
+    """As in `an integer or null`, `a list of 2 numbers`, `fp32 or bf16`."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return type_of(parts[0])
+    if origin is tuple:
+        entry, count = type_of(parts[0]), "" if parts[-1] is ... else f"{len(parts)} "
+        return f"a list of {count}" + (f"{entry.split()[-1]}s" if entry in WORDS.values() else entry)
+    if not parts:
+        return WORDS[annotation]
+    words = [str(part) if origin is Literal else type_of(part) for part in parts]
+    return " or ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)
+
+
+def range_of(field: FieldInfo) -> str:
+    """The bounds of a field, or of the entries of its list, as in `>= 0 and < 1`."""
+
+    def bounds(annotation: Any, metadata: Any) -> Iterator[str]:
+        for limit in metadata:
+            for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
+                if hasattr(limit, name):
+                    yield f"{sign} {getattr(limit, name)}"
+        for part in get_args(annotation):
+            yield from bounds(part, part.metadata if isinstance(part, FieldInfo) else ())
+
+    return " and ".join(dict.fromkeys(bounds(field.annotation, field.metadata)))

@@ -1,10 +1,10 @@
 """The data section: where the images are and what they look like."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
+from mclr.configs.schema.section import Fraction, Section, Size, setting
 
-from mclr.configs.schema.section import Fraction, Section, Size
+LABEL = r"^[a-z0-9_]+(\.[^.]+)*$"
 
 
 def is_stream(path: str) -> bool:
@@ -13,18 +13,21 @@ def is_stream(path: str) -> bool:
 
 
 class Data(Section):
-    name: str
-    path: str  # folder with dataset.json; or shards to stream, as is_stream() knows them
-    resolution: Size
-    channels: Literal[1, 3]
-    num_classes: Annotated[int, Field(gt=0, le=2**20)]
-    flip: bool = False
-    balanced: bool = False  # every condition equally often; else every sample
-    # of a stream: the file kind that holds the condition, as in cls; or json.NAME, an entry of the .json
-    label: Annotated[str, Field(pattern=r"^[a-z0-9_]+(\.[^.]+)*$")] = "cls"
-    damaged: Fraction = 0.001  # largest share of unreadable samples that training passes over
+    """The images of a run."""
+
+    name: str = setting(..., "Name in logs and model cards")
+    path: str = setting(..., "Folder made by `mclr prepare`; or shards to stream: https://..., pipe:COMMAND, data/{000..099}.tar")
+    resolution: Size = setting(..., "Side of the square images, in pixels")
+    channels: Literal[1, 3] = setting(..., "1: grey, 3: RGB")
+    num_classes: int = setting(..., "Number of conditions, without the null condition", gt=0, le=2**20)
+    flip: bool = setting(False, "Mirror half of the images, at random")
+    balanced: bool = setting(False, "Draw every condition equally often; else every image")
+    label: str = setting(
+        "cls", "Of a stream: the kind of file that holds the condition; or json.NAME, an entry of the .json", pattern=LABEL
+    )
+    damaged: Fraction = setting(0.001, "Largest share of unreadable images that training passes over; more end the run")
 
     @property
     def streamed(self) -> bool:
-        """Whether path names shards to stream (train/data/stream.py), and no folder."""
+        """Whether path names shards to stream (train/data/stream.py)."""
         return is_stream(self.path)

@@ -1,6 +1,5 @@
 """From presets and overrides to one RunConfig, and back from the files that hold it."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +7,10 @@ import yaml
 from pydantic import ValidationError
 
 from mclr.combinations import CONTRASTS
-from mclr.configs.schema.between import conflicts
+from mclr.configs.schema.checks import conflicts
 from mclr.configs.schema.config import RunConfig
 from mclr.configs.schema.data import Data
-from mclr.configs.schema.messages import fields_of, message_of, user_error
+from mclr.configs.schema.messages import invalid, user_error
 from mclr.configs.schema.presets import merge, parse_override, read_preset, read_yaml
 from mclr.configs.schema.strict_yaml import Dumper
 
@@ -21,7 +20,8 @@ FILE = "config.yaml"  # of a resolved config in its run folder
 def load(model: str, objective: str, data: str, engine: str, overrides: list[str]) -> RunConfig:
     """The config of a run. Each of the first four: name of a preset or path of a YAML file; data: also a prepared dataset folder.
 
-    overrides: "section.key=value", the value in YAML. Raises UserError for whatever is unknown, ill-typed, out of range or at odds.
+    overrides: "section.key=value", the value in YAML. Raises UserError for unknown keys, wrong types, values out of range and settings
+    that cannot go together.
     """
     merged: dict[str, Any] = {}
     for kind, name in (("engine", engine), ("data", data), ("model", model), ("objective", objective)):
@@ -35,21 +35,15 @@ def from_dict(sections: dict[str, Any]) -> RunConfig:
     """A validated config, the contrast `auto` resolved: for mclr posterior with diffusion and null with next_scale."""
     try:
         config = RunConfig.model_validate(sections)
-    except ValidationError as invalid:
+    except ValidationError as error:
         model = sections.get("model")
-        fields = fields_of(model.get("paradigm") if isinstance(model, dict) else None)
-        # A default that another key decides is no error of its own; a misspelt key may also be missing, its spelling comes first.
-        errors = [error for error in invalid.errors() if error["type"] != "default_factory_not_called"]
-        errors.sort(key=lambda error: error["type"] != "extra_forbidden")
-        raise user_error([message_of(error, fields) for error in errors]) from None
+        raise invalid(error, model.get("paradigm") if isinstance(model, dict) else None) from None
     if config.objective.contrast == "auto":
-        contrast = CONTRASTS[config.objective.name][0]
-        if config.objective.name == "mclr" and config.model.paradigm == "next_scale":
-            contrast = "null"
+        tokens = config.objective.name == "mclr" and config.model.paradigm == "next_scale"
+        contrast = "null" if tokens else CONTRASTS[config.objective.name][0]
         config = config.model_copy(update={"objective": config.objective.model_copy(update={"contrast": contrast})})
-    refused = list(conflicts(config))
-    if refused:
-        raise user_error(refused)
+    if found := conflicts(config):
+        raise user_error(found)
     return config
 
 
@@ -60,27 +54,13 @@ def load_resolved(path: str | Path) -> RunConfig:
 
 
 def dump(config: RunConfig) -> str:
-    """The config as YAML, complete: load_resolved() gives it back whatever the presets have become."""
+    """The config as YAML, complete: load_resolved() gives it back even when the presets have changed."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False)
-
-
-def flatten(config: RunConfig) -> dict[str, Any]:
-    """Dotted key -> value, lists as lists: for logs and for telling two runs apart."""
-
-    def walk(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for key, value in values.items():
-            if isinstance(value, dict):
-                yield from walk(value, f"{prefix}{key}.")
-            else:
-                yield prefix + key, value
-
-    return dict(walk(config.model_dump(mode="json"), ""))
 
 
 def load_data(name: str) -> Data:
     """The data section alone. name: as the argument `data` of load(). Raises UserError as load() does."""
     try:
         return Data.model_validate(read_preset("data", name).get("data", {}))
-    except ValidationError as invalid:
-        fields = fields_of(None)
-        raise user_error([message_of(error | {"loc": ("data", *error["loc"])}, fields) for error in invalid.errors()]) from None
+    except ValidationError as error:
+        raise invalid(error, None, ("data",)) from None

@@ -1,22 +1,44 @@
-"""The objective section. What goes with which objective: mclr/combinations.py."""
+"""The objective section, and the schedule of a weight: of objective.lam, and of sample.gamma in the sample section."""
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator
 
-from mclr.configs.schema.schedule import Schedule
-from mclr.configs.schema.section import Positive, Section
+from mclr.configs.schema.section import Fraction, Positive, Section, setting
+
+
+class Schedule(Section):
+    """The shape of a weight over progress (mclr/schedule.py).
+
+    Progress is 0 at pure noise or the coarsest scale and 1 at the data or the finest scale. It is (4.382 - ln sigma) / 10.597 for
+    diffusion (mclr/diffusion.py) and k / (K - 1) for scale k of K.
+    """
+
+    kind: Literal["constant", "ramp", "interval", "negative_window"] = setting(
+        "constant", "Shape: the same everywhere; rising from 0; 0 outside an interval; negative from some progress on"
+    )
+    low: Fraction = setting(0.0, "Of interval: progress at which the weight begins")
+    high: Fraction = setting(1.0, "Of interval: progress at which the weight ends")
+    turn: Fraction = setting(0.5, "Of negative_window: progress from which the weight is negative")
+    below: float = setting(1.0, "Of negative_window: from there on the weight is minus this", gt=0, le=1)
+
 
 Contrast = Literal["auto", "uniform", "weighted", "posterior", "null", "none", "marginal", "generated"]
 
 
 class Objective(Section):
-    name: Literal["mle", "mclr", "unlearn", "cc_dpo", "cca", "ddo"]
+    """What training minimises (mclr/objective.py); mclr/combinations.py says which settings go together."""
+
+    name: Literal["mle", "mclr", "unlearn", "cc_dpo", "cca", "ddo"] = setting(..., "Objective, as mclr/README.md explains it")
     # YAML reads the word null as nothing.
-    contrast: Annotated[Contrast, BeforeValidator(lambda value: "null" if value is None else value)] = "auto"
-    lam: float
+    contrast: Annotated[Contrast, BeforeValidator(lambda value: "null" if value is None else value)] = setting(
+        "auto", "What the matched condition is compared with; auto: for mclr posterior (diffusion) or null (next_scale)"
+    )
+    lam: float = setting(..., "Strength; mclr's optimum is guidance of total weight 1 + lam; of ddo: its alpha")
     schedule: Schedule = Schedule()
-    bound: Positive | None = None  # nats
-    beta: Positive | None = None  # of cc_dpo, cca, ddo: scale of the log-likelihood ratio to the reference
-    generated: str | None = None  # of ddo: dataset folder of samples of the reference, as `mclr sample --dataset` makes it
-    truncate: Annotated[float, Field(ge=0, lt=0.5)] = 0.02  # share of the posterior (its least likely classes) never drawn
+    bound: Positive | None = setting(
+        None, "Of mclr on tokens: ratio in nats beyond which the contrast has no gradient; null: none"
+    )
+    beta: Positive | None = setting(None, "Of cc_dpo, cca, ddo: scale of the log-likelihood ratio to the reference")
+    generated: str | None = setting(None, "Of ddo: dataset folder of samples of the reference, made by `mclr sample --dataset`")
+    truncate: float = setting(0.02, "Share of the posterior, its least likely classes, that is never drawn", ge=0, lt=0.5)

@@ -15,6 +15,7 @@ PRESETS = Path(__file__).parent.parent
 
 
 def merge(base: dict[str, Any], patch: dict[str, Any]) -> None:
+    """Put the patch over the base, key by key, in place."""
     for key, value in patch.items():
         if isinstance(value, dict) and isinstance(base.get(key), dict):
             merge(base[key], value)
@@ -23,6 +24,7 @@ def merge(base: dict[str, Any], patch: dict[str, Any]) -> None:
 
 
 def parse_override(override: str) -> dict[str, Any]:
+    """`train.lr=1e-3` -> {"train": {"lr": 0.001}}."""
     key, equals, text = override.partition("=")
     if not equals or not key or key.count(".") > MOST_LEVELS:
         raise UserError(f"override {override!r} is not of the form section.key=value, like train.lr=0.001")
@@ -40,6 +42,7 @@ def parse_override(override: str) -> dict[str, Any]:
 
 
 def read_preset(kind: str, name: str) -> dict[str, Any]:
+    """The sections of a preset of configs/<kind>, of a YAML file, or for data of a prepared folder; its base is merged in."""
     presets = {path.stem: path for path in sorted((PRESETS / kind).glob("*.yaml"))}
     file = Path(name) if name.endswith((".yaml", ".yml")) else presets.get(name)
     if file is not None:
@@ -54,7 +57,7 @@ def read_preset(kind: str, name: str) -> dict[str, Any]:
 
 
 def _on_base(kind: str, file: Path, sections: dict[str, Any]) -> dict[str, Any]:
-    """The sections of a file upon those of its base: a recipe or preset by name, or the path of a YAML file, seen from the file."""
+    """The sections of a file over those of its base: the name of a recipe or preset, or the path of a YAML file seen from this one."""
     base = str(sections.pop("base"))
     known = {path.stem: path for folder in ("recipes", "") for path in sorted((PRESETS / kind / folder).glob("*.yaml"))}
     found = file.parent / base if base.endswith((".yaml", ".yml")) else known.get(base)
@@ -68,7 +71,7 @@ def _on_base(kind: str, file: Path, sections: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_dataset(folder: Path) -> dict[str, Any]:
-    """The data section of a prepared folder; its dataset.json may say more, which is its reader's."""
+    """The data section of a prepared folder. dataset.json may hold more; train/data reads that."""
     path = folder / "dataset.json"
     try:
         described = json.loads(_bytes_of(path))
@@ -80,6 +83,7 @@ def _read_dataset(folder: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
+    """The sections of a YAML file. Raises UserError with the place of what is wrong."""
     try:
         sections = parse_yaml(_bytes_of(path))
     except OSError as error:
@@ -95,7 +99,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _bytes_of(path: Path) -> bytes:
-    # a pipe would be waited for, a device has no end
+    # reading a pipe would wait, and a device has no end
     if path.exists() and not path.is_file():
         raise UserError(f"cannot read {path}: it is no regular file")
     return path.read_bytes()

@@ -1,42 +1,27 @@
 """The sample section: how images are drawn."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field, model_validator
-
-from mclr.configs.schema.schedule import Schedule
-from mclr.configs.schema.section import Count, NotNegative, Positive, Section
+from mclr.configs.schema.objective import Schedule
+from mclr.configs.schema.section import Count, NotNegative, Positive, Section, Whole, setting
 
 
 class Sample(Section):
-    steps: Count = 32
-    solver: Literal["heun", "euler", "sde"] = "heun"
-    batch: Count = 64
-    gamma: float = 0.0  # extra guidance weight; 0: none
-    schedule: Schedule = Schedule()
-    guide: str | None = None  # weights (autoguidance); None: the same network under the null condition
-    top_k: Annotated[int, Field(ge=0)] = 0  # 0: all
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    more_smooth: bool = False  # of tokens: blends of codes instead of codes; for pictures, never for scores
-    churn: NotNegative = 0.0  # of heun: noise added again, over all steps (EDM, algorithm 2: S_churn); 0: none
-    churn_min: NotNegative = 0.0  # sigma down to which it is added
-    churn_max: Positive | None = None  # sigma up to which it is added; None: all
-    churn_noise: Positive = 1.0  # its standard deviation
-    sigma_min: Positive = 0.002
-    sigma_max: Positive = 80.0
-    rho: Positive = 7.0
+    """How images are drawn, by `mclr sample` and for pictures during training."""
 
-    @model_validator(mode="after")
-    def _check(self) -> "Sample":
-        if self.sigma_min >= self.sigma_max:
-            raise ValueError(f"sigma_min={self.sigma_min} must be below sigma_max={self.sigma_max}")
-        if self.guide is not None and self.gamma == 0 and self.schedule.kind != "negative_window":
-            raise ValueError(f"guide={self.guide} has no effect with gamma=0.0; set sample.gamma, or sample.guide=null")
-        if self.churn and self.solver != "heun":
-            raise ValueError(f"churn={self.churn} needs solver=heun")
-        if self.churn_max is not None and self.churn_min >= self.churn_max:
-            raise ValueError(f"churn_min={self.churn_min} must be below churn_max={self.churn_max}")
-        for key in ("churn_min", "churn_max", "churn_noise"):
-            if not self.churn and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key}={getattr(self, key)} has no effect with churn=0.0")
-        return self
+    steps: Count = setting(32, "Diffusion: steps of the solver")
+    solver: Literal["heun", "euler", "sde"] = setting("heun", "Diffusion: the solver (mclr/solvers.py)")
+    batch: Count = setting(64, "Images drawn at once")
+    gamma: float = setting(0.0, "Extra weight of guidance, whose total weight is 1 + gamma; 0: no guidance")
+    schedule: Schedule = Schedule()
+    guide: str | None = setting(None, "Weights of another network that guides; null: the same network under the null condition")
+    top_k: Whole = setting(0, "Tokens: draw among the k likeliest codes; 0: all")
+    top_p: float = setting(1.0, "Tokens: draw among the likeliest codes of this total probability", gt=0, le=1)
+    more_smooth: bool = setting(False, "Tokens: blend codes, as VAR does for pictures; never for scores")
+    churn: NotNegative = setting(0.0, "Heun: noise added again, over all steps (EDM, algorithm 2: S_churn); 0: none")
+    churn_min: NotNegative = setting(0.0, "Heun: lowest sigma at which noise is added again")
+    churn_max: Positive | None = setting(None, "Heun: highest sigma at which noise is added again; null: all")
+    churn_noise: Positive = setting(1.0, "Heun: standard deviation of the noise added again")
+    sigma_min: Positive = setting(0.002, "Diffusion: lowest noise level")
+    sigma_max: Positive = setting(80.0, "Diffusion: highest noise level")
+    rho: Positive = setting(7.0, "Diffusion: exponent of the spacing of noise levels (EDM, equation 5)")

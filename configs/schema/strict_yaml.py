@@ -1,12 +1,14 @@
 """Strict YAML: what presets, overrides and resolved configs are written in."""
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
 
-MOST_LEVELS = 10  # of nested sections and lists
-NO_NAME = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # what no file name holds: NUL, halves of characters
+MOST_LEVELS = 10  # of sections and lists in each other
+NO_NAME = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # NUL and halves of characters: no file name holds them
+NUMBER = re.compile(r"^[-+]?(\d+|\d*\.\d+|\d+\.)[eE][-+]?\d+$")  # 1e-3, which YAML 1.1 reads as text
 
 
 def parse_yaml(text: str | bytes) -> Any:
@@ -15,16 +17,13 @@ def parse_yaml(text: str | bytes) -> Any:
         return yaml.load(text, Loader)
     except yaml.YAMLError:
         raise
-    # the constructors behind tags and dates raise nearly anything
+    # what makes dates and numbers raises nearly anything
     except Exception as error:
         raise yaml.YAMLError(f"not valid YAML ({error})") from error
 
 
 class Loader(yaml.SafeLoader):
-    """YAML whose keys are texts, each given once, and in which 1e-3 is a number as in YAML 1.2.
-
-    Nothing that explodes: no aliases, few levels, whole numbers of 64 bits, texts that can name a file.
-    """
+    """YAML whose keys are words, each given once. Nothing in it explodes: no aliases, few levels, no integer beyond 64 bits."""
 
     depth = 0
 
@@ -37,37 +36,29 @@ class Loader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(problem=f"more than {MOST_LEVELS} levels", problem_mark=mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
+        for problem, where in self._problems(node):
+            raise yaml.composer.ComposerError(problem=problem, problem_mark=where)
         return node
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
-        value = super().construct_scalar(node)
-        if NO_NAME.search(value):
-            raise yaml.constructor.ConstructorError(problem="a text that can name no file", problem_mark=node.start_mark)
-        return value
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        value = super().construct_yaml_int(node)
-        if abs(value) >= 2**63:
-            raise yaml.constructor.ConstructorError(problem="a whole number of more than 64 bits", problem_mark=node.start_mark)
-        return value
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key, _ in node.value:
-            if key.tag != "tag:yaml.org,2002:str":
-                raise yaml.constructor.ConstructorError(problem="a key must be a plain word", problem_mark=key.start_mark)
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(problem=f"duplicate key {key.value}", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+    def _problems(self, node: yaml.Node | None) -> Iterator[tuple[str, yaml.Mark]]:
+        if isinstance(node, yaml.MappingNode):
+            seen = set()
+            for key, _ in node.value:
+                if key.tag != "tag:yaml.org,2002:str":
+                    yield "a key must be a plain word", key.start_mark
+                if key.value in seen:
+                    yield f"duplicate key {key.value}", key.start_mark
+                seen.add(key.value)
+        if isinstance(node, yaml.ScalarNode):
+            if NO_NAME.search(node.value):
+                yield "a text that can name no file", node.start_mark
+            if node.tag == "tag:yaml.org,2002:int" and abs(self.construct_yaml_int(node)) >= 2**63:
+                yield "a whole number of more than 64 bits", node.start_mark
 
 
 class Dumper(yaml.SafeDumper):
     """Quotes texts that Loader would read as numbers."""
 
 
-Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
 for _class in (Loader, Dumper):
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+|\d*\.\d+|\d+\.)[eE][-+]?\d+$"), list("-+.0123456789")
-    )
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))

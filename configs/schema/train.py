@@ -1,44 +1,40 @@
-"""The train section: length, rate, averages, checkpoints, logs."""
+"""The train section: length, learning rate, averages, checkpoints, logs."""
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from mclr.configs.schema.section import Count, Dropout, EMAStd, Fraction, NotNegative, Positive, Section
+from mclr.configs.schema.section import Count, Dropout, Fraction, NotNegative, Positive, Section, Whole, setting
+
+Stds = Annotated[tuple[Annotated[float, Field(ge=0.01, le=0.25)], ...], Field(strict=False, min_length=2)]
+Betas = Annotated[tuple[Dropout, Dropout], Field(strict=False)]
+Trackers = Annotated[tuple[Literal["tensorboard", "wandb"], ...], Field(strict=False)]
 
 
 class Train(Section):
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    images: Count  # seen in total
-    mle_images: Count | None = None  # end before that when the compute of so many images of plain maximum likelihood is spent
-    batch: Annotated[int, Field(gt=0, lt=2**31)]  # images per step, over all ranks
-    micro_batch: Count | None = None  # most images per forward of one rank; None: batch / ranks
-    lr: Positive
-    betas: Annotated[tuple[Dropout, Dropout], Field(strict=False)] = (0.9, 0.99)
-    eps: Positive = 1e-8
-    weight_decay: NotNegative = 0.0
-    warmup_images: Annotated[int, Field(ge=0)] = 0
-    drop_condition: Fraction = 0.1
-    ema_std: float = 0.0  # relative width of the averaged weights (arXiv 2312.02696, section 3); 0: no average
-    snapshot_every: Annotated[int, Field(ge=0)] = 0  # images between snapshots of averages, for `mclr convert --ema-std`; 0: none
-    # relative widths of those averages
-    snapshot_stds: Annotated[tuple[EMAStd, ...], Field(strict=False, min_length=2)] = (0.05, 0.1)
-    checkpoint_every: Count = 1_000_000  # images
-    keep: Count = 2  # checkpoints; the one before the newest serves when that is damaged
-    keep_best: bool = False  # and the one of the lowest loss of maximum likelihood on held-out images
-    # steps in a row with a gradient that is not finite, which change nothing; one more ends the run
-    max_skipped: Annotated[int, Field(ge=0)] = 10
-    log_every: Count = 10  # steps
-    log_to: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Field(strict=False)] = ()  # beside metrics.jsonl
-    grid_every: Annotated[int, Field(ge=0)] = 0  # images between pictures of samples, always of the same seeds; 0: none
-    # images between readings of the memorisation monitor (train/training/memorisation.py); 0: off
-    monitor_every: Annotated[int, Field(ge=0)] = 0
+    """How training goes on. Lengths and intervals are in images seen, over all ranks."""
 
-    @model_validator(mode="after")
-    def _check(self) -> "Train":
-        if self.ema_std != 0 and not 0.01 <= self.ema_std <= 0.25:
-            raise ValueError(f"ema_std={self.ema_std} is out of range: must be 0 (no average), or >= 0.01 and <= 0.25")
-        # their files are named by three
-        if len({f"{std:.3f}" for std in self.snapshot_stds}) < len(self.snapshot_stds):
-            raise ValueError(f"snapshot_stds={list(self.snapshot_stds)} must differ in their first three decimals")
-        return self
+    seed: int = setting(0, "Seed of all random numbers", ge=0, lt=2**63)
+    images: Count = setting(..., "Images seen in total")
+    mle_images: Count | None = setting(None, "Stop earlier: at the compute of maximum likelihood on this many images")
+    batch: int = setting(..., "Images per step, over all ranks", gt=0, lt=2**31)
+    micro_batch: Count | None = setting(None, "Most images per forward of one rank; null: batch / ranks")
+    lr: Positive = setting(..., "Learning rate of AdamW")
+    betas: Betas = setting((0.9, 0.99), "Betas of AdamW")
+    eps: Positive = setting(1e-8, "Epsilon of AdamW")
+    weight_decay: NotNegative = setting(0.0, "Weight decay of AdamW")
+    warmup_images: Whole = setting(0, "Images over which the learning rate rises from 0")
+    drop_condition: Fraction = setting(0.1, "Share of images whose condition is replaced by the null condition")
+    ema_std: float = setting(
+        0.0, "Relative width of the averaged weights, .01 to .25 (arXiv 2312.02696, section 3); 0: no average"
+    )
+    snapshot_every: Whole = setting(0, "Images between snapshots of averages, for `mclr convert --ema-std`; 0: none")
+    snapshot_stds: Stds = setting((0.05, 0.1), "Relative widths of the averages in snapshots, two or more")
+    checkpoint_every: Count = setting(1_000_000, "Images between checkpoints")
+    keep: Count = setting(2, "Checkpoints that stay; a run goes on from the one before when the newest is damaged")
+    keep_best: bool = setting(False, "Keep also the checkpoint of the lowest loss on held-out images")
+    max_skipped: Whole = setting(10, "Steps in a row that may be skipped, their gradient not finite; one more ends the run")
+    log_every: Count = setting(10, "Steps between lines of metrics.jsonl")
+    log_to: Trackers = setting((), "Trackers that get the same numbers as metrics.jsonl")
+    grid_every: Whole = setting(0, "Images between pictures of samples, always of the same seeds; 0: none")
+    monitor_every: Whole = setting(0, "Images between readings of the memorisation monitor; 0: none")

@@ -211,7 +211,7 @@ def test_a_folder_that_is_no_dataset_is_refused(text, problem, tmp_path):
         ("train.micro_batch=x", 'train.micro_batch="x": expected an integer or null'),
         ("engine.compile=1", "engine.compile=1: expected true or false"),
         ("model.name=3", "model.name=3: expected text"),
-        ("model.net.channel_mult=2", "model.net.channel_mult=2: expected a list"),
+        ("model.net.channel_mult=2", "model.net.channel_mult=2: expected a list of integers"),
         ("model.net.channel_mult=[]", "model.net.channel_mult=[]: expected more entries"),
         ("model.net.channel_mult=[1, x]", 'model.net.channel_mult[1]="x": expected an integer'),
         ("train.betas=[0.9]", "train.betas=[0.9]: expected more entries"),
@@ -236,9 +236,9 @@ def test_a_folder_that_is_no_dataset_is_refused(text, problem, tmp_path):
         ("sample.top_p=0", "sample.top_p=0 is out of range: must be > 0 and <= 1"),
         ("data.channels=2", "data.channels=2: expected 1 or 3"),
         # two keys of one section
-        ("engine.zero=1", "engine.zero=1 needs kind=deepspeed"),
-        ("sample.sigma_min=90", "sample.sigma_min=90.0 must be below sigma_max=80.0"),
-        ("sample.schedule.low=0.3", "sample.schedule.low=0.3 has no effect with kind=constant; it belongs to kind=interval"),
+        ("engine.zero=1", "engine.zero=1 needs engine.kind=deepspeed or auto"),
+        ("sample.sigma_min=90", "sample.sigma_min=90.0 must be below sample.sigma_max=80.0"),
+        ("sample.schedule.low=0.3", "sample.schedule.low=0.3 needs sample.schedule.kind=interval"),
         ("model.posterior.backbone=5", "model.posterior.backbone=5: expected text or null"),
         # two sections
         ("objective.contrast=none",
@@ -248,11 +248,11 @@ def test_a_folder_that_is_no_dataset_is_refused(text, problem, tmp_path):
         ("objective.bound=3",
          "objective.bound=3.0 needs mclr, a next_scale model and the contrast uniform, weighted or posterior"),
         ("objective.beta=1", "objective.beta=1.0 has no effect with objective.name=mclr; only cc_dpo, cca, ddo have it"),
-        ("objective.generated=x", "objective.generated=x has no effect with objective.name=mclr; only ddo has it"),
+        ("objective.generated=x", "objective.generated=x needs objective.name=ddo"),
         ("train.mle_images=0", "train.mle_images=0 is out of range: must be > 0"),
         ("objective.schedule.kind=negative_window",
          "objective.schedule.below=1.0 is out of range: must be > 0 and < 1 in training"),
-        ("sample.top_k=5", "sample.top_k=5 has no effect: edm2-digits is a diffusion model, this is for next_scale"),
+        ("sample.top_k=5", "sample.top_k=5 needs a next_scale model; edm2-digits is a diffusion model"),
         ("data.resolution=9", "data.resolution=9 cannot be halved 1 times, as the entries of model.net.channel_mult ask"),
         ("data.resolution=16", "model.net.attn_resolutions: 4 is not a resolution of this net (16, 8): "
          "choose a --model for 16-pixel images, or set that key"),
@@ -306,14 +306,14 @@ def test_an_override_is_refused_in_one_line(override, message):
         (["objective.contrast=uniform", "objective.schedule.kind=negative_window", "objective.schedule.below=0.5"], {},
          "objective.schedule.kind=negative_window needs another contrast; uniform allows no negative lam"),
         (["objective.schedule.kind=interval", "objective.schedule.low=0.5", "objective.schedule.high=0.2"], {},
-         "objective.schedule.low=0.5 must be below high=0.2"),
+         "objective.schedule.low=0.5 must be below objective.schedule.high=0.2"),
         (["objective.bound=3", "objective.contrast=null"], {"model": "var-digits"},
          "objective.bound=3.0 needs mclr, a next_scale model and the contrast uniform, weighted or posterior"),
         (["model.posterior.weights=null", "model.posterior.warmup_images=38400"], {},
          "model.posterior.warmup_images=38400 leaves nothing of train.images=38400 to the ratio; set it to a third of that, "
          "model.posterior.warmup_images=12800"),
         (["model.posterior.backbone=convnext_tiny", "model.posterior.channels=64"], {},
-         "model.posterior.channels=64 has no effect with backbone=convnext_tiny, which has its own widths"),
+         "model.posterior.channels=64 needs model.posterior.backbone=null, since a ConvNeXt has its own widths"),
         (["data.resolution=500", "data.channels=3"], {"model": "edm2-img512-s"},
          "model.vae=hf://stabilityai/sd-vae-ft-mse reads 3 channels and a side that is a multiple of 8, not data.channels=3 and "
          "data.resolution=500; set model.vae=null for pixels"),
@@ -323,9 +323,9 @@ def test_an_override_is_refused_in_one_line(override, message):
          "model.net.attn_resolutions: 16 is not a resolution of this net (8, 4, 2, 1): "
          "choose a --model for 64-pixel images, or set that key"),
         (["sample.steps=9"], {"model": "var-digits"},
-         "sample.steps=9 has no effect: var-digits is a next_scale model, this is for diffusion"),
+         "sample.steps=9 needs a diffusion model; var-digits is a next_scale model"),
         (["model.net.depth=x"], {"model": "var-d16"}, 'model.net.depth="x": expected an integer'),
-        (["model.net.num_heads=7"], {"model": "var-d16"}, "model.net.embed_dim=1024 must be a multiple of num_heads=7"),
+        (["model.net.num_heads=7"], {"model": "var-d16"}, "model.net.embed_dim=1024 must be a multiple of model.net.num_heads=7"),
         (["model.net.num_blocks=7"], {"model": "var-d16"}, "unknown key model.net.num_blocks; only diffusion models have it"),
         ([], {"model": "edm2-digit"},
          "unknown model edm2-digit; did you mean edm2-digits? "
@@ -368,7 +368,7 @@ def test_another_guide_needs_no_null_condition():
          "engine=null: engine is a section; set one of its keys, like engine.kind=..."),
         ("model:\n  name: x\n  paradigm: diffusion\n  net: {}\nobjective: {lam: 1}\n",
          "missing section train; it holds train.seed and more"),
-        ("model:\n  name: x\n", "missing key model.paradigm; expected diffusion or next_scale (and 2 more)"),
+        ("model:\n  name: x\n", "model.paradigm=null: expected diffusion or next_scale (and 2 more)"),
     ],
 )  # fmt: skip
 def test_a_bad_file_is_refused_with_its_place(text, message, tmp_path):

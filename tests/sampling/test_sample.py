@@ -324,7 +324,7 @@ def test_a_guide_that_does_not_fit_is_one_line(diffusion_run, token_run, guides,
         (diffusion_run, tmp_path / "louder", on, "louder has sigma_data 1.0, edm2-digits has 0.5: give a guide"),
         (token_run, tmp_path / "tokens", on, "tokens has patch_nums (1, 2, 4), var-digits has (1, 2, 3, 4): give a guide"),
         (diffusion_run, 3, on, "sample.guide=3: expected text or null"),
-        (diffusion_run, "edm2-digits", [], "sample.guide=edm2-digits has no effect with gamma=0.0; set sample.gamma"),
+        (diffusion_run, "edm2-digits", [], "sample.guide=edm2-digits needs sample.gamma"),
     ]:
         assert sample_(source, "--out", tmp_path / "s", f"sample.guide={guide}", *extra) == 2
         err = capsys.readouterr().err

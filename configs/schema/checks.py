@@ -1,0 +1,149 @@
+"""Which settings go together: everything that one setting alone does not decide."""
+
+import json
+from collections.abc import Iterator
+
+from mclr.combinations import WITH_REFERENCE, objective_conflicts
+from mclr.configs.schema.config import RunConfig, fields_of, flatten
+from mclr.configs.schema.model import VAE_FACTOR, DiffusionModel
+
+
+def conflicts(config: RunConfig) -> list[str]:
+    """What is wrong, one line each."""
+    checks = (_objective, _reference, _null_condition, _needs, _order, _train, _posterior, _net)
+    return [fault for check in checks for fault in check(config)]
+
+
+def _needs(config: RunConfig) -> Iterator[str]:
+    """Settings without effect. A row: settings that differ from their defaults, what they need, whether it is there."""
+    model, objective, engine, sample = config.model, config.objective, config.engine, config.sample
+    backbone = model.posterior.backbone if isinstance(model, DiffusionModel) else None
+    diffusion, which = model.paradigm == "diffusion", f"{model.name} is a {model.paradigm} model"
+    folder = f"a dataset folder; data.path={config.data.path} is a stream"
+    rows = [
+        ("model.class_map", "weights; give them by --init", model.weights),
+        ("model.posterior.channels", "model.posterior.backbone=null, since a ConvNeXt has its own widths", backbone is None),
+        ("data.balanced train.monitor_every train.keep_best", folder, not config.data.streamed),
+        ("objective.generated", "objective.name=ddo", objective.name == "ddo"),
+        ("engine.reference", "objective.name=cc_dpo, cca or ddo", objective.name in WITH_REFERENCE),
+        ("engine.zero", "engine.kind=deepspeed or auto", engine.kind != "local"),
+        ("engine.offload", "engine.zero=1, 2 or 3", engine.zero),
+        (
+            "sample.steps sample.solver sample.sigma_min sample.sigma_max sample.rho sample.churn",
+            f"a diffusion model; {which}",
+            diffusion,
+        ),
+        ("sample.top_k sample.top_p sample.more_smooth", f"a next_scale model; {which}", not diffusion),
+        ("sample.guide", "sample.gamma, the weight of guidance", sample.gamma or sample.schedule.kind == "negative_window"),
+        ("sample.churn", "sample.solver=heun", sample.solver == "heun"),
+        ("sample.churn_min sample.churn_max sample.churn_noise", "sample.churn > 0", sample.churn),
+    ]
+    for key, schedule in (("objective.schedule", objective.schedule), ("sample.schedule", sample.schedule)):
+        for kind, names in (("interval", ("low", "high")), ("negative_window", ("turn", "below"))):
+            rows.append((" ".join(f"{key}.{name}" for name in names), f"{key}.kind={kind}", schedule.kind == kind))
+    values, fields = flatten(config), fields_of(model.paradigm)
+    for keys, needed, there in rows:
+        for key in keys.split() if not there else ():
+            if key in values and values[key] != fields[key].default:
+                value = values[key] if isinstance(values[key], str) else json.dumps(values[key])
+                yield f"{key}={value} needs {needed}"
+
+
+def _order(config: RunConfig) -> Iterator[str]:
+    values = flatten(config)
+    for section, low, high in (
+        ("objective.schedule", "low", "high"),
+        ("sample.schedule", "low", "high"),
+        ("sample", "sigma_min", "sigma_max"),
+        ("sample", "churn_min", "churn_max"),
+    ):
+        lower, upper = values[f"{section}.{low}"], values[f"{section}.{high}"]
+        if upper is not None and lower >= upper:
+            yield f"{section}.{low}={lower} must be below {section}.{high}={upper}"
+
+
+def _objective(config: RunConfig) -> Iterator[str]:
+    objective, diffusion = config.objective, config.model.paradigm == "diffusion"
+    yield from objective_conflicts(objective, objective.lam, objective.schedule, "objective.", diffusion)
+    if objective.name != "mle" and config.data.num_classes < 2:
+        yield f"objective {objective.name} needs two conditions or more; data.num_classes={config.data.num_classes}"
+    if objective.name == "ddo" and objective.generated is None:
+        yield "missing key objective.generated; objective ddo needs a dataset folder made by `mclr sample --dataset`"
+
+
+def _reference(config: RunConfig) -> Iterator[str]:
+    model, name = config.model, config.objective.name
+    if name not in WITH_REFERENCE:
+        return
+    if model.weights is None:
+        yield f"objective {name} compares with the network before fine-tuning; give its weights by --init"
+    # where the weights equal the reference's, the ratio must be 0: dropout would compare a thinned network with a whole one
+    for key in ("dropout", "drop_path"):
+        if getattr(model.net, key, 0) != 0:
+            yield f"objective {name} compares whole networks; set model.net.{key}=0"
+    if model.paradigm == "diffusion" and config.engine.precision == "bf16":
+        yield (
+            f"engine.precision=bf16 is too coarse for objective {name} of a diffusion model, whose ratio is a small difference "
+            "times all dimensions; set engine.precision=fp32"
+        )
+
+
+def _null_condition(config: RunConfig) -> Iterator[str]:
+    sample, untrained = config.sample, "the null condition, which train.drop_condition=0 leaves untrained"
+    if config.train.drop_condition != 0:
+        return
+    if config.objective.contrast == "null":
+        yield f"objective.contrast=null needs {untrained}; set train.drop_condition=0.1"
+    if sample.guide is None and (sample.gamma != 0 or sample.schedule.kind == "negative_window"):
+        guided = f"sample.gamma={sample.gamma} with sample.schedule.kind={sample.schedule.kind}"
+        yield f"{guided} needs {untrained}; set sample.guide=WEIGHTS, or train.drop_condition=0.1"
+
+
+def _train(config: RunConfig) -> Iterator[str]:
+    std, stds = config.train.ema_std, config.train.snapshot_stds
+    if std != 0 and not 0.01 <= std <= 0.25:
+        yield f"train.ema_std={std} is out of range: must be 0 (no average), or >= 0.01 and <= 0.25"
+    # the names of their files have three decimals
+    if len({f"{each:.3f}" for each in stds}) < len(stds):
+        yield f"train.snapshot_stds={list(stds)} must differ in their first three decimals"
+
+
+def _posterior(config: RunConfig) -> Iterator[str]:
+    model, images = config.model, config.train.images
+    if not isinstance(model, DiffusionModel) or config.objective.contrast not in ("posterior", "weighted"):
+        return
+    warmup = model.posterior.warmup_images
+    if not model.posterior.weights and warmup >= images:
+        way_out = f"set it to a third of that, model.posterior.warmup_images={images // 3}"
+        yield f"model.posterior.warmup_images={warmup} leaves nothing of train.images={images} to the ratio; {way_out}"
+
+
+def _net(config: RunConfig) -> Iterator[str]:
+    model, data = config.model, config.data
+    if not isinstance(model, DiffusionModel):
+        if model.net.embed_dim % model.net.num_heads:
+            yield f"model.net.embed_dim={model.net.embed_dim} must be a multiple of model.net.num_heads={model.net.num_heads}"
+        return
+    net, side, latents = model.net, data.resolution, ""
+    if model.vae is not None:
+        if data.channels != 3 or side % VAE_FACTOR:
+            have = f"data.channels={data.channels} and data.resolution={side}; set model.vae=null for pixels"
+            yield f"model.vae={model.vae} reads 3 channels and a side that is a multiple of {VAE_FACTOR}, not {have}"
+            return
+        side //= VAE_FACTOR
+        latents = f", latents of side {side},"
+    halvings = len(net.channel_mult) - 1
+    if side % 2**halvings:
+        cannot = f"data.resolution={data.resolution}{latents} cannot be halved {halvings} times"
+        yield f"{cannot}, as the entries of model.net.channel_mult ask"
+        return
+    channels = {side >> level: net.model_channels * mult for level, mult in enumerate(net.channel_mult)}
+    for resolution in net.attn_resolutions:
+        if resolution not in channels:
+            have = f"{resolution} is not a resolution of this net ({', '.join(map(str, channels))})"
+            yield f"model.net.attn_resolutions: {have}: choose a --model for {data.resolution}-pixel images, or set that key"
+    # the middle of the net always has attention
+    for resolution in {*net.attn_resolutions, side >> halvings} & channels.keys():
+        if channels[resolution] % net.channels_per_head:
+            at = f"the {channels[resolution]} channels at resolution {resolution}"
+            yield f"model.net.channels_per_head={net.channels_per_head} must divide {at}"
