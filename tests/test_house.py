@@ -50,7 +50,6 @@ PENDING = (
     "studies/study.py",
     "studies/tour.py",
     "solvers.py",
-    "between.py",
     "zero.py",
     "prepare.py",
     "folder.py",

@@ -44,7 +44,7 @@ def _message(error: Any, place: tuple[str | int, ...], fields: dict[str, FieldIn
     if kind == "missing" and not entry:
         return f"missing key {key}; set it in a preset or with {key}=..."
     if kind in LENGTHS:
-        return f"{outer}={json.dumps(value)}: expected {LENGTHS[kind]}"
+        return f"{outer}={json.dumps(value, default=str)}: expected {LENGTHS[kind]}"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         return f"{key}.paradigm={json.dumps(value.get('paradigm'), default=str)}: expected {' or '.join(MODELS)}"
     if kind in ("model_type", "model_attributes_type"):
