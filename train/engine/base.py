@@ -1,8 +1,7 @@
-"""Engines carry a network through optimisation: LocalEngine (plain torch, the reference) here, DeepSpeedEngine in train/engine/zero.py.
+"""What engines share. An engine carries a network through optimisation: LocalEngine (local.py), DeepSpeedEngine (zero.py).
 
-Both keep fp32 weights (bf16 runs the forward under autocast), and save and load one state that knows nothing of ranks or stages.
-A shard is what one rank holds of a tensor: of its elements in order, divided into as many equal parts as there are ranks, the part with
-the rank's number, the last ones shorter or empty. It is what ZeRO 3 keeps of a weight.
+Engines keep fp32 weights (bf16 runs the forward under autocast). They save and load one state that depends on neither ranks nor stages.
+A shard is rank r's slice of the flattened tensor, split into world_size equal slices (the last ones may be short or empty).
 """
 
 import math
@@ -13,14 +12,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from mclr.models.registry import share_of
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Engine(Protocol):
-    """net: the network itself. rows: how many it was run on, with and without gradient, since the last reset.
+    """net: the network itself. rows: rows run with and without gradient since the last reset.
 
-    stepped: whether the last step was made: not where its gradient was not finite.
-    lockstep: whether all ranks must run the network equally often, since each holds a part of every weight.
+    stepped: whether the last step was made; it is left out when its gradient is not finite.
+    lockstep: whether all ranks must run the network equally often, because each holds a shard of every weight.
     """
 
     net: nn.Module
@@ -40,20 +41,22 @@ class Engine(Protocol):
         """Bring the rows of these weights, some of the network's, to unit magnitude: EDM2's forced weight normalisation."""
 
     def shards(self) -> dict[str, Tensor]:
-        """This rank's shards of the fp32 weights, by name, to be read."""
+        """This rank's shards of the fp32 weights, by name; read only."""
 
     def split(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's shards of such tensors, by the names of weights; copies."""
+        """This rank's shards of whole tensors that are named and shaped like the weights; copies."""
 
     def gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The whole tensors that all ranks' shards make, on rank 0 in host memory, elsewhere empty. Collective."""
+        """The whole tensors, from the shards of all ranks: on rank 0 in host memory, elsewhere empty. Collective."""
 
     def save(self) -> dict[str, Tensor]:
-        """On rank 0, in host memory: weights, moments and buffers by name ("weight:NAME", "exp_avg:NAME", "exp_avg_sq:NAME",
-        "buffer:NAME") and the number of steps ("step"). Elsewhere empty. Collective."""
+        """The state by name: "weight:NAME", "exp_avg:NAME", "exp_avg_sq:NAME", "buffer:NAME" and the number of steps, "step".
+
+        On rank 0 in host memory, elsewhere empty. Collective.
+        """
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what save gave, on every rank."""
+        """Go on from a saved state. Called on every rank."""
 
 
 def make_optimizer(
@@ -67,18 +70,18 @@ def make_optimizer(
         decays = name.endswith("weight") and p.ndim >= 2 and id(p) not in embeddings
         (decaying if decays else free).append(p)
     groups = [{"params": g, "weight_decay": d} for g, d in ((decaying, weight_decay), (free, 0.0)) if g]
-    # in one pass over each weight, without temporaries
+    # fused: one pass over each weight, without temporaries
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
 def start_moments(optimizer: torch.optim.Optimizer, weights: Iterable[Tensor]) -> None:
-    """Give AdamW the state that its first step would, so that there is one to save and to load into at any time."""
+    """Give AdamW the state that its first step would make, so that it can be saved and loaded at any time."""
     for w in weights:
         optimizer.state[w] = {"step": torch.zeros((), device=w.device)} | {key: torch.zeros_like(w) for key in MOMENTS}
 
 
 def buffers_of(net: nn.Module) -> dict[str, Tensor]:
-    """What belongs to a network's state and is not trained (random frequencies), as "buffer:NAME"; views."""
+    """The untrained part of a network's state (random frequencies), as "buffer:NAME"; views."""
     trained = dict(net.named_parameters())
     return {f"buffer:{name}": t for name, t in net.state_dict().items() if name not in trained}
 
@@ -89,8 +92,10 @@ def autocast_of(net: nn.Module, bf16: bool) -> torch.autocast:
 
 @contextmanager
 def eval_mode(net: nn.Module, bf16: bool) -> Iterator[None]:
-    """Inside, a network that is being trained answers without gradient, dropout or compiled code: code that was made for other shapes
-    might serve training afterwards, with another rounding."""
+    """Inside, a network in training runs without gradient, dropout or compiled code.
+
+    Code compiled here for other shapes could serve training afterwards, with other rounding.
+    """
     training = net.training
     net.eval()
     try:
@@ -100,27 +105,29 @@ def eval_mode(net: nn.Module, bf16: bool) -> Iterator[None]:
         net.train(training)
 
 
+def rows_in(net: Any, *inputs: Any, cache: Any = None) -> float:
+    """Rows of a call of a network: the last input has an entry for every row. A row cut short, or cached, counts by its share."""
+    return len(inputs[-1]) * share_of(net, *inputs, cache=cache)
+
+
 class RowCounter:
-    """Counts rows forwarded with and without gradient: the unit in which runs are made equal."""
+    """Counts rows run with and without gradient: the unit in which costs of runs are compared."""
 
     def __init__(self, net: nn.Module) -> None:
         self.net = net
         self.rows = {"grad": 0.0, "no_grad": 0.0}
-        self.tokens = getattr(net, "tokens", 1)  # of a whole row
 
     def count(self, inputs: tuple[Tensor, ...]) -> None:
-        # teacher inputs [B, L-1, E]: a row cut short after a scale counts by its share of the tokens
-        tokens = inputs[0].shape[1] + 1 if inputs[0].ndim == 3 else 1
-        # what comes first may be held once per sample; what comes last has an entry for every row
-        self.rows["grad" if torch.is_grad_enabled() else "no_grad"] += len(inputs[-1]) * tokens / self.tokens
-        # rows without gradient are answers to compare with: no dropout in them
-        self.net.train(torch.is_grad_enabled())
+        grad = torch.is_grad_enabled()
+        self.rows["grad" if grad else "no_grad"] += rows_in(self.net, *inputs)
+        # rows without gradient are compared with: no dropout in them
+        self.net.train(grad)
 
 
 class Frozen(RowCounter):
-    """A network that only answers: the reference, whole on this rank. No gradient, no dropout.
+    """The reference network, whole on this rank: no gradient, no dropout.
 
-    Under bf16 what autocast would cast at every call is stored so: the answers are bit-equal, in half the memory.
+    Under bf16 it stores its linear layers in bf16: bit-equal to autocast, which would cast them at every call, in half the memory.
     """
 
     def __init__(self, net: nn.Module, bf16: bool) -> None:
@@ -139,10 +146,10 @@ class Frozen(RowCounter):
 
 
 def clipped(net: nn.Module, clip: float) -> tuple[Tensor, bool]:
-    """(norm of the gradients, which are then scaled down to `clip` (0: not); whether it is finite: otherwise they are dropped)."""
+    """(norm of the gradients, whether it is finite). Scales them down to norm `clip` (0: never), and drops them when not finite."""
     norm = nn.utils.clip_grad_norm_(net.parameters(), clip or math.inf)
     finite = bool(norm.isfinite())
     if not finite:
-        # of weights without gradients an optimizer changes nothing, their moments and counters included
+        # without gradients an optimizer changes nothing, not even moments and counters
         net.zero_grad(set_to_none=True)
     return norm, finite

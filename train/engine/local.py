@@ -1,4 +1,4 @@
-"""LocalEngine: plain torch in one process, the definition of what every engine does."""
+"""LocalEngine: plain torch in one process; what every engine must equal."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""DeepSpeed as an engine (ZeRO 0 to 3), a reference that ranks share, and the shards that ranks hold of tensors."""
+"""DeepSpeedEngine (ZeRO 0 to 3), the reference network in shards (Sharded), and functions over shards."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,13 +12,13 @@ from mclr.kernels.magnitude import EPS
 from mclr.kernels.weight_norm import force_weights
 from mclr.train.engine.base import MOMENTS, RowCounter, buffers_of, clipped, start_moments
 
-BUCKET = 10**8  # elements that DeepSpeed sends at a time, and that ZeRO 3 keeps gathered: 400 MB of each; larger than any weight
+BUCKET = 10**8  # elements that DeepSpeed sends at a time, and that ZeRO 3 keeps gathered: 400 MB each; larger than any weight
 
 
 class DeepSpeedEngine(RowCounter):
-    """DeepSpeed over any number of ranks, as LocalEngine on the whole batch would (tests/test_engine.py: to 1e-5 in fp32).
+    """DeepSpeed over any number of ranks. It equals LocalEngine on the whole batch to 1e-5 in fp32 (tests/engine/test_engine.py).
 
-    offload: masters and moments lie in host memory (ZeRO 1 to 3).
+    offload: fp32 masters and moments are kept in host memory (ZeRO 1 to 3). Many parameters: those of LocalEngine and DeepSpeed's own.
     """
 
     stepped = False
@@ -34,7 +34,7 @@ class DeepSpeedEngine(RowCounter):
         zero: int,
         offload: bool,
     ):
-        # imported with the first engine: a bare GPU machine has no DeepSpeed
+        # imported here: a bare GPU machine has no DeepSpeed
         from deepspeed import utils
 
         super().__init__(net)
@@ -47,16 +47,16 @@ class DeepSpeedEngine(RowCounter):
             config["zero_force_ds_cpu_optimizer"] = False
         self.engine = initialize(net, config, optimizer)
         self.zero, self.clip, self.lockstep = zero, clip, zero == 3
-        # what steps: with ZeRO an AdamW on this rank's flat share of the fp32 masters
+        # under ZeRO: the inner AdamW, which owns this rank's flat fp32 shard
         self.optimizer = self.engine.optimizer.optimizer if zero else self.engine.optimizer
         if zero == 3:
-            # shown to AdamW one after the other, in its steps
+            # ZeRO 3 steps one flat group at a time
             flat = self.engine.optimizer.fp32_partitioned_groups_flat
         else:
             flat = [p for group in self.optimizer.param_groups for p in group["params"]]
         start_moments(self.optimizer, flat)
         if zero in (1, 2):
-            # ties each weight to its shard of the flat moments; DeepSpeed does so in its first step, but for one group of weights
+            # links each weight to its slice of the flat moments; DeepSpeed does this in its first step, but for one group only
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -65,7 +65,7 @@ class DeepSpeedEngine(RowCounter):
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
-        # DeepSpeed moves to the next micro-batch in step(); it applies the update only at the last one
+        # DeepSpeed counts micro-batches in step(); it updates weights only at the last one, in our step()
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
 
@@ -76,7 +76,7 @@ class DeepSpeedEngine(RowCounter):
             self.engine.step()
             self.stepped = self.engine.was_step_applied()
             return torch.as_tensor(self.engine.get_global_grad_norm())
-        # the averaged gradients lie in the network, and DeepSpeed does not tell their norm
+        # ZeRO 0: the averaged gradients are in the network, and DeepSpeed does not tell their norm
         norm, self.stepped = clipped(self.net, self.clip)
         self.engine.step()
         return norm
@@ -84,7 +84,7 @@ class DeepSpeedEngine(RowCounter):
     @torch.no_grad()
     def force_weights(self, weights: list[nn.Parameter]) -> None:
         if self.zero == 3:
-            # ranks hold parts of rows: what goes between them is the sum of squares of every row
+            # ranks hold parts of rows and exchange the sum of squares of every row
             partitioned: list[Any] = weights
             force_shards([p.ds_tensor[: numel_here(p.ds_shape)] for p in partitioned], [p.ds_shape for p in partitioned])
             for p in partitioned:
@@ -92,12 +92,12 @@ class DeepSpeedEngine(RowCounter):
             return
         force_weights(weights)
         for w in weights if self.zero else ():
-            # from the network's whole copy of the masters, to this rank's share of them: nothing goes between ranks
+            # from the network's whole copy to this rank's shard of the masters: no communication
             self._set_weight(w, w)
 
     @torch.no_grad()
     def shards(self) -> dict[str, Tensor]:
-        # of fp32 networks ZeRO leaves a copy of the masters, of ZeRO 3's shards, in the network
+        # the weights of an fp32 network are a copy of the masters; under ZeRO 3, of this rank's shards
         if self.zero == 3:
             parameters: Any = self.net.named_parameters()
             return {name: p.ds_tensor[: numel_here(self.shapes[name])] for name, p in parameters}
@@ -147,7 +147,7 @@ class DeepSpeedEngine(RowCounter):
         return p.detach()
 
     def _set_weight(self, p: Any, value: Tensor) -> None:
-        """In the network, and in this rank's share of the fp32 masters: ZeRO would overwrite the network from those."""
+        """Set a weight in the network and in this rank's shard of the masters, from which ZeRO overwrites the network."""
         if self.zero == 3:
             p.ds_tensor.copy_(padded(shard_of(value), value.shape))
             self.utils.safe_set_local_fp32_param(p, p.ds_tensor)
@@ -171,12 +171,12 @@ class DeepSpeedEngine(RowCounter):
 
 
 class Sharded(RowCounter):
-    """A network that only answers, divided among the ranks (ZeRO 3): a reference too large for each to hold. No gradient, no dropout."""
+    """The reference network in shards over the ranks (ZeRO 3), when it is too large for one. No gradient, no dropout."""
 
     def __init__(self, net: nn.Module, bf16: bool) -> None:
         super().__init__(net.requires_grad_(False))
         for p in net.parameters():
-            # folded weights are channels last, which DeepSpeed cannot send
+            # folded weights may be channels last, which DeepSpeed cannot send
             p.data = p.data.contiguous()
         self.engine = initialize(net, deepspeed_config(net, 1, 1, bf16, zero=3))
 
@@ -187,20 +187,20 @@ class Sharded(RowCounter):
 
 
 def deepspeed_config(net: nn.Module, micro_batch: int, accumulation: int, bf16: bool, zero: int) -> dict[str, Any]:
-    """What is not left to DeepSpeed's defaults, which change from version to version."""
+    """DeepSpeed's configuration. It sets what matters here, because defaults change from version to version."""
     bucket = bucket_of(sum(p.numel() for p in net.parameters()))
     stage: dict[str, Any] = {"stage": zero, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if zero == 3:
-        # by default a network of up to 1e9 weights would stay whole from forward to backward
+        # by default a network of up to 1e9 weights stays gathered from forward to backward
         stage |= dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"), bucket)
-        # no weight is kept whole beside its shards, where forced normalisation would miss it
+        # 0: no weight is also kept whole, where forced normalisation would miss it
         stage["stage3_param_persistence_threshold"] = 0
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
-        # sums would be in the model's type
+        # the default is the model's type
         "data_types": {"grad_accum_dtype": "fp32"},
-        # weights and gradients go between ranks in fp32: with modules listed here they would not
+        # an empty list: weights and gradients are sent in fp32
         "torch_autocast": {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "zero_optimization": stage,
         "steps_per_print": 10**9,
@@ -208,7 +208,7 @@ def deepspeed_config(net: nn.Module, micro_batch: int, accumulation: int, bf16: 
 
 
 def bucket_of(count: int) -> int:
-    """Elements of DeepSpeed's buckets for a network of so many; even, as it insists."""
+    """Elements of DeepSpeed's buckets for a network of `count` elements; even, as DeepSpeed requires."""
     return min(BUCKET, count + count % 2)
 
 
@@ -217,10 +217,10 @@ def initialize(net: nn.Module, config: dict[str, Any], optimizer: torch.optim.Op
     import deepspeed
     from deepspeed.utils import set_z3_leaf_module
 
-    # ZeRO 3 gathers a block's weights together: EDM2's reads those of its layers, and few large messages go faster than many
+    # ZeRO 3 gathers the weights of a block together: an EDM2 block reads weights of its layers, and few large messages are faster
     for block in getattr(net, "blocks", ()):
         set_z3_leaf_module(block, True)
-    # DeepSpeed 0.19 fails to copy 0-d weights from rank 0 to the others: ZeRO 3 is shown vectors of 1, the rest leaves out what has a mark
+    # DeepSpeed 0.19 cannot broadcast 0-d weights: ZeRO 3 gets vectors of 1, the other stages skip weights that have this mark
     scalars: list[Any] = [p for p in net.parameters() if p.ndim == 0]
     for p in scalars:
         dist.broadcast(p.data, 0)
@@ -235,12 +235,12 @@ def initialize(net: nn.Module, config: dict[str, Any], optimizer: torch.optim.Op
 
 
 def numel_of_shard(shape: torch.Size) -> int:
-    """Elements of a shard, the last ones padded."""
+    """Elements of a shard; the last shards are padded to it."""
     return -(-shape.numel() // dist.get_world_size())
 
 
 def numel_here(shape: torch.Size) -> int:
-    """Elements of this rank's shard, which may be one of the last."""
+    """Elements of this rank's shard without padding."""
     size = numel_of_shard(shape)
     return min(size, max(shape.numel() - dist.get_rank() * size, 0))
 
@@ -256,12 +256,13 @@ def padded(shard: Tensor, shape: torch.Size) -> Tensor:
 
 
 def force_shards(shards: list[Tensor], shapes: list[torch.Size]) -> None:
-    """force_weights, in place, of weights of these shapes of which every rank has a shard.
+    """force_weights in place, of weights of these shapes whose shards the ranks hold.
 
-    Collective: what goes between ranks is one sum, of a number per row of every weight.
+    Collective: the ranks sum one vector, with one number per row of every weight.
     """
     squares = [torch.zeros(shape[0], device=shard.device) for shard, shape in zip(shards, shapes, strict=True)]
-    views = []  # of each shard the rows that it has a part of, zero where that belongs to others; the part; the first row
+    # per shard: the rows it touches, zero where other ranks hold them; its slice of these rows; their numbers
+    views = []
     for shard, shape, squares_R in zip(shards, shapes, squares, strict=True):
         fan_in = shape[1:].numel()
         row, before = divmod(dist.get_rank() * numel_of_shard(shape), fan_in)

@@ -102,8 +102,7 @@ def draw(
             bar.update(sum(len(wanted[block]) for block in turn))
     if rank != 0:
         return
-    tokens = paradigm.dims if isinstance(config.model, NextScaleModel) else None
-    made: dict[str, Any] = {"forwards_per_image": net.per_image(len(turns) * batch, tokens)}
+    made: dict[str, Any] = {"forwards_per_image": net.per_image(len(turns) * batch)}
     gamma = guidance.gamma
     how = "no guidance" if gamma.is_zero else f"guidance {gamma.weight:g}" + f" ({gamma.kind})" * (gamma.kind != "constant")
     if isinstance(guidance.guide, WorkCounter):

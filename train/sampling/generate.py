@@ -13,6 +13,7 @@ from mclr.guidance import Guidance
 from mclr.likelihood import Draws, Net, Paradigm
 from mclr.models.registry import fold
 from mclr.train.data.encoders import Encoder, to_uint8
+from mclr.train.engine.base import rows_in
 from mclr.train.training.build import choose_kernels
 from mclr.train.training.networks import build_encoder, build_guidance, build_guide, build_net, build_paradigm
 from mclr.train.weights.folder import find_weights, load_into, presets_of, read_config
@@ -25,13 +26,11 @@ class WorkCounter:
 
     def __init__(self, net: Any, sums: "WorkCounter | None" = None):
         self.net, self.sums = net, sums or self
-        self.work = 0  # rows of all calls; of a token model rows times tokens
+        self.work = 0.0  # rows of all calls
 
     def __call__(self, *inputs: Any, **cache: Any) -> Any:
-        answer = self.net(*inputs, **cache)
-        # hidden states [R, l, D] of l new tokens, or answers [R, C, H, W]
-        self.sums.work += answer[0].shape[0] * (answer[0].shape[1] if answer[0].ndim == 3 else 1)
-        return answer
+        self.sums.work += rows_in(self.net, *inputs, **cache)
+        return self.net(*inputs, **cache)
 
     def new_cache(self, rows: int) -> Any:
         return self.net.new_cache(rows)
@@ -39,13 +38,13 @@ class WorkCounter:
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.net.parameters())
 
-    def per_image(self, count: int, tokens_per_image: int | None) -> float:
-        """Forwards that one of `count` images took; of a token model, tokens forwarded as a share of the image's L.
+    def per_image(self, count: int) -> float:
+        """Forwards that one of `count` images took; the scales of a token model are shares of one.
 
         Those of a guide count as one each whatever its size, which stands beside them (`guide_size` in sample.json). count includes
-        images that only fill up a micro-batch. tokens_per_image: L of a token model, None of the others.
+        images that only fill up a micro-batch.
         """
-        return self.work / (count * (tokens_per_image or 1))
+        return round(self.work / count, 9)
 
 
 def generate(

@@ -89,11 +89,10 @@ class Arm:
         """The judge's scores of as many samples as it has real images, of this sampling seed, and the forwards an image took."""
         self.net.work = 0
         x_N = self.draw(judge.c_N, seed * 1_000_000)
-        tokens = self.paradigm.dims if self.config.model.paradigm == "next_scale" else None
         batch = self.config.sample.batch
         padded = -(-len(x_N) // batch) * batch
         scores = judge.scores(to_images(self.encoder, x_N, batch))
-        return scores | {"forwards_per_image": self.net.per_image(padded, tokens)}
+        return scores | {"forwards_per_image": self.net.per_image(padded)}
 
     def pictures(self, each: int) -> torch.Tensor:
         """uint8 images [10 * each, C, H, W], ten conditions one after the other: the same seeds in every arm."""
