@@ -2,7 +2,7 @@
 PY := .venv/bin/python
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: tour tour-full test test-slow test-fuzz test-faults test-compile format clean
+.PHONY: tour tour-full test test-slow test-fuzz test-faults test-compile settings format clean
 tour: .venv/ready
 	$(PY) -m train.tour --out runs/tour
 
@@ -26,6 +26,10 @@ test-faults: .venv/ready
 
 test-compile: .venv/ready
 	$(PY) -m kernels.compile
+
+# configs/README.md from the schema
+settings: .venv/ready
+	$(PY) -m mclr.configs.page
 
 format: .venv/ready
 	.venv/bin/ruff check --fix . && .venv/bin/ruff format .

@@ -9,7 +9,7 @@ import sys
 import pydantic
 import pytest
 
-from mclr.configs import schema
+from mclr.configs import page, schema
 from mclr.configs.schema import PRESETS, RunConfig, dump, flatten, from_dict, load, load_resolved
 from mclr.errors import UserError
 from mclr.models.edm2 import EDM2Config
@@ -409,6 +409,14 @@ def test_a_base_that_cannot_be_is_refused(base, message, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(f"base: {base}\n")
     assert refusal(model=str(path)) == message.format(path=path, folder=tmp_path)
+
+
+def test_the_page_of_settings_is_fresh():
+    """`make settings` writes it; every setting is on it, with its meaning."""
+    text = page.PAGE.read_text()
+    assert text == page.page() and len(text.splitlines()) <= 200
+    keys = {key for model in ("edm2-digits", "var-digits") for key in flatten(load(model, "mclr", "digits", "local", []))}
+    assert {key for key in keys if f"| `{key}` |" not in text} == {key for key in keys if key.startswith("sample.schedule.")}
 
 
 def test_a_run_folder_without_config_is_refused(tmp_path):

@@ -1,0 +1,87 @@
+"""configs/README.md, made from the schema: `make settings` writes it."""
+
+import json
+
+from pydantic.fields import FieldInfo
+
+from mclr.configs.schema import MODELS, PRESETS
+from mclr.configs.schema.config import fields_of, range_of, type_of
+
+PAGE = PRESETS / "README.md"
+
+TEXT = """# Presets and settings
+
+`make settings` writes this page from the schema (configs/schema/). A run is made of four presets and of overrides:
+```
+mclr train --model edm2-digits --objective mclr --data digits --engine auto train.seed=1 objective.lam=0.3
+```
+- `--model`, `--objective`, `--data` and `--engine` take the name of a preset or the path of a YAML file. The presets are the files in
+  configs/model, configs/objective, configs/data and configs/engine; each begins with what it is and how to start it.
+  `--data` also takes a folder made by `mclr prepare`.
+- `section.key=value` sets one setting. The value is YAML: `null`, `true`, `[1, 2]`.
+- Later wins: defaults, engine, data, model, objective, overrides. Presets are merged key by key, so that a model preset may hold
+  a recipe of its own (`train`, `sample`, `objective.lam`).
+- `--init WEIGHTS` is short for `model.weights=WEIGHTS`; `--init none` is `model.weights=null`.
+
+A run folder keeps its settings, resolved, in `config.yaml`; changed presets do not change an old run. `mclr sample RUN` reads them
+from there. The same command goes on with the run; other settings that change what is learned are refused.
+
+## Dry run
+`mclr train ... --dry-run` prints all settings as YAML, with `contrast: auto` resolved. Below them it prints parameters and weights,
+the objective, lam at every noise level or scale where it is no constant, data, engine, rows per step and length. It writes nothing.
+Unknown keys, wrong types, values out of range and settings that cannot go together end with one line that says what to do.
+
+## A preset of your own
+```yaml
+# mine.yaml: start with `mclr train --model mine.yaml --data data/mine`
+base: edm2-32px
+model: {name: mine}
+train: {images: 500000, lr: 0.003}
+```
+`base` names what the file changes: a preset, a recipe (configs/model/recipes), or a YAML file beside it. A base has no base of its
+own. A preset may hold any section; it needs no key that its base or another preset gives. Keys are plain words, each given
+once; YAML aliases are refused.
+
+## Settings
+A range is that of the number, or of each number of a list. Progress is 0 at pure noise or the coarsest scale, and 1 at the data or
+the finest scale: (4.382 - ln sigma) / 10.597 for diffusion, k / (K - 1) for scale k of K.
+"""
+
+
+def page() -> str:
+    """The text of configs/README.md."""
+    every = {paradigm: fields_of(paradigm) for paradigm in MODELS}
+    sections = dict.fromkeys(key.rpartition(".")[0] for fields in every.values() for key in fields)
+    tables = []
+    for section in sections:
+        if section == "model.net":
+            tables += [table(f"{section} ({paradigm})", section, {paradigm: fields}) for paradigm, fields in every.items()]
+        elif section == "objective.schedule":
+            tables.append(table("objective.schedule, and the same settings of sample.schedule", section, every))
+        elif section not in ("", "sample.schedule"):
+            tables.append(table(section, section, every))
+    return "\n".join([TEXT, *tables])
+
+
+def table(title: str, section: str, every: dict[str, dict[str, FieldInfo]]) -> str:
+    """The settings of one section, without the sections in it. every: for each paradigm its fields."""
+    lines = [f"### {title}", "| setting | type | range | default | meaning |", "| --- | --- | --- | --- | --- |"]
+    for key in dict.fromkeys(key for fields in every.values() for key in fields if key.rpartition(".")[0] == section):
+        found = {paradigm: fields[key] for paradigm, fields in every.items() if key in fields}
+        field = next(iter(found.values()))
+        if field.description:
+            words = dict.fromkeys(type_of(each.annotation).removeprefix("an ").removeprefix("a ") for each in found.values())
+            owner = "" if len(found) == len(every) else f"Of {', '.join(found)}: "
+            cells = (f"`{key}`", " or ".join(words), range_of(field), default(field), owner + field.description)
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    return "" if field.default_factory else f"`{json.dumps(field.default)}`"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
