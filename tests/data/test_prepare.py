@@ -308,7 +308,7 @@ def test_an_unfinished_dataset_of_other_settings_is_begun_anew(tree, tmp_path, m
     assert files_below(tmp_path / "out") == files_below(tmp_path / "other")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_signal_leaves_finished_shards_alone(tmp_path, number):
     for i in range(300):
         (tmp_path / "src" / "only").mkdir(parents=True, exist_ok=True)

@@ -209,6 +209,48 @@ def test_damaged_samples_are_passed_over_and_named_once(tmp_path, capsys):
         assert says in line and line.startswith("passed over: ")
 
 
+DOTS = [(f"a.{c}.x", {"png": png(c), "cls": b"1"}) for c in range(3)]
+APART = [*((key, {"png": files["png"]}) for key, files in ten()), *((key, {"cls": files["cls"]}) for key, files in ten())]
+
+
+@pytest.mark.parametrize(
+    "samples, label, says",
+    [
+        (
+            DOTS,
+            "cls",
+            "a.tar:a is damaged (it has no .cls, but .0.x.png, .0.x.cls, .1.x.png, .1.x.cls and 2 more; a key ends at the first",
+        ),
+        (APART, "cls", "it has no .cls, but .png; a sample's files must follow each other in the tar file"),
+        ([("k", {"png": png(1)})], "cls", "a.tar:k is damaged (it has no .cls, but .png; "),
+        ([("k", {"cls": b"1", "txt": b"1"})], "cls", "it has no image, but .cls, .txt; "),
+        (
+            [("k", {"png": png(1), "json": b"{}"})],
+            "cls",
+            "no .cls, but .png, .json; data.label=json.NAME reads the entry NAME of the .json",
+        ),
+        (
+            [("k", {"png": png(1), "json": b'{"id": 1, "y": 2}'})],
+            "json.label",
+            "has no label for data.label=json.label, but id, y",
+        ),
+        ([("k", {"png": png(1), "json": b"[1]"})], "json.label", "has no label for data.label=json.label, but [1]"),
+    ],
+)
+def test_what_a_sample_lacks_is_said_with_what_it_has(tmp_path, samples, label, says):
+    shard(tmp_path / "a.tar", samples)
+    with pytest.raises(UserError) as error:
+        Stream(data(f"{tmp_path}/a.tar", damaged=0.0, label=label), seed=0)
+    assert says in str(error.value) or (samples is APART and "it has no image, but .cls" in str(error.value))
+
+
+def test_conditions_may_stand_in_json_files(tmp_path):
+    samples = [(f"{c}", {"AVIF": png(c, kind="AVIF"), "json": b'{"meta": {"y": %d}}' % c}) for c in range(10)]
+    stream = Stream(data(f"{shard(tmp_path / 'a.tar', samples)}", label="json.meta.y"), seed=0)
+    batch = stream.batch(0, 100)
+    assert (batch.image_BCHW[:, 0].float().mean((1, 2)) / 20).round().long().tolist() == batch.c_B.tolist()
+
+
 @pytest.mark.parametrize(
     "share, says", [(0.01, "samples read from .* are damaged, more than data.damaged=0.01; sample "), (0.0, "^sample ")]
 )
