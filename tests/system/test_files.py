@@ -104,6 +104,17 @@ def test_a_folder_is_replaced_whole_or_kept(tmp_path):
         raise AssertionError("a file is not replaced")
 
 
+def test_a_file_in_a_new_folder_that_cannot_be_written_is_told_by_the_folders_name(tmp_path, monkeypatch):
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError) as error, new_folder(tmp_path / "folder") as folder:
+        write_file(folder / "file", b"content")
+    assert str(error.value).startswith(f"cannot write {tmp_path / 'folder'} (No space left on device): ")
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_folder_taken_meanwhile_is_not_overwritten(tmp_path):
     with pytest.raises(UserError, match="not empty"), new_folder(tmp_path / "folder") as folder:
         (folder / "file").write_text("mine")
@@ -179,11 +190,11 @@ def trained(shim, digits, tmp_path):
     return trained
 
 
-@pytest.mark.parametrize(("refused", "named"), [("chmod", "permissions"), ("fsync-dir", "syncing of folders")])
-def test_what_safety_does_not_need_is_done_without_and_said_once(trained, tmp_path, refused, named):
+@pytest.mark.parametrize(("refused", "said_of_it"), [("chmod", 0), ("fsync-dir", 1)])
+def test_what_safety_does_not_need_is_done_without_and_said_once(trained, tmp_path, refused, said_of_it):
     status, said = trained(refused)
     assert status == 0 and (tmp_path / "run" / "weights" / "model.safetensors").exists(), said
-    assert said.count(f" has no {named} (") == said.count("going on without") == 1, said
+    assert said.count(" has no syncing of folders (Invalid argument): going on without") == said_of_it, said
 
 
 def test_without_locks_a_run_says_how_it_may_go_on(trained):

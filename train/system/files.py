@@ -34,6 +34,7 @@ class CannotWrite(UserError):
 
     def __init__(self, path: Path, error: OSError):
         below_a_file = isinstance(error, FileExistsError | NotADirectoryError)
+        self.path, self.error = Path(path), error
         self.reason = "it lies below a regular file" if below_a_file else error.strerror
         super().__init__(
             f"cannot write {path} ({self.reason}): choose another place, or make this one writable with room to spare"
@@ -99,7 +100,7 @@ def write_tensors(
         begin, end = end, end + t.numel() * t.element_size()
         dtype = DTYPES[str(t.dtype).removeprefix("torch.")]
         header[name] = {"dtype": dtype, "shape": list(t.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
 
     def blocks() -> Iterator[Any]:
@@ -240,12 +241,22 @@ def new_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
         raise CannotWrite(path, error) from error
     try:
         yield temporary
-        _settle(temporary)
+        for below, _, names in os.walk(temporary):
+            for name in names:
+                # not all writers sync
+                with open(Path(below, name), "rb") as file:
+                    os.fsync(file.fileno())
+            _sync_folder(Path(below))
         if replace and path.exists():
             _swap(temporary, path)
         else:
             os.rename(temporary, path)
         _sync_folder(path.parent)
+    except CannotWrite as error:
+        if temporary not in error.path.parents:
+            raise
+        # the user knows the folder by this name
+        raise CannotWrite(path, error.error) from error
     except OSError as error:
         # an error about some other file of the body is not ours to explain
         if error.errno in FULL or error.filename in (str(temporary), str(path)):
@@ -253,24 +264,6 @@ def new_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _settle(folder: Path) -> None:
-    """Make all below a new folder as open to others as the folder is, and make it survive a power cut."""
-    mode = folder.stat().st_mode & 0o666
-    for below, _, names in os.walk(folder):
-        for name in names:
-            path = Path(below, name)
-            if path.stat().st_mode & 0o777 != mode:
-                try:
-                    os.chmod(path, mode)
-                except OSError as error:
-                    if error.errno not in UNSUPPORTED:
-                        raise
-                    _without("permissions", folder.parent, error)
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        _sync_folder(Path(below))
 
 
 def _temporary(path: Path) -> Path:

@@ -137,9 +137,9 @@ def train(
         return 128 + interrupt.signal
     watchdog.enter("weights")
     weights = task.engine.gather(averages["ema"].average if "ema" in averages else task.engine.shards())
-    with collective():
+    with collective(watchdog.beat) as working:
         if rank == 0:
-            export(task, weights, progress, path, notes)
+            export(task, weights, progress, path, notes, working)
             if settings.keep_best and (best := best_checkpoint(checkpoints(path))):
                 print(f"best checkpoint: {best[0]}, held-out loss {best[1]:.4g}")
     return 0

@@ -205,7 +205,14 @@ def taken(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): state.pop(name) for name in list(state) if name.startswith(prefix)}
 
 
-def export(task: Task, weights: dict[str, Tensor], progress: RunState, path: Path, notes: dict[str, Any]) -> None:
+def export(
+    task: Task,
+    weights: dict[str, Tensor],
+    progress: RunState,
+    path: Path,
+    notes: dict[str, Any],
+    beat: Callable[[], None] = ignore,
+) -> None:
     """Write RUN/weights of a finished run, with notes and the last line of its metrics, unless they are there.
 
     Those of a shorter run are removed first: the checkpoint holds all that is needed to write them, again if need be.
@@ -221,5 +228,5 @@ def export(task: Task, weights: dict[str, Tensor], progress: RunState, path: Pat
     metrics = path / "metrics.jsonl"
     lines = metrics.read_text().splitlines() if metrics.exists() else []
     notes = notes | {"images_seen": progress.images, "metrics": json.loads(lines[-1]) if lines else {}}
-    save_weights(folder, task.engine.net, weights, **notes)
+    save_weights(folder, task.engine.net, weights, beat=beat, **notes)
     print(f"finished: {progress.images} images in {progress.seconds:.0f} s, weights in {folder}")

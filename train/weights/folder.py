@@ -4,13 +4,13 @@ import dataclasses
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import mclr.models
@@ -19,7 +19,17 @@ from mclr.errors import UserError
 from mclr.models.conditions import Sources, map_conditions
 from mclr.models.options import TRAINING, fits, hints_of
 from mclr.models.registry import NETWORKS, kind_of
-from mclr.train.system.files import cache_folder, checksum, lock, new_folder, regular, write_json, write_text
+from mclr.train.system.files import (
+    cache_folder,
+    checksum,
+    ignore,
+    lock,
+    new_folder,
+    regular,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from mclr.train.system.hub import SCHEME, fetch
 from mclr.train.weights.model_card import card
 from mclr.train.weights.published import read_published
@@ -49,21 +59,19 @@ def save_weights(
     weights: Mapping[str, Tensor] | None = None,
     half: bool = False,
     replace: bool = False,
+    beat: Callable[[], None] = ignore,
     **notes: Any,
 ) -> None:
     """Write a weights folder, whole or not at all. weights: replace the network's own parameters (an average, masters).
 
-    half: store fp16. replace: what is there. notes: what made them (command, seed, images seen), kept in config.json and told in
-    README.md.
+    half: store fp16. replace: what is there. beat: called for every chunk written. notes: what made them (command, seed, images
+    seen), kept in config.json and told in README.md.
     """
     tensors = dict(net.state_dict()) | dict(weights or {})
     dtype = torch.float16 if half else torch.float32
     description = describe(net, tensors, notes)
     with new_folder(folder, replace) as temporary:
-        try:
-            save_file({k: t.detach().to(dtype).cpu().contiguous() for k, t in tensors.items()}, temporary / "model.safetensors")
-        except SafetensorError as error:
-            raise UserError(f"cannot write {folder} ({error}): make room, or choose another place") from error
+        write_tensors(temporary / "model.safetensors", {k: t.detach().to(dtype) for k, t in tensors.items()}, beat=beat)
         write_json(temporary / "config.json", description)
         write_text(temporary / "README.md", card(read_config(temporary)))
 
