@@ -1,8 +1,7 @@
 """Encoders: from images to what a paradigm models, and back.
 
-B samples; C, H, W image or latents; S channels as stored; L tokens. Images are in [-1, 1]; from_uint8 and to_uint8 are all there is of
-rounding. An image is mirrored before it is encoded, and that is not to mirror its latents or tokens: whoever keeps what encode() gives
-must keep that of the mirrored image beside it.
+B samples; C, H, W image or latents; S channels as stored; L tokens. Images are in [-1, 1]; only from_uint8 and to_uint8 round. An image
+is mirrored before it is encoded, since mirrored latents or tokens are not those of the mirrored image: a cache stores both.
 """
 
 from pathlib import Path
@@ -30,8 +29,8 @@ class Encoder(Protocol):
         """(C, H, W) of x for images of this data; None where x is tokens."""
 
     def storage(self, data: Data) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        """Shape of what encode() gives of one image, and the types of numbers that may keep it, the exact one first; none where it is
-        the image itself."""
+        """Shape of what encode() gives for one image, and the types of numbers that can store it, the exact one first; no types where
+        it is the image itself."""
 
     def encode(self, image_BCHW: Tensor) -> Tensor: ...
     def draw(self, stored_B: Tensor, draws: Draws) -> Tensor: ...
@@ -87,10 +86,10 @@ class Tokens:
 class Latents:
     """Diffusion in the latents of a frozen Stable Diffusion VAE, in fp32: x is [B, 4, H/8, W/8], of mean 0 and standard deviation .5.
 
-    Stored are mean and standard deviation of the VAE's posterior, [B, 8, H/8, W/8]; x is drawn from it anew at every visit. MEAN and
-    STD, per channel, are EDM2's (arXiv 2312.02696, appendix), as is what the VAE is given: images in [0, 1] (its code). They are of
-    latents as the VAE gives them, of size sqrt(mean(MEAN^2 + STD^2)) = 5.3: times the .18215 of Stable Diffusion, which is not applied
-    here, about 1.
+    What is stored is mean and standard deviation of the VAE's posterior, [B, 8, H/8, W/8]; x is drawn from it at every visit. MEAN and
+    STD, per channel, are EDM2's (arXiv 2312.02696, appendix); as in EDM2 the VAE reads images in [0, 1]. They describe latents as the
+    VAE gives them, with root mean square sqrt(mean(MEAN^2 + STD^2)) = 5.3. Stable Diffusion's factor .18215, which would make that
+    about 1, is not applied.
     """
 
     CHANNELS = 4
@@ -141,7 +140,7 @@ def load_vae(name: str, device: torch.device) -> Any:
     """The AutoencoderKL of model.vae=name. Raises UserError where it cannot be read, or is not one of Stable Diffusion 1 or 2."""
     folder = find_vae(name)
     try:
-        # takes seconds, and is installed only for this
+        # slow to import, and an optional dependency
         from diffusers import AutoencoderKL
     except ImportError:
         raise UserError(f"model.vae={name} needs diffusers: pip install -e '.[vae]'") from None
@@ -154,7 +153,7 @@ def load_vae(name: str, device: torch.device) -> Any:
         ) from error
     config = vae.config
     found = (config.in_channels, config.latent_channels, 2 ** (len(config.block_out_channels) - 1), config.scaling_factor)
-    # the factor tells it from SDXL's, which has the same form and other latents
+    # SDXL's VAE has the same shape and other latents: only the factor differs
     if found != (3, Latents.CHANNELS, VAE_FACTOR, 0.18215):
         raise UserError(
             f"model.vae={name} makes {found[1]} channels at 1/{found[2]} of the side, scaling_factor {found[3]}: EDM2's latents are 4 at "
@@ -182,6 +181,6 @@ def to_uint8(image_BCHW: Tensor) -> Tensor:
 
 
 class BareLatents(RGB):
-    """Latents that no VAE made: x is what the source gives, in their shape."""
+    """Latents without a VAE: the source gives x itself, in the shape of latents."""
 
     shape = staticmethod(Latents.shape)

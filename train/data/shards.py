@@ -1,4 +1,4 @@
-"""The samples inside a dataset's shards (tar files of KEY.png + KEY.cls): where they lie, and how one is read."""
+"""The samples in shards (tar files of KEY.png + KEY.cls): where they are, how one is read, and what a stream's sample holds."""
 
 import gc
 import hashlib
@@ -8,15 +8,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mclr.errors import UserError
-from mclr.train.data.images import PNG, open_image
+from mclr.train.data.images import PNG, endings, open_image
 from mclr.train.system.files import regular, write_file
 
 INDEX = "index.json"
+FIRST = ("jpg", "jpeg", "png", "webp")  # kinds of images; of a sample with several, the first of these is read
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def load_index(folder: Path, shards: list[Shard]) -> dict[str, list[Sample]]:
 
 
 class Damaged(UserError):
-    """An image whose bytes cannot be read: training may pass over it (train/data/source.py), nothing else does."""
+    """An image whose bytes cannot be read. Training may pass over it (dataset.py, SplitReader); nothing else does."""
 
 
 def read_image(folder: Path, sample: Sample, shape: tuple[int, int, int]) -> np.ndarray:
@@ -80,7 +81,7 @@ def read_image(folder: Path, sample: Sample, shape: tuple[int, int, int]) -> np.
     mode = {1: "L", 3: "RGB"}[channels]
     try:
         image = open_image(data, PNG)
-        # pixels of another image are not worth decoding
+        # another size is an error already: the pixels are not decoded
         if fits := (image.mode, image.size) == (mode, (width, height)):
             image.load()
     # a decoder that meets damaged bytes raises nearly anything
@@ -91,8 +92,42 @@ def read_image(folder: Path, sample: Sample, shape: tuple[int, int, int]) -> np.
     return np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
 
 
+def image_kind(sample: dict[str, Any]) -> str:
+    """The kind of a sample's image. Raises ValueError where it has none."""
+    if kinds := [kind for kind in (*FIRST, *sample) if kind in sample and f".{kind}" in endings()]:
+        return kinds[0]
+    raise _lacks(sample, "image")
+
+
+def label_of(sample: dict[str, Any], label: str) -> int:
+    """The condition of a sample as data.label says: KIND, or json.NAME for an entry of a JSON file. Raises ValueError without one."""
+    kind, *names = label.split(".")
+    if kind not in sample:
+        raise _lacks(sample, f".{kind}")
+    if not names:
+        return int(sample[kind])
+    value = json.loads(sample[kind])
+    for name in names:
+        if not isinstance(value, dict) or name not in value:
+            has = ", ".join(value) if isinstance(value, dict) else f"{value!r:.40}"
+            raise ValueError(f"its .{kind} has no {name} for data.label={label}, but {has}")
+        value = value[name]
+    return int(value)
+
+
+def _lacks(sample: dict[str, Any], what: str) -> ValueError:
+    kinds = [kind for kind in sample if not kind.startswith("__")]
+    more = f" and {len(kinds) - 4} more" if len(kinds) > 4 else ""
+    why = "a sample's files must follow each other in the tar file"
+    if any("." in kind for kind in kinds):
+        why = "a key ends at the first dot of a file's name, as webdataset splits it: rename files with several dots"
+    elif "json" in kinds and what != "image":
+        why = "data.label=json.NAME reads the entry NAME of the .json"
+    return ValueError(f"it has no {what}, but {', '.join(f'.{kind}' for kind in kinds[:4])}{more}; {why}")
+
+
 def _saved_index(folder: Path) -> dict[str, tuple[str, list[Sample]]]:
-    """{shard: (sha256, samples)} of index.json; empty when it is missing or not as we write it: the tar files still know."""
+    """{shard: (sha256, samples)} of index.json; empty when it is missing or malformed: it is made again from the tar files."""
     try:
         stat = regular(folder / INDEX).stat()
         return _parsed_index(folder / INDEX, stat.st_size, stat.st_mtime_ns)
@@ -100,10 +135,10 @@ def _saved_index(folder: Path) -> dict[str, tuple[str, list[Sample]]]:
         return {}
 
 
-# one for the readers of both splits, which hold most of a gigabyte of it for every 4 million samples
+# one entry serves the readers of both splits: 4 million samples take most of a gigabyte
 @lru_cache(maxsize=1)
 def _parsed_index(path: Path, size: int, changed: int) -> dict[str, tuple[str, list[Sample]]]:
-    # which would look through the millions of tuples again and again
+    # the garbage collector would go through the millions of tuples again and again
     gc.disable()
     try:
         record = json.loads(path.read_bytes())
@@ -113,7 +148,7 @@ def _parsed_index(path: Path, size: int, changed: int) -> dict[str, tuple[str, l
 
 
 def _fit(samples: list[Sample], shard: Shard) -> bool:
-    """Whether samples of index.json, of whatever types, can be those of the shard."""
+    """Whether samples of index.json, whose types are not checked yet, can be those of the shard."""
     return len(samples) == shard.count and all(
         type(key) is str
         and type(c) is int
@@ -139,7 +174,7 @@ def _index_shard(folder: Path, shard: Shard) -> list[Sample]:
             for member in tar:
                 # as webdataset does: the key ends at the first dot
                 key, _, kind = member.name.partition(".")
-                # of a negative size tarfile turns back for ever, of a sparse one it makes what would not fit into memory
+                # tarfile would loop on a negative size, and fill the memory for a sparse file
                 if not 0 <= member.size <= shard.bytes - member.offset_data:
                     raise ValueError(f"{member.name} is not within the file")
                 if kind in ("png", "cls") and not member.isreg():

@@ -7,7 +7,6 @@ position holds what comes next, which differs from start to start. C H W image.
 """
 
 import errno
-import json
 import os
 import random
 import shlex
@@ -35,12 +34,11 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from mclr.configs.schema import Data
 from mclr.errors import UserError
 from mclr.train.data.dataset import READERS, Batch, DatasetInfo
-from mclr.train.data.images import center_crop, decode, endings
-from mclr.train.data.shards import Damaged
+from mclr.train.data.images import center_crop, decode
+from mclr.train.data.shards import Damaged, image_kind, label_of
 from mclr.train.data.source import Source
 from mclr.train.system.ranks import world
 
-FIRST = ("jpg", "jpeg", "png", "webp")  # kinds of images; where a sample has several, in this order
 SHUFFLED = 500  # samples among which a reader draws the next
 READY = 32  # images that a reader holds decoded
 TRIES, PAUSE = 6, 2.0  # of a shard that cannot be read; seconds before the second try, doubled each time: a minute in all
@@ -236,7 +234,7 @@ class Stream(Source):
         """Raises UserError where the condition is not one of the configuration's."""
         key, size = f"{sample['__url__']}:{sample['__key__']}", self.data.resolution
         try:
-            c, kind = condition_of(sample, self.data.label), image_kind(sample)
+            c, kind = label_of(sample, self.data.label), image_kind(sample)
             image = center_crop(decode(sample[kind], f".{kind}", self.data.channels)[0], size)
         # a decoder that meets damaged bytes raises nearly anything
         except Exception as error:
@@ -246,40 +244,6 @@ class Stream(Source):
                 f"sample {key} has condition {c}, outside of 0..{self.data.num_classes - 1}: correct data.num_classes"
             )
         return Drawn(key, np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1), c)
-
-
-def image_kind(sample: dict[str, Any]) -> str:
-    """The kind of a sample's image. Raises ValueError where it has none."""
-    if kinds := [kind for kind in (*FIRST, *sample) if kind in sample and f".{kind}" in endings()]:
-        return kinds[0]
-    raise _lacks(sample, "image")
-
-
-def condition_of(sample: dict[str, Any], label: str) -> int:
-    """The condition of a sample as data.label says: KIND, or json.NAME for an entry of a JSON file. Raises ValueError without one."""
-    kind, *names = label.split(".")
-    if kind not in sample:
-        raise _lacks(sample, f".{kind}")
-    if not names:
-        return int(sample[kind])
-    value = json.loads(sample[kind])
-    for name in names:
-        if not isinstance(value, dict) or name not in value:
-            has = ", ".join(value) if isinstance(value, dict) else f"{value!r:.40}"
-            raise ValueError(f"its .{kind} has no {name} for data.label={label}, but {has}")
-        value = value[name]
-    return int(value)
-
-
-def _lacks(sample: dict[str, Any], what: str) -> ValueError:
-    kinds = [kind for kind in sample if not kind.startswith("__")]
-    more = f" and {len(kinds) - 4} more" if len(kinds) > 4 else ""
-    why = "a sample's files must follow each other in the tar file"
-    if any("." in kind for kind in kinds):
-        why = "a key ends at the first dot of a file's name, as webdataset splits it: rename files with several dots"
-    elif "json" in kinds and what != "image":
-        why = "data.label=json.NAME reads the entry NAME of the .json"
-    return ValueError(f"it has no {what}, but {', '.join(f'.{kind}' for kind in kinds[:4])}{more}; {why}")
 
 
 def read_shard(url: str, download: Download) -> Iterator[dict[str, Any]]:
