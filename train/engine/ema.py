@@ -1,8 +1,8 @@
-"""Averages of the weights with power-function profiles, snapshots of them, and averages of other widths made from those afterwards.
+"""Power-function averages of the weights, snapshots of them, and averages of other widths reconstructed from snapshots.
 
 EDM2, arXiv 2312.02696, section 3 and appendix C. In the average of exponent gamma after t images, the weights after s <= t images
 have the density p(s) = (gamma + 1) s^gamma / t^(gamma + 1): its standard deviation is a fixed share `std` of t. t counts the images
-of this run: pretraining, whose weights a fine-tuning begins with, has no share in an average. K snapshots.
+of this run only: the weights that fine-tuning starts from have no share in an average. K snapshots.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,17 +19,17 @@ from mclr.configs.schema import Train
 from mclr.errors import UserError
 from mclr.train.system.files import ignore, write_tensors
 
-FARTHEST = 0.1  # most that a reconstructed profile may be off, as a share of its L2 norm
+FARTHEST = 0.1  # largest L2 error of a reconstructed profile, relative to its norm
 
 
 def exponent_of(std: float) -> float:
-    """Relative standard deviation of the averaging profile -> its exponent gamma (largest real root, eq. 126 of the paper)."""
+    """The exponent gamma of the profile with this relative standard deviation (largest real root, eq. 126 of the paper)."""
     inverse = std**-2
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 
 
 def beta_of(std: float, images_seen: int, images: int) -> float:
-    """Weight that the old average keeps when `images` more have been seen, `images_seen` in total (eq. 127)."""
+    """The weight of the old average after `images` more images, `images_seen` in total (eq. 127)."""
     return (1 - images / images_seen) ** (exponent_of(std) + 1)
 
 
@@ -42,15 +42,15 @@ def overlap(t: np.ndarray, gamma: np.ndarray, other_t: np.ndarray, other_gamma: 
 
 
 def coefficients(t_K: np.ndarray, std_K: np.ndarray, t: float, std: float) -> tuple[np.ndarray, float]:
-    """([K], their sum 1: what of each average makes the one of `std` at `t` images by least squares; distance of the two profiles).
+    """Least-squares weights of K averages for the average of width `std` at `t` images: (weights [K] with sum 1, error), fp64.
 
-    t_K, std_K: images seen and relative width of the averages at hand. Distance: L2, as a share of the profile asked for. fp64.
+    t_K, std_K: images seen and relative width of the K averages. error: L2 distance of the two profiles, relative to the wanted one.
     """
     gamma_K = np.array([exponent_of(each) for each in std_K])
     wanted = np.array(t), np.array(exponent_of(std))
     gram_KK = overlap(t_K[:, None], gamma_K[:, None], t_K, gamma_K)
     wanted_K = overlap(t_K, gamma_K, *wanted)
-    # of the smallest norm where copies of a snapshot make the solution ambiguous
+    # lstsq takes the smallest norm when copies of a snapshot make the solution ambiguous
     x_K = np.linalg.lstsq(gram_KK, wanted_K)[0]
     x_K /= x_K.sum()
     square = 1 + (x_K @ gram_KK @ x_K - 2 * x_K @ wanted_K) / overlap(*wanted, *wanted)
@@ -71,7 +71,7 @@ class EMA:
 
 
 def averages_of(shards: dict[str, Tensor], settings: Train) -> dict[str, EMA]:
-    """The averages that a run keeps, by their names in a checkpoint: `ema`, which becomes RUN/weights, and those for snapshots alone."""
+    """The averages of a run by their names in a checkpoint: `ema`, which becomes RUN/weights, and those kept for snapshots only."""
     stds = {"ema": settings.ema_std} if settings.ema_std else {}
     if settings.snapshot_every:
         stds |= {f"ema-{std:.3f}": std for std in settings.snapshot_stds if std != settings.ema_std}
@@ -93,7 +93,7 @@ def write_snapshot(
 
 
 def rewind_snapshots(run: Path, images_seen: int) -> None:
-    """Drop the snapshots taken after the checkpoint that training goes on from, and what a crash left of writing one."""
+    """Remove snapshots newer than the checkpoint that training goes on from, and half-written ones."""
     for path in (run / "snapshots").glob("*"):
         images = path.name.partition("-")[0]
         if images == ".tmp" or (images.isdigit() and int(images) > images_seen):
@@ -101,9 +101,9 @@ def rewind_snapshots(run: Path, images_seen: int) -> None:
 
 
 def reconstruct(run: Path, std: float) -> tuple[dict[str, Tensor], int]:
-    """The average of relative width `std` at the newest snapshot of a run folder, from all of its snapshots: (name -> fp32, images seen).
+    """Reconstruct the average of width `std` at the newest snapshot from all snapshots of a run: (name -> fp32 tensor, images seen).
 
-    Needs the memory of one network. Weights that are not trained (buffers) are not among them.
+    Needs the memory of one network. Buffers are not included.
     Raises UserError when std is not in 0.01 .. 0.25, when the snapshots are damaged or of several networks, or when they are too few,
     or std too far from theirs, for its profile.
     """

@@ -1,4 +1,4 @@
-"""What every program stands on: files that appear whole, ranks, signs of life, GPUs, the hub.
+"""What every command uses: files written whole, ranks, the console, the watchdog, data sheets of GPUs, the hub.
 
 It may import kernels, mclr, models, configs, and of train: no other room of train/.
 """

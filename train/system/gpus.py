@@ -1,4 +1,4 @@
-"""GPUs as their makers describe them: what a plan of a run (train/planning/plan.py) and the utilisation in its log are reckoned with."""
+"""Data sheets of GPUs, for plans (train/planning/plan.py) and for the utilisation in the log."""
 
 import re
 from dataclasses import dataclass
@@ -6,15 +6,14 @@ from dataclasses import dataclass
 import torch
 
 NODE = 8  # GPUs that share one machine
-# words of a device name that mean less than the whole GPU, or another
+# words in the name of a device that is only a part of this GPU, or another GPU
 LESSER = {"MIG", "LAPTOP", "D"}
 
 
 @dataclass(frozen=True)
 class GPU:
-    """words: all of them in torch.cuda.get_device_name. memory: GiB that torch sees. flops: dense, per second, by precision: bf16 of
-    matrix units accumulating in fp32, fp32 of plain arithmetic (TF32 is off here). link: bytes per second that the GPU sends to
-    others of its machine while it receives as many: NVLink, else PCIe of 16 lanes."""
+    """One GPU. words: all occur in torch.cuda.get_device_name. memory: GiB that torch sees. bf16, fp32: dense FLOP/s (bf16 accumulates
+    in fp32; fp32 without TF32). link: bytes per second to the other GPUs of the machine, in each direction (NVLink, else PCIe x16)."""
 
     words: tuple[str, ...]
     memory: float
@@ -26,7 +25,7 @@ class GPU:
         return {"bf16": self.bf16, "fp32": self.fp32}[precision]
 
 
-# NVIDIA's data sheets, without sparsity; a link is half of what they give for both directions together
+# from NVIDIA's data sheets, without sparsity; they give links for both directions together, here is half
 GPUS = {
     "b200": GPU(("B200",), 178, 2250e12, 75e12, 900e9),
     "h200-nvl": GPU(("H200", "NVL"), 139, 836e12, 60e12, 64e9),
@@ -45,15 +44,15 @@ GPUS = {
 
 
 def gpu_named(device_name: str) -> str | None:
-    """The key in GPUS of what torch.cuda.get_device_name gives; None where it is not among them."""
+    """The key in GPUS for a name from torch.cuda.get_device_name; None when it is not there."""
     words = set(re.split(r"[^A-Z0-9]+", device_name.upper()))
     if words & LESSER:
         return None
-    # more words come first
+    # entries with more words come first in the table
     return next((key for key, gpu in GPUS.items() if words.issuperset(gpu.words)), None)
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """FLOP/s that this device can do at most in fp32 or bf16; None on a CPU and on a GPU that is not in the table."""
+    """Peak FLOP/s of this device in fp32 or bf16; None on a CPU, and for a GPU that is not in the table."""
     name = gpu_named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return None if name is None else GPUS[name].peak(precision)
