@@ -65,16 +65,6 @@ def cross_entropy(
     return torch.cat([checkpoint(_nll, h, *linear, t, use_reentrant=False) for h, t in pieces]).view(tokens_RL.shape)
 
 
-# measured on a GPU alone
-BASELINES: dict[str, dict[str, Callable[[], Arm | None]]] = {
-    "token_logp": {
-        "Liger": liger,
-        "cross-entropy, compiled": lambda: compiled(cross_entropy),
-        "chunks, compiled": lambda: compiled(lambda **inputs: cross_entropy(**inputs, chunk=CHUNK)),
-    }
-}
-
-
 def forced(weights: list[Tensor]) -> list[Tensor]:
     """force_weights in place, as training calls it; its Op makes copies first, which doubles the bytes moved."""
     force_weights(weights)
@@ -98,7 +88,10 @@ def arms(op: Op, gpu: bool) -> dict[str, Arm | None]:
     ours = forced if op.name == "force_weights" else op.run
     found: dict[str, Arm | None] = {"eager": Arm(op.definition)}
     if gpu:
-        found |= {"torch.compile": compiled(op.definition)} | {name: make() for name, make in BASELINES.get(op.name, {}).items()}
+        found["torch.compile"] = compiled(op.definition)
+    if gpu and op.name == "token_logp":
+        found["Liger"], found["cross-entropy, compiled"] = liger(), compiled(cross_entropy)
+        found["chunks, compiled"] = compiled(lambda **inputs: cross_entropy(**inputs, chunk=CHUNK))
     found["ours/torch"] = Arm(ours)
     if gpu:
         found["ours/triton"] = Arm(ours, "triton") if triton else None

@@ -22,6 +22,7 @@ from mclr.kernels.results import dump, source
 CASES = [pytest.param(op, shape, id=f"{op.name}, {name}") for op in OPS.values() for name, shape in op.tiny.items()]
 # of the dtypes that the interpreter computes rightly: in bf16 it is silently wrong
 INTERPRETED = (torch.float32, torch.float16)
+ALL = (torch.float64, *INTERPRETED, torch.bfloat16)
 per_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
 
@@ -44,21 +45,17 @@ def scattered(t):
     return wide[..., 0]
 
 
-@pytest.mark.parametrize("dtype", INTERPRETED, ids=str)
-@pytest.mark.parametrize(("op", "shape"), CASES)
-def test_triton_is_the_definition(op, shape, dtype):
-    errors = check(op, "cpu", dtype, shape)
-    assert errors and all(error.ok for error in errors), errors
+BOTH_WAYS = [*(("triton", dtype) for dtype in INTERPRETED), *(("torch", dtype) for dtype in ALL)]
 
 
-@pytest.mark.parametrize("dtype", (torch.float64, *INTERPRETED, torch.bfloat16), ids=str)
+@pytest.mark.parametrize(("kernels", "dtype"), BOTH_WAYS, ids=str)
 @pytest.mark.parametrize(("op", "shape"), CASES)
-def test_torch_is_the_definition(op, shape, dtype):
+def test_an_operation_is_its_definition(op, shape, kernels, dtype):
     if dtype == torch.float64:
         inputs = op.draw(shape, torch.float32, torch.Generator().manual_seed(0))
-        errors = compare(op, moved(inputs, doubled), dtype, "torch")
+        errors = compare(op, moved(inputs, doubled), dtype, kernels)
     else:
-        errors = check(op, "cpu", dtype, shape, "torch")
+        errors = check(op, "cpu", dtype, shape, kernels)
     assert errors and all(error.ok for error in errors), errors
 
 
@@ -85,6 +82,12 @@ def test_the_gradients_of_the_definition_are_finite_differences(op):
 def test_inputs_may_have_any_strides(op, kernels):
     errors = compare(op, moved(first(op), scattered), torch.float32, kernels)
     assert all(error.ok for error in errors), errors
+
+
+@per_op
+def test_fp64_is_for_torch(op):
+    with using("triton"), pytest.raises(ValueError, match=r"dtype torch\.float64, not"):
+        op.run(**moved(first(op), doubled))
 
 
 @per_op

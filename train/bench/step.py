@@ -176,13 +176,12 @@ def measure_training(built: dict[str, tuple[Task, RunConfig]], precisions: list[
 
     def count(key: tuple[str, str, str]) -> None:
         memory[key] = max(memory[key], peak_memory(reset=True))
+        rows = add_up(rows_of(tasks[key]), device)
         if turns[key].failed:
             for engine in filter(None, (tasks[key].engine, tasks[key].posterior_engine)):
                 engine.net.zero_grad()
         elif turns[key].times:
-            count_compute(spent[key], add_up(rows_of(tasks[key]), device), flops[key[0]])
-        else:
-            rows_of(tasks[key])
+            count_compute(spent[key], rows, flops[key[0]])
 
     peak_memory(reset=True)
     take_turns(turns, device, count)

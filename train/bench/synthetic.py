@@ -1,4 +1,4 @@
-"""Noise in place of data, random weights in place of trained ones: published sizes without any file, to be measured."""
+"""Noise as data and random weights as networks, so that published sizes can be measured without any file."""
 
 import torch
 
@@ -13,7 +13,7 @@ from mclr.train.training.networks import build_classifier, build_net, build_obje
 
 
 class Noise(Source):
-    """The same samples at every position: a run's are read ahead, and cost a step nothing."""
+    """The same samples at every position. In a run samples are read ahead; here, too, they cost a step nothing."""
 
     def __init__(self, samples: Batch):
         self.samples = samples
@@ -25,12 +25,12 @@ class Noise(Source):
 
 
 def build_noise(config: RunConfig, device: torch.device) -> tuple[Source, Networks]:
-    """train.batch samples of the shape that the network models (images, latents or tokens), and networks; no reference.
+    """(train.batch samples of what the network models: images, latents or tokens; networks without a reference).
 
-    The tokenizer has the published codes and little else: a generator uses no more of it, and nothing is encoded or decoded.
+    The tokenizer has the published number of codes and is small otherwise, since nothing is encoded or decoded.
     """
     torch.manual_seed(config.train.seed)
-    # weights are drawn where they are used: on a CPU billions of them take minutes
+    # draw the weights on the device: on a CPU billions of them take minutes
     with torch.device(device):
         encoder: Encoder
         if config.model.paradigm == "next_scale":
@@ -42,7 +42,7 @@ def build_noise(config: RunConfig, device: torch.device) -> tuple[Source, Networ
         classifier = build_classifier(config) if noisy else None
     with torch.no_grad():
         for p in net.parameters():
-            # gains that start at 0 would cut an untrained EDM2 off from its input and its condition
+            # gains start at 0 and would hide input and condition from an untrained EDM2
             if p.ndim == 0:
                 p.fill_(1.0)
     draws = Draws(config.train.seed, list(range(config.train.batch)))
