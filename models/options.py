@@ -3,10 +3,11 @@
 What a run decides by its data and its encoder (GIVEN, below) comes first in each class; a preset sets the rest as model.net.
 """
 
+# ruff: noqa: RUF009  option() makes constants
 import math
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 
@@ -54,12 +55,20 @@ GIVEN = {
 TRAINING = ("dropout", "drop_path", "beta")  # options that matter in training alone
 
 
+def option(default: Any, meaning: str, follows: Callable[[dict[str, Any]], Any] | None = None) -> Any:
+    """An option of model.net with its default (...: it must be given) and its meaning, for the table of settings in configs/.
+
+    follows: for presets, the default out of the options before it.
+    """
+    return field(default=MISSING if default is ... else default, metadata={"meaning": meaning, "follows": follows})
+
+
 class Options:
     """Base of the options of a network."""
 
     @staticmethod
     def misfits(net: Any, side: int | None) -> Iterator[str]:
-        """What keeps options that are fine one by one from making a network; each text begins with the key under model.net, or "side".
+        """What keeps options that are fine one by one from making a network; each text begins with a key under model.net.
 
         net: holds the options of model.net as attributes. side: of the samples, in cells; None: they are tokens.
         """
@@ -88,39 +97,36 @@ def hints_of(options: type) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class EDM2Config(Options):
-    """EDM2; the defaults are the published size S. References are to arXiv 2312.02696."""
+    """EDM2 (models/edm2.py); the defaults are the published size S. References are to arXiv 2312.02696."""
 
-    # fmt: off
-    img_resolution:     Size                        # H = W, of pixels or latents; halved at every level after the first
-    img_channels:       Size                        # C
-    num_classes:        Conditions                  # 0 builds an unconditional network
-    # Width and depth (Figure 21)
-    model_channels:     Size        = 192           # unit of all widths
-    channel_mult:       Sizes       = (1, 2, 3, 4)  # width of each level, in units
-    channel_mult_noise: Size | None = None          # width of the noise features, in units; None: that of the first level
-    channel_mult_emb:   Size | None = None          # width E of the embedding, in units; None: that of the widest level
-    num_blocks:         Blocks      = 3             # blocks per level of the encoder; the decoder has one more
-    attn_resolutions:   MaybeSizes  = (16, 8)       # levels whose blocks attend
-    channels_per_head:  Size        = 64            # d
-    # Balance of what is joined: share t of the second operand
-    label_balance:      Fraction    = 0.5           # noise and condition embedding (Eq. 88)
-    concat_balance:     Fraction    = 0.5           # decoder activation and encoder skip (Eq. 103)
-    res_balance:        Fraction    = 0.3           # main path and residual branch (Eq. 88)
-    attn_balance:       Fraction    = 0.3           # main path and attention (Eq. 88)
-    # Regularity
-    dropout:            Dropout     = 0.0           # in the residual branch; 0.1 from size M up
-    clip_act:           Positive    = 256.0         # activations are clipped to +-clip_act after every block
-    # Input scaling (Karras et al. 2022, Table 1) and learned uncertainty (Eq. 21)
-    sigma_data:         Positive    = 0.5           # standard deviation of the data
-    logvar_channels:    Size        = 128           # width of the noise features of the log-variance
-    # fmt: on
+    img_resolution: Size = option(..., "Side of the images or latents; halved at every level after the first")
+    img_channels: Size = option(..., "Channels of the images or latents")
+    num_classes: Conditions = option(..., "Conditions; 0 builds an unconditional network")
+    # width and depth (Figure 21)
+    model_channels: Size = option(192, "Unit of all widths")
+    channel_mult: Sizes = option((1, 2, 3, 4), "Width of each level, in units; each level has half the resolution")
+    channel_mult_noise: Size | None = option(None, "Width of the noise features, in units; null: that of the first level")
+    channel_mult_emb: Size | None = option(None, "Width of the embedding, in units; null: that of the widest level")
+    num_blocks: Blocks = option(3, "Blocks per level of the encoder; the decoder has one more")
+    attn_resolutions: MaybeSizes = option((16, 8), "Resolutions whose blocks have attention")
+    channels_per_head: Size = option(64, "Channels of an attention head")
+    # balance: share of the second operand in a sum (Eq. 88) or a concatenation (Eq. 103)
+    label_balance: Fraction = option(0.5, "Share of the condition in its sum with the noise embedding")
+    concat_balance: Fraction = option(0.5, "Share of the skip connection in the input of a decoder block")
+    res_balance: Fraction = option(0.3, "Share of the residual branch in its sum with the main path")
+    attn_balance: Fraction = option(0.3, "Share of attention in its sum with the main path")
+    dropout: Dropout = option(0.0, "Dropout in the residual branch")
+    clip_act: Positive = option(256.0, "Activations are clipped to plus and minus this after every block")
+    # input scaling (Karras et al. 2022, arXiv 2206.00364, Table 1), learned uncertainty (Eq. 21)
+    sigma_data: Positive = option(0.5, "Standard deviation of the data")
+    logvar_channels: Size = option(128, "Noise features of the learned log-variance")
 
     @staticmethod
     def misfits(net: Any, side: int | None) -> Iterator[str]:
         assert side is not None
         halvings = len(net.channel_mult) - 1
         if side % 2**halvings:
-            yield f"side {side} cannot be halved {halvings} times, as the entries of model.net.channel_mult ask"
+            yield f"channel_mult: a side of {side} cannot be halved {halvings} times"
             return
         channels = {side >> level: net.model_channels * mult for level, mult in enumerate(net.channel_mult)}
         have = ", ".join(map(str, channels))
@@ -138,26 +144,25 @@ class EDM2Config(Options):
 
 @dataclass(frozen=True)
 class VARConfig(Options):
-    """VAR. Published sizes: shared_aln and larger scales at 512 px (d36-s)."""
+    """VAR (models/var.py). The published network for 512 px (d36-s) has shared_aln and larger scales."""
 
-    num_classes: Conditions
-    depth: Blocks
-    # not set by a preset: width 64 * depth, as many heads as depth
-    embed_dim: Size = field(metadata={"follows": lambda net: 64 * net.get("depth", 1)})
-    num_heads: Size = field(metadata={"follows": lambda net: net.get("depth", 1)})
-    patch_nums: Sizes = SCALES_256  # side length of each scale, in tokens
-    vocab_size: Size = 4096
-    z_channels: Size = 32  # width of a code vector
-    mlp_ratio: Positive = 4.0
-    shared_aln: bool = False
-    attn_l2_norm: bool = True
-    norm_eps: Positive = 1e-6
-    drop_path: Dropout = 0.0  # stochastic depth of the last block, rising linearly from 0; published training: 0.1 * depth / 24
+    num_classes: Conditions = option(..., "Conditions")
+    depth: Blocks = option(..., "Number of blocks")
+    embed_dim: Size = option(..., "Width; not given: 64 x depth", follows=lambda net: 64 * net.get("depth", 1))
+    num_heads: Size = option(..., "Attention heads; not given: depth", follows=lambda net: net.get("depth", 1))
+    patch_nums: Sizes = option(SCALES_256, "Side of each scale, in tokens")
+    vocab_size: Size = option(4096, "Codes")
+    z_channels: Size = option(32, "Width of a code vector")
+    mlp_ratio: Positive = option(4.0, "Width of the feed-forward layers, in widths of the network")
+    shared_aln: bool = option(False, "One adaptive LayerNorm projection for all blocks, as VAR has it at 512 pixels")
+    attn_l2_norm: bool = option(True, "Queries and keys have unit length, with a learned temperature per head")
+    norm_eps: Positive = option(1e-6, "Epsilon of LayerNorm")
+    drop_path: Dropout = option(0.0, "Stochastic depth of the last block; it rises linearly from 0 at the first")
 
     @staticmethod
     def misfits(net: Any, side: int | None) -> Iterator[str]:
         if net.embed_dim % net.num_heads:
-            yield f"embed_dim={net.embed_dim} must be a multiple of num_heads={net.num_heads}"
+            yield f"embed_dim={net.embed_dim} must be a multiple of model.net.num_heads={net.num_heads}"
 
 
 @dataclass(frozen=True)

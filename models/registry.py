@@ -92,6 +92,11 @@ def kind_of(net: Any) -> str:
     raise ValueError(f"{type(net).__name__} is not in models/registry.py: add a line for it")
 
 
+def kinds_of(paradigm: str) -> list[str]:
+    """The kinds of networks that generate for a paradigm."""
+    return [kind for kind, network in NETWORKS.items() if network.paradigm == paradigm]
+
+
 def fold(net: Any) -> None:
     """Compute the constants of a network's weights, once and for all, before it is sampled; nothing for most networks."""
     if hasattr(net, "fold"):

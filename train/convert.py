@@ -96,7 +96,7 @@ def to_folder(src: str, dst: Path, settings: list[str], force: bool) -> None:
 def to_half(src: str, dst: Path, force: bool) -> None:
     """Weights folder -> the same in fp16, with its notes."""
     described = read_config(find_weights(src))
-    net = load_net(src, described["kind"])
+    net = load_net(src)
     save_weights(dst, net, half=True, replace=force, **notes_of(described) | {"stored": "fp16, by mclr convert --half"})
     print(f"{dst}: {net.__class__.__name__} in fp16")
 
@@ -109,7 +109,7 @@ def to_average(run: Path, dst: Path, std: float, force: bool) -> None:
     if not (run / "weights" / "config.json").is_file():
         raise UserError(f"{run} is no finished run: --ema-std needs the folder that `mclr train` made, with its weights")
     described = read_config(run / "weights")
-    net = load_net(str(run / "weights"), described["kind"])
+    net = load_net(str(run / "weights"))
     average, images = reconstruct(run, std)
     if {name: p.shape for name, p in net.named_parameters()} != {name: t.shape for name, t in average.items()}:
         raise UserError(f"the snapshots of {run} are of another network than its weights: give a whole run folder")
@@ -125,7 +125,7 @@ def to_file(src: str, dst: Path) -> None:
     if family is None:
         known = ", ".join(name for name, each in NETWORKS.items() if each.published)
         raise UserError(f"weights {src} hold a network of kind {described['kind']}: only {known} have a published form")
-    net = load_net(src, described["kind"])
+    net = load_net(src)
     config: Any = net.config
     state_dict = to_published(net, family.name_of) | family.constants(config)
     if dst.suffix == ".safetensors":

@@ -6,7 +6,7 @@ defaults, engine, data, model, objective, overrides. So a model preset carries i
 preset. One file per section; load.py reads, checks.py says which settings go together, messages.py words what is wrong.
 """
 
-from mclr.configs.schema.config import RunConfig, flatten
+from mclr.configs.schema.config import RunConfig, flatten, kind_of_model
 from mclr.configs.schema.data import Data, is_stream
 from mclr.configs.schema.engine import Engine
 from mclr.configs.schema.load import FILE, dump, from_dict, load, load_data, load_resolved
@@ -14,10 +14,9 @@ from mclr.configs.schema.model import (
     MODELS,
     VAE_FACTOR,
     DiffusionModel,
-    DiffusionNet,
     NextScaleModel,
-    NextScaleNet,
     Posterior,
+    net_section,
 )
 from mclr.configs.schema.objective import Objective, Schedule
 from mclr.configs.schema.presets import PRESETS, read_preset

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from mclr.combinations import WITH_REFERENCE, objective_conflicts
 from mclr.configs.schema.config import RunConfig, fields_of, flatten
 from mclr.configs.schema.model import VAE_FACTOR, DiffusionModel
+from mclr.models.options import TRAINING
+from mclr.models.registry import NETWORKS
 
 
 def conflicts(config: RunConfig) -> list[str]:
@@ -41,7 +43,7 @@ def _needs(config: RunConfig) -> Iterator[str]:
     for key, schedule in (("objective.schedule", objective.schedule), ("sample.schedule", sample.schedule)):
         for kind, names in (("interval", ("low", "high")), ("negative_window", ("turn", "below"))):
             rows.append((" ".join(f"{key}.{name}" for name in names), f"{key}.kind={kind}", schedule.kind == kind))
-    values, fields = flatten(config), fields_of(model.paradigm)
+    values, fields = flatten(config), fields_of(model.kind)
     for keys, needed, there in rows:
         for key in keys.split() if not there else ():
             if key in values and values[key] != fields[key].default:
@@ -78,7 +80,7 @@ def _reference(config: RunConfig) -> Iterator[str]:
     if model.weights is None:
         yield f"objective {name} compares with the network before fine-tuning; give its weights by --init"
     # where the weights equal the reference's, the ratio must be 0: dropout would compare a thinned network with a whole one
-    for key in ("dropout", "drop_path"):
+    for key in TRAINING:
         if getattr(model.net, key, 0) != 0:
             yield f"objective {name} compares whole networks; set model.net.{key}=0"
     if model.paradigm == "diffusion" and config.engine.precision == "bf16":
@@ -120,30 +122,16 @@ def _posterior(config: RunConfig) -> Iterator[str]:
 
 def _net(config: RunConfig) -> Iterator[str]:
     model, data = config.model, config.data
+    misfits = NETWORKS[model.kind].config.misfits
     if not isinstance(model, DiffusionModel):
-        if model.net.embed_dim % model.net.num_heads:
-            yield f"model.net.embed_dim={model.net.embed_dim} must be a multiple of model.net.num_heads={model.net.num_heads}"
+        yield from (f"model.net.{misfit}" for misfit in misfits(model.net, None))
         return
-    net, side, latents = model.net, data.resolution, ""
+    side, images = data.resolution, f"{data.resolution}-pixel images"
     if model.vae is not None:
         if data.channels != 3 or side % VAE_FACTOR:
             have = f"data.channels={data.channels} and data.resolution={side}; set model.vae=null for pixels"
             yield f"model.vae={model.vae} reads 3 channels and a side that is a multiple of {VAE_FACTOR}, not {have}"
             return
         side //= VAE_FACTOR
-        latents = f", latents of side {side},"
-    halvings = len(net.channel_mult) - 1
-    if side % 2**halvings:
-        cannot = f"data.resolution={data.resolution}{latents} cannot be halved {halvings} times"
-        yield f"{cannot}, as the entries of model.net.channel_mult ask"
-        return
-    channels = {side >> level: net.model_channels * mult for level, mult in enumerate(net.channel_mult)}
-    for resolution in net.attn_resolutions:
-        if resolution not in channels:
-            have = f"{resolution} is not a resolution of this net ({', '.join(map(str, channels))})"
-            yield f"model.net.attn_resolutions: {have}: choose a --model for {data.resolution}-pixel images, or set that key"
-    # the middle of the net always has attention
-    for resolution in {*net.attn_resolutions, side >> halvings} & channels.keys():
-        if channels[resolution] % net.channels_per_head:
-            at = f"the {channels[resolution]} channels at resolution {resolution}"
-            yield f"model.net.channels_per_head={net.channels_per_head} must divide {at}"
+        images += f", latents of side {side}"
+    yield from (f"model.net.{misfit}: choose a --model for {images}, or set that key" for misfit in misfits(model.net, side))

@@ -1,21 +1,24 @@
 """RunConfig, which is everything that decides a run; its settings as flat tables; a setting's type and range in words."""
 
+import json
 from collections.abc import Iterator
-from functools import reduce
+from functools import cache, reduce
 from operator import getitem
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import Field
+from pydantic import create_model
 from pydantic.fields import FieldInfo
 
 from mclr.configs.schema.data import Data
 from mclr.configs.schema.engine import Engine
-from mclr.configs.schema.model import MODELS, DiffusionModel, NextScaleModel
+from mclr.configs.schema.model import MODELS, DiffusionModel, NextScaleModel, net_section
 from mclr.configs.schema.objective import Objective
 from mclr.configs.schema.sample import Sample
 from mclr.configs.schema.section import Section
 from mclr.configs.schema.train import Train
+from mclr.errors import UserError
+from mclr.models.registry import NETWORKS, kinds_of
 
 WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
@@ -23,7 +26,7 @@ WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text
 class RunConfig(Section):
     """Everything that decides a run. Made by load(), from_dict() or load_resolved(): they resolve settings that depend on others."""
 
-    model: Annotated[DiffusionModel | NextScaleModel, Field(discriminator="paradigm")]
+    model: DiffusionModel | NextScaleModel
     data: Data
     objective: Objective
     train: Train
@@ -31,23 +34,46 @@ class RunConfig(Section):
     sample: Sample = Sample()
 
 
-def fields_of(paradigm: Any) -> dict[str, FieldInfo]:
-    """Dotted key -> field of everything that may be set for this paradigm (an unknown one: diffusion), sections included."""
+@cache
+def config_class(kind: str) -> type[RunConfig]:
+    """RunConfig for one kind of network, whose options model.net holds."""
+    network = NETWORKS[kind]
+    model = create_model(kind, __base__=MODELS[str(network.paradigm)], net=(net_section(network), ...))
+    return create_model("RunConfig", __base__=RunConfig, model=(model, ...))
+
+
+def kind_of_model(model: Any) -> str:
+    """The kind of network that an unchecked model section names, or that its paradigm has by default.
+
+    Raises UserError for a paradigm, or a kind of it, that is not there.
+    """
+    # what else a section lacks is told by the checks of its settings
+    paradigm = model.get("paradigm") if isinstance(model, dict) else "diffusion"
+    if paradigm not in list(MODELS):
+        raise UserError(f"model.paradigm={json.dumps(paradigm, default=str)}: expected {' or '.join(MODELS)}")
+    kind = MODELS[paradigm].model_fields["kind"].default
+    kind, kinds = model.get("kind", kind) if isinstance(model, dict) else kind, kinds_of(paradigm)
+    if kind not in kinds:
+        raise UserError(f"model.kind={json.dumps(kind, default=str)}: expected {' or '.join(kinds)}")
+    return kind
+
+
+def fields_of(kind: str) -> dict[str, FieldInfo]:
+    """Dotted key -> field of everything that may be set with this kind of network, sections included."""
 
     def walk(section: type[Section], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
         for name, field in section.model_fields.items():
             yield prefix + name, field
-            inner = MODELS.get(str(paradigm), DiffusionModel) if prefix + name == "model" else field.annotation
-            if isinstance(inner, type) and issubclass(inner, Section):
+            if isinstance(inner := field.annotation, type) and issubclass(inner, Section):
                 yield from walk(inner, f"{prefix}{name}.")
 
-    return dict(walk(RunConfig, ""))
+    return dict(walk(config_class(kind), ""))
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:
     """Dotted key -> value, lists as lists: for logs, and to tell two runs apart."""
     values = config.model_dump(mode="json")
-    found = {key: reduce(getitem, key.split("."), values) for key in fields_of(config.model.paradigm)}
+    found = {key: reduce(getitem, key.split("."), values) for key in fields_of(config.model.kind)}
     return {key: value for key, value in found.items() if not isinstance(value, dict)}
 
 
@@ -71,9 +97,9 @@ def range_of(field: FieldInfo) -> str:
     def bounds(annotation: Any, metadata: Any) -> Iterator[str]:
         for limit in metadata:
             for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<=")):
-                if hasattr(limit, name):
+                if getattr(limit, name, None) is not None:
                     yield f"{sign} {getattr(limit, name)}"
         for part in get_args(annotation):
-            yield from bounds(part, part.metadata if isinstance(part, FieldInfo) else ())
+            yield from bounds(part, getattr(part, "metadata", (part,)))
 
     return " and ".join(dict.fromkeys(bounds(field.annotation, field.metadata)))

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from mclr.combinations import CONTRASTS
 from mclr.configs.schema.checks import conflicts
-from mclr.configs.schema.config import RunConfig
+from mclr.configs.schema.config import RunConfig, config_class, kind_of_model
 from mclr.configs.schema.data import Data
 from mclr.configs.schema.messages import invalid, user_error
 from mclr.configs.schema.presets import merge, parse_override, read_preset, read_yaml
@@ -33,11 +33,11 @@ def load(model: str, objective: str, data: str, engine: str, overrides: list[str
 
 def from_dict(sections: dict[str, Any]) -> RunConfig:
     """A validated config, the contrast `auto` resolved: for mclr posterior with diffusion and null with next_scale."""
+    kind = kind_of_model(sections.get("model"))
     try:
-        config = RunConfig.model_validate(sections)
+        config: RunConfig = config_class(kind).model_validate(sections)
     except ValidationError as error:
-        model = sections.get("model")
-        raise invalid(error, model.get("paradigm") if isinstance(model, dict) else None) from None
+        raise invalid(error, kind) from None
     if config.objective.contrast == "auto":
         tokens = config.objective.name == "mclr" and config.model.paradigm == "next_scale"
         contrast = "null" if tokens else CONTRASTS[config.objective.name][0]
@@ -63,4 +63,4 @@ def load_data(name: str) -> Data:
     try:
         return Data.model_validate(read_preset("data", name).get("data", {}))
     except ValidationError as error:
-        raise invalid(error, None, ("data",)) from None
+        raise invalid(error, "edm2", ("data",)) from None

@@ -8,8 +8,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from mclr.configs.schema.config import fields_of, range_of, type_of
-from mclr.configs.schema.model import MODELS
 from mclr.errors import UserError
+from mclr.models.registry import NETWORKS
 
 RANGES = ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
 LENGTHS = {"missing": "more entries", "too_short": "more entries", "too_long": "fewer entries"}
@@ -20,19 +20,18 @@ def user_error(messages: list[str]) -> UserError:
     return UserError(messages[0] + (f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""))
 
 
-def invalid(error: ValidationError, paradigm: Any, section: tuple[str, ...] = ()) -> UserError:
+def invalid(error: ValidationError, kind: str, section: tuple[str, ...] = ()) -> UserError:
     """The error of a user for one of pydantic's. section: what was validated, () for a whole configuration."""
     # A default that depends on an invalid key is no error of its own. A misspelt key may also be missing: its spelling comes first.
     errors = [each for each in error.errors() if each["type"] != "default_factory_not_called"]
     errors.sort(key=lambda each: each["type"] != "extra_forbidden")
-    fields = fields_of(paradigm)
+    fields = fields_of(kind)
     return user_error([_message(each, (*section, *each["loc"]), fields) for each in errors])
 
 
 def _message(error: Any, place: tuple[str | int, ...], fields: dict[str, FieldInfo]) -> str:
-    # pydantic names the paradigm after `model`; the index of an entry of a list is a number
-    names = [part for i, part in enumerate(place) if not (i == 1 and place[0] == "model" and part in MODELS)]
-    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in names)[1:]
+    # the index of an entry of a list is a number
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)[1:]
     kind, value = error["type"], error["input"]
     if kind == "extra_forbidden":
         return _unknown_key(key, fields)
@@ -45,8 +44,6 @@ def _message(error: Any, place: tuple[str | int, ...], fields: dict[str, FieldIn
         return f"missing key {key}; set it in a preset or with {key}=..."
     if kind in LENGTHS:
         return f"{outer}={json.dumps(value, default=str)}: expected {LENGTHS[kind]}"
-    if kind in ("union_tag_not_found", "union_tag_invalid"):
-        return f"{key}.paradigm={json.dumps(value.get('paradigm'), default=str)}: expected {' or '.join(MODELS)}"
     if kind in ("model_type", "model_attributes_type"):
         return f"{given}: {key} is a section; set one of its keys, like {inner[0]}=..."
     if kind in RANGES:
@@ -59,9 +56,10 @@ def _message(error: Any, place: tuple[str | int, ...], fields: dict[str, FieldIn
 def _unknown_key(key: str, fields: dict[str, FieldInfo]) -> str:
     """Suggests the same name in another section, as few levels deep as possible, else a similar name in this one."""
     section, _, name = key.rpartition(".")
-    owner = next((paradigm for paradigm in MODELS if key in fields_of(paradigm)), None)
+    owner = next((kind for kind, network in NETWORKS.items() if network.paradigm and key in fields_of(kind)), None)
     if owner:
-        return f"unknown key {key}; only {owner} models have it"
+        which = f"networks of kind {owner}" if key.startswith("model.net.") else f"{NETWORKS[owner].paradigm} models"
+        return f"unknown key {key}; only {which} have it"
     siblings = {other.rpartition(".")[2]: other for other in _keys_of(section, fields)}
     close = sorted((other for other in fields if other.rpartition(".")[2] == name), key=lambda other: other.count("."))
     close = close or [siblings[match] for match in difflib.get_close_matches(name, siblings, n=1)]

@@ -4,13 +4,14 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from mclr.models.options import Dropout as Dropout
+from mclr.models.options import Fraction as Fraction
+from mclr.models.options import Positive as Positive
+from mclr.models.options import Size as Size
+
 Whole = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(gt=0)]
-Size = Annotated[int, Field(gt=0, le=2**16)]
-Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):

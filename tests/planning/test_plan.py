@@ -182,7 +182,10 @@ def test_where_nothing_fits_it_says_what_would(monkeypatch, capsys):
         (["--plan", "--gpus", "2", "--engine", "local"], "engine.kind=local runs on one rank, not 2"),
         (["--plan", "--gpu", "abacus"], f"unknown GPU abacus: give one of {', '.join(GPUS)}"),
         (["--gpus", "2"], "--gpus and --gpu belong to --plan"),
-        (["--plan", "data.resolution=7"], "data.resolution=7 cannot be halved 1 times"),
+        (
+            ["--plan", "data.resolution=7"],
+            "model.net.channel_mult: a side of 7 cannot be halved 1 times",
+        ),
     ],
 )
 def test_a_wrong_argument(argv, says, tmp_path, monkeypatch, capsys):

@@ -13,9 +13,9 @@ from mclr.diffusion import Diffusion, sigma_of
 from mclr.errors import UserError
 from mclr.guidance import Guidance
 from mclr.likelihood import Net, Paradigm
-from mclr.models.edm2 import EDM2, EDM2Config
-from mclr.models.features import CONVNEXT_SMALLEST, NoiseClassifier, NoiseClassifierConfig, channel_mult_for
-from mclr.models.var import VAR, VARConfig
+from mclr.models.features import CONVNEXT_SMALLEST, NoiseClassifier, channel_mult_for
+from mclr.models.options import GIVEN, NoiseClassifierConfig, hints_of
+from mclr.models.registry import NETWORKS, kinds_of
 from mclr.models.vqvae import VQVAE
 from mclr.next_scale import NextScale, scale_progress
 from mclr.objective import Objective
@@ -43,17 +43,19 @@ def build_encoder(config: RunConfig, device: torch.device) -> Encoder:
 
 def build_net(config: RunConfig, encoder: Encoder) -> nn.Module:
     """The generator, freshly initialised from torch's global generator."""
-    data, model = config.data, config.model
-    x_shape = encoder.shape(data)
+    data, model, network = config.data, config.model, NETWORKS[config.model.kind]
+    given: dict[str, Any] = {"num_classes": data.num_classes}
     if isinstance(model, DiffusionModel):
-        assert x_shape is not None
-        shape: dict[str, Any] = {"img_resolution": x_shape[1], "img_channels": x_shape[0], "num_classes": data.num_classes}
-        return EDM2(EDM2Config(**shape, sigma_data=model.sigma_data, **model.net.model_dump()))
-    assert isinstance(encoder, Tokens)
-    tokens = encoder.tokenizer.config
-    net = model.net.model_dump()
-    shape = {"num_classes": data.num_classes, "vocab_size": tokens.vocab_size, "z_channels": tokens.z_channels}
-    return VAR(VARConfig(**shape, patch_nums=tokens.scales, **net))
+        shape = encoder.shape(data)
+        assert shape is not None
+        given |= {"img_resolution": shape[1], "img_channels": shape[0], "sigma_data": model.sigma_data}
+    else:
+        assert isinstance(encoder, Tokens)
+        tokens = encoder.tokenizer.config
+        given |= {"vocab_size": tokens.vocab_size, "z_channels": tokens.z_channels, "patch_nums": tokens.scales}
+    wanted = hints_of(network.config)
+    options = {name: value for name, value in given.items() if name in wanted} | model.net.model_dump()
+    return network.net(network.config(**options))
 
 
 def build_paradigm(config: RunConfig, encoder: Encoder) -> Paradigm:
@@ -141,14 +143,13 @@ def build_guide(config: RunConfig, net: nn.Module) -> nn.Module | None:
     name, model = config.sample.guide, config.model
     if name is None:
         return None
-    diffusion = isinstance(model, DiffusionModel)
-    guide = load_net(name, "edm2" if diffusion else "var")
+    guide = load_net(name, *kinds_of(model.paradigm))
     # answers are mixed before they become images, which takes one sigma_data
-    shared = ("img_resolution", "img_channels", "sigma_data") if diffusion else ("patch_nums", "vocab_size", "z_channels")
-    for key in ("num_classes", *shared):
-        there, here = getattr(guide.config, key), getattr(net.config, key)
+    for key in GIVEN[model.paradigm]:
+        here = getattr(net.config, key, None)
+        there = getattr(guide.config, key, here)
         # an unconditional diffusion network guides any, as EDM2's guidance does
-        if there != here and not (diffusion and key == "num_classes" and there == 0):
+        if there != here and not (model.paradigm == "diffusion" and key == "num_classes" and there == 0):
             raise UserError(f"sample.guide={name} has {key} {there}, {model.name} has {here}: give a guide for the same samples")
     if isinstance(model, NextScaleModel):
         # published weights do not say which tokenizer theirs was

@@ -192,9 +192,9 @@ def presets_of(description: Mapping[str, Any]) -> list[str]:
     found, settings = [], settings_of(description)
     for path in sorted((schema.PRESETS / "model").glob("*.yaml")):
         model = schema.read_preset("model", path.stem)["model"]
-        if model["paradigm"] != NETWORKS[description["kind"]].paradigm:
+        if schema.kind_of_model(model) != description["kind"]:
             continue
-        net: Any = schema.MODELS[model["paradigm"]].model_fields["net"].annotation
+        net = schema.net_section(NETWORKS[description["kind"]])
         same = all(settings.get(k) == v for k, v in net.model_validate(model["net"]).model_dump().items() if k not in TRAINING)
         latents = settings.get("img_channels") == 4
         if same and latents == bool(model.get("vae")):
@@ -202,12 +202,16 @@ def presets_of(description: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def load_net(name: str, kind: str) -> nn.Module:
-    """The network of a weights folder (or bundled name), in evaluation mode. kind: what is expected, a key of NETWORKS."""
+def load_net(name: str, *kinds: str) -> nn.Module:
+    """The network of a weights folder (or bundled name), in evaluation mode. kinds: those that are expected, keys of NETWORKS.
+
+    Raises UserError for weights of another kind, damaged ones and those that do not fit their own config.json.
+    """
     folder = find_weights(name)
     described = read_config(folder)
-    if described["kind"] != kind:
-        raise UserError(f"weights {name} hold a network of kind {described['kind']}, not {kind}: choose other weights")
+    kind = described["kind"]
+    if kinds and kind not in kinds:
+        raise UserError(f"weights {name} hold a network of kind {kind}, not {' or '.join(kinds)}: choose other weights")
     config_class, net_class = NETWORKS[kind].config, NETWORKS[kind].net
     hints, settings = hints_of(config_class), settings_of(described)
     try:
