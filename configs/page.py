@@ -4,8 +4,9 @@ import json
 
 from pydantic.fields import FieldInfo
 
-from mclr.configs.schema import MODELS, PRESETS
+from mclr.configs.schema import PRESETS
 from mclr.configs.schema.config import fields_of, range_of, type_of
+from mclr.models.registry import NETWORKS
 
 PAGE = PRESETS / "README.md"
 
@@ -50,12 +51,12 @@ the finest scale: (4.382 - ln sigma) / 10.597 for diffusion, k / (K - 1) for sca
 
 def page() -> str:
     """The text of configs/README.md."""
-    every = {paradigm: fields_of(paradigm) for paradigm in MODELS}
+    every = {kind: fields_of(kind) for kind, network in NETWORKS.items() if network.paradigm}
     sections = dict.fromkeys(key.rpartition(".")[0] for fields in every.values() for key in fields)
     tables = []
     for section in sections:
         if section == "model.net":
-            tables += [table(f"{section} ({paradigm})", section, {paradigm: fields}) for paradigm, fields in every.items()]
+            tables += [table(f"{section} ({kind})", section, {kind: fields}) for kind, fields in every.items()]
         elif section == "objective.schedule":
             tables.append(table("objective.schedule, and the same settings of sample.schedule", section, every))
         elif section not in ("", "sample.schedule"):
@@ -64,14 +65,15 @@ def page() -> str:
 
 
 def table(title: str, section: str, every: dict[str, dict[str, FieldInfo]]) -> str:
-    """The settings of one section, without the sections in it. every: for each paradigm its fields."""
+    """The settings of one section, without the sections in it. every: for each kind of network its fields."""
     lines = [f"### {title}", "| setting | type | range | default | meaning |", "| --- | --- | --- | --- | --- |"]
     for key in dict.fromkeys(key for fields in every.values() for key in fields if key.rpartition(".")[0] == section):
-        found = {paradigm: fields[key] for paradigm, fields in every.items() if key in fields}
+        found = {kind: fields[key] for kind, fields in every.items() if key in fields}
         field = next(iter(found.values()))
         if field.description:
             words = dict.fromkeys(type_of(each.annotation).removeprefix("an ").removeprefix("a ") for each in found.values())
-            owner = "" if len(found) == len(every) else f"Of {', '.join(found)}: "
+            paradigms = dict.fromkeys(str(NETWORKS[kind].paradigm) for kind in found)
+            owner = "" if len(found) == len(every) else f"Of {', '.join(paradigms)}: "
             cells = (f"`{key}`", " or ".join(words), range_of(field), default(field), owner + field.description)
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])

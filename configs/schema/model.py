@@ -54,7 +54,7 @@ class DiffusionModel(_Model):
     """A diffusion model, on pixels or latents."""
 
     paradigm: Literal["diffusion"] = setting(..., "Kind of model")
-    kind: str = setting("edm2", "Kind of network, of models/registry.py")
+    kind: str = setting("edm2", "Kind of network in models/registry.py; not given: edm2 for diffusion, var for next_scale")
     net: Any = setting(..., "Options of the network")  # its net_section()
     vae: str | None = setting(None, "Encoder of latents: folder of a diffusers AutoencoderKL or hf://ORG/REPO; null: pixels")
     noise_mean: float = setting(-0.4, "Mean of ln sigma in training")
@@ -67,7 +67,7 @@ class NextScaleModel(_Model):
     """A next-scale model, on tokens."""
 
     paradigm: Literal["next_scale"] = setting(..., "Kind of model")
-    kind: str = setting("var", "Kind of network, of models/registry.py")
+    kind: str = setting("var", "Kind of network in models/registry.py; not given: edm2 for diffusion, var for next_scale")
     net: Any = setting(..., "Options of the network")  # its net_section()
     tokenizer: str = setting(..., "Weights of the tokenizer: a folder, bundled name or published file")
 
