@@ -39,7 +39,7 @@ def _contents(run):
     for path in (path for path in run.rglob("*") if path.is_file()):
         name = str(path.relative_to(run))
         old = name.startswith("checkpoints/") and newest not in path.parents
-        if not (old or name.startswith("pulse/") or path.name in IGNORED):
+        if not (old or name.startswith("watchdog/") or path.name in IGNORED):
             contents[name] = _content(path)
     return contents
 

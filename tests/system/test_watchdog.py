@@ -1,4 +1,4 @@
-"""The pulse: what a rank writes of itself, and what becomes of a run in which one has gone silent."""
+"""The watchdog: what a rank writes of itself, and what becomes of a run in which one has gone silent."""
 
 import multiprocessing
 import os
@@ -11,16 +11,16 @@ from mclr.errors import UserError
 from mclr.train.system.watchdog import Watchdog, read_beats
 
 
-def test_a_pulse_tells_step_and_phase_and_counts_time(tmp_path):
+def test_a_beat_tells_step_and_phase_and_counts_time(tmp_path):
     began = time.time()
     watchdog = Watchdog(tmp_path, rank=2, ranks=4, timeout=100)
     watchdog.enter("data", 7)
     time.sleep(0.05)
     watchdog.enter("compute")
     watchdog.enter("data", 8)
-    ((rank, (step, phase, then)),) = read_beats(tmp_path / "pulse", 4).items()
+    ((rank, (step, phase, then)),) = read_beats(tmp_path / "watchdog", 4).items()
     watchdog.close()
-    assert read_beats(tmp_path / "pulse", 4)[2][1] == "ended"
+    assert read_beats(tmp_path / "watchdog", 4)[2][1] == "ended"
     assert watchdog.waited >= 0.05
     assert (rank, step, phase) == (2, 8, "data") and began - 0.002 <= then <= time.time()
 
@@ -28,16 +28,16 @@ def test_a_pulse_tells_step_and_phase_and_counts_time(tmp_path):
 def test_ranks_of_an_earlier_start_with_more_of_them_do_not_count(tmp_path):
     for rank in (0, 3):
         Watchdog(tmp_path, rank, ranks=4, timeout=100).close()
-    assert list(read_beats(tmp_path / "pulse", 2)) == [0]
+    assert list(read_beats(tmp_path / "watchdog", 2)) == [0]
 
 
-def test_a_pulse_may_end_at_once_and_again(tmp_path):
+def test_a_watchdog_may_end_at_once_and_again(tmp_path):
     for _ in range(2):
         Watchdog(tmp_path, 0, 1, timeout=1000).close()
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path):
-    (tmp_path / "pulse").write_text("a file")
+    (tmp_path / "watchdog").write_text("a file")
     with pytest.raises(UserError, match="cannot write"):
         Watchdog(tmp_path, 0, 1, timeout=100)
 
@@ -60,11 +60,11 @@ def test_a_rank_that_goes_on_at_last_is_not_ended(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_read_ends_no_watch(tmp_path):
-    """A pulse that is made and not written yet, or not seen on a shared folder."""
+    """A beat that is made and not written yet, or not seen on a shared folder."""
     watchdog = Watchdog(tmp_path, rank=0, ranks=3, timeout=100)
-    (tmp_path / "pulse" / "00001").write_text("")
-    assert list(read_beats(tmp_path / "pulse", 3)) == [0] and watchdog._blame()[0] == [0]
-    (tmp_path / "pulse" / "00000").unlink()
+    (tmp_path / "watchdog" / "00001").write_text("")
+    assert list(read_beats(tmp_path / "watchdog", 3)) == [0] and watchdog._blame()[0] == [0]
+    (tmp_path / "watchdog" / "00000").unlink()
     assert "rank 0 has been silent for 100 s" in watchdog._blame()[1]
     watchdog.close()
 

@@ -34,7 +34,7 @@ RECIPE = [
     "train.keep=2",
     "engine.gradient_clipping=1.0",
 ]
-FILES = ["checkpoints", "config.yaml", "inputs.json", "lock", "metrics.jsonl", "pulse", "snapshots", "weights"]
+FILES = ["checkpoints", "config.yaml", "inputs.json", "lock", "metrics.jsonl", "snapshots", "watchdog", "weights"]
 DROPOUT = {"edm2-digits": "model.net.dropout=0.2", "var-digits": "model.net.drop_path=0.2"}
 
 

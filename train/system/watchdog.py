@@ -17,7 +17,7 @@ BYTES = 80  # of a beat, padded: it is overwritten in place
 
 
 class Watchdog:
-    """Writes step, phase and time to RUN/pulse/RANK whenever this rank begins something, for any rank and any user to read.
+    """Writes step, phase and time to RUN/watchdog/RANK whenever this rank begins something, for any rank and any user to read.
 
     waited: seconds spent in phase "data". When this rank has made no progress for `timeout` seconds, a thread picks a culprit (a dead
     process, else the lowest step, else the longest silent). The lowest other rank prints it in one line (the culprit itself where it is
@@ -26,7 +26,7 @@ class Watchdog:
     """
 
     def __init__(self, run: Path, rank: int, ranks: int, timeout: float):
-        self.folder, self.rank, self.ranks, self.timeout = run / "pulse", rank, ranks, timeout
+        self.folder, self.rank, self.ranks, self.timeout = run / "watchdog", rank, ranks, timeout
         self.step, self.phase, self.since, self.waited = 0, "start", time.monotonic(), 0.0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

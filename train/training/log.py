@@ -43,7 +43,7 @@ INPUTS = "inputs.json"
 METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"
 LOCK = "lock"  # holds the number of the process that was here last
 # what a run writes over or takes away in time
-WRITES = (INPUTS, LOCK, METRICS, SKIPPED, "checkpoints", "grids", "pulse", "snapshots", "weights")
+WRITES = (INPUTS, LOCK, METRICS, SKIPPED, "checkpoints", "grids", "watchdog", "snapshots", "weights")
 
 
 def is_free(key: str) -> bool:
