@@ -18,7 +18,7 @@ from mclr.configs.schema.sample import Sample
 from mclr.configs.schema.section import Section
 from mclr.configs.schema.train import Train
 from mclr.errors import UserError
-from mclr.models.registry import NETWORKS, kinds_of
+from mclr.models.registry import NETWORKS, Network, kinds_of
 
 WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 
@@ -35,10 +35,9 @@ class RunConfig(Section):
 
 
 @cache
-def config_class(kind: str) -> type[RunConfig]:
+def config_class(network: Network) -> type[RunConfig]:
     """RunConfig for one kind of network, whose options model.net holds."""
-    network = NETWORKS[kind]
-    model = create_model(kind, __base__=MODELS[str(network.paradigm)], net=(net_section(network), ...))
+    model = create_model("Model", __base__=MODELS[str(network.paradigm)], net=(net_section(network), ...))
     return create_model("RunConfig", __base__=RunConfig, model=(model, ...))
 
 
@@ -67,7 +66,7 @@ def fields_of(kind: str) -> dict[str, FieldInfo]:
             if isinstance(inner := field.annotation, type) and issubclass(inner, Section):
                 yield from walk(inner, f"{prefix}{name}.")
 
-    return dict(walk(config_class(kind), ""))
+    return dict(walk(config_class(NETWORKS[kind]), ""))
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from mclr.configs.schema.data import Data
 from mclr.configs.schema.messages import invalid, user_error
 from mclr.configs.schema.presets import merge, parse_override, read_preset, read_yaml
 from mclr.configs.schema.strict_yaml import Dumper
+from mclr.models.registry import NETWORKS
 
 FILE = "config.yaml"  # of a resolved config in its run folder
 
@@ -35,7 +36,7 @@ def from_dict(sections: dict[str, Any]) -> RunConfig:
     """A validated config, the contrast `auto` resolved: for mclr posterior with diffusion and null with next_scale."""
     kind = kind_of_model(sections.get("model"))
     try:
-        config: RunConfig = config_class(kind).model_validate(sections)
+        config: RunConfig = config_class(NETWORKS[kind]).model_validate(sections)
     except ValidationError as error:
         raise invalid(error, kind) from None
     if config.objective.contrast == "auto":

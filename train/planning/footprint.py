@@ -143,7 +143,6 @@ class Model:
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self.fake, Watch():
             self.net = build_net(config, encoder).train()
-            self.net.activation_checkpointing = config.engine.activation_checkpointing  # type: ignore[assignment]
             self.classifier = self._classifier()
             self.sizes = self._sizes()
         self.measured = cache(self._measured)
@@ -158,7 +157,7 @@ class Model:
 
     def _sizes(self) -> Sizes:
         optimizer = make_optimizer(self.net, 0.0, (0.0, 0.0), 0.0, 0.0)
-        blocks = [sum(p.numel() for p in block.parameters()) for block in self.net.blocks]  # type: ignore[union-attr]
+        blocks = [sum(p.numel() for p in block.parameters()) for block in getattr(self.net, "blocks", [self.net])]
         linear = sum(p.numel() for m in self.net.modules() if isinstance(m, nn.Linear) for p in m.parameters())
         return Sizes(
             groups=tuple(tuple(p.numel() for p in group["params"]) for group in optimizer.param_groups),

@@ -182,7 +182,6 @@ def build_task(config: RunConfig, source: Source, networks: Networks, device: to
         accumulation = settings.batch // world()[2] // micro_batch
         return DeepSpeedEngine(net, optimizer, clip, accumulation, bf16, micro_batch, zero, offload)
 
-    networks.net.activation_checkpointing = config.engine.activation_checkpointing  # type: ignore[assignment]
     engine = engine_of(networks.net, settings.lr, settings.weight_decay, config.engine.zero, config.engine.offload)
     posterior_engine = None
     if networks.classifier is not None:

@@ -42,7 +42,7 @@ def build_encoder(config: RunConfig, device: torch.device) -> Encoder:
 
 
 def build_net(config: RunConfig, encoder: Encoder) -> nn.Module:
-    """The generator, freshly initialised from torch's global generator."""
+    """The generator, freshly initialised from torch's global generator. Raises UserError for an engine option that it lacks."""
     data, model, network = config.data, config.model, NETWORKS[config.model.kind]
     given: dict[str, Any] = {"num_classes": data.num_classes}
     if isinstance(model, DiffusionModel):
@@ -55,7 +55,12 @@ def build_net(config: RunConfig, encoder: Encoder) -> nn.Module:
         given |= {"vocab_size": tokens.vocab_size, "z_channels": tokens.z_channels, "patch_nums": tokens.scales}
     wanted = hints_of(network.config)
     options = {name: value for name, value in given.items() if name in wanted} | model.net.model_dump()
-    return network.net(network.config(**options))
+    net = network.net(network.config(**options))
+    if config.engine.activation_checkpointing:
+        if not hasattr(net, "activation_checkpointing"):
+            raise UserError(f"engine.activation_checkpointing=true: a network of kind {model.kind} has none; set it to false")
+        net.activation_checkpointing = True
+    return net
 
 
 def build_paradigm(config: RunConfig, encoder: Encoder) -> Paradigm:
