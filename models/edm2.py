@@ -224,7 +224,8 @@ class Attention(nn.Module):
         super().__init__()
         if channels % channels_per_head:
             raise UserError(
-                f"channels_per_head {channels_per_head} does not divide the {channels} channels of an attention layer"
+                f"channels_per_head {channels_per_head} does not divide the {channels} channels of an attention layer: "
+                "give channels_per_head=N"
             )
         self.heads = channels // channels_per_head
         self.qkv = MPConv(channels, 3 * channels, kernel=1)

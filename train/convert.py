@@ -1,5 +1,6 @@
 """`mclr convert`: published weights of VAR, its VQVAE and EDM2 into a weights folder, and back."""
 
+import argparse
 import dataclasses
 import io
 import json
@@ -18,9 +19,10 @@ from mclr.models.registry import NETWORKS
 from mclr.train.engine.ema import reconstruct
 from mclr.train.system.console import Parser, run
 from mclr.train.system.files import write_file
-from mclr.train.weights.folder import convert_published, find_weights, load_net, notes_of, read_config, save_weights
-from mclr.train.weights.published import READABLE, SUFFIXES
+from mclr.train.weights.folder import convert_published, find_weights, is_ours, load_net, notes_of, read_config, save_weights
 
+SUFFIXES = (".pth", ".pt", ".safetensors")  # of files that are written
+FOREIGN = (".pkl", ".bin", ".ckpt")  # of files that are only read
 EXAMPLE = f"""examples:
   mclr convert var_d16.pth weights/var-d16                  published -> ours
   mclr convert edm2-img64-s-1073741-0.075.pkl weights/edm2-img64-s
@@ -32,46 +34,55 @@ EXAMPLE = f"""examples:
 A DST that ends in {", ".join(SUFFIXES)} is written with published names; any other DST is the weights folder to make.
 key=value sets what names and shapes do not show: the scales of a VQVAE (default: those of 256 px), channels_per_head of an
 EDM2 (default: 64, as in every published size), num_heads of a VAR without attn_l2_norm (default: width 64 each).
-Checkpoints of VAR's trainer can be given as they are, and files on the Hugging Face hub by hf://ORG/REPO/FILE[@REV]."""
+Files are known by their content: .pth, .ckpt, .bin, .safetensors, shards with their index, checkpoints of trainers, EDM2's .pkl. Those
+on the Hugging Face hub are named hf://ORG/REPO/FILE[@REV]. Of raw and averaged weights in one file the averaged ones are taken."""
 
 WEIGHTS = {"model.safetensors", "config.json", "README.md"}  # what a weights folder holds
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("mclr convert", description="Translate weights.", epilog=EXAMPLE)
-    parser.add_argument("src", metavar="SRC", help=f"a published network ({', '.join(READABLE)}), weights of ours, or a run")
+    parser.add_argument(
+        "src", metavar="SRC", help="a published network (a file of any ending, or a folder of shards), weights of ours, or a run"
+    )
     parser.add_argument("dst", type=Path, metavar="DST", help="the weights folder to make, or the file to write")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="of the network, where the file does not show it")
     parser.add_argument("--force", action="store_true", help="replace the weights that are at DST")
+    parser.add_argument(
+        "--weights-key", metavar="KEY", help="of a checkpoint with several networks: which one (default: the averaged weights)"
+    )
+    parser.add_argument("--ignore-extra", action="store_true", help="leave out entries that the network does not have")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--half", action="store_true", help="copy weights of ours as they are, stored in fp16")
     how.add_argument(
         "--ema-std", type=float, metavar="STD", help="of the run SRC: the average of this relative width, .01 to .25"
     )
     args = parser.parse_args(argv)
-    copied = args.half or args.ema_std is not None
+    copied, to_a_file = args.half or args.ema_std is not None, args.dst.suffix.lower() in SUFFIXES
     check_target(args.dst, args.force, folder=copied)
-    if args.settings and (copied or args.dst.suffix in SUFFIXES):
-        raise UserError(f"{args.settings[0]} has no effect: the settings of a weights folder stand in its config.json")
+    options = [*args.settings, *["--weights-key"] * (args.weights_key is not None), *["--ignore-extra"] * args.ignore_extra]
+    if options and (copied or to_a_file):
+        raise UserError(f"{options[0]} has no effect: it is for published files, and weights of ours are complete")
     if args.ema_std is None and (Path(args.src) / FILE).is_file():
         raise UserError(f"{args.src} is a run: give {args.src}/weights, or the width of an average by --ema-std")
-    if not (args.half or args.dst.suffix in SUFFIXES) and args.ema_std is None and (Path(args.src) / "config.json").is_file():
+    if not (copied or to_a_file) and is_ours(Path(args.src)):
         ways = f"copy it, store it in fp16 by --half, or give a DST that ends in {', '.join(SUFFIXES)}"
         raise UserError(f"{args.src} is a weights folder already: {ways}")
     if args.half:
         to_half(args.src, args.dst, args.force)
     elif args.ema_std is not None:
         to_average(Path(args.src), args.dst, args.ema_std, args.force)
-    elif args.dst.suffix in SUFFIXES:
+    elif to_a_file:
         to_file(args.src, args.dst)
     else:
-        to_folder(args.src, args.dst, args.settings, args.force)
+        to_folder(args)
     return 0
 
 
 def check_target(dst: Path, force: bool, folder: bool) -> None:
     """Raises UserError where something is at DST, unless it is empty, or --force is given and it is weights. folder: DST is to be one."""
-    if dst.suffix in READABLE and (folder or dst.suffix not in SUFFIXES):
+    ending = dst.suffix.lower()
+    if ending in FOREIGN or (folder and ending in SUFFIXES):
         raise UserError(f"{dst} is named like a published file, and would be a weights folder: give it another name")
     try:
         there = {path.name for path in dst.iterdir()} if dst.is_dir() else {dst.name} if dst.exists() else set()
@@ -79,13 +90,14 @@ def check_target(dst: Path, force: bool, folder: bool) -> None:
         raise UserError(f"cannot read {dst} ({error.strerror}): choose another name") from error
     if there and not force:
         raise UserError(f"{dst} exists already: remove it, choose another name, or replace it by --force")
-    if there and not ({"config.json"} <= there <= WEIGHTS if dst.is_dir() else dst.suffix in SUFFIXES):
+    if there and not ({"config.json"} <= there <= WEIGHTS if dst.is_dir() else ending in SUFFIXES):
         raise UserError(f"{dst} is not what --force may replace, weights: choose another name")
 
 
-def to_folder(src: str, dst: Path, settings: list[str], force: bool) -> None:
+def to_folder(args: argparse.Namespace) -> None:
     """Published file -> weights folder. Raises UserError, with nothing written, for a file that is no whole known network."""
-    net, notes = convert_published(src, dst, settings, replace=force)
+    dst = args.dst
+    net, notes = convert_published(args.src, dst, args.settings, args.force, args.weights_key, args.ignore_extra)
     config: Any = net.config
     print(f"{dst}: {type(net).__name__}, {sum(p.numel() for p in net.parameters()) / 1e6:.2f}M parameters")
     print(", ".join(f"{key} {value}" for key, value in dataclasses.asdict(config).items()))
@@ -128,7 +140,7 @@ def to_file(src: str, dst: Path) -> None:
     net = load_net(src)
     config: Any = net.config
     state_dict = to_published(net, family.name_of) | family.constants(config)
-    if dst.suffix == ".safetensors":
+    if dst.suffix.lower() == ".safetensors":
         data = safetensors.torch.save(state_dict)
     else:
         buffer = io.BytesIO()

@@ -7,6 +7,7 @@ import json
 import pickle
 import sys
 import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from mclr.errors import UserError
 from mclr.models.convert import NAMED, Shapes, to_published
 from mclr.models.edm2 import EDM2Config, edm2_published_name
 from mclr.models.registry import NETWORKS
-from mclr.train.weights.published import read_published, read_state_dict, size_of
+from mclr.train import convert
+from mclr.train.system.console import run
+from mclr.train.weights.published import read_published, size_of
 
 _, ARGUMENTS, NAMES = load_golden("edm2_tiny.npz")
 TINY = rule_weights(NAMES)
@@ -150,15 +153,6 @@ def test_a_snapshot_that_contradicts_itself_is_refused(case, persistence, tmp_pa
     assert line in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "content", [{"model": TINY, "epoch": 3}, {"state_dict": TINY}, {"net": TINY, "ema": {"stds": [0.1]}}, {"ema": TINY}]
-)
-def test_a_state_dict_is_found_in_a_checkpoint(content, tmp_path):
-    torch.save(content, tmp_path / "a.pth")
-    found = read_state_dict(tmp_path / "a.pth")
-    assert found.keys() == TINY.keys() and all(torch.equal(found[name], TINY[name]) for name in TINY)
-
-
 def test_every_published_size_is_called_by_its_name():
     sizes = json.loads(gzip.decompress((FOLDER / "published_names.json.gz").read_bytes()))
     for name, shapes in sizes.items():
@@ -173,55 +167,69 @@ def saved(content, **how):
     return buffer.getvalue()
 
 
+def zip_of(name):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(name, b"x")
+    return buffer.getvalue()
+
+
 LIKELY = "looks like var-d2, but the weights do not fit this VAR"
 SMALL = saved({"a": torch.zeros(9999)})
 OLD = saved({"a": torch.zeros(9999)}, _use_new_zipfile_serialization=False)
 SNAPSHOT = (FOLDER / "edm2_tiny.pkl").read_bytes()
 PLAIN = safetensors.torch.save({"a": torch.zeros(99)})
 FC = "blocks.1.ffn.fc2.bias"
+NONE = "is no published VAR, VQVAE or EDM2 (its entries: "
 BAD = {
-    "no file": ("a.pkl", None, "No such file"),
-    "other ending": ("a.bin", b"x", "give a file that ends in .pth, .pt, .safetensors, .pkl"),
-    "empty": ("a.pth", b"", "is empty: download it again"),
-    "web page": ("a.pth", b"\n<!DOCTYPE html>\n<html>" + b"x" * 999, "is a web page: download the file itself"),
-    "pointer": ("a.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
-    "text": ("a.pth", b"404: Not Found", "is text ('404: Not Found'), no weights"),
-    "gzip": ("a.pth", gzip.compress(SMALL), "is compressed by gzip: unpack it"),
-    "half of a zip": ("a.pth", SMALL[:20000], "is incomplete"),
-    "all but a byte of a zip": ("a.pth", SMALL[:-1], "is incomplete"),
-    "half of an old file": ("a.pth", OLD[:20000], "is incomplete"),
-    "half of a snapshot": ("a.pkl", SNAPSHOT[:700_000], "is incomplete"),
-    "half of a safetensors": ("a.safetensors", PLAIN[:200], "is incomplete"),
-    "half of its header": ("a.safetensors", PLAIN[:20], "is incomplete"),
-    "noise": ("a.pth", bytes(range(256)), "opcode"),
-    "arrays": ("a.pkl", pickle.dumps({"mu": np.zeros(3), "sigma": np.zeros((3, 3))}, 4), "is no state dict"),
-    "several networks": ("a.pth", saved({"model": TINY, "ema": TINY}), "holds 2 networks (ema, model): save the state dict of one"),
-    "other network": ("a.pth", saved({"fc.weight": torch.zeros(2)}), "is no published VAR, VQVAE or EDM2"),
-    "empty entry": ("a.pth", saved(var(extra=torch.zeros(0))), "has no numbers at 'extra'"),
-    "escapes": ("a.pth", saved({"\x1b[2J": torch.zeros(2)}), "impossible names"),
-    "missing key": ("a.pth", saved({k: t for k, t in var().items() if k != FC}), f"{LIKELY}: {FC} is missing"),
-    "unexpected keys": ("a.pth", saved(var(**{f"lora{i}": torch.zeros(2) for i in range(300)})), f"and {300 - NAMED} more entries"),
-    "other shape": ("a.pth", saved(var(**{FC: torch.zeros(5)})), f"{LIKELY}: {FC} is [5]"),
-    "too few heads": ("a.pth", saved(var(**{"blocks.0.attn.scale_mul_1H11": torch.zeros(1, 3, 1, 1)})), "3 heads cannot share"),
-    "nan": ("a.pth", saved(var(**{FC: torch.full([128], torch.nan)})), f"{FC} holds NaN or infinite numbers"),
-    "infinite": ("a.pth", saved(var(**{FC: torch.full([128], 1e300, dtype=torch.double)})), f"{FC} holds NaN or infinite numbers"),
-    "integers": ("a.pth", saved(var(**{FC: torch.zeros(128, dtype=torch.int8)})), f"{FC} holds torch.int8, no weights"),
+    "no file": (None, "net (No such file or directory): give a published state dict"),
+    "empty": (b"", "is empty: download it again"),
+    "web page": (b"\n<!DOCTYPE html>\n<html>" + b"x" * 999, "is a web page: download the file itself"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "git lfs pull"),
+    "text": (b"404: Not Found", "is text ('404: Not Found'), no weights"),
+    "gzip": (gzip.compress(SMALL), "is compressed by gzip: unpack it"),
+    "half of a zip": (SMALL[:20000], "is incomplete"),
+    "all but a byte of a zip": (SMALL[:-1], "is incomplete"),
+    "half of an old file": (OLD[:20000], "is incomplete"),
+    "half of a snapshot": (SNAPSHOT[:700_000], "is incomplete"),
+    "half of a safetensors": (PLAIN[:200], "is incomplete"),
+    "half of its header": (PLAIN[:20], "is incomplete"),
+    "no content": (b"\x80\x04.", "is damaged"),
+    "noise": (bytes(range(256)), "asks for what no weights need"),
+    "noise in a pickle": (b"\x80\x02garbage", "asks for what no weights need"),
+    "noise in a zip": (zip_of("a/data.pkl"), "asks for what no weights need"),
+    "a number": (saved(3), "is no state dict"),
+    "numbers": (saved({"trainer": {}, "epoch": 3}), "is no state dict"),
+    "arrays": (pickle.dumps({"mu": np.zeros(3), "sigma": np.zeros((3, 3))}, 4), "is no state dict"),
+    "two networks": (saved({"model": TINY, "net": TINY}), "holds 2 networks ('model', 'net'): choose by `mclr convert FILE FOLDER --w"),
+    "a module": (saved(torch.nn.Linear(2, 2)), f"{NONE}weight, bias, ...)"),
+    "other network": (saved({"fc.weight": torch.zeros(2), "epoch": 3}), f"{NONE}fc.weight, ...)"),
+    "one name twice": (saved({"model.a": torch.zeros(2), "a": torch.zeros(2)}), "entries of the same name"),
+    "empty entry": (saved(var(extra=torch.zeros(0))), "has no numbers at 'extra'"),
+    "escapes": (saved({"\x1b[2J": torch.zeros(2)}), "impossible names"),
+    "missing entry": (saved({k: t for k, t in var().items() if k != FC}), f"{LIKELY}: {FC} is missing"),
+    "missing table": (saved({k: t for k, t in var().items() if k != "class_emb.weight"}), "is no whole VAR: class_emb.weight is missing"),
+    "unexpected entries": (saved(var(**{f"lora{i}": torch.zeros(2) for i in range(300)})), f"and {300 - NAMED} more entries"),
+    "other shape": (saved(var(**{FC: torch.zeros(5)})), f"{LIKELY}: {FC} is [5]"),
+    "bad shape": (saved(var(pos_1LC=torch.zeros(2))), "is no whole VAR"),
+    "unknown scales": (saved(var(pos_1LC=torch.zeros(1, 21, 128))), "the sides of its scales are none of the published ones"),
+    "a stub": (saved({"unet.out_gain": torch.zeros(())}), "is no whole EDM2: entries like unet.enc.#x#_block0"),
+    "too few heads": (saved(var(**{"blocks.0.attn.scale_mul_1H11": torch.zeros(1, 3, 1, 1)})), "3 heads cannot share"),
+    "nan": (saved(var(**{FC: torch.full([128], torch.nan)})), f"{FC} holds NaN or infinite numbers"),
+    "infinite": (saved(var(**{FC: torch.full([128], 1e300, dtype=torch.double)})), f"{FC} holds NaN or infinite numbers"),
+    "integers": (saved(var(**{FC: torch.zeros(128, dtype=torch.int8)})), f"{FC} holds torch.int8, no weights"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_file_is_told_in_one_short_line(case, tmp_path):
-    name, content, line = BAD[case]
+def test_a_bad_file_is_one_short_line_and_leaves_nothing(case, tmp_path, capsys):
+    content, line = BAD[case]
     if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError) as error:
-        read_published(tmp_path / name)
-    message = str(error.value)
-    assert line in message and str(tmp_path / name) in message and "\n" not in message and len(message) < 600
-    assert sum(message.count(fault) for fault in (" is missing", " is unexpected", " instead of ")) <= NAMED
-
-
-def test_a_folder_is_no_file(tmp_path):
-    (tmp_path / "a.pth").mkdir()
-    with pytest.raises(UserError, match="is no file"):
-        read_published(tmp_path / "a.pth")
+        (tmp_path / "net").write_bytes(content)
+    before = sorted(tmp_path.iterdir())
+    assert run(convert.main, [str(tmp_path / "net"), str(tmp_path / "ours")]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and len(err) < 600
+    assert line in err and str(tmp_path / "net") in err
+    assert sum(err.count(fault) for fault in (" is missing", " is unexpected, ", " instead of ")) <= NAMED
+    assert sorted(tmp_path.iterdir()) == before

@@ -19,7 +19,7 @@ from mclr.train.data.encoders import from_uint8
 from mclr.train.system.files import checksum
 from mclr.train.system.hub import fetch
 from mclr.train.weights.folder import find_weights, load_net, sha256
-from mclr.train.weights.published import read_state_dict
+from mclr.train.weights.state_dict import read_state_dict
 
 PUBLISHED = ("dinov2", "inception")
 BATCH = 256  # images per forward of a classifier

@@ -33,6 +33,7 @@ from mclr.train.system.files import (
 from mclr.train.system.hub import SCHEME, fetch
 from mclr.train.weights.model_card import card
 from mclr.train.weights.published import read_published
+from mclr.train.weights.state_dict import CHOICES, checksum_of, holds_weights
 
 BUNDLED = Path(mclr.models.__file__).parent / "weights"
 OWN = ("kind", "config", "parameters")  # entries of config.json that follow from the network; the others are notes
@@ -90,9 +91,9 @@ def find_weights(name: str) -> Path:
     """
     found = fetch(name)
     for folder in (BUNDLED / name, found):
-        if (folder / "config.json").is_file():
+        if is_ours(folder):
             return folder
-    if found.is_file():
+    if found.is_file() or holds_weights(found):
         return converted(name)
     known = ", ".join(sorted(f.name for f in BUNDLED.iterdir() if f.is_dir()))
     raise UserError(
@@ -108,7 +109,7 @@ def converted(name: str) -> Path:
     """
     file = fetch(name)
     cache = cache_folder()
-    folder = cache / f"{file.stem}-{checksum(file)[:16]}"
+    folder = cache / f"{file.stem}-{checksum_of(file)[:16]}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         held, _ = lock(cache / "lock", wait=True, none=True)
@@ -116,23 +117,43 @@ def converted(name: str) -> Path:
         raise UserError(f"cannot write {cache} ({error.strerror}): set XDG_CACHE_HOME to a folder with room to spare") from error
     with held:
         if not folder.is_dir():
-            convert_published(name, folder)
+            _, notes = convert_published(name, folder)
             # not among what a program prints as its answer
             print(f"{name}: converted once, into {folder}", file=sys.stderr)
+            for what in (what for what in CHOICES if what in notes):
+                print(f"{name}: {what}: {notes[what]}", file=sys.stderr)
     return folder
 
 
+def is_ours(folder: Path) -> bool:
+    """Whether config.json describes a network of ours, or is damaged; that of another library has no kind."""
+    try:
+        return "kind" in json.loads(regular(folder / "config.json").read_bytes())
+    except OSError:
+        return False
+    except (ValueError, TypeError, RecursionError):
+        # whoever reads it says so
+        return True
+
+
 def convert_published(
-    name: str, folder: Path, settings: Sequence[str] = (), replace: bool = False
+    name: str,
+    folder: Path,
+    settings: Sequence[str] = (),
+    replace: bool = False,
+    weights_key: str | None = None,
+    ignore_extra: bool = False,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Published file, also hf://ORG/REPO/FILE -> weights folder, in fp16 where that loses nothing; (network, what the file says beside it).
 
+    The arguments after replace are those of read_published.
     Raises UserError, with nothing written, for a file that is no whole known network.
     """
     file = fetch(name)
-    net, notes = read_published(file, settings)
+    net, notes = read_published(file, settings, weights_key, ignore_extra)
     base = name if name.startswith(SCHEME) else file.name
-    made_by = shlex.join(["mclr", "convert", name, str(folder), *settings])
+    options = [*(["--weights-key", weights_key] if weights_key is not None else []), *["--ignore-extra"] * ignore_extra]
+    made_by = shlex.join(["mclr", "convert", name, str(folder), *settings, *options])
     half = all(torch.equal(t.half().float(), t) for t in net.state_dict().values())
     save_weights(folder, net, half=half, replace=replace, made_by=made_by, base=base, **notes)
     return net, notes
