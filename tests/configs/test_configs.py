@@ -225,6 +225,11 @@ def test_a_folder_that_is_no_dataset_is_refused(text, problem, tmp_path):
         ("data.channels=2", "data.channels=2: expected 1 or 3"),
         # two keys of one section
         ("engine.zero=1", "engine.zero=1 needs engine.kind=deepspeed or auto"),
+        ("engine.offload=true", "engine.offload=true needs engine.zero=1, 2 or 3"),
+        ("sample.churn_min=1", "sample.churn_min=1.0 needs sample.churn > 0"),
+        ("sample.guide=mine", "sample.guide=mine needs sample.gamma, the weight of guidance"),
+        ("train.snapshot_stds=[0.1, 0.1001]", "train.snapshot_stds=[0.1, 0.1001] must differ in their first three decimals"),
+        ("engine.reference=whole", "engine.reference=whole needs objective.name=cc_dpo, cca or ddo"),
         ("sample.sigma_min=90", "sample.sigma_min=90.0 must be below sample.sigma_max=80.0"),
         ("sample.schedule.low=0.3", "sample.schedule.low=0.3 needs sample.schedule.kind=interval"),
         ("model.posterior.backbone=5", "model.posterior.backbone=5: expected text or null"),
@@ -267,15 +272,6 @@ def test_an_override_is_refused_in_one_line(override, message):
     ("overrides", "presets", "message"),
     [
         (["train.lr=0", "train.seed=-1", "train.betaz=1"], {}, "unknown key train.betaz; did you mean train.betas? (and 2 more)"),
-        (["objective.lam=0.1"], {"objective": "mle"}, "objective.lam=0.1 has no effect with objective.name=mle; there it must be 0"),
-        (["objective.contrast=null"], {"objective": "mle"},
-         "objective.contrast=null is not for objective.name=mle: expected none"),
-        (["objective.contrast=uniform"], {"objective": "cca"},
-         "objective.contrast=uniform is not for objective.name=cca: expected marginal"),
-        (["objective.beta=null"], {"objective": "cca"},
-         "missing key objective.beta; objective cca needs it, like objective.beta=0.1"),
-        (["objective.schedule.kind=ramp"], {"objective": "cc_dpo"},
-         "objective cc_dpo needs objective.lam > 0 and objective.schedule.kind=constant: its ratio is of whole samples"),
         (["model.weights=null"], {"objective": "cca"},
          "objective cca compares with the network before fine-tuning; give its weights by --init"),
         (REFERENCE, {"objective": "cca", "model": "var-d16"}, "objective cca compares whole networks; set model.net.drop_path=0"),
@@ -288,18 +284,14 @@ def test_an_override_is_refused_in_one_line(override, message):
         (["sample.gamma=0.5", "train.drop_condition=0.0"], {},
          "sample.gamma=0.5 with sample.schedule.kind=constant needs the null condition, which train.drop_condition=0 leaves untrained; "
          "set sample.guide=WEIGHTS, or train.drop_condition=0.1"),
+        (["data.path=a.tar", "train.keep_best=true"], {}, "train.keep_best=true needs a dataset folder; data.path=a.tar is a stream"),
+        (["sample.churn=2", "sample.solver=euler"], {}, "sample.churn=2.0 needs sample.solver=heun"),
         ([], {"objective": "ddo"},
          "missing key objective.generated; objective ddo needs a dataset folder made by `mclr sample --dataset`"),
-        (["objective.bound=1"], {"objective": "unlearn", "model": "var-digits"},
-         "objective.bound=1.0 needs mclr, a next_scale model and the contrast uniform, weighted or posterior"),
-        (["objective.contrast=uniform", "objective.lam=-0.1"], {},
-         "objective.lam=-0.1 is out of range: must be >= 0 with objective.contrast=uniform"),
         (["objective.contrast=uniform", "objective.schedule.kind=negative_window", "objective.schedule.below=0.5"], {},
          "objective.schedule.kind=negative_window needs another contrast; uniform allows no negative lam"),
         (["objective.schedule.kind=interval", "objective.schedule.low=0.5", "objective.schedule.high=0.2"], {},
          "objective.schedule.low=0.5 must be below objective.schedule.high=0.2"),
-        (["objective.bound=3", "objective.contrast=null"], {"model": "var-digits"},
-         "objective.bound=3.0 needs mclr, a next_scale model and the contrast uniform, weighted or posterior"),
         (["model.posterior.weights=null", "model.posterior.warmup_images=38400"], {},
          "model.posterior.warmup_images=38400 leaves nothing of train.images=38400 to the ratio; set it to a third of that, "
          "model.posterior.warmup_images=12800"),
@@ -332,18 +324,19 @@ def test_presets_and_overrides_at_odds_are_refused_in_one_line(overrides, preset
     assert refusal(*overrides, **presets) == message
 
 
-@pytest.mark.parametrize("overrides", [["objective.contrast=uniform", "objective.bound=3"], ["objective.contrast=weighted"]])
-def test_label_contrasts_of_tokens_may_be_bounded(overrides):
-    assert load_with(*overrides, model="var-digits")
-
-
-def test_tokens_with_a_reference_may_use_bf16():
-    """Their log-likelihood is in fp32 and in nats; no small difference is multiplied."""
-    assert load_with("engine.precision=bf16", model="var-digits", objective="cca")
-
-
-def test_another_guide_needs_no_null_condition():
-    assert load_with("sample.gamma=0.5", "sample.guide=mine", "train.drop_condition=0.0")
+@pytest.mark.parametrize(
+    ("overrides", "presets"),
+    [
+        # label contrasts of tokens have a bound; their log-likelihood is in fp32 and in nats
+        (["objective.contrast=uniform", "objective.bound=3"], {"model": "var-digits"}),
+        (["objective.contrast=weighted"], {"model": "var-digits"}),
+        (["engine.precision=bf16"], {"model": "var-digits", "objective": "cca"}),
+        # another guide needs no null condition
+        (["sample.gamma=0.5", "sample.guide=mine", "train.drop_condition=0.0"], {}),
+    ],
+)
+def test_what_may_go_together(overrides, presets):
+    assert load_with(*overrides, **presets)
 
 
 @pytest.mark.parametrize(
