@@ -70,8 +70,8 @@ def test_going_on_drops_what_came_after_the_checkpoint(open_run):
     log(run, 8, 16, 24)
     for images in (8, 24):
         run.note_skipped(images=images, loss=1.0, keys=["a"])
-    with open(run.path / "metrics.jsonl", "a") as file:
-        file.write('{"images": null}\n{"images": 4')
+    with open(run.path / "metrics.jsonl", "ab") as file:
+        file.write(b'{"images": null}\n{"images": 1' + 400 * b"0" + b'}\n{"images": 8, "\xff": 1}\n{"images": 4')
     (run.path / "grids").mkdir()
     for name in (f"{8:012d}.png", f"{24:012d}.png", "mine.png", ".tmp-1"):
         (run.path / "grids" / name).write_bytes(b"")

@@ -103,9 +103,9 @@ class RunFolder:
         last = 0
         for path in (self.path / METRICS, self.path / SKIPPED):
             if path.exists():
-                lines = [(_images(line), line) for line in path.read_text().splitlines()]
+                lines = [(_images(line), line) for line in path.read_bytes().splitlines()]
                 last = max([last, *(int(images) for images, _ in lines if math.isfinite(images))])
-                write_file(path, "".join(f"{line}\n" for images, line in lines if images <= images_seen).encode())
+                write_file(path, b"".join(line + b"\n" for images, line in lines if images <= images_seen))
         for picture in self.path.glob("grids/*.png"):
             if picture.stem.isdigit() and int(picture.stem) > images_seen:
                 picture.unlink()
@@ -140,11 +140,12 @@ def _finite(values: dict[str, Any]) -> dict[str, Any]:
     return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()}
 
 
-def _images(line: str) -> float:
+def _images(line: bytes) -> float:
+    """The images seen that a line of a log names; infinity where the line is damaged, so that it is dropped."""
     try:
         return float(json.loads(line)["images"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # torn by a crash
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return math.inf
 
 
 def _is_run(path: Path) -> bool:
