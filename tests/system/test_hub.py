@@ -40,20 +40,30 @@ def test_a_file_or_a_folder_is_fetched_once(name, found, expected, asked, tmp_pa
     assert asked == expected
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "hf://",
-        "hf://repo",
-        "hf:///repo",
-        "hf://org/",
-        "hf://org/repo/",
-        "hf://org/repo@",
-        "hf://org/repo/a@b@c",
-        "hf://a b/c",
-        "hf://a--b/c",
-    ],
-)
+def test_an_index_brings_its_shards(asked, tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/net.index.json").write_text('{"weight_map": {"a": "2.bin", "b": "1.bin", "c": "2.bin"}}')
+    assert fetch("hf://org/repo/sub/net.index.json@v1") == tmp_path / "sub/net.index.json"
+    assert asked == [("org/repo", f"sub/{name}", "v1") for name in ("net.index.json", "1.bin", "2.bin")]
+    fetch.cache_clear()
+    (tmp_path / "sub/net.index.json").write_text('{"weight_map": {"a": "../../x"}}')
+    with pytest.raises(UserError, match=r"cannot fetch sub/net\.index\.json of org/repo"):
+        fetch("hf://org/repo/sub/net.index.json")
+
+
+NO_PLACES = [
+    "hf://",
+    "hf://repo",
+    "hf:///repo",
+    "hf://org/",
+    "hf://org/repo/",
+    "hf://org/repo@",
+    "hf://org/repo/a@b@c",
+    "hf://a--b/c",
+]
+
+
+@pytest.mark.parametrize("name", [*NO_PLACES, "hf://a b/c"])
 def test_what_is_no_place_on_the_hub_is_one_line(name, asked):
     with pytest.raises(UserError) as error:
         fetch(name)

@@ -1,8 +1,9 @@
 """hf://ORG/REPO[/FILE][@REV]: weights on the Hugging Face hub, fetched into its client's own cache."""
 
+import json
 import re
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mclr.errors import UserError
@@ -15,15 +16,16 @@ FOLDER = ("config.json", "model.safetensors")  # weights of ours
 
 @lru_cache
 def fetch(name: str, folder: tuple[str, ...] = FOLDER) -> Path:
-    """The local copy of FILE, or without FILE a folder with the files of the repository named in `folder`; any other name as a path.
+    """The local copy of FILE; without FILE a folder with the files of the repository named in `folder`; any other name as a path.
 
-    Asked once per process, so that a branch that moves meanwhile does not change the answer. Raises UserError when it cannot be had.
+    The index of a network in shards brings the shards. The hub is asked once per process, so that a branch that moves meanwhile does
+    not change the answer. Raises UserError when a file cannot be fetched.
     """
     if name.startswith(("https://", "http://")):
         raise UserError(f"{name} is an address: download it, or give what is on the hub as hf://ORG/REPO[/FILE][@REV]")
     if not name.startswith(SCHEME):
         return Path(name)
-    # slow to import and used here alone
+    # slow to import, and only used here
     from huggingface_hub import constants, hf_hub_download, hf_hub_url
     from huggingface_hub.utils import logging
 
@@ -44,6 +46,10 @@ def fetch(name: str, folder: tuple[str, ...] = FOLDER) -> Path:
     where: dict[str, Any] = {"cache_dir": cache_folder() / "hub"} if constants.HF_HUB_CACHE.startswith("~") else {}
     try:
         paths = [Path(hf_hub_download(repo, each, revision=revision, **where)) for each in files]
+        # an index stands for the shards beside it
+        shards = json.loads(paths[0].read_bytes())["weight_map"].values() if files[0].endswith(".index.json") else ()
+        for shard in sorted(set(shards)):
+            hf_hub_download(repo, str(PurePosixPath(files[0]).with_name(shard)), revision=revision, **where)
     # the client and what it stands on raise nearly anything
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
