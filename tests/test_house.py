@@ -47,14 +47,11 @@ HEAVY = ("deepspeed", "pydantic", "webdataset", "yaml", "huggingface_hub", "tqdm
 LINES, FILES_OF_A_ROOM, FUNCTION_LINES, PARAMETERS = 350, 16, 60, 7
 # files that are still to be taken apart
 PENDING = (
-    "studies/study.py",
-    "studies/tour.py",
-    "solvers.py",
-    "zero.py",
-    "prepare.py",
-    "folder.py",
-    "evaluation.py",
-    "loop.py",
+    "mclr/solvers.py",
+    "train/engine/zero.py",
+    "train/sampling/folder.py",
+    "train/training/loop.py",
+    "train/weights/unpickler.py",
 )
 # what a docstring says where a function passes a limit
 REASONS = ("In one piece:", "Many parameters:")
@@ -112,7 +109,7 @@ def faults(file: str, tree: ast.AST) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if not file.endswith(PENDING[:2])])
+@pytest.mark.parametrize("file", FILES)
 def test_rooms_import_one_way(file):
     assert faults(file, TREES[file]) == []
 
@@ -171,26 +168,27 @@ def test_no_circle_between_files():
 def test_files_and_rooms_stay_readable():
     lines = {file: path.read_text().count("\n") for file, path in FILES.items()}
     rooms = Counter(Path(file).parent.as_posix() for file in FILES if not file.endswith("__init__.py"))
-    assert {file: count for file, count in lines.items() if count > LINES and file.startswith("mclr/")} == {}
+    assert {file: count for file, count in lines.items() if count > LINES and file not in PENDING} == {}
     assert {room: count for room, count in rooms.items() if count > FILES_OF_A_ROOM} == {}
 
 
-def too_large(tree: ast.AST) -> list[str]:
+def too_large(tree: ast.AST, parameters: int = PARAMETERS) -> list[str]:
     """Functions of too many lines or parameters whose docstrings give no reason."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             count = sum(argument.arg not in ("self", "cls") for argument in arguments)
-            large = (node.end_lineno or 0) - node.lineno + 1 > FUNCTION_LINES or count > PARAMETERS
+            large = (node.end_lineno or 0) - node.lineno + 1 > FUNCTION_LINES or count > parameters
             if large and not any(reason in (ast.get_docstring(node) or "") for reason in REASONS):
                 found.append(node.name)
     return found
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if room_of(file) != "kernels" and not file.endswith(PENDING)])
+@pytest.mark.parametrize("file", [file for file in FILES if file not in PENDING])
 def test_functions_stay_readable(file):
-    assert too_large(TREES[file]) == []
+    # a Triton kernel takes every pointer and every size by itself
+    assert too_large(TREES[file], 99 if room_of(file) == "kernels" else PARAMETERS) == []
 
 
 def test_a_large_function_is_noticed():

@@ -11,7 +11,7 @@ import pytest
 from mclr.train.cli import PROGRAMS
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "CONTRIBUTING.md", "configs/README.md", "models/README.md", "train/README.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"{room}/README.md" for room in ("models", "kernels", "configs", "train"))]
 
 
 def blocks(page: str, language: str) -> list[str]:
