@@ -26,6 +26,7 @@ def _needs(config: RunConfig) -> Iterator[str]:
         ("model.class_map", "weights; give them by --init", model.weights),
         ("model.posterior.channels", "model.posterior.backbone=null, since a ConvNeXt has its own widths", backbone is None),
         ("data.balanced train.monitor_every train.keep_best", folder, not config.data.streamed),
+        ("data.label", "a stream as data.path", config.data.streamed),
         ("objective.generated", "objective.name=ddo", objective.name == "ddo"),
         ("engine.reference", "objective.name=cc_dpo, cca or ddo", objective.name in WITH_REFERENCE),
         ("engine.zero", "engine.kind=deepspeed or auto", engine.kind != "local"),

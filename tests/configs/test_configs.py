@@ -225,6 +225,7 @@ def test_a_folder_that_is_no_dataset_is_refused(text, problem, tmp_path):
         ("data.channels=2", "data.channels=2: expected 1 or 3"),
         # two keys of one section
         ("engine.zero=1", "engine.zero=1 needs engine.kind=deepspeed or auto"),
+        ("data.label=txt", "data.label=txt needs a stream as data.path"),
         ("engine.offload=true", "engine.offload=true needs engine.zero=1, 2 or 3"),
         ("sample.churn_min=1", "sample.churn_min=1.0 needs sample.churn > 0"),
         ("sample.guide=mine", "sample.guide=mine needs sample.gamma, the weight of guidance"),
