@@ -24,23 +24,29 @@ def load_published(net: nn.Module, state_dict: Mapping[str, Tensor], name_of: Na
     Raises UserError on missing, unexpected or mis-shaped entries; the network is then untouched.
     """
     ours = published_entries(net, name_of)
-    shared = [name for name in ours if name in state_dict]
-    misshaped = [
-        f"{name} is {list(state_dict[name].shape)} instead of {list(ours[name].shape)}"
-        for name in shared
-        if state_dict[name].shape != ours[name].shape
-    ]
-    missing = [f"{name} is missing" for name in ours if name not in state_dict]
-    unexpected = [f"{name} is unexpected" for name in state_dict if name not in ours and not name.endswith(ignore)]
-    # Alternating, so that the few named faults show every kind.
-    faults = [fault for group in zip_longest(misshaped, missing, unexpected) for fault in group if fault]
-    if faults:
-        more = f", and {len(faults) - NAMED} more entries" if len(faults) > NAMED else ""
-        listed = ", ".join(faults[:NAMED]) + more
-        raise UserError(f"the weights do not fit this {type(net).__name__}: {listed}; choose the configuration of the same size")
+    if wrong := misfits(ours, state_dict, ignore):
+        raise UserError(f"the weights do not fit this {type(net).__name__}: {wrong}; choose the configuration of the same size")
     with torch.no_grad():
-        for name in shared:
-            ours[name].copy_(state_dict[name])
+        for name, tensor in ours.items():
+            tensor.copy_(state_dict[name])
+
+
+def misfits(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], ignore: tuple[str, ...] = ()) -> str:
+    """How the names and shapes of a state dict differ from those of a network, the first few in words; empty where they fit.
+
+    ignore: endings of names that may be there in excess.
+    """
+    misshaped = [
+        f"{name} is {list(theirs[name].shape)} instead of {list(ours[name].shape)}"
+        for name in ours
+        if name in theirs and theirs[name].shape != ours[name].shape
+    ]
+    missing = [f"{name} is missing" for name in ours if name not in theirs]
+    unexpected = [f"{name} is unexpected" for name in theirs if name not in ours and not name.endswith(ignore)]
+    # in turns, so that the few that are named show every kind
+    faults = [fault for group in zip_longest(misshaped, missing, unexpected) for fault in group if fault]
+    more = [f"and {len(faults) - NAMED} more entries"] if len(faults) > NAMED else []
+    return ", ".join(faults[:NAMED] + more)
 
 
 def to_published(net: nn.Module, name_of: NameOf) -> dict[str, Tensor]:

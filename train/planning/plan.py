@@ -43,7 +43,8 @@ from mclr.train.data.encoders import RGB, BareLatents, Encoder, Tokens
 from mclr.train.engine.zero import bucket_of
 from mclr.train.planning.footprint import Model
 from mclr.train.system.gpus import GPU, GPUS, NODE, gpu_named
-from mclr.train.training.build import LARGE
+from mclr.train.training.build import is_sharded
+from mclr.train.training.launch import rank_shares
 from mclr.train.training.networks import build_encoder
 
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)  # of GPUs, where none is asked for
@@ -173,10 +174,8 @@ def sent_by(model: Model, ranks: int, micro_batch: int) -> float:
 
 
 def sharded(model: Model, ranks: int) -> bool:
-    """Whether the ranks divide the reference (train/training/build.py, is_sharded)."""
-    how = model.config.engine.reference
-    large = model.sizes.count > LARGE and ranks > 1
-    return model.objective.needs_reference and (how == "sharded" or (how == "auto" and large))
+    """Whether the ranks divide the reference."""
+    return model.objective.needs_reference and is_sharded(model.config, model.sizes.count, ranks)
 
 
 def flops_per_image(model: Model) -> float:
@@ -194,15 +193,9 @@ def seconds_per_step(model: Model, ranks: int, micro_batch: int, gpu: GPU) -> fl
     return flops / (gpu.peak(model.config.engine.precision) * MFU) + sent_by(model, ranks, micro_batch) / (link * REACHED)
 
 
-def shares(config: RunConfig, ranks: int) -> list[int]:
-    """The micro-batches that a rank's images can be divided into, the smallest first."""
-    share = config.train.batch // ranks
-    return sorted({d for i in range(1, math.isqrt(share) + 1) if share % i == 0 for d in (i, share // i)})
-
-
 def largest_that_fits(model: Model, ranks: int, memory: float) -> int | None:
     """The largest micro-batch whose bytes are no more than `memory`; None where not even the smallest fits."""
-    fitting = (n for n in reversed(shares(model.config, ranks)) if memory_of(model, ranks, n).total <= memory)
+    fitting = (n for n in reversed(rank_shares(model.config, ranks)) if memory_of(model, ranks, n).total <= memory)
     return next(fitting, None)
 
 
@@ -232,15 +225,11 @@ def gpu_of(name: str | None) -> str:
 
 def counts_of(config: RunConfig, gpus: int | None) -> tuple[int, ...]:
     """The numbers of ranks to plan for: the one asked for, or those of COUNTS that can share the batch."""
-    batch, local = config.train.batch, config.engine.kind == "local"
     if gpus is None:
-        return tuple(n for n in COUNTS if batch % n == 0 and (n == 1 or not local))
+        return tuple(n for n in COUNTS if config.train.batch % n == 0 and (n == 1 or config.engine.kind != "local"))
     if not 1 <= gpus <= MOST:
         raise UserError(f"--gpus {gpus}: must be 1 to {MOST}")
-    if batch % gpus:
-        raise UserError(f"train.batch={batch} cannot be shared by {gpus} ranks: make it a multiple of {gpus}")
-    if gpus > 1 and local:
-        raise UserError(f"engine.kind=local runs on one rank, not {gpus}: use engine.kind=deepspeed")
+    rank_shares(config, gpus)
     return (gpus,)
 
 
@@ -275,7 +264,7 @@ def heading(model: Model, name: str) -> Iterator[str]:
 def line_of(model: Model, ranks: int, gpu: GPU) -> tuple[tuple[str, ...], list[str]]:
     """(one line of the table, in the order of HEAD; what else there is to say about so many GPUs)."""
     config, batch = model.config, model.config.train.batch
-    micro_batch = max(d for d in shares(config, ranks) if d <= (config.train.micro_batch or batch))
+    micro_batch = max(d for d in rank_shares(config, ranks) if d <= (config.train.micro_batch or batch))
     memory, largest = memory_of(model, ranks, micro_batch), largest_that_fits(model, ranks, gpu.memory * (1 - MARGIN) * GIB)
     seconds = seconds_per_step(model, ranks, micro_batch, gpu)
     parts = [value for key, value in vars(memory).items() if key != "host"]

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mclr.errors import UserError
+from mclr.models.convert import misfits
 from mclr.models.features import ImageClassifier
 from mclr.models.inception import Inception
 from mclr.train.data.encoders import from_uint8
@@ -152,14 +153,8 @@ def _fill(net: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
         {name: t.float() for name, t in entries.items() if not name.endswith("num_batches_tracked")}
         for entries in (net.state_dict(), tensors)
     )
-    wrong = sorted(
-        name
-        for name in own.keys() | theirs.keys()
-        if name not in own or name not in theirs or own[name].shape != theirs[name].shape
-    )
-    if wrong:
-        more = f"{wrong[0]} and {len(wrong) - 1} more entries differ"
-        raise UserError(f"{path} does not hold the weights of this judge ({more}): give another file by --judge-weights")
+    if wrong := misfits(own, theirs):
+        raise UserError(f"{path} does not hold the weights of this judge ({wrong}): give another file by --judge-weights")
     net.load_state_dict(theirs, strict=False, assign=True)
 
 

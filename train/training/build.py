@@ -149,15 +149,10 @@ def build_networks(config: RunConfig, device: torch.device) -> Networks:
 LARGE = 2e9  # parameters of a reference that `auto` divides among the ranks: 8 GB
 
 
-def is_sharded(reference: nn.Module, config: RunConfig) -> bool:
-    """Whether the ranks divide it. Raises UserError where there is nobody to share with."""
-    engine = config.engine
-    if engine.reference == "sharded" and engine.here() == "local":
-        raise UserError(
-            "engine.reference=sharded needs ranks that share it: start with a launcher, or set engine.reference=whole"
-        )
-    large = sum(p.numel() for p in reference.parameters()) > LARGE
-    return engine.reference == "sharded" or (engine.reference == "auto" and large and world()[2] > 1)
+def is_sharded(config: RunConfig, parameters: int, ranks: int) -> bool:
+    """Whether so many ranks divide a reference of so many parameters, instead of holding it whole."""
+    how = config.engine.reference
+    return how == "sharded" or (how == "auto" and parameters > LARGE and ranks > 1)
 
 
 def build_task(config: RunConfig, source: Source, networks: Networks, device: torch.device, micro_batch: int) -> Task:
@@ -169,7 +164,8 @@ def build_task(config: RunConfig, source: Source, networks: Networks, device: to
     if networks.reference is not None:
         project(networks.reference.to(device))
         fold(networks.reference)
-        reference = (Sharded if is_sharded(networks.reference, config) else Frozen)(networks.reference, bf16)
+        size = sum(p.numel() for p in networks.reference.parameters())
+        reference = (Sharded if is_sharded(config, size, world()[2]) else Frozen)(networks.reference, bf16)
 
     def engine_of(net: nn.Module, lr: float, weight_decay: float, zero: int, offload: bool) -> Engine:
         net.to(device).train()

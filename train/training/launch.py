@@ -27,26 +27,37 @@ def end_early(number: int, frame: Any) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def micro_batch_of(config: RunConfig, ranks: int) -> int:
-    """Images per forward of one rank: the largest share of a rank's images that train.micro_batch allows.
+def rank_shares(config: RunConfig, ranks: int) -> list[int]:
+    """The micro-batches that one rank's images can be divided into, the smallest first.
 
-    Raises UserError when the batch cannot be shared, or by the engine not at all.
+    Raises UserError when the batch cannot be shared by so many ranks, or by the engine not at all.
     """
     batch = config.train.batch
     if batch % ranks:
         raise UserError(f"train.batch={batch} cannot be shared by {ranks} ranks: make it a multiple of {ranks}")
-    if ranks > 1 and config.engine.here() == "local":
+    if ranks > 1 and config.engine.kind == "local":
         raise UserError(f"engine.kind=local runs on one rank, not {ranks}: use engine.kind=deepspeed")
-    if config.engine.here() == "local" and config.engine.zero:
-        raise UserError(
-            f"engine.zero={config.engine.zero} needs a launcher: use `deepspeed train/run.py ...`, or engine.zero=0 engine.offload=false"
-        )
-    if config.engine.here() == "deepspeed" and not launched():
-        raise UserError("engine.kind=deepspeed needs a launcher: use `deepspeed train/run.py ...`, or --engine local")
     share = batch // ranks
-    most = min(config.train.micro_batch or share, share)
-    divisors = (d for i in range(1, math.isqrt(share) + 1) if share % i == 0 for d in (i, share // i))
-    return max(d for d in divisors if d <= most)
+    return sorted({d for i in range(1, math.isqrt(share) + 1) if share % i == 0 for d in (i, share // i)})
+
+
+def micro_batch_of(config: RunConfig, ranks: int) -> int:
+    """Images per forward of one rank: the largest share of its images that train.micro_batch allows.
+
+    Raises UserError as rank_shares() does, and for an engine that needs a launcher.
+    """
+    shares, engine = rank_shares(config, ranks), config.engine
+    if engine.here() == "local" and engine.zero:
+        raise UserError(
+            f"engine.zero={engine.zero} needs a launcher: use `deepspeed train/run.py ...`, or engine.zero=0 engine.offload=false"
+        )
+    if engine.here() == "local" and engine.reference == "sharded":
+        raise UserError(
+            "engine.reference=sharded needs ranks that share it: start with a launcher, or set engine.reference=whole"
+        )
+    if engine.here() == "deepspeed" and not launched():
+        raise UserError("engine.kind=deepspeed needs a launcher: use `deepspeed train/run.py ...`, or --engine local")
+    return max(d for d in shares if d <= (config.train.micro_batch or config.train.batch))
 
 
 def start(config: RunConfig, out: Path, micro_batch: int, command: str, no_lock: bool = False) -> int:

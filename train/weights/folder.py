@@ -17,6 +17,7 @@ import mclr.models
 from mclr.configs import schema
 from mclr.errors import UserError
 from mclr.models.conditions import Sources, map_conditions
+from mclr.models.convert import misfits
 from mclr.models.options import TRAINING, fits, hints_of
 from mclr.models.registry import NETWORKS, kind_of
 from mclr.train.system.files import (
@@ -239,16 +240,17 @@ def load_net(name: str, *kinds: str) -> nn.Module:
         for key, value in settings.items():
             if key in hints and not fits(value, hints[key]):
                 raise ValueError(f"{key} {value!r:.40}")
+        tensors = read_tensors(folder)
         # without memory first: it may be of any size
         with torch.device("meta"):
-            _refuse_others(net_class(config_class(**settings)).state_dict(), read_tensors(folder), folder)
+            _refuse_others(net_class(config_class(**settings)).state_dict(), tensors, folder)
         net = net_class(config_class(**settings))
+        net.load_state_dict(tensors)
     except UserError:
         raise
     # networks of impossible settings raise nearly anything
     except Exception as error:
         raise UserError(f"{folder / 'config.json'} does not describe a {kind} ({error}): choose other weights") from error
-    load_into(net, folder)
     return net.eval()
 
 
@@ -265,13 +267,9 @@ def load_into(net: nn.Module, folder: Path, sources: Sources | None = None) -> N
     net.load_state_dict(tensors)
 
 
-def _refuse_others(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Path) -> None:
-    wrong = sorted(
-        k for k in state.keys() | tensors.keys() if k not in state or k not in tensors or state[k].shape != tensors[k].shape
-    )
-    if wrong:
-        more = f" and {len(wrong) - MOST} more" if len(wrong) > MOST else ""
-        raise UserError(f"weights {folder.name} do not fit the network in {', '.join(wrong[:MOST])}{more}: choose other weights")
+def _refuse_others(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], folder: Path) -> None:
+    if wrong := misfits(ours, theirs):
+        raise UserError(f"weights {folder.name} do not fit the network: {wrong}; choose other weights")
 
 
 def refuse_misfit(net: nn.Module, folder: Path, any_conditions: bool) -> None:
