@@ -183,7 +183,11 @@ def test_missing_and_foreign_weights_are_one_line(small_dinov2, inception, tmp_p
             None,
             r"needs pt_inception-2015-12-05-6726825d.pth: download it \(https://\S*\), give it by --judge-weights",
         ),
-        ("dinov2", wrong, r"wrong.pth does not hold the weights of this judge \(cls_token is missing, x is unexpected, .*, and \d+ more entries\)"),
+        (
+            "dinov2",
+            wrong,
+            r"wrong.pth does not hold the weights of this judge \(cls_token is missing, x is un.* and \d+ more entries\)",
+        ),
         ("inception", short, r"does not hold the weights of this judge \(fc.weight is missing\)"),
         ("inception", tmp_path / "none.pth", "cannot read"),
         ("digits-classifier", wrong, "--judge-weights belongs to the judges dinov2 and inception"),
