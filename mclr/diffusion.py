@@ -30,6 +30,13 @@ def sigma_of(progress: float) -> float:
     return math.exp(high + progress * (low - high))
 
 
+def scales(sigma_B: Tensor, sigma_data: float) -> tuple[Tensor, Tensor]:
+    """(c_skip, c_out), [B, 1, 1, 1]: denoised = c_skip noisy + c_out raw (EDM, arXiv 2206.00364, table 1)."""
+    sigma_B111 = sigma_B[:, None, None, None]
+    norm_B111 = (sigma_B111**2 + sigma_data**2).sqrt()
+    return sigma_data**2 / norm_B111**2, sigma_B111 * sigma_data / norm_B111
+
+
 def denoising_value(
     raw_RCHW: Tensor, x_BCHW: Tensor, noisy_BCHW: Tensor, sigma_B: Tensor, index_R: Tensor, sigma_data: float
 ) -> Tensor:
@@ -85,15 +92,9 @@ class Diffusion:
         noisy = x_B + sigma_B[:, None, None, None] * draws.normal(*self.shape)
         return Probe({"x": x_B, "noisy": noisy, "sigma": sigma_B}, progress_of(sigma_B)[:, None])
 
-    def scales(self, sigma_B: Tensor) -> tuple[Tensor, Tensor]:
-        """(c_skip, c_out), [B, 1, 1, 1]: denoised = c_skip noisy + c_out raw (EDM, arXiv 2206.00364, table 1)."""
-        sigma_B111 = sigma_B[:, None, None, None]
-        norm_B111 = (sigma_B111**2 + self.sigma_data**2).sqrt()
-        return self.sigma_data**2 / norm_B111**2, sigma_B111 * self.sigma_data / norm_B111
-
     def denoised(self, raw_BCHW: Tensor, noisy_BCHW: Tensor, sigma_B: Tensor) -> Tensor:
         """The denoised images of a network's answers, fp32."""
-        c_skip, c_out = self.scales(sigma_B)
+        c_skip, c_out = scales(sigma_B, self.sigma_data)
         return c_skip * noisy_BCHW + c_out * raw_BCHW.float()
 
     def predict(self, net: Net, probe: Probe, index_R: Tensor, c_R: Tensor, terms: int | None = None) -> tuple[Tensor, Tensor]:

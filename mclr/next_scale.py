@@ -127,7 +127,7 @@ class NextScale:
         weights = [guidance.gamma.at(p) for p in progress]
         cache, guide_cache = net.new_cache(len(c_B)), None
         f_hat = self.tokenizer.start(len(c_B))
-        teacher = f_hat.new_zeros(len(c_B), 0, f_hat.shape[1])
+        teacher = f_hat.new_zeros(len(c_B), 0, *f_hat.shape[1:2])
         unseen, tokens = [], []
         for k, side in enumerate(self.scales):
             h, head = net(teacher, c_B, cache=cache)

@@ -13,8 +13,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from mclr.adapters import from_denoiser
 from mclr.diffusion import Diffusion
-from mclr.guidance import mix
 from mclr.kernels.token_logp import token_logp
 from mclr.likelihood import Draws, LogLik, Paradigm, Probe, Rows, Scores, score
 from mclr.next_scale import NextScale
@@ -78,14 +78,6 @@ def logits_of(net: Any, *inputs: Any, **cache: Any) -> Tensor:
     return head(h)
 
 
-def own_logits(logits: Tensor, tokens: Any = None, index_R: Any = None, guide: Any = None, mix_Rl: Any = None) -> Tensor:
-    """The head of a network whose hidden states are logits."""
-    if tokens is None:
-        return logits
-    mixed = logits if guide is None else mix(logits, guide, mix_Rl)
-    return mixed.log_softmax(-1).gather(-1, tokens[index_R][..., None])[..., 0]
-
-
 class Counted:
     """A network that writes down, for every forward, its rows and whether it carries gradient."""
 
@@ -102,19 +94,6 @@ class Counted:
         return getattr(self.net, name)
 
 
-def of_denoiser(paradigm: Diffusion, denoise: Any) -> Any:
-    """The network that a denoiser is: denoise(noisy_RCHW, sigma_R, c_R) -> (denoised_RCHW, logvar_R)."""
-
-    def net(noisy: Tensor, sigma: Tensor, c_R: Tensor, index_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if index_R is not None:
-            noisy, sigma = noisy[index_R], sigma[index_R]
-        denoised, logvar_R = denoise(noisy, sigma, c_R)
-        c_skip, c_out = paradigm.scales(sigma)
-        return (denoised - c_skip * noisy) / c_out, logvar_R
-
-    return net
-
-
 class ToyDenoiser(nn.Module):
     def __init__(self, phase: float = 0.0):
         super().__init__()
@@ -127,7 +106,7 @@ class ToyDenoiser(nn.Module):
         return (self.slope[c_R] * noisy_RCHW + self.shift[c_R]).tanh(), logvar_R
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return of_denoiser(Diffusion(SHAPE, K), self.denoise)(*inputs)
+        return from_denoiser(self.denoise)(*inputs)
 
 
 class ToyClassifier(nn.Module):

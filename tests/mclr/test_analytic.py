@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from toy import Draws64, of_denoiser, wave
+from toy import Draws64, wave
 
+from mclr.adapters import from_denoiser
 from mclr.analytic import Mixture
 from mclr.diffusion import Diffusion
 from mclr.likelihood import Probe
@@ -90,7 +91,7 @@ def test_it_is_a_denoiser_and_a_classifier_of_the_paradigm():
     paradigm = Diffusion(oracle.shape, oracle.null)
     noisy, sigma_B, c_B = wave(4, 8, 1, 1), torch.tensor([0.1, 0.5, 2.0, 9.0], dtype=torch.float64), torch.tensor([0, 1, 2, 3])
     probe = Probe({"x": noisy, "noisy": noisy, "sigma": sigma_B}, torch.zeros(4, 1))
-    raw, logvar = paradigm.predict(of_denoiser(paradigm, oracle.denoise), probe, torch.arange(4), c_B)
+    raw, logvar = paradigm.predict(from_denoiser(oracle.denoise), probe, torch.arange(4), c_B)
     denoised = paradigm.denoised(raw, noisy, sigma_B).flatten(1)
     assert (
         torch.allclose(denoised.double(), oracle.denoisers(noisy, sigma_B)[torch.arange(4), c_B], atol=1e-6)

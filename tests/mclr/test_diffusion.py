@@ -6,7 +6,7 @@ import pytest
 import torch
 from toy import SHAPE, Counted, Draws64, Given, K, ToyDenoiser, float64, wave
 
-from mclr.diffusion import Diffusion, denoising_value, progress_of, sigma_of
+from mclr.diffusion import Diffusion, denoising_value, progress_of, scales, sigma_of
 from mclr.guidance import Guidance, mix
 from mclr.likelihood import Draws, Probe
 from mclr.schedule import Schedule
@@ -179,7 +179,7 @@ def test_a_denoising_value_is_edms_and_keeps_its_digits_at_extreme_noise(sigma):
     x, raw, index = torch.randn(2, 3, 8, 8) / 2, torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 1, 0])
     noisy, upstream, sigma_B = x + sigma * torch.randn(2, 3, 8, 8), torch.randn(4), torch.full((2,), sigma)
     wide = raw.double().requires_grad_()
-    c_skip, c_out = (scale[index] for scale in Diffusion(SHAPE, K).scales(sigma_B.double()))
+    c_skip, c_out = (scale[index] for scale in scales(sigma_B.double(), 0.5))
     weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
     true = -weight * ((c_skip * noisy[index].double() + c_out * wide) - x[index]).square().mean((1, 2, 3))
     narrow = raw.requires_grad_()

@@ -27,12 +27,11 @@ from toy import (
     V,
     float64,
     logits_of,
-    of_denoiser,
-    own_logits,
     toy,
     wave,
 )
 
+from mclr.adapters import from_denoiser, own_logits
 from mclr.combinations import CONTRASTS as CONTRASTS_OF
 from mclr.combinations import WITH_REFERENCE
 from mclr.contrast import paired_rows
@@ -482,7 +481,7 @@ def test_the_ratio_to_the_reference_sees_an_error_that_shrank():
 
     case = toy("diffusion")
     probe, rows = case.ask(MLE)
-    scores = score(case.paradigm, case.net, probe, rows, of_denoiser(case.paradigm, frozen))
+    scores = score(case.paradigm, case.net, probe, rows, from_denoiser(frozen))
     # err exp(-u) of the reference, halved by the network
     expected = -0.5 * case.paradigm.dims * scores.value_RT[:, 0]
     assert close(scores.delta_R, expected) and (scores.delta_R > 0).all()

@@ -7,8 +7,9 @@ import math
 
 import pytest
 import torch
-from toy import Counted, Given, float64, of_denoiser
+from toy import Counted, Given, float64
 
+from mclr.adapters import from_denoiser
 from mclr.diffusion import Diffusion, progress_of
 from mclr.guidance import Guidance
 from mclr.schedule import Schedule
@@ -180,7 +181,7 @@ def sampled(schedule: Schedule, steps: int, solver: str = "heun", sigma_max: flo
         return torch.where(c_B[:, None, None, None] == 0, conditional, marginal), None
 
     paradigm = Diffusion((1, 1, 1), null=1, steps=steps, solver=solver, sigma_max=sigma_max)
-    net = of_denoiser(paradigm, denoiser)
+    net = from_denoiser(denoiser)
     return moments(paradigm.sample(net, torch.zeros(steps + 1).long(), Guidance(schedule), UnitNoises(steps)))
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toy import Draws64, Given, float64, of_denoiser, own_logits, wave
+from toy import Draws64, Given, float64, wave
 
+from mclr.adapters import from_denoiser, own_logits
 from mclr.analytic import Mixture
 from mclr.contrast import draw_any, generated_rows, paired_rows
 from mclr.diffusion import Diffusion, progress_of
@@ -89,7 +90,7 @@ class Points:
                 return torch.where(c_R[:, None] == K, null_R, own_R)[..., None, None], torch.zeros_like(sigma_R)
 
             D.requires_grad_()
-            loss_B, _ = objective(score(self.paradigm, of_denoiser(self.paradigm, net), probe, rows), rows)
+            loss_B, _ = objective(score(self.paradigm, from_denoiser(net), probe, rows), rows)
             return torch.autograd.grad(self.chance_B @ loss_B, D)[0]
 
         def curvature(start: Tensor, *question) -> tuple[Tensor, Tensor]:
@@ -160,7 +161,7 @@ def test_coinciding_draws_cancel_row_by_row():
             image_RCHW = wave(len(here.c_B), *oracle.shape, phase=5)[number_R[:, 0, 0, 0]] + c_R.view(-1, 1, 1, 1)
             return image_RCHW, wave(len(c_R), phase=6)
 
-        return objective(score(here.paradigm, of_denoiser(here.paradigm, net), here.probe, rows), rows)[0]
+        return objective(score(here.paradigm, from_denoiser(net), here.probe, rows), rows)[0]
 
     rows = here.rows(objective)
     coincide_B = rows.contrast_BT[:, 0] == torch.arange(len(here.c_B))
@@ -575,7 +576,7 @@ def test_training_internalises_the_guided_sampler(kind):
         x_B, c_B = oracle.sample(draws)
         probe = paradigm.probe(x_B, draws)
         rows = objective.rows(probe, c_B, K, draws, posterior(probe, c_B)[0])
-        loss_B, _ = objective(score(paradigm, of_denoiser(paradigm, net), probe, rows), rows)
+        loss_B, _ = objective(score(paradigm, from_denoiser(net), probe, rows), rows)
         optimizer.zero_grad()
         loss_B.mean().backward()
         optimizer.step()
@@ -595,8 +596,8 @@ def test_training_internalises_the_guided_sampler(kind):
     assert off(mine) < 0.02 and off(conditional) > 0.2
 
     c_B = torch.arange(K).repeat_interleave(20_001 // K)
-    mine = paradigm.sample(of_denoiser(paradigm, net), c_B, Guidance(), QuasiRandom(1, 20_001)).view(K, -1)
-    guided = paradigm.sample(of_denoiser(paradigm, oracle.denoise), c_B, Guidance(schedule), QuasiRandom(1, 20_001)).view(K, -1)
+    mine = paradigm.sample(from_denoiser(net), c_B, Guidance(), QuasiRandom(1, 20_001)).view(K, -1)
+    guided = paradigm.sample(from_denoiser(oracle.denoise), c_B, Guidance(schedule), QuasiRandom(1, 20_001)).view(K, -1)
     separation = mean_K.diff().min()
     assert (mine.mean(1) - guided.mean(1)).abs().max() < 0.03 * separation
     assert (mine.var(1) / guided.var(1) - 1).abs().max() < 0.05
