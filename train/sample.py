@@ -21,6 +21,7 @@ from mclr.train.sampling.folder import draw, write_dataset, write_npz
 from mclr.train.sampling.generate import find_generator, parse_classes
 from mclr.train.system.console import Parser, run_and_exit
 from mclr.train.system.ranks import group, launched, on_signals, report_once, world
+from mclr.train.weights.folder import read_config
 
 EXAMPLE = """examples:
   mclr sample runs/mine --out samples/mine --per-class 50
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     number = parser.add_mutually_exclusive_group()
     number.add_argument("--count", type=int, metavar="N", help="images in all (default: 100)")
     number.add_argument("--per-class", type=int, metavar="N", help="images of every condition")
-    parser.add_argument("--classes", metavar="0,3,7", help="draw these conditions alone (default: all)")
+    parser.add_argument("--classes", metavar="0,3,7", help="draw these conditions alone, by number or name (default: all)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the first image (default: %(default)s)")
     parser.add_argument("--model", help="preset of the weights (default: the one of their name); a run has its own")
     parser.add_argument(
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         with report_once():
             args = parser.parse_intermixed_args(argv)
             config, weights = find_generator(args.source, args.model, args.data, args.overrides)
-            conditions = parse_classes(args.classes, config.data.num_classes)
+            conditions = parse_classes(args.classes, config.data.num_classes, read_config(weights).get("classes", ()))
             keep_tokens = args.dataset and isinstance(config.model, NextScaleModel)
             if args.dataset and config.sample.more_smooth:
                 raise UserError("sample.more_smooth=true makes pictures of no tokens: leave out --dataset, or set it to false")
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         # a program whose ranks have met already asks one of them
         shared = launched() and not torch.distributed.is_initialized()
         with group(shared), report_once():
-            draw(config, weights, args.out, conditions, args.seed, count, keep_tokens, shared=shared)
+            draw(config, weights, args.out, conditions, range(args.seed, args.seed + count), keep_tokens, shared=shared)
             if rank == 0 and args.npz:
                 write_npz(args.out)
             if rank == 0 and args.dataset:

@@ -17,7 +17,6 @@ import mclr.train.run
 import mclr.train.weights.folder
 from mclr.configs.schema import PRESETS, dump, load
 from mclr.diffusion import Diffusion
-from mclr.guidance import Guidance
 from mclr.models.vqvae import VQVAE, VQVAEConfig
 from mclr.train import sample
 from mclr.train.data import images as image_files
@@ -115,14 +114,13 @@ def test_the_bar_moves_by_the_images_of_a_batch(diffusion_run, tmp_path, monkeyp
     assert bar().__enter__().update.call_args_list == [call(2), call(8), call(2)]
 
 
-def test_order_and_neighbours_do_not_matter_to_generate(diffusion_run):
+def test_order_and_neighbours_do_not_matter(diffusion_run):
     config, weights = generator.find_generator(str(diffusion_run), None, None, [])
-    cpu = torch.device("cpu")
-    net, paradigm, _, _ = generator.load_generator(config, weights, cpu)
+    model = replace(generator.load_generator(config, weights, torch.device("cpu")), batch=4)
     seeds, c_N = list(range(11)), torch.arange(11) % 10
-    x_N = generator.generate(paradigm, net, Guidance(), c_N, seeds, 4, cpu)
+    x_N = model.draw(c_N, seeds)
     order = torch.randperm(11, generator=torch.Generator().manual_seed(0))
-    y_N = generator.generate(paradigm, net, Guidance(), c_N[order], order.tolist(), 4, cpu)
+    y_N = model.draw(c_N[order], order.tolist())
     assert x_N.shape == (11, 1, 8, 8) and torch.equal(x_N[order], y_N)
 
 
@@ -135,26 +133,21 @@ def test_the_size_of_the_micro_batch_hardly_matters(name, overrides):
 
     Seeds from 32: of those from 0 to 149 only seed 24 draws a uniform so near the edge of a code's share (1e-7) that rounding decides.
     """
-    cpu = torch.device("cpu")
-    net, paradigm, _, guidance = generator.load_generator(*generator.find_generator(name, None, None, overrides), cpu)
-    one, seven, all_ = (
-        generator.generate(paradigm, net, guidance, torch.arange(32) % 10, list(range(32, 64)), batch, cpu)
-        for batch in (1, 7, 32)
-    )
+    model = generator.load_generator(*generator.find_generator(name, None, None, overrides), torch.device("cpu"))
+    one, seven, all_ = (replace(model, batch=batch).draw(torch.arange(32) % 10, range(32, 64)) for batch in (1, 7, 32))
     for other in (seven, all_):
         assert torch.equal(other, one) if name == "var-digits" else relative_rms(other, one) < 1e-4
 
 
 def test_networks_are_folded_and_images_are_those_of_networks_that_are_not(diffusion_run, guides, monkeypatch):
-    overrides, cpu = ["sample.gamma=1.5", f"sample.guide={guides['diffusion_run']}"], torch.device("cpu")
-    config, weights = generator.find_generator(str(diffusion_run), None, None, overrides)
-    net, paradigm, _, guidance = generator.load_generator(config, weights, cpu)
-    plain = replace(guidance, guide=load_net(str(guides["diffusion_run"]), "edm2"))
-    arguments = (torch.arange(8), list(range(8)), 8, cpu)
-    expected = generator.generate(paradigm, load_net(str(weights), "edm2"), plain, *arguments)
+    overrides = ["sample.gamma=1.5", f"sample.guide={guides['diffusion_run']}"]
+    model = generator.load_generator(*generator.find_generator(str(diffusion_run), None, None, overrides), torch.device("cpu"))
+    expected = model.draw(torch.arange(8), range(8))
+    assert all(p.requires_grad for p in model.net.parameters())
+    counted = model.counted()
     monkeypatch.delattr("mclr.models.blocks.used_weights")
     monkeypatch.delattr("mclr.models.edm2.used_weights")
-    assert torch.equal(generator.generate(paradigm, net, guidance, *arguments), expected)
+    assert torch.equal(counted.draw(torch.arange(8), range(8)), expected)
 
 
 def test_blends_of_codes_are_pictures_and_no_dataset(token_run, tmp_path, capsys):
@@ -373,15 +366,16 @@ def test_a_schedule_is_shown_with_its_sigmas_or_scales(diffusion_run, token_run,
 def test_without_guidance_there_is_exactly_one_call_per_step():
     calls = []
 
-    def net(x, sigma, c):
-        calls.append(c.tolist())
-        return x * 0, sigma
+    class Net(torch.nn.Module):
+        def forward(self, x, sigma, c):
+            calls.append(c.tolist())
+            return x * 0, sigma
 
-    counted = generator.WorkCounter(net)
     paradigm = Diffusion(shape=(1, 2, 2), null=10, steps=7, solver="euler")
-    generator.generate(paradigm, counted, Guidance(), torch.tensor([4, 5, 6]), [0, 1, 2], 2, torch.device("cpu"))
+    model = replace(generator.load("edm2-digits"), net=Net(), paradigm=paradigm, batch=2).counted()
+    model.draw(torch.tensor([4, 5, 6]), [0, 1, 2])
     assert calls == [[4, 5]] * 7 + [[6, 6]] * 7
-    assert counted.per_image(4) == 7
+    assert model.net.per_image(4) == 7
 
 
 def test_the_pixels_are_those_of_the_record_and_of_the_npz(diffusion_run, tmp_path):
@@ -403,12 +397,9 @@ def test_the_pixels_are_those_of_the_record_and_of_the_npz(diffusion_run, tmp_pa
 
 
 def test_pixels_are_rounded_as_the_record_says(diffusion_run, tmp_path):
-    """Before rounding they are what generate() gives: 127.5 x + 127.5, half to even."""
+    """Before rounding they are what the model draws: 127.5 x + 127.5, half to even."""
     assert sample_(diffusion_run, "--out", tmp_path, "--count", 16) == 0
-    cpu = torch.device("cpu")
-    config, weights = generator.find_generator(str(diffusion_run), None, None, [])
-    net, paradigm, _, guidance = generator.load_generator(config, weights, cpu)
-    x_N = generator.generate(paradigm, net, guidance, torch.arange(16) % 10, list(range(16)), 8, cpu)
+    x_N = generator.load(diffusion_run).draw(torch.arange(16) % 10, range(16))
     expected = np.rint(127.5 * x_N.clamp(-1, 1).numpy() + np.float32(127.5))
     assert np.array_equal(image_files.read_images(image_files.image_paths(tmp_path)), expected) and len(np.unique(expected)) > 100
 

@@ -17,7 +17,7 @@ from mclr.next_scale import NextScale
 from mclr.train.data.encoders import ROUNDING, VAE_WEIGHTS, find_vae
 from mclr.train.data.images import condition_of, image_grid, image_paths, png, read_images
 from mclr.train.data.write import prepare_samples
-from mclr.train.sampling.generate import WorkCounter, generate, load_generator, to_images
+from mclr.train.sampling.generate import Model, WorkCounter, load_generator
 from mclr.train.system.console import progress_bar
 from mclr.train.system.files import checksum, in_memory, regular, write_file, write_json
 from mclr.train.system.ranks import collective, from_rank_0, own_device, world
@@ -33,89 +33,98 @@ def draw(
     weights: Path,
     out: Path,
     conditions: list[int],
-    seed: int,
-    count: int,
+    seeds: range,
     keep_tokens: bool = False,
     shared: bool = False,
 ) -> None:
-    """Write the images of seeds seed .. seed + count - 1 that `out` does not hold yet, its contact sheet and its sample.json.
+    """Write the images of these seeds that `out` does not hold yet, its contact sheet and its sample.json.
 
-    An image depends on its seed, its condition, the weights and config.sample alone: the image of a seed is always at place
-    seed % batch of a full micro-batch, its neighbours those of the neighbouring seeds.
-    keep_tokens: of a token model, also write what was drawn, before it is decoded. shared: all ranks call, and deal the micro-batches
-    among them.
-    Raises UserError when `out` cannot be written, or holds images made otherwise.
+    The image of a seed depends on its seed, its condition conditions[seed % len], the weights and config.sample alone: it always has
+    the place seed % batch of a full micro-batch.
+    keep_tokens: of a token model, also write what was drawn, before it is decoded. shared: all ranks call, and share the
+    micro-batches. Raises UserError when `out` cannot be written, or holds images made otherwise.
     """
-    if count < 1 or seed < 0:
-        raise UserError(f"{count} images from seed {seed}: there must be at least one, and seeds start at 0")
-    if count > MOST_IMAGES or seed >= 2**63:
-        raise UserError(f"{count} images from seed {seed}: draw at most {MOST_IMAGES} at a time, from a seed below 2^63")
-    paths = {s: out / "images" / f"{s:06d}-{conditions[s % len(conditions)]}.png" for s in range(seed, seed + count)}
+    asked = f"{seeds.stop - seeds.start} images from seed {seeds.start}"
+    if not seeds or seeds.start < 0:
+        raise UserError(f"{asked}: there must be at least one, and seeds start at 0")
+    # len() of a longer range overflows
+    if seeds.stop - seeds.start > MOST_IMAGES or seeds.start >= 2**63:
+        raise UserError(f"{asked}: draw at most {MOST_IMAGES} at a time, from a seed below 2^63")
     rank, _, ranks = world() if shared else (0, 0, 1)
     agree = collective if shared else nullcontext
+    paths = {s: out / "images" / f"{s:06d}-{conditions[s % len(conditions)]}.png" for s in seeds}
     record, missing = {}, {}
     with agree():
-        # others might look when there are new images already
+        # Only rank 0 looks: others might look when there are new images already.
         if rank == 0:
-            record = record_of(config, weights, conditions, seed, count)
+            record = record_of(config, weights, conditions, seeds)
             refuse_other(out, record, read_record(out))
             missing = {s: p for s, p in paths.items() if not p.exists() or (keep_tokens and not token_path(p).exists())}
-    if shared:
-        missing = from_rank_0(missing)
+    missing = from_rank_0(missing) if shared else missing
     if not missing:
         if rank == 0:
             if not (out / "grid.png").exists():  # stopped just before it
                 write_file(out / "grid.png", contact_sheet(list(paths.values()), columns=len(conditions)))
-            print(f"{out} is complete: {count} images of these settings; nothing to draw")
+            print(f"{out} is complete: {len(seeds)} images of these settings; nothing to draw")
         return
     with agree():
-        device = own_device()
-        net, paradigm, encoder, guidance = load_generator(config, weights, device)
+        model = load_generator(config, weights, own_device()).counted()
     with agree():
         if rank == 0:
             make_folder(out, record, keep_tokens)
-
-    batch = config.sample.batch
-    wanted: dict[int, list[int]] = {}  # seeds of each micro-batch
-    for s in missing:
-        wanted.setdefault(s // batch, []).append(s)
-    blocks = list(wanted)
-    turns = [blocks[i : i + ranks] for i in range(0, len(blocks), ranks)]
+    turns = turns_of(missing, model.batch, ranks)
     with progress_bar(len(missing), begun=0, quiet=rank != 0) as bar:
         for turn in turns:
             with agree():
-                # none in a last turn that is short
+                # A last turn may have no block for this rank.
                 for block in turn[rank : rank + 1]:
-                    seeds = range(block * batch, (block + 1) * batch)
-                    c_N = torch.tensor([conditions[s % len(conditions)] for s in seeds])
-                    try:
-                        with torch.autocast(device.type, torch.bfloat16, enabled=config.engine.precision == "bf16"):
-                            x_N = generate(paradigm, net, guidance, c_N, list(seeds), batch, device)
-                        images_NCHW = to_images(encoder, x_N, batch).numpy()
-                    except torch.OutOfMemoryError as error:
-                        raise UserError(f"out of GPU memory: lower sample.batch (now {batch})") from error
-                    for s in wanted[block]:
-                        if keep_tokens:
-                            write_file(token_path(missing[s]), in_memory(np.save, arr=x_N[s - seeds[0]].cpu().numpy()))
-                        write_file(missing[s], png(images_NCHW[s - seeds[0]]))
-            # a batch at a time: its images come all at once, and one of them would foretell nothing
-            bar.update(sum(len(wanted[block]) for block in turn))
-    if rank != 0:
-        return
-    made: dict[str, Any] = {"forwards_per_image": net.per_image(len(turns) * batch)}
-    gamma = guidance.gamma
+                    draw_block(model, block, conditions, keep_tokens)
+            # The images of a micro-batch come all at once.
+            bar.update(sum(map(len, turn)))
+    if rank == 0:
+        write_file(out / "grid.png", contact_sheet(list(paths.values()), columns=len(conditions)))
+        finish(out, record, model, config.sample.guide, len(missing), len(turns) * model.batch)
+
+
+def turns_of(missing: dict[int, Path], batch: int, ranks: int) -> list[list[dict[int, Path]]]:
+    """What each rank draws in each turn: the missing seeds of one micro-batch, seed -> path of its image."""
+    blocks: dict[int, dict[int, Path]] = {}
+    for s, path in missing.items():
+        blocks.setdefault(s // batch, {})[s] = path
+    rows = list(blocks.values())
+    return [rows[i : i + ranks] for i in range(0, len(rows), ranks)]
+
+
+def draw_block(model: Model, wanted: dict[int, Path], conditions: list[int], keep_tokens: bool) -> None:
+    """Draw one full micro-batch and write its wanted images. Raises UserError where the GPU has no memory for it."""
+    first = min(wanted) // model.batch * model.batch
+    seeds = range(first, first + model.batch)
+    try:
+        x_N = model.draw(torch.tensor([conditions[s % len(conditions)] for s in seeds]), seeds)
+        images_NCHW = model.images(x_N).numpy()
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of GPU memory: lower sample.batch (now {model.batch})") from error
+    for s, path in wanted.items():
+        if keep_tokens:
+            write_file(token_path(path), in_memory(np.save, arr=x_N[s - first].cpu().numpy()))
+        write_file(path, png(images_NCHW[s - first]))
+
+
+def finish(out: Path, record: dict[str, Any], model: Model, guide_name: str | None, count: int, drawn: int) -> None:
+    """Write sample.json and say what was done. count: new images; drawn: those that this rank drew, padding included."""
+    made: dict[str, Any] = {"forwards_per_image": model.net.per_image(drawn)}
+    gamma, guide = model.guidance.gamma, model.guidance.guide
     how = "no guidance" if gamma.is_zero else f"guidance {gamma.weight:g}" + f" ({gamma.kind})" * (gamma.kind != "constant")
-    if isinstance(guidance.guide, WorkCounter):
-        made["guide_size"] = guidance.guide.parameter_count() / net.parameter_count()
-        how += f" by {config.sample.guide} ({made['guide_size']:.3g} x the model's size)"
-    write_file(out / "grid.png", contact_sheet(list(paths.values()), columns=len(conditions)))
+    if isinstance(guide, WorkCounter):
+        made["guide_size"] = guide.parameter_count() / model.net.parameter_count()
+        how += f" by {guide_name} ({made['guide_size']:.3g} x the model's size)"
     write_json(out / "sample.json", record | made)
-    print(f"{out}: {len(missing)} images drawn, {made['forwards_per_image']:g} network forwards per image, {how}")
-    scales = paradigm.scales if isinstance(paradigm, NextScale) else None
+    print(f"{out}: {count} images drawn, {made['forwards_per_image']:g} network forwards per image, {how}")
+    scales = model.paradigm.scales if isinstance(model.paradigm, NextScale) else None
     print("".join(f"{line}\n" for line in schedule_table("gamma", gamma, scales)), end="")
 
 
-def record_of(config: RunConfig, weights: Path, conditions: list[int], seed: int, count: int) -> dict[str, Any]:
+def record_of(config: RunConfig, weights: Path, conditions: list[int], seeds: range) -> dict[str, Any]:
     """sample.json as long as nothing is drawn. settings: all that decides an image, which one folder has one of."""
     guide = find_weights(config.sample.guide) if config.sample.guide else None
     tokenizer = vae = None
@@ -132,10 +141,10 @@ def record_of(config: RunConfig, weights: Path, conditions: list[int], seed: int
             "sample.guide": guide and sha256(guide),
             "precision": config.engine.precision,
             "conditions": conditions,
-            "seed": seed,
+            "seed": seeds[0],
             "rounding": ROUNDING,
         },
-        "count": count,
+        "count": len(seeds),
         "model": config.model.name,
         "from": str(weights),
         "guide": guide and str(guide),

@@ -1,28 +1,33 @@
-"""A generator out of a run or of weights, and images out of a generator: every random number of an image comes from its seed."""
+"""mclr.load: a model out of weights or of a run, and images out of a model. Every random number of an image comes from its seed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mclr.configs.schema import FILE, PRESETS, RunConfig, load
+from mclr.configs.schema import FILE, PRESETS, VAE_FACTOR, RunConfig, read_preset
+from mclr.configs.schema import load as load_config
+from mclr.diffusion import Diffusion
 from mclr.errors import UserError
 from mclr.guidance import Guidance
-from mclr.likelihood import Draws, Net, Paradigm
-from mclr.models.registry import fold
-from mclr.train.data.encoders import Encoder, to_uint8
+from mclr.likelihood import Draws
+from mclr.models.registry import NETWORKS, fold
+from mclr.schedule import Schedule
+from mclr.train.data.encoders import Encoder, from_uint8, to_uint8
 from mclr.train.engine.base import rows_in
+from mclr.train.system.ranks import own_device
 from mclr.train.training.build import choose_kernels
 from mclr.train.training.networks import build_encoder, build_guidance, build_guide, build_net, build_paradigm
-from mclr.train.weights.folder import find_weights, load_into, presets_of, read_config
+from mclr.train.weights.folder import find_weights, load_into, load_net, presets_of, read_config, save_weights
 
 SAMPLING = 2**63  # seed of all sampling: beyond those of training, whose random numbers no image must repeat
 
 
 class WorkCounter:
-    """A network that counts its work while it is used as the network itself. sums: the counter that gets it (default: this one)."""
+    """Stands for a network and counts its work. sums: the counter that the work is added to; None: this one."""
 
     def __init__(self, net: Any, sums: "WorkCounter | None" = None):
         self.net, self.sums = net, sums or self
@@ -32,36 +37,179 @@ class WorkCounter:
         self.sums.work += rows_in(self.net, *inputs, **cache)
         return self.net(*inputs, **cache)
 
-    def new_cache(self, rows: int) -> Any:
-        return self.net.new_cache(rows)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.net, name)
 
     def parameter_count(self) -> int:
         return sum(p.numel() for p in self.net.parameters())
 
     def per_image(self, count: int) -> float:
-        """Forwards that one of `count` images took; the scales of a token model are shares of one.
+        """Forwards per image; the scales of a token model are shares of one.
 
-        Those of a guide count as one each whatever its size, which stands beside them (`guide_size` in sample.json). count includes
-        images that only fill up a micro-batch.
+        count: images, including those that only fill up a micro-batch. A forward of a guide counts as one, whatever its size.
         """
         return round(self.work / count, 9)
 
 
-def generate(
-    paradigm: Paradigm, net: Net, guidance: Guidance, c_N: Tensor, seeds: list[int], batch: int, device: torch.device
-) -> Tensor:
-    """Samples x [N, ...] of these conditions, in full micro-batches (the last one padded, so that kernels meet one shape)."""
-    drawn = []
-    for first in range(0, len(seeds), batch):
-        index = [min(i, len(seeds) - 1) for i in range(first, first + batch)]
-        x = paradigm.sample(net, c_N[index].to(device), guidance, Draws(SAMPLING, [seeds[i] for i in index], device))
-        drawn.append(x[: len(seeds) - first])
-    return torch.cat(drawn)
+@dataclass
+class Model:
+    """A generator that samples and can be trained: what mclr.load returns.
+
+    net: the network, in evaluation mode; it answers as the paradigm expects (mclr/diffusion.py, mclr/next_scale.py).
+    paradigm: Diffusion or NextScale, with the settings of sampling. encoder: from images to samples x and back.
+    guidance: that of the settings. batch: images per micro-batch. bf16: whether the network samples in that precision.
+    image_shape: (C, H, W). class_names: of the conditions, where the weights record them. notes: what save() records.
+    """
+
+    net: Any
+    paradigm: Any
+    encoder: Encoder
+    guidance: Guidance
+    batch: int
+    bf16: bool
+    image_shape: tuple[int, int, int]
+    class_names: Sequence[str]
+    notes: dict[str, Any]
+    device: torch.device
+
+    def encode(self, images: Tensor, first: int = 0) -> Tensor:
+        """Images [N, C, H, W], uint8 or floats in [-1, 1] -> samples x: images, latents, or tokens [N, L].
+
+        first: position of the first image in training. Latents of a VAE are random, and positions decide their random numbers.
+        Raises ValueError for images of another shape or type.
+        """
+        if images.shape[1:] != self.image_shape or not (images.dtype == torch.uint8 or images.is_floating_point()):
+            shape = ", ".join(map(str, self.image_shape))
+            raise ValueError(f"images must be uint8 or floats [N, {shape}], not {images.dtype} {list(images.shape)}")
+        images = images.to(self.device)
+        stored_N = self.encoder.encode(from_uint8(images) if images.dtype == torch.uint8 else images)
+        return self.encoder.draw(stored_N, Draws(0, list(range(first, first + len(images))), self.device))
+
+    def decode(self, x_N: Tensor) -> Tensor:
+        """Samples x -> images [N, C, H, W] in [-1, 1]."""
+        return self.encoder.decode(x_N)
+
+    def sample(
+        self,
+        classes: Iterable[int | str],
+        seed: int = 0,
+        gamma: float | Schedule = 0.0,
+        steps: int | None = None,
+        guide: Any = None,
+        exact: bool = False,
+    ) -> Tensor:
+        """Images of these conditions (numbers, or names where the weights record them), uint8 [N, C, H, W], in host memory.
+
+        seed: image i has the seed `seed + i`, which decides all its random numbers. gamma: extra weight of guidance.
+        steps: of a diffusion model's sampler. guide: the network, or Model, that guides; None: the null condition.
+        exact: the same bits as `mclr sample`, at the cost of full micro-batches. Otherwise few images take a short batch, which
+        rounds otherwise: diffusion differs by less than 1e-4 before it becomes uint8, and rarely a token differs.
+        Raises ValueError for conditions or settings that the model does not have.
+        """
+        conditions, paradigm = self.conditions(classes), self.paradigm
+        if seed < 0 or not conditions:
+            raise ValueError(f"{len(conditions)} images from seed {seed}: there must be at least one, and seeds start at 0")
+        if steps is not None:
+            if not isinstance(paradigm, Diffusion) or steps < 1:
+                raise ValueError(f"steps={steps} must be at least 1, of a diffusion model")
+            paradigm = replace(paradigm, steps=steps)
+        schedule = gamma if isinstance(gamma, Schedule) else Schedule("constant", gamma)
+        guidance = Guidance(schedule, guide.net if isinstance(guide, Model) else guide)
+        this = replace(self, paradigm=paradigm, guidance=guidance)
+        # `mclr sample` draws full micro-batches, in which the image of a seed has the place seed % batch.
+        before = seed % self.batch if exact else 0
+        after = -(before + len(conditions)) % self.batch if exact else 0
+        seeds = range(seed - before, seed + len(conditions) + after)
+        x_N = this.draw(torch.tensor(conditions[:1] * before + conditions + conditions[:1] * after), seeds, short=not exact)
+        return this.images(x_N)[before : before + len(conditions)]
+
+    def conditions(self, classes: Iterable[int | str]) -> list[int]:
+        """Numbers of conditions, for their numbers or names. Raises ValueError for what the model does not have."""
+        found = []
+        for each in classes:
+            named = isinstance(each, str)
+            if named and each not in self.class_names:
+                raise ValueError(f"no class is named {each!r}; these weights know {', '.join(self.class_names) or 'no names'}")
+            found.append(self.class_names.index(each) if isinstance(each, str) else int(each))
+            if not 0 <= found[-1] < self.paradigm.null:
+                raise ValueError(f"class {each} is out of range: must be 0 .. {self.paradigm.null - 1}")
+        return found
+
+    @torch.no_grad()
+    def draw(self, c_N: Tensor, seeds: Sequence[int], short: bool = False) -> Tensor:
+        """Samples x [N, ...] of these conditions, in micro-batches of one shape: the last one is padded.
+
+        short: padded to a power of two instead, where fewer samples are left.
+        """
+        drawn = []
+        training = self.net.training
+        self.net.eval()
+        try:
+            for first in range(0, len(seeds), self.batch):
+                left = min(self.batch, len(seeds) - first)
+                width = min(1 << (left - 1).bit_length(), self.batch) if short else self.batch
+                index = [min(i, len(seeds) - 1) for i in range(first, first + width)]
+                draws = Draws(SAMPLING, [seeds[i] for i in index], self.device)
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                    x = self.paradigm.sample(self.net, c_N[index].to(self.device), self.guidance, draws)
+                drawn.append(x[:left])
+        finally:
+            self.net.train(training)
+        return torch.cat(drawn)
+
+    def images(self, x_N: Tensor) -> Tensor:
+        """Samples x -> uint8 images [N, C, H, W] in host memory, decoded one micro-batch at a time."""
+        return torch.cat([to_uint8(self.encoder.decode(x)).cpu() for x in x_N.split(self.batch)])
+
+    def save(self, folder: str | Path, replace: bool = False) -> None:
+        """Write a weights folder that mclr.load and every command read. Raises UserError where the folder exists, unless replace."""
+        save_weights(folder, self.net, replace=replace, **self.notes)
+
+    def to(self, device: torch.device | str) -> "Model":
+        """Move everything to a device; returns this model."""
+        self.device = torch.device(device)
+        for module in (self.net, self.guidance.guide):
+            if isinstance(module, nn.Module):
+                module.to(self.device)
+        for name, part in vars(self.encoder).items():
+            setattr(self.encoder, name, part.to(self.device) if hasattr(part, "to") else part)
+        return self
+
+    def counted(self) -> "Model":
+        """The same model for sampling alone: constants are folded, and `net` is a WorkCounter that counts the guide's work, too."""
+        net, guide = self.net, self.guidance.guide
+        for module in filter(None, (net, guide)):
+            module.requires_grad_(False)
+            fold(module)
+        counter = WorkCounter(net)
+        counted_guide = None if guide is None else WorkCounter(guide, sums=counter)
+        return replace(self, net=counter, guidance=replace(self.guidance, guide=counted_guide))
 
 
-def to_images(encoder: Encoder, x_N: Tensor, batch: int) -> Tensor:
-    """Samples -> uint8 images [N, C, H, W], decoded `batch` at a time."""
-    return torch.cat([to_uint8(encoder.decode(x)).cpu() for x in x_N.split(batch)])
+def load(
+    name: str | Path,
+    device: torch.device | str | None = None,
+    model: str | None = None,
+    data: str | None = None,
+    settings: Sequence[str] = (),
+) -> Any:
+    """A Model of a generator; of other weights (digits-posterior, digits-classifier) the network, frozen and in evaluation mode.
+
+    name: a bundled name, a weights folder, a run folder, a published file, hf://ORG/REPO[/FILE][@REV] of either. device: default,
+    a GPU where there is one. model: preset whose settings of sampling are used; default: the one that the weights record, or of their
+    size. data: preset or dataset folder; default: images as the weights make them. settings: further ones, like "sample.solver=sde".
+    Raises UserError, in one line, where there are no such weights or something does not fit.
+    """
+    where = own_device() if device is None else torch.device(device)
+    if not (Path(name) / FILE).is_file():
+        weights = find_weights(str(name))
+        description = read_config(weights)
+        if NETWORKS[description["kind"]].paradigm is None:
+            return load_net(str(weights), description["kind"]).to(where).requires_grad_(False)
+        model = model or preset_of(str(name), description)
+        if data is None:
+            settings = [*images_of(description, model, settings), *settings]
+    return load_generator(*find_generator(str(name), model, data, settings), where)
 
 
 def find_generator(source: str, model: str | None, data: str | None, overrides: Sequence[str]) -> tuple[RunConfig, Path]:
@@ -73,45 +221,77 @@ def find_generator(source: str, model: str | None, data: str | None, overrides: 
         if not (Path(source) / "weights").is_dir():
             raise UserError(f"run {source} has no weights: it has not finished; repeat its `mclr train` command, which goes on")
         resolved = str(settings)  # in place of all four presets, so that overrides go on top
-        return load(resolved, resolved, resolved, resolved, list(overrides)), Path(source) / "weights"
+        return load_config(resolved, resolved, resolved, resolved, list(overrides)), Path(source) / "weights"
     weights = find_weights(source)
-    if model is None:
-        if not (PRESETS / "model" / f"{source}.yaml").is_file():
-            presets = presets_of(read_config(weights))
-            fitting = f" ({' or '.join(presets)}, by their size)" if presets else ""
-            raise UserError(f"no preset is named like the weights {source}: say by --model which one they belong to{fitting}")
-        model = source
-    # the objective says nothing about sampling
-    return load(model, "mle", data or "digits", "auto", list(overrides)), weights
+    # The objective says nothing about sampling.
+    chosen = model or preset_of(source, read_config(weights))
+    return load_config(chosen, "mle", data or "digits", "auto", list(overrides)), weights
 
 
-def load_generator(config: RunConfig, weights: Path, device: torch.device) -> tuple[WorkCounter, Paradigm, Encoder, Guidance]:
-    """(network, paradigm, encoder, guidance): all that sampling by config.sample takes, in evaluation mode.
+def preset_of(source: str, description: Mapping[str, Any]) -> str:
+    """The model preset of weights: of their name, the one they record, or the only one of their size. Raises UserError for none."""
+    for name in (source, description.get("model")):
+        if name and (PRESETS / "model" / f"{name}.yaml").is_file():
+            return str(name)
+    presets = presets_of(description)
+    if len(presets) == 1:
+        return presets[0]
+    fitting = f" ({' or '.join(presets)}, by their size)" if presets else ""
+    raise UserError(f"no preset is named like the weights {source}: say by --model which one they belong to{fitting}")
 
-    The network also counts the work of the guide. Raises UserError where weights or guide do not fit the config.
-    """
+
+def images_of(description: Mapping[str, Any], model: str, settings: Sequence[str]) -> list[str]:
+    """The settings of data.* for the images that these weights make, where the weights say so."""
+    net, preset = description["config"], read_preset("model", model)["model"]
+    found = {"num_classes": net["num_classes"]}
+    if "img_resolution" in net:
+        latents = bool(preset.get("vae"))
+        found |= {
+            "resolution": net["img_resolution"] * (VAE_FACTOR if latents else 1),
+            "channels": 3 if latents else net["img_channels"],
+        }
+    else:
+        given = [text.partition("=")[2] for text in settings if text.startswith("model.tokenizer=")]
+        tokens = read_config(find_weights((given or [preset["tokenizer"]])[-1]))["config"]
+        found |= {"resolution": tokens["scales"][-1] << (len(tokens["ch_mult"]) - 1), "channels": tokens["img_channels"]}
+    return [f"data.{key}={value}" for key, value in found.items()]
+
+
+def load_generator(config: RunConfig, weights: Path, device: torch.device) -> Model:
+    """The model that samples as config.sample says. Raises UserError where weights or guide do not fit the config."""
     choose_kernels(config, device)
     encoder = build_encoder(config, device)
     net = build_net(config, encoder)
     load_into(net, weights)
     guide = build_guide(config, net)
-    for module in (net, guide):
-        if module is not None:
-            module.to(device).eval().requires_grad_(False)
-            fold(module)
-    counted = WorkCounter(net)
-    guidance = build_guidance(config, None if guide is None else WorkCounter(guide, sums=counted))
-    return counted, build_paradigm(config, encoder), encoder, guidance
+    for module in filter(None, (net, guide)):
+        module.to(device).eval()
+    description = read_config(weights)
+    recorded = {key: description[key] for key in ("licence", "base", "classes", "inputs", "tokenizer") if key in description}
+    return Model(
+        net=net,
+        paradigm=build_paradigm(config, encoder),
+        encoder=encoder,
+        guidance=build_guidance(config, guide),
+        batch=config.sample.batch,
+        bf16=config.engine.precision == "bf16",
+        image_shape=(config.data.channels, config.data.resolution, config.data.resolution),
+        class_names=description.get("classes", ()),
+        notes={"init": str(weights), "model": config.model.name, "data": config.data.name} | recorded,
+        device=device,
+    )
 
 
-def parse_classes(text: str | None, num_classes: int) -> list[int]:
-    """ "0,3,7" -> conditions; None: all of them."""
+def parse_classes(text: str | None, num_classes: int, names: Sequence[str] = ()) -> list[int]:
+    """ "0,3,7", or names of classes -> conditions; None: all of them. Raises UserError for others."""
     if text is None:
         return list(range(num_classes))
+    parts = [part.strip() for part in text.split(",")]
     try:
-        conditions = [int(part) for part in text.split(",")]
+        conditions = [names.index(part) if part in names else int(part) for part in parts]
     except ValueError:
-        raise UserError(f"--classes {text}: give conditions separated by commas, as in 0,3,7") from None
+        known = f", or names like {names[0]}" if names else ""
+        raise UserError(f"--classes {text}: give conditions separated by commas, as in 0,3,7{known}") from None
     if len(set(conditions)) < len(conditions) or not all(0 <= c < num_classes for c in conditions):
         raise UserError(f"--classes {text}: give different conditions of 0..{num_classes - 1}")
     return conditions

@@ -108,7 +108,7 @@ def draw_samples(evaluation: Evaluation) -> Path:
     there = read_record(folder)
     # more images of these settings are no harm
     count = max(_wanted(evaluation.request, real_set), there["count"] if there else 0)
-    draw(config, weights, folder, parse_classes(None, config.data.num_classes), seed=0, count=count)
+    draw(config, weights, folder, parse_classes(None, config.data.num_classes), range(count))
     return folder
 
 

@@ -20,7 +20,7 @@ from mclr.train.data.dataset import load_split
 from mclr.train.data.encoders import ROUNDING
 from mclr.train.data.images import image_grid
 from mclr.train.data.write import prepare_digits
-from mclr.train.sampling.generate import generate, load_generator, to_images
+from mclr.train.sampling.generate import load_generator
 from mclr.train.scoring.extractors import Judge, classifier_judge
 from mclr.train.scoring.image_readers import in_memory_images
 from mclr.train.scoring.scores import score
@@ -79,24 +79,23 @@ class Arm:
 
     def __init__(self, config: RunConfig, weights: Path):
         self.config, self.weights = config, weights
-        self.net, self.paradigm, self.encoder, self.guidance = load_generator(config, weights, torch.device("cpu"))
+        self.model = load_generator(config, weights, torch.device("cpu")).counted()
 
     def draw(self, c_N: torch.Tensor, first_seed: int) -> torch.Tensor:
-        seeds = list(range(first_seed, first_seed + len(c_N)))
-        return generate(self.paradigm, self.net, self.guidance, c_N, seeds, self.config.sample.batch, torch.device("cpu"))
+        return self.model.draw(c_N, range(first_seed, first_seed + len(c_N)))
 
     def judged(self, judge: DigitsJudge, seed: int) -> dict[str, float]:
         """The judge's scores of as many samples as it has real images, of this sampling seed, and the forwards an image took."""
-        self.net.work = 0
+        self.model.net.work = 0
         x_N = self.draw(judge.c_N, seed * 1_000_000)
         batch = self.config.sample.batch
         padded = -(-len(x_N) // batch) * batch
-        scores = judge.scores(to_images(self.encoder, x_N, batch))
-        return scores | {"forwards_per_image": self.net.per_image(padded)}
+        scores = judge.scores(self.model.images(x_N))
+        return scores | {"forwards_per_image": self.model.net.per_image(padded)}
 
     def pictures(self, each: int) -> torch.Tensor:
         """uint8 images [10 * each, C, H, W], ten conditions one after the other: the same seeds in every arm."""
-        return to_images(self.encoder, self.draw(torch.arange(10).repeat_interleave(each), 0), 10 * each)
+        return self.model.images(self.draw(torch.arange(10).repeat_interleave(each), 0))
 
 
 @dataclass

@@ -1,0 +1,148 @@
+"""mclr.load and Model: the same images as `mclr sample`, few images at the cost of few, saved weights that load again."""
+
+import numpy as np
+import pytest
+import torch
+
+import mclr
+from mclr.train import sample
+from mclr.train.data.images import image_paths, read_images
+from mclr.train.sampling.generate import parse_classes
+from mclr.train.system.console import run
+from mclr.train.weights.folder import read_tensors
+
+MODELS = ("edm2-digits", "var-digits")
+SETTINGS = {"edm2-digits": ["sample.steps=4", "sample.batch=16"], "var-digits": ["sample.batch=16"]}
+
+
+def loaded(name):
+    return mclr.load(name, device="cpu", settings=SETTINGS[name])
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.5])
+@pytest.mark.parametrize("name", MODELS)
+def test_exact_images_are_those_of_the_command(name, gamma, tmp_path):
+    """Bit for bit, from a seed in the middle of a micro-batch."""
+    argv = [name, "--out", str(tmp_path), "--count", "13", "--seed", "10", *SETTINGS[name], f"sample.gamma={gamma}"]
+    assert run(sample.main, argv) == 0
+    expected = read_images(image_paths(tmp_path))
+    shape = "ramp" if name == "var-digits" else "constant"
+    classes = [seed % 10 for seed in range(10, 23)]
+    images = loaded(name).sample(classes, seed=10, gamma=mclr.Schedule(shape, gamma), exact=True)
+    assert images.dtype == torch.uint8 and np.array_equal(images.numpy(), expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_few_images_take_a_short_batch_and_look_the_same(name):
+    """Before rounding diffusion differs by less than 1e-4; of tokens 99.9 % of the images are equal."""
+    model, widths = loaded(name), []
+    real = type(model.paradigm).sample
+
+    def counted(self, net, c_B, *others):
+        widths.append(len(c_B))
+        return real(self, net, c_B, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model.paradigm), "sample", counted)
+        count = 1000 if name == "var-digits" else 60
+        c_N = torch.arange(count) % 10
+        short = torch.cat([model.draw(c_N[i : i + 5], range(i, i + 5), short=True) for i in range(0, count, 5)])
+        assert set(widths) == {8}
+        widths.clear()
+        whole = model.draw(c_N, range(count), short=True)
+        assert set(widths[:-1]) == {16} and widths[-1] == {1000: 8, 60: 16}[count]
+    if name == "var-digits":
+        assert (short == whole).all(1).float().mean() >= 0.999
+    else:
+        assert (short - whole).abs().max() < 1e-4
+
+
+def test_a_training_network_samples_without_dropout_and_trains_on(tmp_path):
+    model = loaded("edm2-digits")
+    before = model.sample([4], seed=2)
+    model.net.train()
+    assert torch.equal(model.sample([4], seed=2), before) and model.net.training
+    assert all(p.requires_grad and p.grad is None for p in model.net.parameters())
+    assert not torch.equal(model.sample([4], seed=3), before) and not torch.equal(model.sample([4], seed=2, steps=2), before)
+    guide = loaded("edm2-digits")
+    assert torch.equal(model.sample([4], seed=2, gamma=1.0, guide=guide), before)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_saved_loads_again(name, tmp_path):
+    """By its folder, without a preset of its name, with its licence and its class names."""
+    model = loaded(name)
+    model.notes["classes"] = [f"digit {c}" for c in range(10)]
+    model.save(tmp_path / "mine")
+    again = mclr.load(tmp_path / "mine", device="cpu", settings=SETTINGS[name])
+    images = again.sample(["digit 7", 3], exact=True)
+    assert torch.equal(images, model.sample([7, 3], exact=True)) and again.notes["licence"] == model.notes["licence"]
+    with pytest.raises(mclr.UserError, match="exists"):
+        model.save(tmp_path / "mine")
+    assert read_tensors(tmp_path / "mine").keys() == dict(model.net.state_dict()).keys()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_encode_takes_bytes_and_floats_and_decode_goes_back(name):
+    model = loaded(name)
+    images = model.sample(range(6))
+    x_N = model.encode(images)
+    assert torch.equal(model.encode(images.float() / 127.5 - 1), x_N)
+    model.paradigm.check(x_N)
+    tokens = name == "var-digits"
+    assert (model.decode(x_N) - (images.float() / 127.5 - 1)).square().mean().sqrt() < (0.2 if tokens else 1e-6)
+    for wrong in (images[:, :, :4], images.int(), images[0]):
+        with pytest.raises(ValueError, match=r"images must be uint8 or floats \[N, 1, 8, 8\]"):
+            model.encode(wrong)
+
+
+def test_weights_that_generate_nothing_load_as_frozen_networks():
+    posterior = mclr.load("digits-posterior", device="cpu")
+    assert posterior(torch.zeros(2, 1, 8, 8), torch.ones(2)).shape == (2, 10)
+    assert not posterior.training and not any(p.requires_grad for p in posterior.parameters())
+    with pytest.raises(mclr.UserError, match="no weights at nothing"):
+        mclr.load("nothing")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"classes": [10]}, "class 10 is out of range: must be 0 .. 9"),
+        ({"classes": ["cat"]}, "no class is named 'cat'"),
+        ({"classes": []}, "0 images from seed 0"),
+        ({"classes": [1], "seed": -1}, "seeds start at 0"),
+        ({"classes": [1], "steps": 0}, "steps=0 must be at least 1"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        loaded("edm2-digits").sample(**arguments)
+
+
+def test_classes_have_numbers_and_names():
+    names = ["cat", "dog", "3"]
+    assert parse_classes("dog, 0", 3, names) == [1, 0] and parse_classes(None, 3, names) == [0, 1, 2]
+    with pytest.raises(mclr.UserError, match="or names like cat"):
+        parse_classes("cow", 3, names)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_loop_of_the_documentation_trains(name):
+    """The loss belongs to weights and positions: the same again with the same weights, another one after four steps."""
+    model = loaded(name)
+    contrast = "posterior" if name == "edm2-digits" else "null"
+    posterior = mclr.load("digits-posterior", device="cpu") if contrast == "posterior" else None
+    loss = mclr.Loss(model.paradigm, mclr.Objective("mclr", contrast=contrast, lam=0.5), posterior=posterior)
+    images, c = model.sample(range(10)), torch.arange(10)
+    optimizer = torch.optim.Adam(model.net.parameters(), 1e-3)
+    values = []
+    for step in range(4):
+        value, metrics = loss(model.net, model.encode(images), c, first=step * len(c))
+        values.append(metrics["loss"].item())
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        mclr.project(model.net)
+    again = loaded(name)
+    assert loss(again.net, again.encode(images), c, first=0)[1]["loss"].item() == values[0]
+    assert loss(model.net, model.encode(images), c, first=0)[1]["loss"].item() != values[0]
