@@ -17,7 +17,8 @@ from mclr.errors import UserError
 from mclr.models.registry import NETWORKS
 from mclr.train.system.files import checksum
 from mclr.train.weights.edm2_pickle import LONGEST, MANY, entries_of
-from mclr.train.weights.unpickler import Module, Refused, View, read, refuse
+from mclr.train.weights.torch_file import read
+from mclr.train.weights.unpickler import Module, Refused, View, refuse
 
 MAX_HEADER = 4 << 20  # bytes of what a safetensors file says of its entries; published: 0.1 MB
 # where the weights of a folder are, the better places first
@@ -49,19 +50,17 @@ def find_state_dict(src: Path, key: str | None = None) -> Found:
     """
     with _faults_of(src):
         files = files_of(src)
-        contents = [_read(file) for file in files]
-        if len(contents) == 1:
-            content = contents[0]
-        elif all(isinstance(each, dict) for each in contents):
-            content = {name: entry for each in contents for name, entry in each.items()}
-        else:
+        content, *shards = [_read(file) for file in files]
+        if not all(isinstance(each, dict) for each in (content, *shards) if shards):
             refuse("is in shards that are no state dicts", "save the state dict of the network alone")
+        for shard in shards:
+            content |= shard
         networks = networks_in(content)
         taken, notes = _choice(networks, key)
         network = networks[taken]
         entries = _tensors(_entries(network), sum(file.stat().st_size for file in files))
-        if isinstance(content, dict) and (beside := [name for name in content if name not in entries] if taken == "" else []):
-            notes["left out"] = listed(beside)
+        if taken == "" and isinstance(content, dict) and len(content) > len(entries):
+            notes["left out"] = listed(name for name in content if name not in entries)
         bare, wrappers = unwrapped(entries)
         if wrappers:
             notes["names"] = f"without {', '.join(wrappers)}"

@@ -1,4 +1,4 @@
-"""Reads pickles and files of torch.save: EDM2's networks and checkpoints. Nothing in a file is ever run.
+"""Reads pickles without running anything in them.
 
 A pickle is a program for a small stack machine that may import and call anything. Ours is Python's own machine without those parts: it
 knows the opcodes in Machine.dispatch alone, a name stays text and must be on the closed list ALLOWED, and a call only sorts its arguments
@@ -6,14 +6,10 @@ into one of the records below. The bytes of tensors stay in the mapped file, and
 time and memory. Opcodes: the standard library's pickletools.
 """
 
-import io
-import mmap
 import pickle
 import struct
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -21,7 +17,6 @@ from torch import Tensor
 
 SCRIPT = 1 << 20  # bytes of a file beside its tensors; the largest published file has about a fifth
 LINE = 256  # bytes of a name
-MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # torch.save's, before zip archives
 _KINDS = "Half BFloat16 Float Double ComplexFloat Long Int Short Char Byte Bool"
 _DTYPES = "float16 bfloat16 float32 float64 complex64 int64 int32 int16 int8 uint8 bool"
 DTYPES = {f"torch.{kind}Storage": getattr(torch, name) for kind, name in zip(_KINDS.split(), _DTYPES.split(), strict=True)}
@@ -35,22 +30,18 @@ def refuse(what: str, way_out: str = "get it again from its publisher") -> NoRet
     raise Refused(f"{what}: {way_out}")
 
 
-def _refuse_length() -> NoReturn:
+def refuse_length() -> NoReturn:
     refuse(f"holds more than {SCRIPT >> 20} MiB beside its tensors", "save the state dict of the network alone")
 
 
-@dataclass(frozen=True, slots=True)
-class Name:
-    """A module and a function or class of it, as text."""
-
-    text: str
+class Name(str):
+    """A module and a function or class of it."""
 
 
 @dataclass(eq=False, slots=True)
 class Module:
-    """A network or a part of one: the name of its class, and its attributes."""
+    """A network or a part of one, by its attributes."""
 
-    kind: str
     state: dict[str, Any]
 
 
@@ -101,9 +92,9 @@ def _view(arguments: tuple[Any, ...]) -> View:
 def _persistent(arguments: tuple[Any, ...]) -> Module:
     """EDM2's wrapper around a class. It also holds the source of the class, which stays unread."""
     (meta,) = arguments
-    if not (type(meta) is dict and type(kind := meta.get("class_name")) is str and type(state := meta.get("state")) is dict):
-        refuse("holds a network without class or state")
-    return Module(kind, state)
+    if type(meta) is not dict or type(state := meta.get("state")) is not dict:
+        refuse("holds a network without a state")
+    return Module(state)
 
 
 # plain data that checkpoints hold beside weights: module -> its functions and classes, which all make an Inert
@@ -137,31 +128,6 @@ VALUES = ("bool", "dict", "float", "int", "list", "str", "tuple")  # types that 
 ALLOWED = {*CALLS, EMBEDDED, *DTYPES, "numpy.ndarray", *map(str, DTYPES.values()), *(f"builtins.{name}" for name in VALUES)}
 
 
-def read(path: Path) -> Any:
-    """What a pickle or a file of torch.save holds: dicts, lists, numbers, text, and Module, View and Inert for objects.
-
-    Raises Refused for a damaged file, and for one that names anything outside of ALLOWED.
-    """
-    with open(path, "rb") as file:
-        # a private mapping: torch wants memory that it may write to, and no write reaches the file
-        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-        try:
-            return _read_archive(data, file.fileno()) if data[:4] == b"PK\3\4" else _read_streams(Script(data))
-        except zipfile.BadZipFile as error:
-            raise Refused(f"is incomplete ({error}): download it again") from error
-        # what damaged bytes lead to in a machine and in zipfile
-        except (
-            ArithmeticError,
-            LookupError,
-            NotImplementedError,
-            TypeError,
-            ValueError,
-            struct.error,
-            pickle.UnpicklingError,
-        ) as error:
-            raise Refused(f"is damaged ({type(error).__name__} in its pickle): download it again") from error
-
-
 class Script:
     """The bytes of a file, read from `at` on. left: how many may still be read beside storages."""
 
@@ -171,7 +137,7 @@ class Script:
     def read(self, count: int) -> bytes:
         self.left -= count
         if self.left < 0:
-            _refuse_length()
+            refuse_length()
         return bytes(self.data[(place := self.skip(count)) : place + count])
 
     def skip(self, count: int) -> int:
@@ -189,7 +155,7 @@ class Script:
     def readline(self) -> bytes:
         text, newline, _ = bytes(self.data[self.at : self.at + LINE]).partition(b"\n")
         if not newline:
-            refuse("holds a name without end")
+            raise ValueError("a name without end")
         return self.read(len(text) + 1)
 
 
@@ -227,12 +193,12 @@ class Machine(pickle._Unpickler):
         arguments, function = self.stack.pop(), self.stack.pop()
         if type(function) is not Name or type(arguments) is not tuple:
             refuse("calls what is no function")
-        if function.text.startswith(PARTS) and arguments == ():
-            self.stack.append(Module(function.text, {}))
-        elif function.text in self.calls:
-            self.stack.append(self.calls[function.text](arguments))
+        if function.startswith(PARTS) and arguments == ():
+            self.stack.append(Module({}))
+        elif function in self.calls:
+            self.stack.append(self.calls[function](arguments))
         else:
-            refuse(f"calls {function.text!r} where no weights need it")
+            refuse(f"calls {function!r} where no weights need it")
 
     def build(self) -> None:
         """Give an object that was just made its state. Our dicts and Inert keep none."""
@@ -288,94 +254,3 @@ OWN: dict[bytes, Callable[[Machine], Any]] = {
 for opcode in PLAIN.split():
     Machine.dispatch[ord(getattr(pickle, opcode))] = pickle._Unpickler.dispatch[ord(getattr(pickle, opcode))]
 Machine.dispatch.update({ord(opcode): action for opcode, action in OWN.items()})
-
-
-def _storage(identity: Any) -> tuple[str, Storage]:
-    """(key, storage) of torch.save's persistent id: ("storage", type, key, device, numel), in streams also a view, which is None."""
-    _, kind, key, _, numel, *view = identity
-    if type(key) is not str or type(numel) is not int or numel < 0 or view not in ([], [None]):
-        refuse("holds a storage of an unknown form")
-    return key, Storage(DTYPES[kind.text if type(kind) is Name else ""], numel)
-
-
-def _read_streams(script: Script, embedded: bool = False) -> Any:
-    """One pickle, or what torch.save wrote before zip archives: five pickles, then numel and bytes of every storage.
-
-    embedded: the latter within the bytes of a pickle, which then hold one storage and no more.
-    """
-
-    def load(arguments: tuple[Any, ...]) -> Any:
-        (place,) = arguments
-        if type(place) is not slice:
-            refuse(f"calls {EMBEDDED!r} with no bytes")
-        inner = Script(script.data[: place.stop], place.start, script.left)
-        content = _read_streams(inner, embedded=True)
-        script.left = inner.left
-        return content
-
-    calls = {} if embedded else CALLS | {EMBEDDED: load}
-    content = Machine(script, calls).load()
-    storages: dict[str, Storage] = {}
-    if content == MAGIC:
-        protocol, system = (Machine(script, {}).load() for _ in range(2))
-        if protocol != PROTOCOL or system["little_endian"] is not True:
-            refuse("is written for another kind of machine")
-
-        def storage(identity: Any) -> Storage:
-            key, new = _storage(identity)
-            return storages.setdefault(key, new)
-
-        content = Machine(script, calls, storage).load()
-        for key in Machine(script, {}).load():
-            # text alone: the hash of tuples within tuples may take for ever
-            found = storages[key if type(key) is str else ""]
-            if script.number("<q") != found.numel:
-                refuse("holds storages of two sizes")
-            start = script.skip(size := found.numel * found.dtype.itemsize)
-            found.place = script.data[start : start + size]
-    if embedded and type(content) is not Storage:
-        refuse("holds other things than a storage among its storages")
-    if any(storage.place is None for storage in storages.values()) or script.at != len(script.data):
-        refuse("does not end where its contents do")
-    return content
-
-
-class _Bounded(io.FileIO):
-    """A file of which at most SCRIPT bytes are read at once, as zipfile does with the list of members."""
-
-    def read(self, count: int | None = -1, /) -> bytes:
-        found = super().read(count if count is not None and 0 <= count <= SCRIPT else SCRIPT + 1) or b""
-        if len(found) > SCRIPT:
-            _refuse_length()
-        return found
-
-
-def _read_archive(data: memoryview, descriptor: int) -> Any:
-    """What torch.save writes now: an uncompressed zip archive with one pickle, data.pkl, and a member data/KEY for every storage."""
-    members: dict[str, memoryview] = {}
-    with _Bounded(descriptor, closefd=False) as file, zipfile.ZipFile(file) as archive:
-        for info in archive.infolist():
-            if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
-                refuse("is a compressed archive, which torch.save does not write")
-            # a header of 30 bytes, the name and an extra field come before the content (APPNOTE.TXT 6.3.10, section 4.3.7)
-            start = info.header_offset + 30 + sum(struct.unpack_from("<HH", data, info.header_offset + 26))
-            if not 0 <= start <= len(data) - info.file_size:
-                raise ValueError("a member outside of the file")
-            members[info.filename] = data[start : start + info.file_size]
-    folder = next((name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")), None)
-    if folder is None:
-        refuse("is a zip archive, but none of torch.save")
-    if members.get(f"{folder}byteorder", b"little") != b"little":
-        refuse("is written for another kind of machine")
-    storages: dict[str, Storage] = {}
-
-    def storage(identity: Any) -> Storage:
-        key, new = _storage(identity)
-        if key not in storages:
-            new.place = members[f"{folder}data/{key}"]
-            if len(new.place) != new.numel * new.dtype.itemsize:
-                refuse("holds storages of two sizes")
-            storages[key] = new
-        return storages[key]
-
-    return Machine(Script(members[f"{folder}data.pkl"]), CALLS, storage).load()
