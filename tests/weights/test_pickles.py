@@ -5,7 +5,6 @@ holds nothing else: what it ran, wrote, or spent shows.
 """
 
 import functools
-import gzip
 import io
 import json
 import operator
@@ -202,6 +201,8 @@ HOSTILE = {
     "state_of_a_name.pkl": (op(named("dnnlib.util", "EasyDict"), b"}", text("__module__"), text("os"), b"sb"), "gives a state"),
     "network_in_itself.pkl": (op(PART, b"\x94}", text("_modules"), b"}", text("a"), b"h\x00ssb"), "no tree"),
     "shared_parts.pkl": (op(PART, b"}", text("_modules"), b"}(", *SHARING, b"usb"), "more than 2000 entries"),
+    "many_modules.pkl": (op(b"}(", *[text(str(i)) + PART for i in range(1000)], b"u"), "too many networks"),
+    "one_network_many_times.pkl": (op(b"}(", text("k"), TENSORS, *[text(str(i)) + b"h\x00" for i in range(30_000)], b"u"), "networks ("),
     "network_of_text.pkl": (op(PART, b"}", text("_modules"), text("a"), b"sb"), "are none"),
     # storages and tensors
     "persistent_id.pkl": (op(b"(", text("storage"), b"tQ"), "storages that it does not have"),
@@ -225,7 +226,6 @@ HOSTILE = {
     "offset.pkl": (tensor(offset=b"K\x01"), VIEW),
     "offset_negative.pkl": (tensor(offset=b"J\xff\xff\xff\xff"), VIEW),
     # other files
-    "gzip.pkl": (gzip.compress(SNAPSHOT), "gzip"),
     "zip.pkl": (archive({"net.pkl": SNAPSHOT}), "none of torch.save"),
     "code.pth": (archive({"a/data.pkl": call(os.system, CODE)}), CODE_REFUSED),
     "code_legacy.pth": (saved({"a": Call(os.system, CODE)}, _use_new_zipfile_serialization=False), CODE_REFUSED),

@@ -57,7 +57,7 @@ CHECKPOINTS = {
     "g_ema": ({"g_ema": AVERAGE, "g": RAW, "d": {"fc": torch.ones(2)}}, AVERAGE, "under 'g_ema'; also there: 'g' ("),
     "timm": ({"state_dict": RAW, "state_dict_ema": AVERAGE}, AVERAGE, "under 'state_dict_ema'"),
     "one level below": ({"nets": {"net": RAW, "SWA-net": AVERAGE}}, AVERAGE, "under 'nets.SWA-net'; also there: 'nets.net'"),
-    "other key": ({"generator": RAW, "head": {"fc": torch.ones(2)}}, RAW, ""),
+    "other key": ({"generator": RAW, "head": {f"é{i}": torch.ones(1) for i in range(2001)}}, RAW, ""),
     "lightning": ({"state_dict": prefixed("model."), "callbacks": {}, "loops": BESIDE}, RAW, "names: without model."),
     "of VAR": ({"trainer": {"vae_local": TOKENIZER, "var_wo_ddp": RAW}}, RAW, "var_wo_ddp'; also there: 'trainer.vae_local'"),
     "net": (prefixed("net."), RAW, "without net."),

@@ -153,6 +153,14 @@ def kind_in(entries: Mapping[str, Any]) -> str | None:
     return next((kind for kind, each in NETWORKS.items() if each.published and each.published.mark in entries), None)
 
 
+def _kind_of(network: Any) -> str | None:
+    try:
+        return kind_in(unwrapped(_entries(network))[0])
+    except Refused:
+        # it may lie beside the one that is wanted
+        return None
+
+
 def networks_in(content: Any) -> dict[str, Any]:
     """Key -> network (Module, or dict of named tensors): the content itself under "", else those in it and one level below.
 
@@ -191,7 +199,10 @@ def _choice(networks: Mapping[str, Any], key: str | None) -> tuple[str, dict[str
     """(key of the network to take, what to say of the choice). Raises Refused where it is not clear, or there is none under `key`."""
     if key is not None and key not in networks:
         refuse(f"holds no network under {key!r}, but {listed(networks)}", "give one of these by --weights-key")
-    known = {name: kind_in(unwrapped(_entries(part))[0]) for name, part in networks.items()} if len(networks) > 1 else {}
+    # by id: one object may be there many times
+    parts = {id(part): part for part in networks.values()} if len(networks) > 1 else {}
+    kinds = {number: _kind_of(part) for number, part in parts.items()}
+    known = {name: kinds[id(part)] for name, part in networks.items()} if kinds else {}
     useful = [name for name, kind in known.items() if kind] or list(networks)
     generators = [name for name in useful if (kind := known.get(name)) and NETWORKS[kind].paradigm] or useful
     averaged = [name for name in generators if _is_averaged(name)] or generators
