@@ -8,6 +8,7 @@ import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -24,15 +25,20 @@ KEPT_BYTES = 256 * 2**20
 READERS = 4
 TOKENS = "tokens.npy"
 UNFINISHED = "preparing.json"  # in place of dataset.json until all shards are there
-TYPES = {"name": str, "resolution": int, "channels": int, "num_classes": int, "class_names": list, "source": str, "seed": int}
+# the types of the fields of dataset.json; splits are checked apart
+TYPES: dict[str, tuple[type, ...]] = {
+    **{name: (int,) for name in ("resolution", "channels", "num_classes", "seed")},
+    **{name: (str,) for name in ("name", "source")},
+    **{"class_names": (list,), "drawn": (dict, NoneType), "tokens": (str, NoneType)},
+}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples: c_B int64, their conditions, and image_BCHW uint8.
+    """Samples: image_BCHW uint8, and their conditions c_B int64.
 
-    tokens_BL int64: what was drawn, of samples that a token model drew. stored_BV: what the encoder stores of every view of the image,
-    fp32 or int64, where a cache was read; image_BCHW is empty then.
+    tokens_BL int64: the tokens that a token model drew, where it made the images. stored_BV, fp32 or int64: what the encoder stores of
+    each view of the image, where a cache is read; then image_BCHW is empty.
     """
 
     image_BCHW: Tensor
@@ -49,10 +55,10 @@ class Split:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What dataset.json says. resolution in pixels; source: where the images come from; seed: of the split into train and val.
+    """What dataset.json says. resolution: in pixels; source: where the images come from; seed: of the split into train and val.
 
-    drawn: the settings they were drawn by, where a network made the images (write.py, prepare_samples); tokens: checksum of TOKENS, the
-    tokens of the train split in shard order, where a token model drew them.
+    Where a network made the images (write.py, prepare_samples), drawn holds its settings. Where it was a token model, tokens is the
+    checksum of TOKENS: the tokens of the train split in shard order.
     """
 
     path: Path
@@ -72,6 +78,11 @@ class DatasetInfo:
         """(C, H, W)."""
         return self.channels, self.resolution, self.resolution
 
+    @property
+    def shards(self) -> list[Shard]:
+        """Those of all splits."""
+        return [shard for split in self.splits.values() for shard in split.shards]
+
 
 def open_dataset(path: str | Path) -> DatasetInfo:
     """Read dataset.json and check it against the shards on disk (existence, sizes, counts).
@@ -90,7 +101,7 @@ def open_dataset(path: str | Path) -> DatasetInfo:
             what = "is not finished: run its" if begun else "holds no dataset.json, so it is no dataset folder: make one with"
             raise UserError(f"{path} {what} `mclr prepare`{' command again' * begun}")
         info = _parse(path, json.loads(file.read_bytes()))
-        for shard in [shard for split in info.splits.values() for shard in split.shards]:
+        for shard in info.shards:
             tar = path / shard.file
             if not tar.is_file():
                 raise UserError(f"{tar} is missing: copy it here, or remove the dataset and prepare it again")
@@ -108,55 +119,46 @@ def open_dataset(path: str | Path) -> DatasetInfo:
 
 def _parse(path: Path, record: dict) -> DatasetInfo:
     """DatasetInfo of a parsed dataset.json; raises ValueError, TypeError, KeyError or AttributeError where it is malformed."""
-    for name, kind in TYPES.items():
-        if type(record[name]) is not kind:
-            raise TypeError(f"{name} is {record[name]!r:.40}")
-    splits = {
-        name: Split(count=split["count"], shards=tuple(Shard(**shard) for shard in split["shards"]))
+    fields: dict[str, Any] = {name: record.get(name) for name in TYPES}
+    for name, types in TYPES.items():
+        if type(fields[name]) not in types:
+            raise TypeError(f"{name} is {fields[name]!r:.40}")
+    fields["class_names"] = tuple(record["class_names"])
+    fields["splits"] = {
+        name: Split(split["count"], tuple(Shard(**shard) for shard in split["shards"]))
         for name, split in record["splits"].items()
     }
-    info = DatasetInfo(
-        path=path,
-        splits=splits,
-        class_names=tuple(record["class_names"]),
-        drawn=record.get("drawn"),
-        tokens=record.get("tokens"),
-        **{name: record[name] for name in ("name", "resolution", "channels", "num_classes", "source", "seed")},
-    )
-    for shard in [shard for split in splits.values() for shard in split.shards]:
-        if not (
-            type(shard.file) is type(shard.sha256) is str and type(shard.count) is type(shard.bytes) is int and shard.count >= 0
-        ):
+    info = DatasetInfo(path=path, **fields)
+    for shard in info.shards:
+        texts, numbers = (shard.file, shard.sha256), (shard.count, shard.bytes)
+        if {type(text) for text in texts} != {str} or {type(number) for number in numbers} != {int} or shard.count < 0:
             raise TypeError(f"one of its shards is {shard!r:.200}")
         if Path(shard.file).is_absolute() or ".." in Path(shard.file).parts:
             raise ValueError(f"shard {shard.file} is not inside of the folder")
-    if {"train", "val"} - splits.keys():
+    if {"train", "val"} - info.splits.keys():
         raise ValueError("splits must be train and val")
-    for name, split in splits.items():
-        counts = sum(shard.count for shard in split.shards)
-        if counts != split.count:
+    for name, split in info.splits.items():
+        if (counts := sum(shard.count for shard in split.shards)) != split.count:
             raise ValueError(f"split {name} counts {split.count} samples, its shards {counts}")
     if info.channels not in (1, 3) or info.resolution < 1:
         raise ValueError(f"channels {info.channels}, resolution {info.resolution}")
     if not all(isinstance(name, str) for name in info.class_names):
         raise TypeError("class_names must be texts")
-    if not (isinstance(info.drawn, dict | None) and isinstance(info.tokens, str | None)):
-        raise TypeError("drawn and tokens say how images were drawn")
     if len(info.class_names) != info.num_classes:
         raise ValueError(f"num_classes is {info.num_classes}, class_names are {len(info.class_names)}")
     return info
 
 
 class SplitReader:
-    """Reads the images of one split, numbered in shard order: c_N int64 is known at once, images are read when asked for.
+    """Reads the samples of one split, numbered in shard order. Conditions (c_N int64) are read at once, images when they are asked for.
 
-    A damaged sample is replaced by its substitute, the next readable one of its condition in shard order, the first after the last.
-    That is the same one on every rank and after every resume, and conditions stay those of the index.
+    A damaged sample is replaced by its substitute: the next readable one of its condition in shard order; after the last comes the
+    first. So the substitute is the same on every rank and after every resume.
     """
 
     def __init__(self, info: DatasetInfo, split: str, tolerated: float = 0.0, tokens_NL: Tensor | None = None):
-        """tolerated: the largest share of the split that may be damaged; 0: the first damaged sample is an error. tokens_NL: of the
-        images, to be put into batches.
+        """tolerated: the largest share of the split that may be damaged; 0: the first damaged sample is an error. tokens_NL: tokens of
+        the images, which batches then hold.
 
         Raises UserError for an unknown or empty split, a damaged shard, or a condition out of range.
         """
@@ -166,7 +168,7 @@ class SplitReader:
             held_out = split == "val"
             what = "has no held-out images (its val split is empty)" if held_out else f"has no images in its {split} split"
             raise UserError(f"{info.path} {what}: prepare the images again{' with a larger --val-share' * held_out}")
-        index = load_index(info.path, [shard for each in info.splits.values() for shard in each.shards])
+        index = load_index(info.path, info.shards)
         self.info, self.split, self.tolerated, self.tokens_NL = info, split, tolerated, tokens_NL
         self.samples = [sample for shard in info.splits[split].shards for sample in index[shard.file]]
         for file, key, _, _, c in self.samples:
@@ -195,9 +197,9 @@ class SplitReader:
         return Batch(image_BCHW, self.c_N[used], None if self.tokens_NL is None else self.tokens_NL[used])
 
     def images(self, indices: list[int]) -> Tensor:
-        """image_BCHW uint8 of these samples. Raises UserError naming shard and key of a damaged one that is not tolerated.
+        """image_BCHW uint8 of these samples, or their substitutes. Raises UserError where more are damaged than is tolerated.
 
-        Damage is counted here, in the order of `indices`: it does not depend on what was read ahead.
+        Damage is counted here, in the order of `indices`: what was read ahead does not change the count.
         """
         self.read_ahead(indices)
         read = {i: self._image(i) for i in dict.fromkeys(indices)}
@@ -206,7 +208,8 @@ class SplitReader:
         return torch.from_numpy(np.stack([read[i] for i in indices]))
 
     def substitute(self, i: int) -> int:
-        """The sample that is used for sample i, as far as damage is known. Raises UserError where its condition has no sample left."""
+        """The sample that stands for sample i: i itself unless it is known to be damaged. Raises UserError where its condition has none
+        left."""
         first = i
         while i in self.damaged:
             alike = self.of_condition[self.samples[i].c]
@@ -243,7 +246,7 @@ class SplitReader:
 
 
 def read_tokens(info: DatasetInfo) -> Tensor:
-    """Tokens [N, L] int64 of the train split, as they were drawn. Raises UserError when the file is not what dataset.json records."""
+    """Tokens [N, L] int64 of the train split, as they were drawn. Raises UserError where the file is not the one in dataset.json."""
     file = info.path / TOKENS
     try:
         data = file.read_bytes()

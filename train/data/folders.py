@@ -1,4 +1,4 @@
-"""Where images are found: a folder or a zip file, without hidden and system files; conditions by class folder or list of labels."""
+"""Finds the images of a folder or zip file, and the condition of each: from class folders or a list of labels."""
 
 import csv
 import hashlib
@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 from mclr.errors import UserError
@@ -18,7 +19,7 @@ from mclr.train.system.files import regular
 SYSTEM = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "#recycle", "@recycle", "#snapshot", "__macosx"}
 SYSTEM |= {"$recycle.bin", "system volume information", "lost+found"}
 LABELS, TABLE = "dataset.json", "labels.csv"
-HEADS = {"file", "filename", "file_name", "image", "path", "name", "id"}  # of the first column of TABLE
+HEADS = {"file", "filename", "file_name", "image", "path", "name", "id"}  # titles of the first column of TABLE
 TRAIN, VAL, TEST = ("train", "training"), ("val", "valid", "validation"), ("test", "testing")
 HOW = f"put the images of each class into a folder of their own, as in cats/1.png, dogs/1.png, or list file,class in {TABLE}"
 File = tuple[str, int]  # name below the root, condition
@@ -29,8 +30,8 @@ Kinds = dict[str, list]  # kind -> [how many, the first one's name]
 class Found:
     """Images below src/root, sorted by name ("cats/1.png"), each with its condition.
 
-    archive: src, where it is a zip file; it is read in place, and its names never become paths. held_out: images of the val folder, where
-    the folder has splits of its own, else None; files: all others. skipped: what was not taken, by kind; said: what to tell the user.
+    archive: src as a zip file; None for a folder. Its names never become paths. held_out: the images of the val folder; None where src
+    has no splits of its own. files: all other images. skipped: what was not taken, by kind. said: what to tell the user.
     """
 
     src: Path
@@ -79,7 +80,7 @@ def taken(src: Path, formats: dict[str, int], skipped: Kinds) -> str:
 
 
 def images_below(folder: Path) -> tuple[list[str], Kinds]:
-    """Names of the images anywhere below a folder, sorted; and what else is there. Links are followed.
+    """Names of the images anywhere below a folder, sorted; and what was skipped. Links are followed.
 
     Raises UserError where a link leads back, or the folder cannot be read.
     """
@@ -94,9 +95,9 @@ def images_below(folder: Path) -> tuple[list[str], Kinds]:
 def find_images(src: Path) -> Found:
     """The images of a folder or a .zip, and their conditions.
 
-    A list of labels decides, where there is one: dataset.json, as EDM2's and StyleGAN's data have it, or labels.csv; else the class
-    folders do. Around these may be one folder, and folders train/ and val/. Raises UserError where nothing of this fits, or src cannot
-    be read.
+    Conditions come from a list of labels where there is one: dataset.json, as EDM2's and StyleGAN's data have it, or labels.csv. Else
+    they come from class folders. Class folders may lie in train/ and val/, and everything may lie in one outer folder. Raises UserError
+    where nothing of this fits, or src cannot be read.
     """
     skipped: Kinds = {}
     try:
@@ -112,25 +113,28 @@ def find_images(src: Path) -> Found:
         while inner := _only_folder(names, entries, root):
             root, names = root + inner, _inside(names, inner)
         said = [f"the classes are in {src / root}, the only folder of {src}"] if root else []
-        images, held_out = _images(names), None
+        images, held_out = _images(names), dict[str, str]()
         # a table of labels may lie beside the folder of images
         beside = src.absolute().with_name(TABLE)
         if root + LABELS in entries:
-            class_names, files = _by_json(src / root / LABELS, images, _read(src, archive, root + LABELS))
+            labels = _by_json(src / root / LABELS, images, _read(src, archive, root + LABELS))
         elif root + TABLE in entries:
-            class_names, files = _by_table(src / root / TABLE, images, _read(src, archive, root + TABLE))
+            labels = _by_table(src / root / TABLE, images, _read(src, archive, root + TABLE))
         elif any("/" not in name for name in images) and beside.is_file():
-            class_names, files = _by_table(beside, images, beside.read_bytes(), src.stem if archive else src.name)
+            labels = _by_table(beside, images, beside.read_bytes(), src.stem if archive else src.name)
         elif splits := _splits(names):
-            class_names, files, held_out = _by_splits(src / root, names, *splits)
+            labels, held_out = _by_splits(src / root, names, *splits)
             said.append(f"{src / root / splits[0]} is taken as train, {splits[1]} as val; nothing else of {src / root} is used")
         else:
-            class_names, files = _by_folders(src / root, names)
+            labels = _by_folders(src / root, names)
+        class_names = ordered(set(labels.values()))
+        condition = {name: c for c, name in enumerate(class_names)}
+        files, val = ([(name, condition[label]) for name, label in split.items()] for split in (labels, held_out))
         said.append(f"{len(class_names)} classes: {', '.join(_numbered(class_names))}")
-        return Found(src, archive, root, class_names, files, held_out, skipped, said)
+        return Found(src, archive, root, class_names, files, val or None, skipped, said)
     except OSError as error:
         raise _unreadable(src, error) from error
-    # what zipfile raises on bytes that are no zip file, and on kinds it does not know
+    # zipfile raises these on damaged bytes and on methods that it does not know
     except (BadZipFile, NotImplementedError, EOFError, ValueError, zlib.error) as error:
         raise UserError(f"{src} is damaged, or no zip file ({error}): copy it again, or unpack it and give the folder") from error
 
@@ -157,7 +161,7 @@ def _entries_below(src: Path, skipped: Kinds) -> Iterator[str]:
         for entry in os.scandir(src / prefix):
             if kind := _left_out(entry.name):
                 count(skipped, kind, prefix + entry.name)
-            # of a link that leads nowhere, the entry itself may raise
+            # is_dir() of an entry may raise at a link that leads nowhere
             elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                 yield f"{prefix}{entry.name}/"
                 todo.append((f"{prefix}{entry.name}/", above | {here}))
@@ -166,7 +170,7 @@ def _entries_below(src: Path, skipped: Kinds) -> Iterator[str]:
 
 
 def _entries_of_zip(src: Path, archive: ZipFile, skipped: Kinds) -> set[str]:
-    """As _entries_below: what unpacking would give."""
+    """What _entries_below would give of the unpacked file."""
     entries = set()
     for info in archive.infolist():
         parts = info.filename.removesuffix("/").split("/")
@@ -183,7 +187,7 @@ def _entries_of_zip(src: Path, archive: ZipFile, skipped: Kinds) -> set[str]:
 
 
 def _order(name: str) -> list[str]:
-    """Sorts a folder's content to where the folder's name stands among its neighbours."""
+    """Key for sorting names: the content of a folder stays together."""
     return name.split("/")
 
 
@@ -192,7 +196,7 @@ def _read(src: Path, archive: ZipFile | None, name: str) -> bytes:
 
 
 def _without_others(src: Path, archive: ZipFile | None, entries: list[str], skipped: Kinds) -> list[str]:
-    """Folders and images among the entries. An image has an ending of Pillow's or, with another one, the content of an image."""
+    """Folders and images among the entries. A file is an image by its name's ending or, where that is unknown, by its content."""
     names = []
     for name in entries:
         if name.endswith("/") or os.path.splitext(name)[1].lower() in endings():
@@ -210,7 +214,7 @@ def _images(names: list[str]) -> list[str]:
 
 
 def _inside(names: list[str], folder: str) -> list[str]:
-    """Names below a folder, as seen from there."""
+    """Names below a folder, relative to it."""
     return [name.removeprefix(folder) for name in names if name.startswith(folder) and name != folder]
 
 
@@ -220,76 +224,72 @@ def _top(names: list[str]) -> list[str]:
 
 
 def _only_folder(names: list[str], entries: list[str], root: str) -> str | None:
-    """The folder around the class folders: the only one, without images or lists of labels beside it and without images in it."""
+    """The folder around the class folders, if there is one: nothing lies beside it, and no images lie directly in it."""
     if len(_top(names)) != 1 or root + LABELS in entries or root + TABLE in entries:
         return None
     return None if any(name.count("/") < 2 for name in _images(names)) or len(_images(names)) == 0 else _top(names)[0]
 
 
 def ordered(names: Iterable[str]) -> tuple[str, ...]:
-    """Names of classes in the order of their conditions: numbers by size, others as text."""
+    """Names of classes in the order of their conditions: numeric if all names are numbers, else alphabetic."""
     names = sorted(names)
     return tuple(sorted(names, key=int) if all(name.isdecimal() for name in names) else names)
 
 
 def _numbered(class_names: tuple[str, ...]) -> list[str]:
-    """The order of the classes, in a few words."""
+    """The first classes and the last one, each with its condition."""
     shown = [f"{c} {name}" for c, name in enumerate(class_names)]
     shown[10:-1] = ["..."] if len(shown) > 12 else shown[10:-1]
     return [*shown[:-1], shown[-1] + " (in numeric order)" * (list(class_names) != sorted(class_names))]
 
 
-def _by_folders(src: Path, names: list[str]) -> tuple[tuple[str, ...], list[File]]:
-    """Names of the class folders, and every image."""
-    images = _images(names)
-    if loose := [name for name in images if "/" not in name]:
+def _by_folders(src: Path, names: list[str]) -> dict[str, str]:
+    """The class of every image: its outermost folder."""
+    labels = {name: name.partition("/")[0] for name in _images(names)}
+    if loose := [name for name in labels if "/" not in name]:
         raise UserError(f"{src} has {len(loose)} images outside of any class folder ({loose[0]}): {HOW}")
-    class_names = ordered(folder[:-1] for folder in _top(names))
-    if not class_names:
+    folders = {folder[:-1] for folder in _top(names)}
+    if not folders:
         raise UserError(f"{src} has no class folders: {HOW}")
-    condition = {name: c for c, name in enumerate(class_names)}
-    files = [(name, condition[name.partition("/")[0]]) for name in images]
-    if empty := sorted(set(range(len(class_names))) - {c for _, c in files}):
-        raise UserError(f"class folder {src / class_names[empty[0]]} has no images: add some or remove it")
-    return class_names, files
+    if empty := folders - set(labels.values()):
+        raise UserError(f"class folder {src / min(empty)} has no images: add some or remove it")
+    return labels
 
 
 def _splits(names: list[str]) -> tuple[str, str] | None:
-    """The folders of train and val, where all folders are splits; None where they are classes."""
+    """The folders of train and val; None where the folders are classes."""
     top = {folder[:-1].lower(): folder for folder in _top(names)}
     train, val, test = (next((top.pop(name) for name in known if name in top), None) for known in (TRAIN, VAL, TEST))
     held_out = val or test
-    # images directly in it make it a class
+    # a folder that holds images directly is a class
     if top or not train or not held_out or any("/" not in name for name in _images(_inside(names, train))):
         return None
     return train, held_out
 
 
-def _by_splits(src: Path, names: list[str], train: str, val: str) -> tuple[tuple[str, ...], list[File], list[File]]:
-    """As _by_folders, of train; and the images of val."""
-    class_names, files = _by_folders(src / train, _inside(names, train))
-    known, held_out = _by_folders(src / val, _inside(names, val))
-    if odd := set(known) - set(class_names):
-        raise UserError(f"class {min(odd)} is in {src / val}, but not in {src / train}: add images there, or remove it")
-    return (
-        class_names,
-        [(train + name, c) for name, c in files],
-        [(val + name, class_names.index(known[c])) for name, c in held_out],
+def _by_splits(src: Path, names: list[str], train: str, val: str) -> tuple[dict[str, str], dict[str, str]]:
+    """The class of every image of train, and of val."""
+    labels, held_out = (
+        {split + name: label for name, label in _by_folders(src / split, _inside(names, split)).items()} for split in (train, val)
     )
+    if odd := set(held_out.values()) - set(labels.values()):
+        raise UserError(f"class {min(odd)} is in {src / val}, but not in {src / train}: add images there, or remove it")
+    return labels, held_out
 
 
-def _complete(place: Path, images: list[str], labels: Iterable[str]) -> None:
-    """Raises UserError unless there is a label for every image, and an image for every label."""
+def _complete(place: Path, images: list[str], labels: dict[str, Any]) -> dict[str, Any]:
+    """The labels in the order of the images. Raises UserError unless every image has a label, and every label an image."""
     if unlabelled := [name for name in images if name not in labels]:
         raise UserError(f"{place} has no label for {len(unlabelled)} images ({unlabelled[0]}): add them or remove the images")
     if missing := sorted(set(labels) - set(images)):
         raise UserError(f"{place} has labels for {len(missing)} images that are not there ({missing[0]}): copy the images again")
     if not images:
         raise UserError(f"{place.parent} has no images: add some")
+    return {name: labels[name] for name in images}
 
 
-def _by_table(place: Path, images: list[str], text: bytes, folder: str = "") -> tuple[tuple[str, ...], list[File]]:
-    """Classes and every image of a table of file and class; folder: the name of the folder of images, where the table lies beside it."""
+def _by_table(place: Path, images: list[str], text: bytes, folder: str = "") -> dict[str, str]:
+    """The class of every image, from lines of file,class. folder: the name of the folder of images, which lines may begin with."""
     try:
         rows = [row for row in csv.reader(text.decode("utf-8-sig").splitlines(), strict=True) if row]
         if rows and rows[0][0].strip().lower() in HEADS and rows[0][0] not in images:
@@ -299,14 +299,11 @@ def _by_table(place: Path, images: list[str], text: bytes, folder: str = "") -> 
         raise UserError(f"{place} is no table of files and classes ({error}): expected lines like a.png,cats") from error
     if len(labels) < len(rows):
         raise UserError(f"{place} names {len(rows) - len(labels)} files twice: leave one line for each")
-    _complete(place, images, labels)
-    class_names = ordered(set(labels.values()))
-    condition = {name: c for c, name in enumerate(class_names)}
-    return class_names, [(name, condition[labels[name]]) for name in images]
+    return _complete(place, images, labels)
 
 
-def _by_json(place: Path, images: list[str], text: bytes) -> tuple[tuple[str, ...], list[File]]:
-    """Classes "0" to the largest label, and every image, of {"labels": [["00000/img00000000.png", 6], ...]}."""
+def _by_json(place: Path, images: list[str], text: bytes) -> dict[str, str]:
+    """The class of every image, from {"labels": [["00000/img00000000.png", 6], ...]}; classes are "0", "1", ..."""
     try:
         labels = json.loads(text)["labels"]
         labels = labels if labels is None else dict(labels)
@@ -316,7 +313,7 @@ def _by_json(place: Path, images: list[str], text: bytes) -> tuple[tuple[str, ..
         raise UserError(f'{place} is no list of labels ({error}): expected {{"labels": [["a.png", 0], ...]}}') from error
     if labels is None:
         raise UserError(f"{place} has no labels (null): conditions are learned from them; {HOW}, and remove dataset.json")
-    _complete(place, images, labels)
+    labels = _complete(place, images, labels)
     if wrong := [name for name in images if type(labels[name]) is not int or labels[name] < 0]:
         raise UserError(f"{place}: the label of {wrong[0]} is {labels[wrong[0]]!r:.40}: expected a whole number from 0 on")
     known = sorted(set(labels.values()))
@@ -325,4 +322,4 @@ def _by_json(place: Path, images: list[str], text: bytes) -> tuple[tuple[str, ..
         raise UserError(
             f"{place}: labels go to {known[-1]}, but no image has {gap}: number the classes 0, 1, 2, ... without gaps"
         )
-    return tuple(str(c) for c in known), [(name, labels[name]) for name in images]
+    return {name: str(label) for name, label in labels.items()}

@@ -1,4 +1,4 @@
-"""The endless stream of training samples: which sample is at which global position, and who reads it."""
+"""The endless stream of training samples: which sample stands at which global position, and what reads it."""
 
 from concurrent.futures import Future
 from functools import lru_cache
@@ -10,14 +10,14 @@ import numpy as np
 from mclr.errors import UserError
 from mclr.train.data.dataset import Batch, SplitReader, open_dataset, read_tokens
 
-# what a permutation orders, beside all samples (0): the conditions of a round; the samples of condition c (WITHIN + c)
+# what a permutation orders: 0 all samples of a split, ROUND the conditions of a round, WITHIN + c the samples of condition c
 ROUND, WITHIN = 1, 2
 
 
 class Reader(Protocol):
-    """Reads samples of a split by their numbers: the images (SplitReader), or a cache of what an encoder stores (CacheReader).
+    """Reads samples of a split by their numbers: their images (SplitReader), or what an encoder stores of them (CacheReader).
 
-    coming: what was asked for ahead, by number.
+    coming: the samples that are read ahead, by number.
     """
 
     coming: dict[int, Future[np.ndarray]]
@@ -29,15 +29,15 @@ class Reader(Protocol):
 class Order:
     """The place of every sample in an endless stream. It depends on the seed alone, so there is no state to save.
 
-    Position p is in epoch p // N and holds sample permutation(seed, p // N, N)[p % N]: every epoch shows each sample once, batches run
-    across epochs, and neither the number of ranks nor a resume changes what is where.
+    Position p is in epoch p // N and holds sample permutation(seed, p // N, N)[p % N]. Every epoch shows each sample once. Batches run
+    across epochs. Neither the number of ranks nor a resume changes the order.
 
-    Balanced, position p is in round p // K of the K conditions, which visits each once: condition permutation(seed, p // K, K)[p % K],
-    for the (p // K)-th time. The samples of a condition have their own order, a new one after all were shown.
+    If balanced, position p is in round p // K of the K conditions. Every round visits each condition once, in the order
+    permutation(seed, p // K, K, ROUND). A condition shows all its samples in a random order, then again in another one.
     """
 
     def __init__(self, split: SplitReader, seed: int, balanced: bool = False):
-        """balanced: every condition equally often, else every sample. Raises UserError where a condition to be balanced has no samples."""
+        """balanced: show every condition equally often, not every sample. Raises UserError where a condition then has no samples."""
         self.split, self.seed, self.balanced = split, seed, balanced
         self.of_round: dict[int, tuple[int, np.ndarray]] = {}
         empty = [name for name, alike in zip(split.info.class_names, split.of_condition, strict=True) if not len(alike)]
@@ -61,7 +61,7 @@ class Order:
         c = int(permutation(self.seed, visit, num_classes, ROUND)[place])
         alike = self.split.of_condition[c]
         epoch, place = divmod(visit, len(alike))
-        # one epoch's order per condition is kept: together as long as the split
+        # one order is kept for each condition: together they are as long as the split
         if c not in self.of_round or self.of_round[c][0] != epoch:
             self.of_round[c] = epoch, permutation(self.seed, epoch, len(alike), WITHIN + c)
         return int(alike[self.of_round[c][1][place]])
@@ -88,16 +88,16 @@ class Source:
         return self.reader.batch(self.order.indices(range(first, first + count)))
 
     def keys(self, first: int, count: int) -> list[str]:
-        """SHARD:KEY of each sample at these global positions, which were read before."""
+        """SHARD:KEY of the samples that these global positions gave."""
         samples = [self.split.samples[self.split.substitute(i)] for i in self.order.indices(range(first, first + count))]
         return [f"{sample.file}:{sample.key}" for sample in samples]
 
     def prefetch(self, positions: range) -> None:
-        """Start reading the samples at these global positions in the background, so that their batches need not wait."""
+        """Start reading the samples at these global positions in the background."""
         self.reader.read_ahead(self.order.indices(positions))
 
     def close(self) -> None:
-        """End what reads in the background. Here nothing does: reads that were asked for end by themselves."""
+        """End what reads in the background. Here nothing is to do: each read ends by itself."""
 
 
 def open_images(
@@ -105,7 +105,7 @@ def open_images(
 ) -> Source:
     """The images of a split of the dataset folder at `path`.
 
-    tokenizer: checksum of the run's tokenizer: batches then hold the drawn tokens, where the images were drawn through the same one.
+    tokenizer: checksum of the run's tokenizer. Batches hold the drawn tokens where the images were drawn with the same tokenizer.
     Raises UserError as open_dataset, SplitReader and Order do.
     """
     info = open_dataset(path)
@@ -116,10 +116,10 @@ def open_images(
 
 @lru_cache(maxsize=4)
 def permutation(seed: int, epoch: int, count: int, what: int = 0) -> np.ndarray:
-    """A random order of 0 .. count-1 from (seed, epoch, what), read-only int64. what: 0 samples of a split, ROUND, or WITHIN + c.
+    """A random order of 0 .. count-1 from (seed, epoch, what), read-only int64. what: 0, ROUND or WITHIN + c.
 
-    It sorts raw Philox output: numpy keeps bit generators stable across releases, but not its shuffle, and a resumed run may meet a
-    newer numpy. The counter starts beyond those of mclr.likelihood.Draws, which shares the keys.
+    Raw Philox numbers are sorted: numpy keeps its bit generators stable across releases, but not its shuffle, and a resumed run may meet
+    a newer numpy. mclr.likelihood.Draws uses the same keys, so the counter starts beyond its counters.
     """
     order = np.argsort(np.random.Philox(key=[seed, epoch], counter=[0, 0, what, 1]).random_raw(count), kind="stable")
     order.setflags(write=False)

@@ -1,4 +1,4 @@
-"""Dataset folders are written: the digits, images of a folder or archive, drawn samples."""
+"""Writes dataset folders: of the digits, of images in a folder or zip file, of drawn samples."""
 
 import errno
 import hashlib
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 from webdataset import TarWriter
 
@@ -25,18 +24,19 @@ from mclr.configs.schema import Data, is_stream
 from mclr.errors import UserError
 from mclr.train.data.dataset import TOKENS, UNFINISHED, DatasetInfo, SplitReader, open_dataset
 from mclr.train.data.folders import File, Found, Kinds, count, find_images, listed, taken
-from mclr.train.data.images import MEGAPIXELS, center_crop, decode
+from mclr.train.data.images import MEGAPIXELS, center_crop, decode, png
 from mclr.train.data.shards import Shard
 from mclr.train.data.source import permutation
 from mclr.train.system.files import in_memory, lock, new_folder, write_file, write_json
 
-CHUNK = 64
+CHUNK = 64  # images that are decoded at a time
+PER_SHARD = 1000
 
 
 def prepare_digits(out: str | Path) -> DatasetInfo:
     """scikit-learn's 1,797 scanned digits, 8x8 gray, as a dataset folder: 1,500 train and 297 val, split by seed 0.
 
-    Values 0..16 become round(v * 255 / 16). The same dataset at `out` is reused; anything else there is a UserError.
+    Values 0..16 become round(v * 255 / 16). A dataset of the digits at `out` is reused. Raises UserError where anything else is there.
     """
     header = {
         "name": "digits",
@@ -49,16 +49,16 @@ def prepare_digits(out: str | Path) -> DatasetInfo:
     }
     if info := _existing(out, header):
         return info
-    # slow to import and used here alone
+    # slow to import
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    images = np.round(digits.images * 255 / 16).astype(np.uint8)
-    order = permutation(0, 0, len(images)).tolist()
+    image_N1HW = np.round(digits.images * 255 / 16).astype(np.uint8)[:, None]
+    order = permutation(0, 0, len(image_N1HW)).tolist()
     with new_folder(out) as folder:
         splits = {}
         for split, indices in (("train", order[:1500]), ("val", order[1500:])):
-            samples = ((_png(Image.fromarray(images[i])), int(digits.target[i])) for i in _progress(indices, split))
+            samples = ((png(image_N1HW[i]), int(digits.target[i])) for i in _progress(indices, split))
             splits[split] = write_split(folder, split, samples, per_shard=375)
         _finish(folder, header, splits)
     return open_dataset(out)
@@ -83,14 +83,14 @@ def prepare_images(
     channels: int = 3,
     val_share: float | None = None,
     seed: int = 0,
-    shard_size: int = 1000,
+    shard_size: int = PER_SHARD,
     megapixels: float = MEGAPIXELS,
 ) -> DatasetInfo:
-    """The images that find_images finds, as a dataset folder of square crops; the arguments are those of `mclr prepare images`.
+    """Write the images that find_images finds as a dataset folder of square crops.
 
-    The same dataset at `out` is reused, and a run that was stopped goes on after its last finished shard. Raises UserError for unusable
-    arguments or folders, and when more than 1% of the images cannot be read; up to that share they are left out, with the reason on
-    stderr. Many parameters: one for each option of the command.
+    The same dataset at `out` is reused. After an interruption the same call goes on after the last finished shard. Unreadable images are
+    left out, and the reason is printed. Raises UserError for unusable arguments or folders, and where more than 1% of the images are
+    unreadable. Many parameters: one for each option of `mclr prepare images`.
     """
     src, out = Path(src), Path(out)
     if channels not in (1, 3):
@@ -118,27 +118,27 @@ def prepare_images(
         return info
     with _unfinished(out, header | {"shard_size": shard_size, "megapixels": megapixels}) as (folder, state):
         print(*found.said, sep="\n", flush=True)
+        note = partial(write_json, folder / UNFINISHED, state)
         for split, files in splits.items():
             made = state["splits"].setdefault(split, {"taken": 0, "shards": []})
-            samples = _encode(found, files, split, header, megapixels, state)
-            write_split(folder, split, samples, shard_size, made["shards"], partial(write_json, folder / UNFINISHED, state))
+            write_split(folder, split, _encode(found, files, split, state), shard_size, made["shards"], note)
         try:
             _refuse_unreadable(src, count, state["unreadable"])
         except UserError:
             shutil.rmtree(folder)
             raise
-        _finish(folder, header, {split: split_record(made["shards"]) for split, made in state["splits"].items()})
+        _finish(folder, header, {split: made["shards"] for split, made in state["splits"].items()})
     print(taken(src, state["formats"], found.skipped))
     info = open_dataset(out)
-    for split in ("train", "val") if val_share != 0 else ("train",):
-        filled = set(SplitReader(info, split).c_N.tolist()) if info.splits[split].count else set()
+    for split in [split for split, made in info.splits.items() if made.count]:
+        filled = set(SplitReader(info, split).c_N.tolist())
         if missing := [name for c, name in enumerate(info.class_names) if c not in filled]:
             print(f"{len(missing)} of {info.num_classes} classes have no image in {split}, like {missing[0]}", file=sys.stderr)
     return info
 
 
 def _refuse_unreadable(src: Path, count: int, unreadable: Kinds) -> None:
-    """Say which of `count` images cannot be read, and why. Raises UserError where they are more than 1%."""
+    """Say how many of `count` images cannot be read, and why. Raises UserError where they are more than 1%."""
     bad = sum(n for n, _ in unreadable.values())
     says = f"{bad} of {count} images in {src} cannot be read: {listed(unreadable)}"
     if bad > 0.01 * count:
@@ -148,10 +148,10 @@ def _refuse_unreadable(src: Path, count: int, unreadable: Kinds) -> None:
 
 
 def split_images(found: Found, val_share: float | None, seed: int) -> tuple[dict[str, list[File]], str]:
-    """(the images of train and of val as they are written, how they were split).
+    """(the images of train and of val in the order in which they are written, how they were split).
 
-    They are put into the order permutation(seed, 0): the last val_share (default .1) is val, but every class keeps an image in train.
-    Where the folder has splits of its own, those are taken. Raises UserError where no image is left to train on.
+    Splits of the folder's own are kept. Else all images are shuffled by the seed, and the last val_share (default 0.1) of them is val;
+    of each class at least one image goes to train. Raises UserError where no image is left to train on.
     """
 
     def shuffled(files: list[File]) -> list[File]:
@@ -176,10 +176,10 @@ def split_images(found: Found, val_share: float | None, seed: int) -> tuple[dict
 
 @contextmanager
 def _unfinished(out: Path, header: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """(the folder at `out`, the state of its making, as UNFINISHED there holds it). At the end UNFINISHED is removed.
+    """(the folder at `out`, the state of its making, which UNFINISHED there holds). At the end UNFINISHED is removed.
 
-    A stopped run leaves its finished shards and UNFINISHED. The next run with the same header goes on from there, one with another header
-    begins anew.
+    A stopped run leaves its finished shards and UNFINISHED. The next run goes on from there if its header is the same, else it begins
+    anew.
     """
     header = json.loads(json.dumps(header))
     begun: dict[str, Any] = {"header": header, "formats": {}, "unreadable": {}, "splits": {}}
@@ -188,7 +188,7 @@ def _unfinished(out: Path, header: dict[str, Any]) -> Iterator[tuple[Path, dict[
             write_json(folder / UNFINISHED, begun)
     out = Path(os.path.realpath(out))
     with ExitStack() as stack:
-        # a file system may have no locks
+        # some file systems have no locks
         with suppress(OSError):
             held, ours = lock(out / "lock")
             stack.enter_context(held)
@@ -219,9 +219,10 @@ def _unfinished(out: Path, header: dict[str, Any]) -> Iterator[tuple[Path, dict[
 def prepare_samples(
     images: list[tuple[Path, int]], tokens: list[Path], out: Path, data: Data, drawn: dict[str, Any]
 ) -> DatasetInfo:
-    """Drawn images (PNG file, condition) as a dataset folder without a val split. data: of the network they were drawn from.
+    """Write drawn images (PNG file, condition) as a dataset folder with an empty val split. The same dataset at `out` is reused.
 
-    tokens: of a token model, one file (npy, [L]) per image; drawn: the settings they were drawn by. The same dataset at `out` is reused.
+    data: the data of the network that drew them; drawn: the settings of the drawing; tokens: if a token model drew them, one file for each
+    image (npy, [L]).
     """
     header = {
         "name": f"samples-{data.name}",
@@ -244,8 +245,7 @@ def prepare_samples(
         if tokens:
             write_file(folder / TOKENS, data_NL)
         samples = ((path.read_bytes(), c) for path, c in images)
-        splits = {"train": write_split(folder, "train", samples, 1000), "val": write_split(folder, "val", iter(()), 1000)}
-        _finish(folder, header, splits)
+        _finish(folder, header, {"train": write_split(folder, "train", samples), "val": []})
     return open_dataset(out)
 
 
@@ -253,13 +253,13 @@ def write_split(
     folder: Path,
     split: str,
     samples: Iterator[tuple[bytes, int]],
-    per_shard: int,
+    per_shard: int = PER_SHARD,
     shards: list[dict[str, Any]] | None = None,
     finished: Callable[[], object] = lambda: None,
-) -> dict[str, Any]:
-    """Write (PNG file, condition) pairs into folder/split/*.tar; returns what dataset.json says of the split.
+) -> list[dict[str, Any]]:
+    """Write (PNG file, condition) pairs into folder/split/*.tar; returns what dataset.json says of each shard.
 
-    shards: those that an earlier run has finished; new ones are added. finished: called after each.
+    shards: those that an earlier run has finished, to which new ones are added. finished: called after each new one.
     """
     (folder / split).mkdir(exist_ok=True)
     shards = [] if shards is None else shards
@@ -281,17 +281,11 @@ def write_split(
             begun.unlink(missing_ok=True)
         shards.append(asdict(Shard(file, count, (folder / file).stat().st_size, sha256)))
         finished()
-    return split_record(shards)
-
-
-def split_record(shards: list[dict[str, Any]]) -> dict[str, Any]:
-    """What dataset.json says of a split with these shards."""
-    return {"count": sum(shard["count"] for shard in shards), "shards": shards}
+    return shards
 
 
 def _existing(out: str | Path, header: dict[str, Any]) -> DatasetInfo | None:
-    """The dataset at `out` if it is the one that `header` describes; None if there is none; UserError if it is another, or out names
-    a stream."""
+    """The dataset at `out`, None where there is none. Raises UserError where `header` describes another one, or `out` names a stream."""
     if is_stream(str(out)):
         raise UserError(f"{out} would be taken for a stream: choose another name for the dataset folder")
     if not os.path.exists(Path(out, "dataset.json")):
@@ -303,43 +297,40 @@ def _existing(out: str | Path, header: dict[str, Any]) -> DatasetInfo | None:
     return info
 
 
-def _finish(folder: Path, header: dict[str, Any], splits: dict[str, Any]) -> None:
-    """Write dataset.json, read everything back, and leave the index beside it."""
+def _finish(folder: Path, header: dict[str, Any], shards: dict[str, list[dict[str, Any]]]) -> None:
+    """Write dataset.json with the shards of each split, check all shards, and write their index."""
+    splits = {split: {"count": sum(shard["count"] for shard in made), "shards": made} for split, made in shards.items()}
     write_json(folder / "dataset.json", header | {"splits": splits})
     SplitReader(open_dataset(folder), "train")
 
 
-def _encode(
-    found: Found, files: list[File], split: str, header: dict[str, Any], megapixels: float, state: dict[str, Any]
-) -> Iterator[tuple[bytes, int]]:
-    """(PNG file, condition) of each image that can be read, in order, after those that `state` says were taken; it counts all of them."""
+def _encode(found: Found, files: list[File], split: str, state: dict[str, Any]) -> Iterator[tuple[bytes, int]]:
+    """(PNG file, condition) of each readable image, in order. Begins after those that `state` says were taken, and counts there."""
+    header = state["header"]
 
     def encode(name: str) -> tuple[bytes, str] | Exception:
         try:
-            image, kind = decode(found.read(name), name, header["channels"], megapixels)
-            return _png(center_crop(image, header["resolution"])), kind
-        # decoders raise nearly anything on bad files; each is counted and reported
+            image, kind = decode(found.read(name), name, header["channels"], header["megapixels"])
+            return in_memory(center_crop(image, header["resolution"]).save, format="PNG"), kind
+        # decoders raise nearly anything on bad files
         except Exception as error:
             return error
 
-    files, made = files[state["splits"][split]["taken"] :], state["splits"][split]
+    made = state["splits"][split]
+    files = files[made["taken"] :]
     with ThreadPoolExecutor() as threads:
-        # a chunk at a time: memory holds what the threads have encoded and nobody has written yet
+        # a chunk at a time: what is encoded and not yet written fills memory
         chunks = ([name for name, _ in files[start : start + CHUNK]] for start in range(0, len(files), CHUNK))
         encoded = chain.from_iterable(threads.map(encode, chunk) for chunk in chunks)
         for (name, c), result in zip(_progress(files, split), encoded, strict=True):
             made["taken"] += 1
             if isinstance(result, Exception):
                 why = result.strerror if isinstance(result, OSError) and result.strerror else str(result)
-                # one kind, whatever name or number of bytes the message adds
+                # names and numbers are removed, so that the same reason is counted as one
                 count(state["unreadable"], re.sub(r" *(\(.*?\)|'.*?')", "", why) or type(result).__name__, name)
             else:
                 state["formats"][result[1]] = state["formats"].get(result[1], 0) + 1
                 yield result[0], c
-
-
-def _png(image: Image.Image) -> bytes:
-    return in_memory(image.save, format="PNG")
 
 
 def _progress(items: list, split: str) -> tqdm:
