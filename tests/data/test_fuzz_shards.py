@@ -31,30 +31,8 @@ counts = fuzz.counts
 Files = dict[str, bytes]
 DEEP = "[" * 100_000 + "]" * 100_000
 RAW = ["1e999", "NaN", "-Infinity", DEEP, "9" * 5000, '{"a": 1, "a": 2}']  # JSON that json.dumps does not write
-VALUES = [
-    None,
-    True,
-    False,
-    -1,
-    0,
-    1,
-    2,
-    3,
-    7,
-    8.0,
-    0.5,
-    2**31,
-    2**63,
-    10**30,
-    "",
-    "x",
-    "8",
-    "../x",
-    "/dev/zero",
-    "\0",
-    "\ud800",
-    "x" * 300,
-]
+VALUES = [None, True, False, -1, 0, 1, 2, 3, 7, 8.0, 0.5, 2**31, 2**63, 10**30]
+VALUES += ["", "x", "8", "../x", "/dev/zero", "\0", "\ud800", "x" * 300]
 VALUES += [[], {}, [1], ["a", "b"], [["a"]], {"a": 1}, [None] * 3]
 TYPES = [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CONTTYPE]
 TYPES += [
@@ -66,20 +44,8 @@ TYPES += [
     b"Z",
     b"\0",
 ]
-NAMES = [
-    "../x.png",
-    "../x.cls",
-    "/x.png",
-    ".png",
-    "png",
-    "a/b.png",
-    "a.b.png",
-    "x" * 300 + ".png",
-    "",
-    "\udcff.png",
-    "00000000.png",
-    "x.cls",
-]
+NAMES = ["../x.png", "../x.cls", "/x.png", ".png", "png", "a/b.png", "a.b.png", "x" * 300 + ".png", "", "\udcff.png"]
+NAMES += ["00000000.png", "x.cls"]
 SIZES = [0, 1, 511, 512, 10**6, 2**33, 2**62, 2**70, -1, -512, -(2**40)]
 PAX = [
     {"size": "99999999999"}, {"size": "-1"}, {"size": "x"}, {"path": "../y.png"}, {"path": ""}, {"hdrcharset": "BINARY"},
@@ -168,10 +134,8 @@ def wrong_tar(draw, data: bytes) -> bytes:
         if how == 3:
             member.name = draw(st.sampled_from(NAMES))
         elif how == 4:
-            member.type, member.linkname = (
-                draw(st.sampled_from(TYPES)),
-                draw(st.sampled_from(["../x", "/dev/zero", member.name, ""])),
-            )
+            member.type = draw(st.sampled_from(TYPES))
+            member.linkname = draw(st.sampled_from(["../x", "/dev/zero", member.name, ""]))
         elif how == 5:
             # beside what is there, so that the header alone lies
             member.size = draw(st.sampled_from(SIZES))
@@ -209,9 +173,13 @@ def dataset(tmp_path_factory) -> Files:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
     prepare_images(folder / "photos", folder / "data", 8, 1, val_share=0.2, shard_size=8)
-    files = {str(path.relative_to(folder / "data")): path.read_bytes() for path in (folder / "data").rglob("*") if path.is_file()}
+    files = read(folder / "data")
     # the same bytes at every run
     return files | {"dataset.json": files["dataset.json"].replace(str(folder).encode(), b"")}
+
+
+def read(folder: Path) -> Files:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def write(folder: Path, files: Files) -> None:
@@ -274,11 +242,14 @@ def test_datasets(place, counts, dataset, data, tolerated, balanced):
     counts["datasets", status] += 1
 
 
+DRY_RUN = "train --dry-run --model"
+
+
 @cases(200)
 @given(data=st.data())
 def test_datasets_of_a_dry_run(place, counts, dataset, data):
     write(place / "data", data.draw(damages(dataset)))
-    argv = ["train", "--dry-run", "--model", "edm2-digits", "--data", "data", "--init", "none", "model.posterior.weights=null"]
+    argv = f"{DRY_RUN} edm2-digits --data data --init none model.posterior.weights=null".split()
     counts["datasets of a dry run", check(place, argv)] += 1
 
 
@@ -302,22 +273,8 @@ def test_images_to_prepare(place, counts, data, packed):
     counts["images to prepare", check(place, argv)] += 1
 
 
-TRAIN = [
-    "train",
-    "--model",
-    "edm2-digits",
-    "--objective",
-    "mle",
-    "--data",
-    "data",
-    "--init",
-    "none",
-    "--engine",
-    "local",
-    "--out",
-    "run",
-]
-TRAIN += ["train.images=8", "train.batch=4", "train.checkpoint_every=4", "objective.lam=0"]
+TRAIN = "train --model edm2-digits --objective mle --data data --init none --engine local --out run train.images=8 "
+TRAIN += "train.batch=4 train.checkpoint_every=4 objective.lam=0"
 
 
 @cases(40)
@@ -325,15 +282,15 @@ TRAIN += ["train.images=8", "train.batch=4", "train.checkpoint_every=4", "object
 def test_datasets_of_a_training(place, counts, dataset, data):
     write(place / "data", data.draw(damages(dataset)))
     shutil.rmtree(place / "run", ignore_errors=True)
-    counts["datasets of a training", check(place, TRAIN, may_write=("run", "data/index.json"))] += 1
+    counts["datasets of a training", check(place, TRAIN.split(), may_write=("run", "data/index.json"))] += 1
 
 
 @pytest.fixture(scope="module")
 def run(place, dataset) -> Files:
     """The files of a finished run of two steps."""
     write(place / "data", dataset)
-    assert check(place, TRAIN, may_write=("run",), keep=True) == 0
-    return {str(path.relative_to(place / "run")): path.read_bytes() for path in (place / "run").rglob("*") if path.is_file()}
+    assert check(place, TRAIN.split(), may_write=("run",), keep=True) == 0
+    return read(place / "run")
 
 
 @st.composite
@@ -366,23 +323,16 @@ def test_checkpoints(place, counts, run, data):
 def test_runs_gone_on_with(place, counts, dataset, run, data):
     write(place / "data", dataset)
     write(place / "run", data.draw(damaged_files(run, sorted(run))))
-    counts["runs gone on with", check(place, [*TRAIN, "train.images=12"], may_write=("run",))] += 1
+    counts["runs gone on with", check(place, f"{TRAIN} train.images=12".split(), may_write=("run",))] += 1
 
 
-DRAW = ["--out", "new", "--count=2", "sample.steps=1", "sample.batch=2"]
-DRY_RUN = ["train", "--dry-run", "--model"]
+DRAW = "sample.steps=1 sample.batch=2 --out new --count=2"
 USES = {
-    "edm2-digits": [["sample", "weights", "--model", "edm2-digits", *DRAW], [*DRY_RUN, "edm2-digits", "--init", "weights"]],
-    "var-digits": [
-        ["sample", "weights", "--model", "var-digits", *DRAW[:3], "sample.batch=2"],
-        ["convert", "weights", "new.pth"],
-    ],
-    "digits-tokenizer": [
-        [*DRY_RUN, "var-digits", "--init", "none", "model.tokenizer=weights"],
-        ["convert", "weights", "new.pth"],
-    ],
-    "digits-posterior": [["convert", "weights", "new", "--half"]],
-    "digits-classifier": [["convert", "weights", "new", "--half"]],
+    "edm2-digits": [f"sample weights --model edm2-digits {DRAW}", f"{DRY_RUN} edm2-digits --init weights"],
+    "var-digits": [f"sample weights --model var-digits {DRAW}", "convert weights new.pth"],
+    "digits-tokenizer": [f"{DRY_RUN} var-digits --init none model.tokenizer=weights", "convert weights new.pth"],
+    "digits-posterior": ["convert weights new --half"],
+    "digits-classifier": ["convert weights new --half"],
 }
 
 
@@ -398,7 +348,7 @@ def test_weights(place, counts, name, data):
     else:
         files = data.draw(damaged_files(files, ["config.json", "config.json", "model.safetensors"]))
     write(place / "weights", files)
-    counts["weights", check(place, data.draw(st.sampled_from(USES[name])))] += 1
+    counts["weights", check(place, data.draw(st.sampled_from(USES[name])).split())] += 1
 
 
 RESULTS = {
@@ -434,14 +384,19 @@ def test_results(place, counts, data, markdown):
     counts["results", check(place, ["report", "tour", "--out", "page", *["--markdown"][:markdown]])] += 1
 
 
+SAMPLE = "sample edm2-digits --out samples --count=20 sample.steps=1 sample.batch=20 --npz"
+EVALUATE = [
+    "evaluate samples --reference samples/samples.npz --judge digits-classifier",
+    "evaluate samples/samples.npz --reference samples --judge digits-classifier",
+    "evaluate samples",
+]
+
+
 @pytest.fixture(scope="module")
 def samples(place, digits) -> Files:
     shutil.copytree(digits, place / "data/digits", dirs_exist_ok=True)
-    argv = ["sample", "edm2-digits", "--out", "samples", "--count=20", "sample.steps=1", "sample.batch=20", "--npz"]
-    assert check(place, argv, keep=True) == 0
-    return {
-        str(path.relative_to(place / "samples")): path.read_bytes() for path in (place / "samples").rglob("*") if path.is_file()
-    }
+    assert check(place, SAMPLE.split(), keep=True) == 0
+    return read(place / "samples")
 
 
 @cases(150)
@@ -449,14 +404,5 @@ def samples(place, digits) -> Files:
 def test_samples(place, counts, samples, data):
     files = data.draw(damaged_files(samples, ["sample.json", "samples.npz", *sorted(samples)[:4]]))
     write(place / "samples", files)
-    argv = data.draw(
-        st.sampled_from(
-            [
-                ["evaluate", "samples", "--reference", "samples/samples.npz", "--judge", "digits-classifier"],
-                ["evaluate", "samples/samples.npz", "--reference", "samples", "--judge", "digits-classifier"],
-                ["evaluate", "samples"],
-                ["sample", "edm2-digits", "--out", "samples", "--count=20", "sample.steps=1", "sample.batch=20", "--npz"],
-            ]
-        )
-    )
+    argv = data.draw(st.sampled_from([*EVALUATE, SAMPLE])).split()
     counts["samples", check(place, argv, may_write=("samples",))] += 1
