@@ -18,7 +18,6 @@ from launch import lose_readers
 from test_resume import poison, skip
 
 import mclr.train.engine.checkpoint
-import mclr.train.training.loop
 import mclr.train.training.state
 import mclr.train.training.step
 from mclr.train.cli import main
@@ -38,7 +37,7 @@ PLACES = [
     (mclr.train.training.state, "save_checkpoint"),
     (mclr.train.engine.checkpoint, "write_tensors"),
     (mclr.train.engine.checkpoint, "write_json"),
-    (mclr.train.training.loop, "export"),
+    (mclr.train.training.state.Keeper, "export"),
     (shutil, "rmtree"),
     (os, "unlink"),
     (os, "fsync"),

@@ -7,8 +7,10 @@ import signal
 import sys
 from pathlib import Path
 
-# other distributions own packages named `models` or `kernels`, and an editable install comes after them
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:
+    # Run as a file: Python put train/ first, whose names are no modules of ours. The repository's root takes its place: other
+    # distributions own packages named `models` or `kernels`, and an editable install comes after them.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from mclr.configs.schema import dump, load
 from mclr.train.system.console import Parser, answer, run_and_exit
@@ -16,8 +18,10 @@ from mclr.train.system.ranks import on_signals, report_once, world
 from mclr.train.training.launch import describe, end_early, micro_batch_of, planned, start
 from mclr.train.training.trackers import refuse_missing
 
-EXAMPLE = """example:
-  mclr train --model edm2-digits --objective mclr objective.lam=0.3
+EXAMPLES = """examples:
+  mclr train --model edm2-digits --objective mclr --out runs/mine
+  mclr train --model edm2-digits --objective mclr --dry-run
+  mclr train --model edm2-32px --data data/mine --init runs/base --objective mclr objective.lam=0.3
   deepspeed --num_accelerators 2 train/run.py --model var-digits --objective mclr --engine zero2
 
 Presets are YAML files under configs/; each may be a path instead. `section.key=value` overrides any setting.
@@ -25,7 +29,7 @@ Running the same command again goes on from its newest checkpoint."""
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser("mclr train", description=__doc__, epilog=EXAMPLE)
+    parser = Parser("mclr train", description=__doc__, epilog=EXAMPLES)
     parser.add_argument(
         "--model",
         required=True,
@@ -44,8 +48,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--init",
         metavar="WEIGHTS",
-        help="start from these weights: a folder, a bundled name, a published file, or hf://ORG/REPO[/FILE][@REV]; `none` = from "
-        "scratch (default: those of the model preset)",
+        help="start from these weights: a run, a folder, a bundled name, a published file, or hf://ORG/REPO[/FILE][@REV]; `none` = "
+        "from scratch (default: those of the model preset)",
     )
     parser.add_argument("--out", type=Path, metavar="RUN", help="run folder (default: runs/MODEL-OBJECTIVE-DATA)")
     parser.add_argument(
@@ -60,7 +64,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # inserted by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any setting, as --dry-run shows them")
     args = parser.parse_intermixed_args(argv)
-    if not args.plan and (args.gpus or args.gpu) is not None:
+    if not args.plan and not (args.gpus is None and args.gpu is None):
         parser.error("--gpus and --gpu belong to --plan")
     if args.plan and args.dry_run:
         parser.error("--plan and --dry-run: give one of them")
@@ -85,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
             micro_batch = micro_batch_of(config, ranks)
             if args.dry_run:
                 if rank == 0:
-                    answer(dump(config) + describe(config, ranks, micro_batch, planned(config)))
+                    answer(dump(config) + "\n".join(describe(config, planned(config), micro_batch)))
                 return 0
         out = args.out or Path("runs") / "-".join(Path(name).stem for name in (args.model, args.objective, args.data))
         given = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--local_rank")]

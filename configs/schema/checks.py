@@ -21,12 +21,14 @@ def _needs(config: RunConfig) -> Iterator[str]:
     model, objective, engine, sample = config.model, config.objective, config.engine, config.sample
     backbone = model.posterior.backbone if isinstance(model, DiffusionModel) else None
     diffusion, which = model.paradigm == "diffusion", f"{model.name} is a {model.paradigm} model"
+    bounded = objective.contrast != "uniform" or objective.bound is not None or objective.name in WITH_REFERENCE
     folder = f"a dataset folder; data.path={config.data.path} is a stream"
     rows = [
         ("model.class_map", "weights; give them by --init", model.weights),
         ("model.posterior.channels", "model.posterior.backbone=null, since a ConvNeXt has its own widths", backbone is None),
         ("data.balanced train.monitor_every train.keep_best", folder, not config.data.streamed),
         ("data.label", "a stream as data.path", config.data.streamed),
+        ("train.keep_best", "a loss that has a lowest value: another contrast than uniform, or objective.bound", bounded),
         ("objective.generated", "objective.name=ddo", objective.name == "ddo"),
         ("engine.reference", "objective.name=cc_dpo, cca or ddo", objective.name in WITH_REFERENCE),
         ("engine.zero", "engine.kind=deepspeed or auto", engine.kind != "local"),

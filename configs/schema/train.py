@@ -32,7 +32,7 @@ class Train(Section):
     snapshot_stds: Stds = setting((0.05, 0.1), "Relative widths of the averages in snapshots, two or more")
     checkpoint_every: Count = setting(1_000_000, "Images between checkpoints")
     keep: Count = setting(2, "Checkpoints that stay; a run goes on from the one before when the newest is damaged")
-    keep_best: bool = setting(False, "Keep also the checkpoint of the lowest loss on held-out images")
+    keep_best: bool = setting(False, "Keep also the checkpoint with the lowest loss of the run's objective on held-out images")
     max_skipped: Whole = setting(10, "Steps in a row that may be skipped, their gradient not finite; one more ends the run")
     log_every: Count = setting(10, "Steps between lines of metrics.jsonl")
     log_to: Trackers = setting((), "Trackers that get the same numbers as metrics.jsonl")

@@ -12,7 +12,7 @@ from mclr.kernels.registry import OPS
 from mclr.train.run import main
 from mclr.train.system.console import run
 from mclr.train.training.build import build_networks, build_task, choose_kernels, open_source
-from mclr.train.training.state import forward_flops
+from mclr.train.training.compute import forward_flops
 from mclr.train.training.step import train_step
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from mclr.train.cli import main
 from mclr.train.planning.plan import GIB, MARGIN, largest_share, largest_that_fits, memory_of, model_of, sent_by, shares
 from mclr.train.system.gpus import GPUS, gpu_named, peak_flops
 from mclr.train.training.build import build_networks, build_task, open_source
-from mclr.train.training.state import forward_flops
+from mclr.train.training.compute import forward_flops
 from mclr.train.training.step import train_step
 
 

@@ -21,7 +21,7 @@ from mclr.train.data.encoders import RGB, from_uint8
 from mclr.train.data.images import image_paths, read_images
 from mclr.train.data.source import permutation
 from mclr.train.data.write import prepare_images
-from mclr.train.training import memorisation
+from mclr.train.training import held_out, memorisation
 from mclr.train.training.build import build_networks, build_task, open_source
 from mclr.train.training.throughput import TIMING
 from mclr.train.weights.folder import load_net
@@ -40,12 +40,12 @@ TINY = small("edm2-digits")
 
 @pytest.fixture(scope="module")
 def images(digits):
-    return memorisation.open_images(open_dataset(digits))
+    return held_out.readers_of(open_dataset(digits))
 
 
 @pytest.fixture
-def few_pairs(monkeypatch):
-    monkeypatch.setattr(memorisation, "PAIRS", 64)
+def few_draws(monkeypatch):
+    monkeypatch.setattr(held_out, "DRAWS", 64)
 
 
 def test_a_view_is_one_of_nine_shifts_of_a_digit(images):
@@ -87,7 +87,7 @@ def test_wide_blocks_are_projected_the_same_way_every_time(monkeypatch):
     assert torch.linalg.matrix_rank(narrow_BD) == 32
 
 
-def test_a_reading_repeats_itself_and_disturbs_nothing(images, few_pairs):
+def test_a_reading_repeats_itself_and_disturbs_nothing(images, few_draws):
     net = load_net("edm2-digits", "edm2")
     weights, state = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
     first = memorisation.measure(net, RGB(), images, flip=False)
@@ -98,32 +98,31 @@ def test_a_reading_repeats_itself_and_disturbs_nothing(images, few_pairs):
 
 def test_noise_contaminates(images, monkeypatch):
     """Of the bundled network on held-out digits: the noisier the views, the less they share."""
-    net, held_out = load_net("edm2-digits", "edm2"), {"val": images["val"]}
-    monkeypatch.setattr(memorisation, "PAIRS", 192)
+    net, val = load_net("edm2-digits", "edm2"), {"val": images["val"]}
+    monkeypatch.setattr(held_out, "DRAWS", 192)
     found = []
     for sigma in (0.05, 0.29, 1.0, 20.0):
         monkeypatch.setattr(memorisation, "SIGMA", sigma)
-        found.append(memorisation.measure(net, RGB(), held_out, flip=False)["icr_val"])
+        found.append(memorisation.measure(net, RGB(), val, flip=False)["icr_val"])
     assert found == sorted(found) and found[0] < 0.6 < found[2] and 0.9 < found[3] < 1.1
 
 
 @pytest.mark.parametrize("model", ["edm2-digits", "var-digits"])
-def test_the_loss_is_that_of_mle_under_the_images_own_conditions(model, digits, tokenizer, few_pairs):
+def test_the_loss_is_that_of_mle_under_the_images_own_conditions(model, digits, tokenizer, few_draws):
     task = build(model, digits, tokenizer)
-    found = memorisation.mle_loss(task, memorisation.open_images(task.source.info))
-    assert found.keys() == {"mle_loss", "mle_loss_val"} and found == memorisation.mle_loss(
-        task, memorisation.open_images(task.source.info)
-    )
+    readers = held_out.readers_of(task.source.info)
+    found = {split: held_out.mle_loss(task, reader) for split, reader in readers.items()}
+    assert found == {split: held_out.mle_loss(task, reader) for split, reader in readers.items()}
     net, info, losses = task.engine.net.eval(), task.source.info, {}
-    for name, split in (("mle_loss", "train"), ("mle_loss_val", "val")):
+    for split in ("train", "val"):
         image_NCHW, c_N = load_split(digits, split)
         chosen = permutation(0, 0, len(c_N))[:64].copy()
         x = task.encoder.encode(from_uint8(image_NCHW[chosen]))
-        probe = task.loss.paradigm.probe(x, Draws(memorisation.LOSS, list(range(64))))
+        probe = task.loss.paradigm.probe(x, Draws(held_out.LOSS, list(range(64))))
         with torch.no_grad():
             prediction = task.loss.paradigm.predict(net, probe, torch.arange(64), c_N[chosen])
             own = task.loss.paradigm.log_likelihood(prediction, probe, torch.arange(64))
-        losses[name] = (own.aux_R - own.value_RT.mean(1)).mean().item()
+        losses[split] = (own.aux_R - own.value_RT.mean(1)).mean().item()
     assert found == pytest.approx(losses, rel=1e-5) and info.splits["val"].count >= 64
 
 
@@ -131,6 +130,10 @@ def build(model, digits, tokenizer, *overrides):
     config = load(model, "mle", "digits", "local", [*small(model, tokenizer), f"data.path={digits}", *overrides])
     device = torch.device("cpu")
     return build_task(config, open_source(config), build_networks(config, device), device, config.train.batch)
+
+
+def monitor_of(task, every=8, period=8):
+    return memorisation.Monitor(task, held_out.readers_of(task.source.info), every, period)
 
 
 @pytest.mark.parametrize(
@@ -143,21 +146,21 @@ def build(model, digits, tokenizer, *overrides):
 )
 def test_a_reading_is_due_once_every_so_many_images(every, period, due, digits, tokenizer, monkeypatch):
     """Decided by the images seen alone, so that a resumed run reads where an uninterrupted one does."""
-    monkeypatch.setattr(memorisation, "mle_loss", lambda task, images: {"mle_loss": 1.0})
-    here = memorisation.Monitor(build("var-digits", digits, tokenizer), every, period)
+    monkeypatch.setattr(memorisation, "mle_loss", lambda task, reader: 1.0)
+    here = monitor_of(build("var-digits", digits, tokenizer), every, period)
     assert [images for images in (10, 20, 30, 40, 50, 60, 65) if here.read(images)] == due
 
 
-def test_without_a_null_condition_or_of_tokens_there_is_no_icr(digits, tokenizer, few_pairs):
+def test_without_a_null_condition_or_of_tokens_there_is_no_icr(digits, tokenizer, few_draws):
     diffusion = build("edm2-digits", digits, tokenizer)
-    assert memorisation.Monitor(diffusion, 8, 8).read(8).keys() == READ
+    assert monitor_of(diffusion).read(8).keys() == READ
     for task in (build("edm2-digits", digits, tokenizer, "train.drop_condition=0.0"), build("var-digits", digits, tokenizer)):
-        assert memorisation.Monitor(task, 8, 8).read(8).keys() == {"mle_loss", "mle_loss_val"}
+        assert monitor_of(task).read(8).keys() == {"mle_loss", "mle_loss_val"}
 
 
-def test_features_that_cannot_be_read_end_no_run(digits, tokenizer, few_pairs, monkeypatch, capsys):
+def test_features_that_cannot_be_read_end_no_run(digits, tokenizer, few_draws, monkeypatch, capsys):
     monkeypatch.setattr(memorisation, "features", lambda net, x_BCHW, draws: torch.ones(len(x_BCHW), 4))
-    found = memorisation.Monitor(build("edm2-digits", digits, tokenizer), 8, 8).read(8)
+    found = monitor_of(build("edm2-digits", digits, tokenizer)).read(8)
     assert found.keys() == {"mle_loss", "mle_loss_val"}
     assert capsys.readouterr().out == (
         "at 8 images no ICR of the train images (the two views of the images do not differ in some direction of feature space): "
@@ -166,7 +169,7 @@ def test_features_that_cannot_be_read_end_no_run(digits, tokenizer, few_pairs, m
 
 
 @pytest.fixture
-def start(digits, tmp_path, monkeypatch, few_pairs):
+def start(digits, tmp_path, monkeypatch, few_draws):
     """start(name, steps, *overrides) -> run folder of a tiny run that logs every step."""
     monkeypatch.chdir(tmp_path)
 
@@ -218,7 +221,7 @@ def test_evaluate_reads_the_icr_of_a_run(start, digits, capsys, tmp_path):
     assert main(["evaluate", str(run), "--icr", "--real", "val"]) == 0
     written = json.loads((run / "samples" / "evaluation.json").read_text())["icr"]
     expected = memorisation.measure(
-        load_net(str(run / "weights"), "edm2"), RGB(), memorisation.open_images(open_dataset(digits)), flip=False
+        load_net(str(run / "weights"), "edm2"), RGB(), held_out.readers_of(open_dataset(digits)), flip=False
     )
     assert written == {**expected, "sigma": 0.29, "pairs": 64}
     assert [line.split()[:2] for line in capsys.readouterr().out.splitlines() if line.startswith("icr")] == [
@@ -244,7 +247,7 @@ def test_ranks_read_what_one_process_reads(start, digits, monkeypatch):
         [*launcher("deepspeed"), str(RUN), *argv], capture_output=True, text=True, env=environment(), timeout=300
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
-    monkeypatch.setattr(memorisation, "PAIRS", 640)  # as it is in the ranks
+    monkeypatch.setattr(held_out, "DRAWS", 640)  # as it is in the ranks
     start("alone", 2, f"train.monitor_every={BATCH}", "model.net.dropout=0.0")
     ranks, alone = (lines(Path(name)) for name in ("ranks", "alone"))
     for name in (*READ, "loss"):

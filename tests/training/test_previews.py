@@ -40,7 +40,7 @@ def make(digits, tmp_path):
         settings = [*FEW[model], f"data.path={digits}", "train.grid_every=100", "sample.batch=16", *overrides]
         config = load(model, "mle", "digits", "local", settings)
         task = build_task(config, open_source(config), build_networks(config, CPU), CPU, config.train.batch)
-        return Preview(task, config, Run(tmp_path) if run else None), task
+        return Preview(task, config.train.grid_every, config.sample.batch, Run(tmp_path) if run else None), task
 
     return make
 
@@ -63,9 +63,9 @@ def test_it_shows_what_sample_draws(model, make, digits, tmp_path):
     """Ten conditions by four seeds of each, up to the rounding of other micro-batches."""
     preview, _ = make(model)
     preview.draw(128)
-    assert preview.run.given == [("samples", 128, tmp_path / "grids" / "000000000128.png")]
+    assert preview.folder.given == [("samples", 128, tmp_path / "grids" / "000000000128.png")]
     # 8-pixel digits, one pixel between them, eight times as large
-    picture = np.asarray(Image.open(preview.run.given[0][2]).convert("L"))[::8, ::8]
+    picture = np.asarray(Image.open(preview.folder.given[0][2]).convert("L"))[::8, ::8]
     assert picture.shape == (4 * 9 - 1, 10 * 9 - 1)
     argv = ["sample", model, "--data", str(digits), "--out", str(tmp_path / "drawn"), "--count", "40", *FEW[model]]
     assert main(argv) == 0 and mclr.train.training.previews.SAMPLING == SAMPLING
@@ -86,13 +86,13 @@ def test_training_never_notices(model, make):
     before = {name: t.clone() for name, t in net.state_dict().items()}
     chance, rows = torch.get_rng_state(), dict(task.engine.rows)
     preview.draw(100)
-    first = preview.run.given[0][2].read_bytes()
+    first = preview.folder.given[0][2].read_bytes()
     assert calls and set(calls) == {(False, False)} and net.training
     assert torch.equal(torch.get_rng_state(), chance) and task.engine.rows == rows
     assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
     assert all(p.grad is None for p in net.parameters())
     preview.draw(200)
-    assert preview.run.given[1][2].read_bytes() == first
+    assert preview.folder.given[1][2].read_bytes() == first
 
 
 def test_compiled_code_is_left_to_training(make):
@@ -151,9 +151,9 @@ def test_latents_are_decoded(digits, tmp_path):
         engine=engine,
         device=CPU,
         encoder=networks.encoder,
-        paradigm=build_paradigm(config, networks.encoder),
+        loss=SimpleNamespace(paradigm=build_paradigm(config, networks.encoder)),
     )
-    preview = Preview(task, config, Run(tmp_path))
+    preview = Preview(task, 8, 256, Run(tmp_path))
     preview.draw(8)
-    with Image.open(preview.run.given[0][2]) as picture:
+    with Image.open(preview.folder.given[0][2]) as picture:
         assert picture.mode == "RGB" and picture.size == (2 * (3 * 33 - 1), 2 * (4 * 33 - 1))

@@ -1,5 +1,6 @@
 """A run that was stopped and goes on ends, bit for bit, where an uninterrupted one does; and nothing on the way can spoil it."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import mclr.train.training.loop
 import mclr.train.training.state
 import mclr.train.training.step
 from mclr.train.cli import main
+from mclr.train.engine.checkpoint import checkpoints
 from mclr.train.training.throughput import TIMING
 from mclr.train.weights.folder import load_net, read_config
 
@@ -155,13 +157,13 @@ def test_an_impatient_user_does_no_harm(start, whole, monkeypatch):
         patch.setattr(mclr.train.engine.checkpoint, "write_json", write_json)
         assert start(model, STEPS)[0] in (130, 143)
     with monkeypatch.context() as patch:
-        real_resume = mclr.train.training.loop.resume
+        real_resume = mclr.train.training.state.Keeper.resume
 
         def resume(*args):
             os.kill(os.getpid(), signal.SIGINT)
             return real_resume(*args)
 
-        patch.setattr(mclr.train.training.loop, "resume", resume)
+        patch.setattr(mclr.train.training.state.Keeper, "resume", resume)
         status, run = start(model, STEPS)
         assert status == 130 and os.listdir(run / "checkpoints") == [f"{2 * BATCH:012d}"]
     assert start(model, STEPS)[0] == 0
@@ -333,17 +335,24 @@ def test_a_checkpoint_is_a_weights_folder(start, tmp_path):
         assert start(model, 3, "train.ema_std=0.0", f"model.weights={folder}", out=f"{model}-again")[0] == 0
 
 
-def test_the_best_checkpoint_stays(start, monkeypatch):
-    losses = iter((3.0, 1.0, 2.0, 4.0))
-    with monkeypatch.context() as patch:
-        patch.setattr(mclr.train.training.loop, "mle_loss", lambda task, images: {"mle_loss_val": next(losses)})
-        status, run = start(MODELS[1], 4, f"train.checkpoint_every={BATCH}", "train.keep=1", "train.keep_best=true")
-    assert status == 0 and sorted(os.listdir(run / "checkpoints")) == [f"{steps * BATCH:012d}" for steps in (2, 4)]
-    assert json.loads((run / "checkpoints" / f"{2 * BATCH:012d}" / "state.json").read_text())["held_out"] == 1.0
-    # as it is read in earnest
-    status, run = start(MODELS[1], 1, "train.keep_best=true", out="earnest")
-    assert status == 0
-    assert 1 < json.loads((run / "checkpoints" / f"{BATCH:012d}" / "state.json").read_text())["held_out"] < 10
+def test_a_checkpoint_of_another_version_is_one_line(start, capsys):
+    """One that lacks what is new is fine; one that holds what this version does not know is not."""
+    _, run = start(MODELS[1], 2)
+    for edit, status in (({"skipped": None}, 0), ({"tempo": 1.0}, 2)):
+        change_state(checkpoints(run)[-1], edit)
+        capsys.readouterr()
+        assert start(MODELS[1], STEPS)[0] == status
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "is from another version of this program" in error and "'tempo'" in error and "another --out" in error
+
+
+def change_state(folder, edit):
+    """Set entries of a checkpoint's state, or take them away (None), with the checksum that belongs to it."""
+    state = json.loads((folder / "state.json").read_text()) | edit
+    (folder / "state.json").write_text(json.dumps({key: value for key, value in state.items() if key not in edit or edit[key]}))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["state.json"] = hashlib.sha256((folder / "state.json").read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_a_run_whose_steps_are_no_longer_finite_ends(start, monkeypatch, capsys):

@@ -22,7 +22,7 @@ from test_data import correct_size, edit_json, rewrite_shard
 import mclr.train.run
 import mclr.train.system.ranks
 import mclr.train.training.build
-from mclr.configs.schema import dump, load
+from mclr.configs.schema import dump, flatten, load
 from mclr.kernels.magnitude import normalize
 from mclr.models.edm2 import EDM2, EDM2Config
 from mclr.models.features import NoiseClassifier, NoiseClassifierConfig
@@ -101,6 +101,8 @@ def edm2_argv(data, *more):
             "for your own one by `mclr prepare tokenizer WEIGHTS --data data/digits`",
         ),
         (["--model", "edm2-digits", "--engine", "zero1"], "engine.kind=deepspeed needs a launcher"),
+        (["--model", "edm2-digits", "--gpus", "0"], "--gpus and --gpu belong to --plan"),
+        (["--model", "edm2-digits", "--gpu", ""], "--gpus and --gpu belong to --plan"),
         (["--model", "edm2-digits", "data.name=mine", "data.path=nowhere", *EDM2_TINY], "no dataset folder at nowhere"),
     ],
 )
@@ -121,7 +123,7 @@ DATA = {
         lambda data: rewrite_shard(data, "train/000001.tar", lambda name, content: b"10" if name.endswith(".cls") else content),
         "has condition 10, outside of 0..9",
     ),
-    "no samples": (lambda data: edit_json(data / "dataset.json", empty_train), "split train of"),
+    "no samples": (lambda data: edit_json(data / "dataset.json", empty_train), "has no images in its train split"),
 }
 
 
@@ -143,6 +145,27 @@ def test_a_damaged_dataset(damage, here, copy, capsys):
     do, says = DATA[damage]
     do(copy)
     assert says in refused(edm2_argv(copy), capsys, here)
+
+
+def no_val(record):
+    record["splits"]["val"] = {"count": 0, "shards": []}
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize(("key", "value"), [("keep_best", "true"), ("monitor_every", "8")])
+def test_held_out_images_are_asked_for_before_the_first_step(key, value, dry, here, copy, capsys):
+    edit_json(copy / "dataset.json", no_val)
+    says = refused(edm2_argv(copy, f"train.{key}={value}", *dry), capsys, here)
+    assert says == (
+        f"train.{key}={value} needs held-out images, {copy} has none: prepare it with --val-share 0.1, or leave train.{key} out"
+    )
+
+
+def test_a_damaged_held_out_image_is_found_before_the_first_step(here, copy, capsys):
+    rewrite_shard(copy, "val/000000.tar", lambda name, content: content if name.endswith("cls") else b"no image")
+    assert main(["train", *edm2_argv(copy, "train.keep_best=true")]) == 2 and not os.listdir(here)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and "of 297 samples in split val" in error
 
 
 @pytest.mark.parametrize(("key", "value"), [("num_classes", 12), ("resolution", 16), ("channels", 3)])
@@ -183,7 +206,7 @@ def test_a_run_folder_that_cannot_be(here, digits, capsys):
 def test_a_run_folder_that_is_taken(here, digits, capsys):
     argv = edm2_argv(digits)
     config = load("edm2-digits", "mclr", str(digits), "auto", argv[6:])
-    held = RunFolder(here / "run", config, {})
+    held = RunFolder(here / "run", flatten(config), dump(config), {})
     says = refused(argv, capsys, here)
     assert says == f"run folder run is held by process {os.getpid()}: wait for it, or choose another with --out"
     held.close()
@@ -218,6 +241,25 @@ def test_what_else_is_in_a_run_folder_stays(here, digits):
     assert main(["train", *edm2_argv(digits)]) == 0
     assert (run / "mclr.train.training.log").read_text() == "mine" and (run / ".tmp-0123").is_dir() and checkpoints(here / "run")
     assert (run / "weights/config.json").exists() and next((here / "scratch").iterdir())
+
+
+def test_a_run_begins_with_the_weights_of_another(here, digits, capsys):
+    assert main(["train", *edm2_argv(digits, "--out", "base")]) == 0
+    assert main(["train", *edm2_argv(digits, "--init", "base", "train.lr=1e-9")]) == 0
+    before, after = (load_file(f"{run}/weights/model.safetensors") for run in ("base", "run"))
+    assert all(torch.allclose(before[name], after[name], atol=1e-3) for name in before)
+    shutil.rmtree("base/weights")
+    assert main(["train", *edm2_argv(digits, "--init", "base", "--out", "other")]) == 2
+    says = "error: run base has no weights yet: finish it, or give one of the folders in base/checkpoints"
+    assert capsys.readouterr().err.splitlines()[-1] == says
+
+
+def test_a_file_in_the_place_of_a_folder_is_found_before_the_first_step(here, digits, capsys):
+    assert main(["train", *edm2_argv(digits)]) == 0
+    (here / "run" / "grids").write_text("mine")
+    capsys.readouterr()
+    assert main(["train", *edm2_argv(digits, "train.images=24", "train.grid_every=8")]) == 2
+    assert capsys.readouterr().err.startswith("error: run/grids is a file, and the run would write a folder there: ")
 
 
 @pytest.mark.parametrize("lost", [("config.yaml",), ("lock",), ("config.yaml", "lock"), ("checkpoints", "config.yaml")])

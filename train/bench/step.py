@@ -39,8 +39,9 @@ from mclr.train.bench.synthetic import build_noise
 from mclr.train.engine.base import autocast_of
 from mclr.train.system.console import Parser, run
 from mclr.train.training.build import build_networks, build_task, compile_every_length, open_source
+from mclr.train.training.compute import add_up, forward_flops, rows_of
 from mclr.train.training.networks import build_schedule
-from mclr.train.training.state import RunState, add_up, count_compute, forward_flops, rows_of
+from mclr.train.training.state import RunState
 from mclr.train.training.step import Task, train_step
 
 EXAMPLE = """examples:
@@ -181,7 +182,7 @@ def measure_training(built: dict[str, tuple[Task, RunConfig]], precisions: list[
             for engine in filter(None, (tasks[key].engine, tasks[key].posterior_engine)):
                 engine.net.zero_grad()
         elif turns[key].times:
-            count_compute(spent[key], rows, flops[key[0]])
+            spent[key].count(rows, flops[key[0]])
 
     peak_memory(reset=True)
     take_turns(turns, device, count)

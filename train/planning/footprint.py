@@ -1,15 +1,14 @@
-"""A run's networks as fake tensors: what they ask for in memory and FLOPs, without either; and what an objective asks of them.
+"""A run's networks as fake tensors: what they ask for in memory and FLOPs, without either.
 
 Rows R are those of one forward; samples are images, twice as many where an objective also takes generated ones. Activations are the
 most bytes alive in forward and backward beyond weights, with all rows that the objective may ask for (conditions that coincide save some);
 a gradient is dropped when it is done. Kernels and engine.compile are taken for plain torch.
 """
 
-from collections import Counter
 from collections.abc import Callable, Set
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Any
 from weakref import ref
 
@@ -23,12 +22,11 @@ from mclr.configs.schema import DiffusionModel, RunConfig
 from mclr.kernels.choice import using
 from mclr.likelihood import Paradigm, Probe
 from mclr.models.features import NoiseClassifier, NoiseClassifierConfig
-from mclr.next_scale import NextScale, scale_progress
-from mclr.objective import Objective
+from mclr.next_scale import NextScale
 from mclr.train.data.encoders import Encoder, Tokens
 from mclr.train.engine.base import autocast_of, make_optimizer
+from mclr.train.training.compute import Calls, Forward, calls_of, flops_of, rows_per_sample
 from mclr.train.training.networks import build_classifier, build_net, build_objective, build_paradigm
-from mclr.train.training.state import flops_of
 from mclr.train.weights.folder import find_weights, read_config, settings_of
 
 POINTS = (1, 2, 4, 8, 16, 32, 64)  # micro-batches that are run
@@ -66,50 +64,6 @@ class Watch(TorchDispatchMode):
             self.now -= size
 
         return forget
-
-
-@dataclass(frozen=True)
-class Forward:
-    """One call of the network in a micro-batch: rows per sample, on so many leading terms (None: all)."""
-
-    rows: int
-    terms: int | None = None
-
-
-@dataclass(frozen=True)
-class Calls:
-    """The most that an objective asks of a network: forwards with and without gradient, and of the reference; for `samples` per image."""
-
-    grad: tuple[Forward, ...]
-    free: tuple[Forward, ...] = ()
-    reference: tuple[Forward, ...] = ()
-    samples: int = 1
-
-
-def calls_of(objective: Objective, scales: tuple[int, ...] | None, num_classes: int, lockstep: bool) -> Calls:
-    """scales: sides of the token maps; None: diffusion. lockstep: of ZeRO 3, where no row is cut short."""
-    contrast, reference = objective.contrast, objective.needs_reference
-    if contrast == "none":
-        return Calls((Forward(1),))
-    if contrast == "generated":
-        return Calls((Forward(1),), (), (Forward(1),), samples=2)
-    if scales is None:
-        if contrast == "null":
-            return Calls((Forward(1),), (Forward(1),))
-        return Calls((Forward(2),), (), (Forward(2),) if reference else ())
-    ends = list(accumulate(side * side for side in scales))
-    # a term needs a contrast where its weight is not 0
-    needed = [end for end, progress in zip(ends, scale_progress(scales), strict=True) if objective.schedule.at(progress)]
-    if contrast == "null":
-        return Calls((Forward(1),), (Forward(1, needed[-1]),) if needed else ())
-    before = ends[-2] if len(ends) > 1 else 0
-    free = (Forward(1, before),) * (num_classes if objective.needs_posterior and before else 0)
-    drawn = needed if contrast == "posterior" else needed[-1:]
-    if reference or lockstep:
-        every = (Forward(1 + len(drawn)),)
-        return Calls(every, free, every if reference else ())
-    rows = Counter([ends[-1], *drawn])
-    return Calls(tuple(Forward(count, terms) for terms, count in rows.items()), free)
 
 
 @dataclass(frozen=True)
@@ -234,8 +188,7 @@ class Model:
 
     def share_of(self, forwards: tuple[Forward, ...]) -> float:
         """Rows per sample; one that is cut short counts by its share of the terms."""
-        terms = self.paradigm.dims if self.scales else 1
-        return sum(forward.rows * (forward.terms or terms) / terms for forward in forwards)
+        return rows_per_sample(forwards, self.paradigm.dims if self.scales else 1)
 
 
 def drop_gradient(p: Tensor) -> None:

@@ -18,7 +18,8 @@ from mclr.train.scoring.image_readers import ImageSet, find_images, open_folder,
 from mclr.train.scoring.scores import Range, score, table
 from mclr.train.scoring.statistics import MOST, RealSet, Statistics, measure, open_real, real_statistics
 from mclr.train.system.files import write_json
-from mclr.train.training import memorisation as monitor
+from mclr.train.training import memorisation
+from mclr.train.training.held_out import DRAWS, readers_of
 from mclr.train.training.networks import build_encoder
 from mclr.train.weights.folder import find_weights, load_net
 from mclr.train.weights.model_card import add_scores
@@ -172,9 +173,9 @@ def contamination(evaluation: Evaluation, device: torch.device) -> dict[str, Any
     config, weights = evaluation.run
     net = load_net(str(weights), "edm2").to(device)
     assert isinstance(net, EDM2)
-    images = monitor.open_images(evaluation.real_set.info)
-    found = monitor.measure(net, build_encoder(config, device), images, config.data.flip)
-    return found | {"sigma": monitor.SIGMA, "pairs": monitor.PAIRS}
+    images = readers_of(evaluation.real_set.info)
+    found = memorisation.measure(net, build_encoder(config, device), images, config.data.flip)
+    return found | {"sigma": memorisation.SIGMA, "pairs": DRAWS}
 
 
 def _default_judge(real_set: RealSet) -> str:

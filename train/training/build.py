@@ -1,4 +1,4 @@
-"""From a config to the objects of a run. In this file: the parts that sampling shares; what a training run reads; its task."""
+"""From a configuration to the objects of a run: its kernels, its data, its networks, and the task that the step works on."""
 
 import copy
 from dataclasses import dataclass
@@ -33,12 +33,15 @@ from mclr.train.training.networks import (
 from mclr.train.training.step import Task
 from mclr.train.weights.folder import find_weights, load_into, sha256
 
-# fp32 means fp32: convolutions on CUDA would default to TF32
-torch.backends.cudnn.allow_tf32 = False
+
+def fp32_means_fp32() -> None:
+    """On CUDA, convolutions would otherwise use TF32. For the whole process."""
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def choose_kernels(config: RunConfig, device: torch.device) -> str:
-    """Decide which operations this process runs as Triton kernels; says so in a line. Raises UserError where that takes a GPU."""
+    """Choose the operations that this process runs as Triton kernels, and say so in a line. Raises UserError where they need a GPU."""
+    fp32_means_fp32()
     mode = config.engine.kernels
     if mode == "triton" and device.type != "cuda" and not interpreting():
         raise UserError("engine.kernels=triton needs a GPU: use auto")
@@ -51,8 +54,8 @@ def choose_kernels(config: RunConfig, device: torch.device) -> str:
 def compile_blocks(net: nn.Module) -> None:
     """torch.compile for every block of a network, or for the whole of one that has none.
 
-    Of a block its forward alone, so that what surrounds it stays plain torch: activation checkpointing, and ZeRO 3's gathering. Not to be
-    copied afterwards: a copy would run the original's.
+    Only the forward of a block is compiled: activation checkpointing and ZeRO 3's gathering around it stay plain torch. Do not copy the
+    network afterwards: the copy would run the original's code.
     """
     compile_every_length()
     for module in getattr(net, "blocks", [net]):
@@ -60,15 +63,15 @@ def compile_blocks(net: nn.Module) -> None:
 
 
 def compile_every_length() -> None:
-    """Lets torch.compile make as much code as there are kinds of blocks and rows: of every scale's length, with and without gradient.
+    """Let torch.compile make code for every kind of block and every number of tokens, with and without gradient.
 
-    Beyond its limit, which is 8, it would run the rest as eager.
+    Beyond its limit, by default 8, it would run the rest as eager code.
     """
     torch._dynamo.config.recompile_limit = 256
 
 
 def open_source(config: RunConfig, path: str | None = None) -> Source:
-    """The training samples at data.path, or at another. Raises UserError when they are unusable, or not what the config says."""
+    """The training samples at data.path, or at another path. Raises UserError when they are damaged, or not what the config says."""
     data = config.data
     if path is None and data.streamed:
         # its webdataset is not on every machine
@@ -106,9 +109,9 @@ def open_generated(config: RunConfig) -> Source:
 
 
 def posterior_warmup(config: RunConfig) -> int:
-    """Images seen before there is any ratio: of a posterior classifier that starts from scratch, in whole steps; else 0.
+    """Images seen before there is any ratio: while a posterior classifier learns from scratch; else 0.
 
-    Whole steps, so that neither micro-batches nor ranks decide which samples have one.
+    In whole steps, so that neither micro-batches nor ranks decide which samples have a ratio.
     """
     model, batch = config.model, config.train.batch
     if not isinstance(model, DiffusionModel) or model.posterior.weights or not build_objective(config).needs_posterior:
@@ -118,8 +121,11 @@ def posterior_warmup(config: RunConfig) -> int:
 
 @dataclass(frozen=True)
 class Networks:
-    """What a run trains and trains with, before any engine. classifier: of the posterior; reference: the network before
-    fine-tuning; generated: samples of the reference; each None where the objective does not need it."""
+    """What a run trains and trains with, before any engine.
+
+    classifier: of the posterior. reference: the network before fine-tuning. generated: samples of the reference. Each of these three
+    is None where the objective does not need it.
+    """
 
     encoder: Encoder
     net: nn.Module
@@ -130,6 +136,7 @@ class Networks:
 
 def build_networks(config: RunConfig, device: torch.device) -> Networks:
     """With the weights that the run starts from, or fresh ones by its seed. Raises UserError when weights do not fit."""
+    fp32_means_fp32()
     model = config.model
     torch.manual_seed(config.train.seed)
     encoder = build_encoder(config, device)

@@ -1,12 +1,15 @@
-"""How a training run begins: what it reads is checked, the ranks meet, everything is built, and trained."""
+"""How a training run begins: what it reads is checked, the ranks meet, everything is built, and trained. Also what a dry run tells."""
+
+from __future__ import annotations
 
 import math
 import sys
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from mclr.configs.schema import DiffusionModel, RunConfig, flatten
+from mclr.configs.schema import DiffusionModel, RunConfig, dump, flatten
 from mclr.errors import UserError
 from mclr.train.system.ranks import (
     Interrupt,
@@ -19,6 +22,18 @@ from mclr.train.system.ranks import (
     report_once,
     world,
 )
+
+if TYPE_CHECKING:
+    # torch, and what imports it, is imported where it is used: a misspelt setting is answered before
+    import torch
+
+    from mclr.train.data.dataset import SplitReader
+    from mclr.train.data.source import Source
+    from mclr.train.system.watchdog import Watchdog
+    from mclr.train.training.build import Networks
+    from mclr.train.training.log import Place
+    from mclr.train.training.loop import Session
+    from mclr.train.training.step import Task
 
 
 def end_early(number: int, frame: Any) -> NoReturn:
@@ -60,70 +75,133 @@ def micro_batch_of(config: RunConfig, ranks: int) -> int:
     return max(d for d in shares if d <= (config.train.micro_batch or config.train.batch))
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads, found good. held_out: the splits that the monitor and keep_best look at, where one is asked for.
+
+    kernels, data: what is said of the operations and of the data at the start, in lines.
+    """
+
+    networks: Networks
+    source: Source
+    held_out: dict[str, SplitReader]
+    kernels: str
+    data: list[str]
+
+
 def start(config: RunConfig, out: Path, micro_batch: int, command: str, no_lock: bool = False) -> int:
-    """Read what the run reads, meet the other ranks, build and train. Returns what train() returns."""
+    """Read what the run reads, meet the other ranks, build and train. Returns what Session.run() returns.
+
+    Rank 0 finds everything good before it writes to the run folder, and before the ranks meet.
+    """
     import torch
 
-    from mclr.train.data.cache import data_line, precision_of, through_cache
-    from mclr.train.data.source import Source
-    from mclr.train.data.write import open_or_prepare
-    from mclr.train.system.gpus import peak_flops
-    from mclr.train.system.watchdog import Watchdog
-    from mclr.train.training.build import build_networks, build_task, choose_kernels, open_source
-    from mclr.train.training.log import RunFolder
-    from mclr.train.training.loop import train
-    from mclr.train.training.previews import Preview
-    from mclr.train.weights.folder import inherited
-    from mclr.train.weights.model_card import run_notes
+    from mclr.train.training.log import Place, RunFolder
 
-    rank, _, ranks = world()
-    device = own_device()
-    kernels = choose_kernels(config, device)
-    run_folder, notes = None, {"init": config.model.weights, "command": command, "out": str(out)} | run_notes(config)
-    with ExitStack() as sources:
-
-        def opened() -> Source:
-            return sources.enter_context(closing(open_source(config)))
-
-        if rank == 0:
-            # all that the run reads is found good before anything is written and before the ranks meet
-            new_digits = config.data.name == "digits" and not config.data.streamed and not Path(config.data.path).exists()
-            networks, inputs = build_networks(config, device), inputs_of(config)
-            if not new_digits:
-                source = through_cache(opened(), networks.encoder, config.data, config.model)
-                inputs |= precision_of(source, networks.encoder)
-            notes |= {"inputs": inputs} | inherited(config.model.weights)
-            run_folder = RunFolder(out, config, inputs, no_lock)
-            if new_digits:
-                open_or_prepare(config.data.name, config.data.path)
-                source = opened()
-            notes |= {"data_images": len(source), "classes": source.info.class_names}
-        interrupt, timeout = Interrupt(), config.engine.timeout
-        with group(config.engine.here() == "deepspeed", timeout), on_signals(interrupt.notice), report_once():
+    device, interrupt, inputs, place = own_device(), Interrupt(), None, Place(out)
+    with ExitStack() as held:
+        if world()[0] == 0:
+            inputs = open_inputs(config, device, held)
+            notes = notes_of(config, inputs) | {"command": command, "out": str(out)}
+            place = Place(out, RunFolder(out, flatten(config), dump(config), notes["inputs"], no_lock), notes)
+        several = group(config.engine.here() == "deepspeed", config.engine.timeout)
+        with several, on_signals(interrupt.notice), report_once(), closing(place):
             with collective():
-                if rank != 0:
-                    networks = build_networks(config, device)
-                    source = through_cache(opened(), networks.encoder, config.data, config.model)
-            about, read = describe(config, ranks, micro_batch, networks.net), data_line(source, networks.encoder, config.data)
-            if any(other != read for other in gather_objects(read)):
+                inputs = inputs or open_inputs(config, device, held)
+            if any(data != inputs.data for data in gather_objects(inputs.data)):
                 raise UserError("a cache was finished while the ranks started, and some read it: run the same command again")
             try:
-                task = build_task(config, source, networks, device, micro_batch)
-                if rank == 0:
-                    print(about, *read, kernels, sep="\n")
-                with closing(Watchdog(out, rank, ranks, timeout)) as watchdog:
-                    preview, peak = Preview(task, config, run_folder), peak_flops(device, config.engine.precision)
-                    return train(task, config.train, micro_batch, out, run_folder, interrupt, watchdog, preview, peak, notes)
+                return build_and_run(config, inputs, place, micro_batch, device, interrupt)
             except torch.OutOfMemoryError as error:
                 smaller = f"halve train.micro_batch (now {micro_batch}), which leaves the result as it is"
                 raise UserError(f"out of GPU memory: {smaller}") from error
-            finally:
-                if run_folder is not None:
-                    run_folder.close()
 
 
-def inputs_of(config: RunConfig) -> dict[str, str]:
-    """Setting -> checksum of the weights, the class map or the dataset that it names; without digits that are still to be prepared."""
+def open_inputs(config: RunConfig, device: torch.device, held: ExitStack) -> Inputs:
+    """Build the networks and open the data; `held` closes it. Raises UserError where something is missing, damaged or does not fit."""
+    from mclr.train.data.cache import data_line, through_cache
+    from mclr.train.data.write import open_or_prepare
+    from mclr.train.training.build import build_networks, choose_kernels, open_source
+    from mclr.train.training.held_out import RANKING, fixed, readers_of, refuse_unready
+
+    data, settings = config.data, config.train
+    kernels, networks = choose_kernels(config, device), build_networks(config, device)
+    if world()[0] == 0 and not data.streamed:
+        open_or_prepare(data.name, data.path)
+    source = held.enter_context(closing(open_source(config)))
+    source = through_cache(source, networks.encoder, data, config.model)
+    held_out = {}
+    if settings.keep_best or settings.monitor_every:
+        refuse_unready(source.info, settings)
+        held_out = readers_of(source.info, data.damaged)
+        # damage is found now, not at the first checkpoint
+        for reader in held_out.values() if world()[0] == 0 else ():
+            for _ in fixed(reader, min(RANKING, len(reader.samples))):
+                pass
+    return Inputs(networks, source, held_out, kernels, data_line(source, networks.encoder, data))
+
+
+def build_and_run(
+    config: RunConfig, inputs: Inputs, place: Place, micro_batch: int, device: torch.device, interrupt: Interrupt
+) -> int:
+    """Build what trains, say what it is, and train."""
+    from mclr.train.system.watchdog import Watchdog
+    from mclr.train.training.build import build_task
+
+    (rank, _, ranks), about = world(), describe(config, inputs.networks.net, micro_batch)
+    task = build_task(config, inputs.source, inputs.networks, device, micro_batch)
+    if rank == 0:
+        print(*about, *inputs.data, inputs.kernels, sep="\n")
+    with closing(Watchdog(place.path, rank, ranks, config.engine.timeout)) as watchdog:
+        return session_of(config, task, micro_batch, inputs.held_out, place, interrupt, watchdog).run()
+
+
+def session_of(
+    config: RunConfig,
+    task: Task,
+    micro_batch: int,
+    held_out: dict[str, SplitReader],
+    place: Place,
+    interrupt: Interrupt,
+    watchdog: Watchdog,
+) -> Session:
+    """What the loop works with. Collective."""
+    from mclr.train.system.gpus import peak_flops
+    from mclr.train.training.held_out import HeldOut
+    from mclr.train.training.loop import Session
+    from mclr.train.training.memorisation import Monitor
+    from mclr.train.training.networks import build_classifier
+    from mclr.train.training.previews import Preview
+    from mclr.train.training.state import Keeper
+    from mclr.train.training.throughput import Throughput
+
+    settings, monitor, ranking = config.train, None, None
+    if settings.monitor_every and (world()[0] == 0 or task.engine.lockstep):
+        monitor = Monitor(task, held_out, settings.monitor_every, settings.log_every * settings.batch)
+    if settings.keep_best:
+        # the classifier that the run begins with, where it has weights: so that all checkpoints are asked the same
+        given = isinstance(config.model, DiffusionModel) and config.model.posterior.weights and task.posterior_engine is not None
+        ranking = HeldOut(task, held_out["val"], build_classifier(config).to(task.device) if given else None)
+    keeper = Keeper(task, settings, place, ranking, watchdog.beat)
+    throughput = Throughput(peak_flops(task.device, config.engine.precision), task.device)
+    preview = Preview(task, settings.grid_every, config.sample.batch, place.folder)
+    return Session(task, micro_batch, keeper, interrupt, watchdog, throughput, preview, monitor)
+
+
+def notes_of(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
+    """What is said about the run beside its weights."""
+    from mclr.train.data.cache import precision_of
+    from mclr.train.weights.folder import inherited
+    from mclr.train.weights.model_card import run_notes
+
+    source, start = inputs.source, config.model.weights
+    read = checksums_of(config) | precision_of(source, inputs.networks.encoder)
+    about = {"data_images": len(source), "classes": source.info.class_names}
+    return {"init": start, "inputs": read} | run_notes(config) | inherited(start) | about
+
+
+def checksums_of(config: RunConfig) -> dict[str, str]:
+    """Setting -> checksum of the weights, the class map or the dataset that it names."""
     from mclr.train.data.encoders import VAE_WEIGHTS, find_vae
     from mclr.train.system.files import checksum
     from mclr.train.training.class_map import FRESH, SAME
@@ -136,17 +214,19 @@ def inputs_of(config: RunConfig) -> dict[str, str]:
     if isinstance(model, DiffusionModel) and model.vae is not None:
         files["model.vae"] = find_vae(model.vae) / VAE_WEIGHTS
     for key, path in (("data.path", config.data.path), ("objective.generated", config.objective.generated)):
-        # which holds the checksums of the shards
+        # it holds the checksums of the shards; a stream has none
         if path is not None and (file := Path(path) / "dataset.json").exists():
             files[key] = file
     return inputs | {key: checksum(file) for key, file in files.items()}
 
 
 def planned(config: RunConfig) -> Any:
-    """The network of a run, without memory. Raises UserError where weights that the run names are missing, or do not fit it."""
+    """The network of a run, without memory. Raises UserError where what the run needs is missing, or does not fit it."""
     import torch
 
+    from mclr.train.data.dataset import open_dataset
     from mclr.train.training.class_map import class_map
+    from mclr.train.training.held_out import refuse_unready
     from mclr.train.training.networks import build_encoder, build_net
     from mclr.train.weights.folder import find_weights, named_weights, refuse_misfit
 
@@ -156,49 +236,53 @@ def planned(config: RunConfig) -> Any:
     folders = {key: find_weights(name) for key, name in named_weights(flatten(config)).items()}
     if weights := folders.get("model.weights"):
         refuse_misfit(net, weights, any_conditions=class_map(config, weights) is not None)
+    if not config.data.streamed and (Path(config.data.path) / "dataset.json").exists():
+        refuse_unready(open_dataset(config.data.path), config.train)
     return net
 
 
-def describe(config: RunConfig, ranks: int, micro_batch: int, net: Any) -> str:
+def describe(config: RunConfig, net: Any, micro_batch: int) -> list[str]:
     """The run in a few lines: what is trained, on what, how, at what cost."""
-    from mclr.train.training.build import posterior_warmup
+    from mclr.train.training.compute import calls_of, rows_per_sample
     from mclr.train.training.networks import build_objective, schedule_table
 
+    model, data, settings, engine, ranks = config.model, config.data, config.train, config.engine, world()[2]
+    objective, scales = build_objective(config), getattr(net.config, "patch_nums", None)
+    calls, terms = calls_of(objective, scales, data.num_classes, engine.zero == 3), getattr(net, "tokens", 1)
+    grad, free, reference = (
+        math.ceil(settings.batch * calls.samples * rows_per_sample(each, terms))
+        for each in (calls.grad, calls.free, calls.reference)
+    )
     count = sum(p.numel() for p in net.parameters())
-    objective, settings, engine = build_objective(config), config.train, config.engine
+    begins = f"weights {model.weights}" if model.weights else "no weights given (--init): from scratch"
+    vae = model.vae if isinstance(model, DiffusionModel) else None
+    latents = f", latents {net.config.img_channels} x {net.config.img_resolution}^2 of {vae}" if vae else ""
     ways = [*([f"ZeRO {engine.zero}"] if engine.here() == "deepspeed" else []), engine.precision]
     ways += [way.replace("_", " ") for way in ("offload", "activation_checkpointing", "compile") if getattr(engine, way)]
-    tokens = config.model.paradigm == "next_scale"
-    # matched rows; one contrast row per sample, or per scale of it where each draws its own
-    scales = len(net.config.patch_nums) if tokens and objective.contrast == "posterior" else 1
-    most = 1 if objective.contrast in ("none", "null") else 1 + scales
-    # null rows; every condition of the posterior by Bayes' rule; all rows again through the reference
-    free = 1 if objective.contrast == "null" else config.data.num_classes if tokens and objective.needs_posterior else 0
-    free += most if objective.needs_reference else 0
-    lam, schedule = config.objective.lam, config.objective.schedule.kind
-    table = schedule_table("lam", objective.schedule, net.config.patch_nums if tokens else None)
+    share = f"{settings.batch // ranks // micro_batch} x {micro_batch} images per rank and step"
     budget = f", or until the compute of {settings.mle_images} images of mle is spent" if settings.mle_images else ""
-    vae, classifier = None, []
-    if isinstance(config.model, DiffusionModel):
-        vae, fitted = config.model.vae, config.model.posterior.weights
-        if objective.needs_posterior:
-            how = f"weights {fitted}" if fitted else f"from scratch, no ratio for the first {posterior_warmup(config)} images"
-            if not (fitted or posterior_warmup(config)):
-                how = "from scratch, with a ratio at once: that diverged on the digits, set model.posterior.warmup_images"
-            classifier = [f"posterior  {how}"]
-    source = f"weights {config.model.weights}" if config.model.weights else "no weights given (--init): from scratch"
-    return "\n".join(
-        [
-            f"model      {config.model.name} ({config.model.paradigm}), {count / 1e6:.2f}M parameters, {source}",
-            f"objective  {config.objective.name}, contrast {objective.contrast}, lam {lam} ({schedule})",
-            *table,
-            *classifier,
-            f"data       {config.data.name}: {config.data.num_classes} classes, {config.data.channels} x {config.data.resolution}^2"
-            + (f", latents {net.config.img_channels} x {net.config.img_resolution}^2 of {vae}" if vae else ""),
-            f"engine     {engine.here()}, {', '.join(ways)}, {ranks} rank(s), "
-            f"{settings.batch // ranks // micro_batch} x {micro_batch} images per rank and step",
-            f"rows       {settings.batch} samples per step, at most {most * settings.batch} rows with gradient, "
-            f"{free * settings.batch} without",
-            f"length     {settings.images} images = {-(-settings.images // settings.batch)} steps{budget}",
-        ]
-    )
+    return [
+        f"model      {model.name} ({model.paradigm}), {count / 1e6:.2f}M parameters, {begins}",
+        f"objective  {objective.name}, contrast {objective.contrast}, lam {config.objective.lam} ({config.objective.schedule.kind})",
+        *schedule_table("lam", objective.schedule, scales),
+        *posterior_line(config),
+        f"data       {data.name}: {data.num_classes} classes, {data.channels} x {data.resolution}^2{latents}",
+        f"engine     {engine.here()}, {', '.join(ways)}, {ranks} rank(s), {share}",
+        f"rows       {settings.batch} samples per step, at most {grad} rows with gradient, {free + reference} without",
+        f"length     {settings.images} images = {-(-settings.images // settings.batch)} steps{budget}",
+    ]
+
+
+def posterior_line(config: RunConfig) -> list[str]:
+    """Where the posterior classifier of a diffusion run comes from; nothing where there is none."""
+    from mclr.train.training.build import posterior_warmup
+    from mclr.train.training.networks import build_objective
+
+    model = config.model
+    if not (isinstance(model, DiffusionModel) and build_objective(config).needs_posterior):
+        return []
+    if model.posterior.weights:
+        return [f"posterior  weights {model.posterior.weights}"]
+    if warmup := posterior_warmup(config):
+        return [f"posterior  from scratch, no ratio for the first {warmup} images"]
+    return ["posterior  from scratch, with a ratio at once: that diverged on the digits, set model.posterior.warmup_images"]

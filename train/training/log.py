@@ -1,20 +1,21 @@
-"""The run folder: its lock, its settings, its metrics and what else is noted on the way."""
+"""The run folder: its lock, its settings, its metrics, and the steps that were skipped."""
 
 import json
 import math
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mclr.configs.schema import FILE, RunConfig, dump, flatten, load_resolved
+from mclr.configs.schema import FILE, flatten, load_resolved
 from mclr.errors import UserError
 from mclr.train.engine.checkpoint import MANIFEST, checkpoints
 from mclr.train.system.files import NoLocks, lock, regular, try_folder, write_file, write_json
 from mclr.train.training.trackers import Trackers
 
-# may change between one start and the next: they do not decide what is learned; a section ends in a dot
+# settings that may change between two starts of a run, since they do not decide what it learns; a whole section ends in a dot
 FREE = (
     "data.damaged",
     "data.path",
@@ -41,9 +42,10 @@ FREE = (
 )
 INPUTS = "inputs.json"
 METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"
-LOCK = "lock"  # holds the number of the process that was here last
-# what a run writes over or takes away in time
-WRITES = (INPUTS, LOCK, METRICS, SKIPPED, "checkpoints", "grids", "watchdog", "snapshots", "weights")
+LOCK = "lock"  # it holds the number of the process that was here last
+FOLDERS = ("checkpoints", "grids", "snapshots", "watchdog", "weights")
+# what a run writes over or removes in time
+WRITES = (INPUTS, LOCK, METRICS, SKIPPED, *FOLDERS)
 
 
 def is_free(key: str) -> bool:
@@ -51,13 +53,14 @@ def is_free(key: str) -> bool:
 
 
 class RunFolder:
-    """A run folder held by this process until it is closed. Raises UserError when it is unwritable, held, or holds another run
-    or what no run has written.
+    """A run folder, held by this process until it is closed.
 
-    inputs: checksum of each thing that the config names and that could change under its name. no_lock: where the file system has none.
+    Raises UserError when it cannot be written, when another process holds it, or when it holds another run or something that no run
+    wrote. settings: dotted key -> value; text: the same as YAML. inputs: setting -> checksum of what it names, which could change
+    under that name. no_lock: go on where the file system has no locks.
     """
 
-    def __init__(self, path: Path, config: RunConfig, inputs: dict[str, str], no_lock: bool = False):
+    def __init__(self, path: Path, settings: dict[str, Any], text: str, inputs: dict[str, str], no_lock: bool = False):
         self.path = path
         goes_on = _is_run(path)
         for name in () if goes_on else WRITES:
@@ -66,7 +69,7 @@ class RunFolder:
                     f"{path / name} is of no run that could go on, and this one would write over it: choose another --out"
                 )
         if (path / FILE).exists():
-            _refuse_other(path, config, inputs)
+            _refuse_other(path, settings, inputs)
         try:
             path.mkdir(parents=True, exist_ok=True)
             self.lock, mine = lock(path / LOCK, none=no_lock)
@@ -85,13 +88,16 @@ class RunFolder:
         self.lock.truncate(0)
         self.lock.write(str(os.getpid()))
         self.lock.flush()
-        # left by a process of this run that died while writing
+        # a process of this run that died while writing left these
         for torn in [*path.glob(".tmp-*"), *path.glob("checkpoints/.tmp-*"), *path.glob("grids/.tmp-*")] if goes_on else []:
             shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
-        try_folder(path)
+        for folder in (path, *(path / name for name in FOLDERS if (path / name).exists())):
+            if not folder.is_dir():
+                raise UserError(f"{folder} is a file, and the run would write a folder there: move it, or choose another --out")
+            try_folder(folder)
         write_json(path / INPUTS, inputs)
-        write_file(path / FILE, dump(config).encode())
-        self.trackers = Trackers(config.train.log_to, path, flatten(config))
+        write_file(path / FILE, text.encode())
+        self.trackers = Trackers(settings["train.log_to"], path, settings)
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -112,7 +118,7 @@ class RunFolder:
         self.trackers.rewind(images_seen, last)
 
     def log(self, **values: Any) -> None:
-        """Append one line to metrics.jsonl, and give its numbers to the trackers. What is not finite becomes null, as JSON wants it."""
+        """Append one line to metrics.jsonl, and give its numbers to the trackers. What is not finite becomes null."""
         values = _finite(values)
         self._append(METRICS, values)
         images = values.pop("images")
@@ -123,7 +129,7 @@ class RunFolder:
         self.trackers.picture(name, images_seen, path)
 
     def note_skipped(self, images: int, loss: float, keys: Sequence[str]) -> None:
-        """Append to skipped.jsonl a step that changed nothing, since its gradient was not finite. keys: of its samples."""
+        """Append to skipped.jsonl a step that changed nothing, since its gradient was not finite. keys: the names of its samples."""
         self._append(SKIPPED, _finite({"images": images, "loss": loss, "keys": list(keys)}))
 
     def _append(self, name: str, values: dict[str, Any]) -> None:
@@ -134,6 +140,19 @@ class RunFolder:
             raise UserError(
                 f"cannot write {self.path / name} ({error.strerror}): make it writable, with room to spare"
             ) from error
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run writes. folder: the run folder at `path`, held by rank 0; None on other ranks. notes: what its weights say about it."""
+
+    path: Path
+    folder: RunFolder | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def close(self) -> None:
+        if self.folder is not None:
+            self.folder.close()
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
@@ -149,7 +168,7 @@ def _images(line: bytes) -> float:
 
 
 def _is_run(path: Path) -> bool:
-    """Whether a run has been in this folder: its lock names a process, or a checkpoint is there (a copy may lack the lock)."""
+    """Whether a run was in this folder: its lock names a process, or it has a checkpoint (a copy may lack the lock)."""
     try:
         if regular(path / LOCK).read_text(errors="replace").strip().isdecimal():
             return True
@@ -164,9 +183,9 @@ def _holds_something(path: Path) -> bool:
     return path.exists() and (not path.is_file() or path.stat().st_size > 0)
 
 
-def _refuse_other(path: Path, config: RunConfig, inputs: dict[str, str]) -> None:
+def _refuse_other(path: Path, here: dict[str, Any], inputs: dict[str, str]) -> None:
     try:
-        there, here = flatten(load_resolved(path)), flatten(config)
+        there = flatten(load_resolved(path))
     except UserError as error:
         raise UserError(
             f"{path / FILE} is damaged ({error}): remove it, and the run goes on with the settings given here"

@@ -1,12 +1,15 @@
 """The memorisation monitor: the loss of maximum likelihood, and ICR of a diffusion network's features, on training and held-out images.
 
-B images or views in a forward; D features; C H W image. A network that memorises goes on gaining on its training images and loses on
-held-out ones. ICR (mclr/metrics.py) is said to be U-shaped over a long training on few images: it falls while the network learns what
-images have in common, and rises from where it begins to memorise them (arXiv 2606.09718). On the 8x8 digits ICR did not tell a
-memorising run from a good one, and the held-out loss did (mclr/EXPERIMENTS.md).
-"""
+B images or views of a forward; D features; C H W image.
 
-from collections.abc import Iterator
+mle_loss, mle_loss_val: of the weights that are trained. Under `mle` a network that memorises gains on its training images and loses on
+held-out ones: mle_loss_val turns up while mle_loss still falls. Under every other objective both may rise because the method works:
+its optimum, the guided network, is not that of the likelihood. There, look at mle_loss_val - mle_loss: it widens as a run memorises.
+
+icr, icr_val (mclr/metrics.py): said to fall while the network learns what images have in common, and to rise from where it begins to
+memorise them (arXiv 2606.09718). On the 8x8 digits ICR did not tell a memorising run from a good one, and mle_loss_val did
+(mclr/EXPERIMENTS.md).
+"""
 
 import torch
 import torch.nn.functional as F
@@ -14,22 +17,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mclr.errors import UserError
-from mclr.likelihood import Draws, score
+from mclr.likelihood import Draws
 from mclr.metrics import icr
 from mclr.models.edm2 import EDM2
-from mclr.objective import Objective
-from mclr.train.data.dataset import Batch, DatasetInfo, SplitReader
+from mclr.train.data.dataset import SplitReader
 from mclr.train.data.encoders import Encoder, from_uint8, mirrored
-from mclr.train.data.source import permutation
 from mclr.train.engine.base import eval_mode
+from mclr.train.training.held_out import fixed, mle_loss
 from mclr.train.training.step import Task
 
 SIGMA = 0.29  # noise of a view; the paper's choice
 WIDTH = 32  # features; those of wider blocks are projected at random
-PAIRS = 20 * WIDTH  # of views, and draws of the loss: of so many images, or of fewer in turn
-BATCH = 64  # images or views in a forward
-# seeds beyond those of training; the same draws at every reading, so that their noise does not move the curve
-VIEWS, PROJECTION, LOSS = 2**63 + 1, 2**63 + 2, 2**63 + 3
+# seeds that training does not use; the same draws at every reading, so that their noise does not move the curve
+VIEWS, PROJECTION = 2**63 + 1, 2**63 + 2
 NAMES = {"train": "{}", "val": "{}_val"}  # split -> column of a reading
 
 
@@ -66,7 +66,7 @@ def features(net: EDM2, x_BCHW: Tensor, draws: Draws) -> Tensor:
 
 
 def measure(net: EDM2, encoder: Encoder, images: dict[str, SplitReader], flip: bool) -> dict[str, float]:
-    """icr and icr_val: that of the network on each of these splits, from PAIRS pairs of views, in fp32.
+    """icr and icr_val: that of the network on each of these splits, from DRAWS pairs of views, in fp32.
 
     Raises UserError where the features of two views do not differ, or are not finite.
     """
@@ -74,7 +74,7 @@ def measure(net: EDM2, encoder: Encoder, images: dict[str, SplitReader], flip: b
     found = {}
     for split, reader in images.items():
         views: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for pairs, batch in _fixed(reader):
+        for pairs, batch in fixed(reader):
             for which, h_BD in enumerate(views):
                 draws = Draws(VIEWS, [2 * p + which for p in pairs], device)
                 stored_B = encoder.encode(view(batch.image_BCHW.to(device), draws, flip))
@@ -86,51 +86,15 @@ def measure(net: EDM2, encoder: Encoder, images: dict[str, SplitReader], flip: b
     return found
 
 
-@torch.no_grad()
-def mle_loss(task: Task, images: dict[str, SplitReader]) -> dict[str, float]:
-    """mle_loss and mle_loss_val: of plain maximum likelihood on PAIRS draws of each split, every image under its own condition.
-
-    Of the weights that are trained, not of their average; without dropout or mirroring.
-    """
-    # past the engine, which would count the rows
-    net, mle, found = task.engine.net, Objective(), {}
-    for split, reader in images.items():
-        losses = []
-        for positions, batch in _fixed(reader):
-            draws = Draws(LOSS, list(positions), task.device)
-            probe = task.loss.paradigm.probe(task.encoder.draw(task.encode(batch), draws), draws)
-            rows = mle.rows(probe, batch.c_B.to(task.device), task.loss.paradigm.null, draws, None)
-            with eval_mode(net, task.bf16):
-                scores = score(task.loss.paradigm, net, probe, rows)
-            losses.append(mle(scores, rows)[0])
-        found[NAMES[split].format("mle_loss")] = torch.cat(losses).mean().item()
-    return found
-
-
-def _fixed(reader: SplitReader) -> Iterator[tuple[range, Batch]]:
-    """PAIRS samples of a split in batches, each with its position: the same at every reading, of a small split in turn."""
-    order = permutation(0, 0, len(reader.samples))
-    for first in range(0, PAIRS, BATCH):
-        positions = range(first, first + BATCH)
-        indices = [int(order[p % len(order)]) for p in positions]
-        yield positions, Batch(reader.images(indices), reader.c_N[indices])
-
-
-def open_images(info: DatasetInfo) -> dict[str, SplitReader]:
-    """Split -> its images: training, and held-out ones where there are any."""
-    return {split: SplitReader(info, split) for split in NAMES if info.splits[split].count}
-
-
 class Monitor:
-    """What is logged beside a step's metrics, once every `every` images. It meets nobody, but where ranks hold parts of the network
-    each has to read when rank 0 does.
+    """What is logged beside a step's metrics, once every `every` images.
 
-    period: images between two lines of the log.
+    It needs no other rank; but where ranks hold parts of the network, each has to read when rank 0 does. period: images between two
+    lines of the log. readers: the images of both splits (held_out.py).
     """
 
-    def __init__(self, task: Task, every: int, period: int):
-        self.task, self.every, self.period = task, every, period
-        self.images = open_images(task.source.info)
+    def __init__(self, task: Task, readers: dict[str, SplitReader], every: int, period: int):
+        self.task, self.readers, self.every, self.period = task, readers, every, period
 
     def read(self, images: int) -> dict[str, float]:
         """At a line of the log, after so many images: nothing until a reading is due, then the loss; of diffusion also ICR.
@@ -140,11 +104,11 @@ class Monitor:
         line_before = (images - 1) // self.period * self.period
         if images // self.every == line_before // self.every:
             return {}
-        found = mle_loss(self.task, self.images)
+        found = {NAMES[split].format("mle_loss"): mle_loss(self.task, reader) for split, reader in self.readers.items()}
         net = self.task.engine.net
         if isinstance(net, EDM2) and self.task.loss.drop_condition > 0:
             try:
-                found |= measure(net, self.task.encoder, self.images, self.task.flip)
+                found |= measure(net, self.task.encoder, self.readers, self.task.flip)
             except UserError as error:
                 tqdm.write(f"at {images} images {error}")
         return found

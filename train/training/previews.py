@@ -1,13 +1,12 @@
-"""Grids: a picture of samples every so many images, RUN/grids/IMAGES.png, always of the same seeds and conditions.
+"""Previews: every so many images a picture of samples, RUN/grids/IMAGES.png, always of the same seeds and conditions.
 
-A column is a condition, at most ten of them; a row is four seeds further down. Drawn by the network that is being trained, not by its
-average, with the sampling of the config but without guidance. N images of a picture; C H W image.
+A column is a condition, at most ten of them. A row takes the next seeds. The network that is being trained draws, not its average, with
+the sampling of the configuration but without guidance. N images of a picture; C H W image.
 """
 
 import torch
 from torch import Tensor
 
-from mclr.configs.schema import RunConfig
 from mclr.errors import UserError
 from mclr.guidance import Guidance
 from mclr.likelihood import Draws
@@ -20,7 +19,7 @@ from mclr.train.training.log import RunFolder
 from mclr.train.training.step import Task
 
 COLUMNS, ROWS = 10, 4
-SAMPLING = 2**63  # of train/sample.py: a picture shows what `mclr sample` draws for seeds from 0
+SAMPLING = 2**63  # of train/sampling/generate.py: a preview shows what `mclr sample` draws for seeds from 0
 
 
 def columns(num_classes: int) -> list[int]:
@@ -30,12 +29,11 @@ def columns(num_classes: int) -> list[int]:
 
 
 class Preview:
-    """Every rank has one, and draws when rank 0 does. run: the run folder, held by rank 0; None elsewhere."""
+    """Every rank has one. every: images between pictures, 0 for none. batch: images of a forward. folder: held by rank 0, else None."""
 
-    def __init__(self, task: Task, config: RunConfig, run: RunFolder | None):
-        self.task, self.run = task, run
-        self.every, self.batch = config.train.grid_every, config.sample.batch
-        self.conditions = columns(config.data.num_classes)
+    def __init__(self, task: Task, every: int, batch: int, folder: RunFolder | None):
+        self.task, self.every, self.batch, self.folder = task, every, batch, folder
+        self.conditions = columns(task.loss.paradigm.null)
 
     def due(self, images: int, before: int, done: bool) -> bool:
         """After a step that brought the images seen from `before` to `images`, and may have been the last."""
@@ -44,18 +42,18 @@ class Preview:
     def draw(self, images: int) -> None:
         """Write the picture, and hand it to the trackers. Collective. Raises UserError when it cannot be written, or memory is short.
 
-        Training goes on as if nothing had been drawn: no random number of its own and no count of rows is touched.
+        Training goes on as if nothing had been drawn: its random numbers and its counts of rows stay as they are.
         """
         with collective():
             # ranks that hold parts of the weights run the network as often as rank 0 does
-            if self.run is None and not self.task.engine.lockstep:
+            if self.folder is None and not self.task.engine.lockstep:
                 return
             try:
                 images_NCHW = self._images()
             except torch.OutOfMemoryError as error:
                 raise UserError(f"out of GPU memory for a picture: lower sample.batch (now {self.batch})") from error
-            if self.run is not None:
-                path = self.run.path / "grids" / f"{images:012d}.png"
+            if self.folder is not None:
+                path = self.folder.path / "grids" / f"{images:012d}.png"
                 try:
                     path.parent.mkdir(exist_ok=True)
                 except OSError as error:
@@ -64,7 +62,7 @@ class Preview:
                     ) from error
                 scale = max(64 // images_NCHW.shape[2], 1)
                 write_file(path, image_grid(images_NCHW.numpy(), ROWS, len(self.conditions), scale))
-                self.run.picture("samples", images, path)
+                self.folder.picture("samples", images, path)
 
     def _images(self) -> Tensor:
         """uint8 [N, C, H, W], row by row of the picture."""

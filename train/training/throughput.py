@@ -1,4 +1,4 @@
-"""The throughput: what the machine did since the last line of metrics. Its figures decide nothing, and no two runs have the same."""
+"""Throughput: what the machine did since the last line of metrics. These figures decide nothing, and no two runs have the same."""
 
 import resource
 import sys
@@ -9,12 +9,12 @@ import torch.distributed as dist
 
 from mclr.train.system.ranks import world
 
-# columns of metrics.jsonl that differ between a run and its repetition, or between one that was stopped and one that was not
+# columns of metrics.jsonl that differ between a run and its repetition
 TIMING = ("seconds", "images_per_second", "rows_per_second", "mfu", "memory", "data_wait", "damaged")
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that tensors on this GPU held at a time since the last call; on a CPU, that the process ever held."""
+    """On a GPU, the most bytes that tensors held at a time since the last call. On a CPU, the most that the process ever held."""
     if device.type != "cuda":
         # macOS counts bytes, Linux KiB
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -24,19 +24,26 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Throughput:
-    """done: RunState as a dict. peak: FLOP/s of one device (train/system/gpus.py); None: not known, so there is no mfu."""
+    """peak: FLOP/s of one device (train/system/gpus.py); None where it is not known: then there is no mfu."""
 
-    def __init__(self, done: dict[str, Any], peak: float | None, device: torch.device):
-        self.before, self.peak, self.device = dict(done), peak, device
+    def __init__(self, peak: float | None, device: torch.device):
+        self.peak, self.device = peak, device
+        self.before: dict[str, Any] = {}
+
+    def start(self, done: dict[str, Any]) -> None:
+        """Count from here. done: the RunState as a dict."""
+        self.before = dict(done)
 
     def read(self, done: dict[str, Any], waited: float, damaged: int) -> dict[str, float]:
-        """Since the last call: images and rows with gradient per second; mfu, the share of all devices' FLOP/s that was used;
-        memory, the most GiB of a rank; data_wait, the largest share of the time that a rank waited for data. Collective.
+        """Figures since the last call. Collective.
 
-        waited: seconds so, of this rank. damaged: samples that this rank has passed over since it started; summed over the ranks.
+        images_per_second, rows_per_second (rows with gradient). mfu: share of all devices' FLOP/s that was used. memory: GiB of the
+        fullest rank. data_wait: largest share of the time that a rank waited for data. damaged: samples passed over since the start.
+
+        done: the RunState as a dict. waited, damaged: seconds and samples of this rank.
         """
         past = {name: done[name] - self.before[name] for name in ("images", "rows", "flops", "seconds")}
-        self.before = dict(done)
+        self.start(done)
         worst = torch.tensor([waited, peak_memory(self.device)], dtype=torch.float64, device=self.device)
         total = torch.tensor(damaged, dtype=torch.float64, device=self.device)
         if dist.is_initialized():

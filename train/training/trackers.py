@@ -1,6 +1,6 @@
-"""Trackers: where the metrics and pictures of a run go beside metrics.jsonl. TensorBoard, and Weights & Biases; the x axis is images seen.
+"""Trackers: where the metrics and pictures of a run go beside metrics.jsonl: TensorBoard, Weights & Biases. The x axis is images seen.
 
-A tracker helps to look at a run and never ends one: what fails is said once and left out from there on.
+A tracker helps to look at a run and never ends one. One that fails is reported once, and the run goes on without it.
 """
 
 import json
@@ -21,17 +21,18 @@ FINISH = 60  # seconds that W&B gets at the end of a run to upload what is left
 
 
 def refuse_missing(names: Sequence[str]) -> None:
-    """Raises UserError where the package behind a tracker is not installed."""
+    """Raises UserError where the package of a tracker is not installed."""
     for name in names:
         spec = find_spec(name)
-        # a mere folder of that name, as W&B leaves one where it ran, counts as a package without an origin
+        # W&B leaves a folder of its name where it ran: to Python that is a package without an origin
         if spec is None or spec.origin is None:
             raise UserError(f"train.log_to={name} needs {name}: pip install -e '.[{name}]'")
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a tracker begins with. begun: images seen where this process goes on; last: of the last line that an earlier one logged."""
+    """What a tracker begins with. begun: images seen where this process goes on. last: images seen at the last line that an earlier
+    process logged."""
 
     run: Path
     settings: dict[str, Any]
@@ -57,7 +58,7 @@ class TensorBoard:
     def log(self, images: int, values: dict[str, Any]) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, images)
-        # a crash takes no line with it
+        # so that a crash loses no line
         self.writer.flush()
 
     def picture(self, name: str, images: int, path: Path) -> None:
@@ -72,15 +73,18 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases, named like the run folder; RUN/wandb.json keeps its id. WANDB_MODE and WANDB_PROJECT are the user's.
+    """A run of Weights & Biases, named like the run folder; RUN/wandb.json keeps its id. WANDB_MODE and WANDB_PROJECT count.
 
-    W&B takes every step once, and cannot forget one offline. So what an earlier process sent is not sent again: a run that goes on
-    from a checkpoint repeats it bit for bit.
+    W&B takes every step once. So what an earlier process sent is not sent again: a run that goes on from a checkpoint repeats it bit
+    for bit. Raises RuntimeError where W&B would ask for a key: nobody may sit at the terminal.
     """
 
     def __init__(self, start: Start):
         import wandb
 
+        # these modes need no key
+        if wandb.setup().settings.mode not in ("offline", "dryrun", "disabled") and not wandb.login(prompt=False, verify=False):
+            raise RuntimeError("no API key: run `wandb login`, or set WANDB_MODE=offline")
         kept = start.run / "wandb.json"
         if kept.exists():
             about = json.loads(kept.read_text())
@@ -96,7 +100,7 @@ class WandB:
             resume="allow",
             dir=str(start.run),
             config=start.settings,
-            # without a network the end of a run would wait for one for ever
+            # without a network, the end of a run would wait for ever
             settings=wandb.Settings(console="off", quiet=True, finish_timeout=FINISH),
         )
 
@@ -115,7 +119,7 @@ TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB
 
 
 class Trackers:
-    """Those of train.log_to, each opened when it first gets something: a run that had finished leaves them as they are."""
+    """The trackers of train.log_to. Each is opened when it first gets something: a run that had finished leaves them as they are."""
 
     def __init__(self, names: Sequence[str], run: Path, settings: dict[str, Any]):
         self.names, self.start = list(names), Start(run, settings)
@@ -141,9 +145,9 @@ class Trackers:
                 if name not in self.opened:
                     self.opened[name] = TRACKERS[name](self.start)
                 use(self.opened[name])
-            # whatever a foreign package, a network or a disk may do
+            # a foreign package, a network or a disk may raise anything
             except Exception as error:
                 self.names.remove(name)
                 self.opened.pop(name, None)
                 what = " ".join(str(error).split()) or type(error).__name__
-                tqdm.write(f"{name} failed ({what}): it is left out from here on, metrics.jsonl goes on")
+                tqdm.write(f"{name} failed ({what}): the run goes on without it, metrics.jsonl has everything")

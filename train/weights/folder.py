@@ -86,16 +86,18 @@ def describe(net: nn.Module, tensors: Mapping[str, Tensor], notes: Mapping[str, 
 
 
 def find_weights(name: str) -> Path:
-    """The weights folder of a bundled name, a folder, a published file (converted once), or hf://ORG/REPO[/FILE][@REV] of either.
+    """The weights folder of a bundled name, a folder, a run, a published file (converted once), or hf://ORG/REPO[/FILE][@REV] of either.
 
     Raises UserError when there is none, or when it cannot be fetched or converted.
     """
     found = fetch(name)
-    for folder in (BUNDLED / name, found):
+    for folder in (BUNDLED / name, found, found / "weights"):
         if is_ours(folder):
             return folder
     if found.is_file() or holds_weights(found):
         return converted(name)
+    if (found / schema.FILE).is_file():
+        raise UserError(f"run {name} has no weights yet: finish it, or give one of the folders in {found / 'checkpoints'}")
     known = ", ".join(sorted(f.name for f in BUNDLED.iterdir() if f.is_dir()))
     raise UserError(
         f"no weights at {name}: give a folder with config.json and model.safetensors, a published file, {SCHEME}ORG/REPO[/FILE], "

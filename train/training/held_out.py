@@ -1,0 +1,139 @@
+"""The loss on fixed images with fixed random numbers, so that readings compare: of maximum likelihood, and of the run's own objective.
+
+B images of a forward; P = B, or 2B where the objective takes generated samples too.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mclr.configs.schema import Train
+from mclr.errors import UserError
+from mclr.likelihood import Draws
+from mclr.loss import GENERATED, Loss
+from mclr.objective import Objective
+from mclr.train.data.dataset import Batch, DatasetInfo, SplitReader
+from mclr.train.data.source import permutation
+from mclr.train.engine.base import Engine, eval_mode
+from mclr.train.training.step import Task
+
+DRAWS = 640  # of a reading of the monitor: of so many images, or of fewer in turn
+RANKING = 2048  # of the loss that ranks checkpoints: with a contrast it is noisier, by .03 on the digits with 640 draws
+BATCH = 64  # images of a forward
+LOSS = 2**63 + 3  # seed of the loss; training does not use it
+
+
+def readers_of(info: DatasetInfo, tolerated: float = 0.0) -> dict[str, SplitReader]:
+    """Split -> its images, of those of "train" and "val" that have any. tolerated: share of a split that may be damaged."""
+    return {split: SplitReader(info, split, tolerated) for split in ("train", "val") if info.splits[split].count}
+
+
+def refuse_unready(info: DatasetInfo, settings: Train) -> None:
+    """Raises UserError where the run is to look at held-out images, and the data has none."""
+    for key in ("keep_best", "monitor_every"):
+        if (value := getattr(settings, key)) and not (info.splits and info.splits["val"].count):
+            raise UserError(
+                f"train.{key}={json.dumps(value)} needs held-out images, {info.path} has none: prepare it with --val-share 0.1, or "
+                f"leave train.{key} out"
+            )
+
+
+def fixed(reader: SplitReader, count: int | None = None) -> Iterator[tuple[range, Batch]]:
+    """`count` (DRAWS) samples of a split in batches, each with its position: always the same ones; those of a small split in turn."""
+    order = permutation(0, 0, len(reader.samples))
+    for first in range(0, count or DRAWS, BATCH):
+        positions = range(first, first + BATCH)
+        yield positions, reader.batch([int(order[p % len(order)]) for p in positions])
+
+
+@contextmanager
+def with_weights(engine: Engine, given: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the network has these weights in place of those that are trained; of some of its weights, or none.
+
+    given: whole weights, or this rank's shards where the engine is in lockstep.
+    """
+    own = engine.shards() if engine.lockstep else {name: p.detach() for name, p in engine.net.named_parameters()}
+    before = {name: own[name].to("cpu", copy=True) for name in given}
+    try:
+        for name, w in given.items():
+            own[name].copy_(w)
+        yield
+    finally:
+        for name, w in before.items():
+            own[name].copy_(w)
+
+
+def mle_loss(task: Task, reader: SplitReader) -> float:
+    """The loss of plain maximum likelihood, every image under its own condition, without dropout or mirroring."""
+    return _mean(_metrics(task, Loss(task.loss.paradigm, Objective()), task.engine.net, reader, DRAWS), "loss")
+
+
+class WithoutU:
+    """A network whose learned log-variance u is 0, where it has one. Called past its engine, which would count the rows."""
+
+    def __init__(self, engine: Engine):
+        self.net, self.lockstep = engine.net, engine.lockstep
+
+    def __call__(self, *inputs: Any) -> tuple[Tensor, Any]:
+        answer, rest = self.net(*inputs)
+        return answer, torch.zeros_like(rest) if isinstance(rest, Tensor) else rest
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out images whose loss ranks the checkpoints of a run.
+
+    classifier: of the posterior, the same at every reading; None: the one that the run trains, or none is needed.
+    """
+
+    task: Task
+    reader: SplitReader
+    classifier: nn.Module | None
+
+    def loss(self) -> float:
+        """The run's own objective: lowest is best; it may be negative.
+
+        mle: mle_loss. Else it is phi of mclr/objective.py alone, and for diffusion with the learned log-variance u set to 0:
+        null: (1 + lam) times the loss of maximum likelihood of the inversely guided network, whose lowest value depends on data alone.
+        posterior, weighted: for diffusion the weighted squared distance to the guided denoiser (1 + lam) D_c - lam D_0, plus a constant
+        that depends on data, draws and posterior; so a posterior that learns in the same run moves the loss, and ranks less well.
+        With a reference: the loss of telling the two apart. Uniform contrasts without a bound have no lowest loss.
+        The loss as it is trained would not do: u differs between checkpoints, and with aux, which holds the error constant in its
+        gradient alone, the sum is lowest at half of lam (derived; on the digits it puts the base before every checkpoint of mclr).
+        """
+        loss, engine = self.task.loss, self.task.engine
+        if loss.objective.contrast == "none":
+            return mle_loss(self.task, self.reader)
+        trained = self.task.posterior_engine
+        classifier = self.classifier if trained is None or self.classifier is not None else trained.net
+        reference = None if loss.reference is None else loss.reference.net
+        for net in (classifier, reference):
+            if net is not None:
+                net.eval()
+        loss = replace(loss, posterior=classifier, reference=reference)
+        found = list(_metrics(self.task, loss, WithoutU(engine), self.reader, RANKING))
+        return _mean(found, "loss") - _mean(found, "aux")
+
+
+@torch.no_grad()
+def _metrics(task: Task, loss: Loss, net: Any, reader: SplitReader, count: int) -> Iterator[dict[str, Tensor]]:
+    """What a loss tells of every batch of `count` samples."""
+    for positions, batch in fixed(reader, count):
+        keys, batches = list(positions), [batch]
+        if loss.objective.needs_generated and task.generated is not None:
+            keys += [GENERATED + position for position in positions]
+            batches.append(task.generated.batch(positions.start, len(positions)))
+        draws = Draws(LOSS, keys, task.device)
+        c_P = torch.cat([each.c_B for each in batches]).to(task.device)
+        x_P = task.encoder.draw(torch.cat([task.encode(each) for each in batches]), draws)
+        with eval_mode(task.engine.net, task.bf16):
+            yield loss.per_sample(net, x_P, c_P, c_P, draws, first=loss.warmup)[2]
+
+
+def _mean(metrics: Iterable[dict[str, Tensor]], name: str) -> float:
+    return torch.stack([each[name] for each in metrics]).mean().item()
