@@ -22,15 +22,15 @@ import mclr.train.training.state
 import mclr.train.training.step
 from mclr.train.cli import main
 from mclr.train.data.source import Source
+from mclr.train.engine.base import Engine
 from mclr.train.engine.ema import EMA
-from mclr.train.engine.local import LocalEngine
 from mclr.train.training.log import RunFolder
 
 PLACES = [
     (mclr.train.training.step.Task, "samples"),
     (Source, "batch"),
     (mclr.train.training.step, "score"),
-    (LocalEngine, "step"),
+    (Engine, "step"),
     (EMA, "update"),
     (RunFolder, "log"),
     (mclr.train.training.state, "write_snapshot"),

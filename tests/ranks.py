@@ -1,4 +1,4 @@
-"""What the launcher runs for tests/test_engine.py: ranks of one process group, every stage against LocalEngine on the whole batch.
+"""What the launcher runs for tests/test_engine.py: ranks of one process group, every stage against Engine on the whole batch.
 
 ranks.py DIGITS TOKENIZER OUT: a dataset folder, a weights folder, a new folder; rank 0 leaves OUT/results.json there. COMPILED=1 in the
 environment: what torch.compile makes of it instead.

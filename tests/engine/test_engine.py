@@ -9,8 +9,7 @@ from ranks import CLIP, COMPILED, KINDS, RESUMED, STAGES, WAYS
 from torch import nn
 
 from mclr.models.var import VAR, VARConfig
-from mclr.train.engine.base import Frozen, make_optimizer
-from mclr.train.engine.local import LocalEngine
+from mclr.train.engine.base import Engine, Frozen, make_optimizer
 
 MODELS = ("edm2-digits", "var-digits")
 FOUR = pytest.param(4, marks=pytest.mark.slow)
@@ -95,7 +94,7 @@ def linear():
 def test_weight_decay_spares_gains_and_biases(linear):
     before = {name: p.detach().clone() for name, p in linear.named_parameters()}
     optimizer = make_optimizer(linear, lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.5)
-    engine = LocalEngine(linear, optimizer, clip=0.0, accumulation=1, bf16=False)
+    engine = Engine(linear, optimizer, clip=0.0, accumulation=1, bf16=False)
     engine.backward(engine(torch.zeros(1, 3)).sum() * 0)
     engine.step(0.1)
     torch.testing.assert_close(linear.weight, before["weight"] * 0.95)
@@ -103,7 +102,7 @@ def test_weight_decay_spares_gains_and_biases(linear):
 
 
 def test_the_step_takes_its_rate_and_tells_the_norm_before_clipping(linear):
-    engine = LocalEngine(linear, make_optimizer(linear, 1.0, (0.9, 0.99), 1e-8, 0.0), clip=0.1, accumulation=1, bf16=False)
+    engine = Engine(linear, make_optimizer(linear, 1.0, (0.9, 0.99), 1e-8, 0.0), clip=0.1, accumulation=1, bf16=False)
     x = torch.tensor([[3.0, 0.0, 4.0]])
     engine.backward(engine(x)[:, 0].sum())
     before = linear.weight.detach().clone()
@@ -114,7 +113,7 @@ def test_the_step_takes_its_rate_and_tells_the_norm_before_clipping(linear):
 
 
 def test_rows_are_counted_with_and_without_gradient(linear):
-    engine = LocalEngine(linear, make_optimizer(linear, 1.0, (0.9, 0.99), 1e-8, 0.0), clip=0.0, accumulation=1, bf16=False)
+    engine = Engine(linear, make_optimizer(linear, 1.0, (0.9, 0.99), 1e-8, 0.0), clip=0.0, accumulation=1, bf16=False)
     engine(torch.zeros(5, 3))
     with torch.no_grad():
         engine(torch.zeros(2, 3))

@@ -10,18 +10,16 @@ from torch import Tensor, nn
 
 from mclr.kernels.magnitude import EPS
 from mclr.kernels.weight_norm import force_weights
-from mclr.train.engine.base import MOMENTS, RowCounter, buffers_of, clipped, start_moments
+from mclr.train.engine.base import Engine, Frozen, RowCounter, clipped, start_moments
 
 BUCKET = 10**8  # elements that DeepSpeed sends at a time, and that ZeRO 3 keeps gathered: 400 MB each; larger than any weight
 
 
-class DeepSpeedEngine(RowCounter):
-    """DeepSpeed over any number of ranks. It equals LocalEngine on the whole batch to 1e-5 in fp32 (tests/engine/test_engine.py).
+class DeepSpeedEngine(Engine):
+    """DeepSpeed over any number of ranks. It equals Engine on the whole batch to 1e-5 in fp32 (tests/engine/test_engine.py).
 
-    offload: fp32 masters and moments are kept in host memory (ZeRO 1 to 3). Many parameters: those of LocalEngine and DeepSpeed's own.
+    offload: fp32 masters and moments are kept in host memory (ZeRO 1 to 3). Many parameters: those of Engine and DeepSpeed's own.
     """
-
-    stepped = False
 
     def __init__(
         self,
@@ -37,15 +35,16 @@ class DeepSpeedEngine(RowCounter):
         # imported here: a bare GPU machine has no DeepSpeed
         from deepspeed import utils
 
-        super().__init__(net)
-        self.utils = utils
+        # not Engine's own: DeepSpeed must split the optimizer's weights before they have moments, and has an autocast of its own
+        RowCounter.__init__(self, net, bf16=False)
+        self.utils, self.saves = utils, dist.get_rank() == 0
         self.shapes = {name: p.shape for name, p in net.named_parameters()}
         config = deepspeed_config(net, micro_batch, accumulation, bf16, zero) | {"gradient_clipping": clip if zero else 0.0}
         if offload:
             config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
             # torch's own fused AdamW needs no compiler
             config["zero_force_ds_cpu_optimizer"] = False
-        self.engine = initialize(net, config, optimizer)
+        self.engine = self.forward = initialize(net, config, optimizer)
         self.zero, self.clip, self.lockstep = zero, clip, zero == 3
         # under ZeRO: the inner AdamW, which owns this rank's flat fp32 shard
         self.optimizer = self.engine.optimizer.optimizer if zero else self.engine.optimizer
@@ -58,10 +57,6 @@ class DeepSpeedEngine(RowCounter):
         if zero in (1, 2):
             # links each weight to its slice of the flat moments; DeepSpeed does this in its first step, but for one group only
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-    def __call__(self, *inputs: Tensor) -> Any:
-        self.count(inputs)
-        return self.engine(*inputs)
 
     def backward(self, loss: Tensor) -> None:
         self.engine.backward(loss)
@@ -95,17 +90,15 @@ class DeepSpeedEngine(RowCounter):
             # from the network's whole copy to this rank's shard of the masters: no communication
             self._set_weight(w, w)
 
-    @torch.no_grad()
-    def shards(self) -> dict[str, Tensor]:
-        # the weights of an fp32 network are a copy of the masters; under ZeRO 3, of this rank's shards
-        if self.zero == 3:
-            parameters: Any = self.net.named_parameters()
-            return {name: p.ds_tensor[: numel_here(self.shapes[name])] for name, p in parameters}
-        return {name: shard_of(p.detach()) for name, p in self.net.named_parameters()}
+    def shard(self, whole: Tensor) -> Tensor:
+        return shard_of(whole)
 
-    def split(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        device = next(self.net.parameters()).device
-        return {name: shard_of(whole[name]).to(device, copy=True) for name in self.shapes}
+    def shards(self) -> dict[str, Tensor]:
+        if self.zero != 3:
+            # the weights of an fp32 network are a copy of the masters
+            return super().shards()
+        parameters: Any = self.net.named_parameters()
+        return {name: p.ds_tensor[: numel_here(self.shapes[name])] for name, p in parameters}
 
     def gather(self, shards: Mapping[str, Tensor]) -> dict[str, Tensor]:
         whole = {}
@@ -118,33 +111,8 @@ class DeepSpeedEngine(RowCounter):
                 whole[name] = torch.cat(parts)[: shape.numel()].view(shape).cpu()
         return whole
 
-    @torch.no_grad()
-    def save(self) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = {}
-        for name, p in self.net.named_parameters():
-            whole = {f"weight:{name}": self._weight(p)} | {f"{key}:{name}": self._moment(p, key) for key in MOMENTS}
-            if dist.get_rank() == 0:
-                state |= {key: value.cpu() for key, value in whole.items()}
-                state["step"] = next(iter(self.optimizer.state.values()))["step"].to("cpu", copy=True)
-        if dist.get_rank() == 0:
-            state |= {name: t.cpu() for name, t in buffers_of(self.net).items()}
-        return state
-
-    @torch.no_grad()
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        for name, p in self.net.named_parameters():
-            self._set_weight(p, state[f"weight:{name}"].to(p.device))
-            for key in MOMENTS:
-                self._set_moment(p, key, state[f"{key}:{name}"].to(p.device))
-        for moments in self.optimizer.state.values():
-            moments["step"].copy_(state["step"])
-        for name, t in buffers_of(self.net).items():
-            t.copy_(state[name])
-
     def _weight(self, p: nn.Parameter) -> Tensor:
-        if self.zero == 3:
-            return self.utils.safe_get_full_fp32_param(p)
-        return p.detach()
+        return self.utils.safe_get_full_fp32_param(p) if self.zero == 3 else super()._weight(p)
 
     def _set_weight(self, p: Any, value: Tensor) -> None:
         """Set a weight in the network and in this rank's shard of the masters, from which ZeRO overwrites the network."""
@@ -152,14 +120,12 @@ class DeepSpeedEngine(RowCounter):
             p.ds_tensor.copy_(padded(shard_of(value), value.shape))
             self.utils.safe_set_local_fp32_param(p, p.ds_tensor)
             return
-        p.copy_(value)
+        super()._set_weight(p, value)
         if self.zero:
             self.utils.safe_set_full_fp32_param(p, value)
 
     def _moment(self, p: nn.Parameter, key: str) -> Tensor:
-        if self.zero:
-            return self.utils.safe_get_full_optimizer_state(p, key)
-        return self.optimizer.state[p][key]
+        return self.utils.safe_get_full_optimizer_state(p, key) if self.zero else super()._moment(p, key)
 
     def _set_moment(self, p: nn.Parameter, key: str, value: Tensor) -> None:
         if self.zero == 3:
@@ -167,23 +133,19 @@ class DeepSpeedEngine(RowCounter):
         elif self.zero:
             self.utils.safe_set_full_optimizer_state(p, value, key)
         else:
-            self.optimizer.state[p][key].copy_(value)
+            super()._set_moment(p, key, value)
 
 
-class Sharded(RowCounter):
+class Sharded(Frozen):
     """The reference network in shards over the ranks (ZeRO 3), when it is too large for one. No gradient, no dropout."""
 
     def __init__(self, net: nn.Module, bf16: bool) -> None:
-        super().__init__(net.requires_grad_(False))
+        # not in bf16: DeepSpeed has an autocast of its own
+        super().__init__(net, bf16=False)
         for p in net.parameters():
             # folded weights may be channels last, which DeepSpeed cannot send
             p.data = p.data.contiguous()
-        self.engine = initialize(net, deepspeed_config(net, 1, 1, bf16, zero=3))
-
-    @torch.no_grad()
-    def __call__(self, *inputs: Tensor) -> Any:
-        self.count(inputs)
-        return self.engine(*inputs)
+        self.forward = initialize(net, deepspeed_config(net, 1, 1, bf16, zero=3))
 
 
 def deepspeed_config(net: nn.Module, micro_batch: int, accumulation: int, bf16: bool, zero: int) -> dict[str, Any]:

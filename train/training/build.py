@@ -18,7 +18,6 @@ from mclr.train.data.cache import through_cache
 from mclr.train.data.encoders import Encoder
 from mclr.train.data.source import Source, open_images
 from mclr.train.engine.base import Engine, Frozen, make_optimizer
-from mclr.train.engine.local import LocalEngine
 from mclr.train.engine.zero import DeepSpeedEngine, Sharded
 from mclr.train.system.ranks import world
 from mclr.train.training.class_map import class_map
@@ -181,7 +180,7 @@ def build_task(config: RunConfig, source: Source, networks: Networks, device: to
         optimizer = make_optimizer(net, lr, settings.betas, settings.eps, weight_decay)
         clip = config.engine.gradient_clipping
         if not launched:
-            return LocalEngine(net, optimizer, clip, settings.batch // micro_batch, bf16)
+            return Engine(net, optimizer, clip, settings.batch // micro_batch, bf16)
         accumulation = settings.batch // world()[2] // micro_batch
         return DeepSpeedEngine(net, optimizer, clip, accumulation, bf16, micro_batch, zero, offload)
 
