@@ -17,6 +17,7 @@ import pytest
 from launch import lose_readers
 from test_resume import poison, skip
 
+import mclr.loss
 import mclr.train.engine.checkpoint
 import mclr.train.training.state
 import mclr.train.training.step
@@ -29,7 +30,7 @@ from mclr.train.training.log import RunFolder
 PLACES = [
     (mclr.train.training.step.Task, "samples"),
     (Source, "batch"),
-    (mclr.train.training.step, "score"),
+    (mclr.loss, "score"),
     (Engine, "step"),
     (EMA, "update"),
     (RunFolder, "log"),

@@ -7,7 +7,7 @@ import sys
 from mclr.errors import UserError
 from mclr.train.system.console import answer, run, run_and_exit
 
-# a command is imported only when called: `mclr --help` and a typo answer at once, without torch
+# a command is imported only when it is called: `mclr --help` and typos are answered at once, without torch
 PROGRAMS = {
     "train": ("mclr.train.run", "fine-tune or train a generator"),
     "sample": ("mclr.train.sample", "draw images from a run or from weights"),
@@ -33,14 +33,9 @@ HELP = "\n".join(
 )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit status of `mclr ARGV`; without argv, as the console script calls it, those of this process, which then ends."""
-    if argv is None:
-        run_and_exit(lambda _: dispatch(sys.argv[1:]))
-    return run(dispatch, argv)
-
-
-def dispatch(argv: list[str]) -> int | None:
+def dispatch(argv: list[str] | None = None) -> int | None:
+    """Run `mclr ARGV`; without argv, with the arguments of this process."""
+    argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         answer(HELP)
         return 0
@@ -50,6 +45,11 @@ def dispatch(argv: list[str]) -> int | None:
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(PROGRAMS)}"
         raise UserError(f"unknown command {name}; {hint}")
     return importlib.import_module(PROGRAMS[name][0]).main(rest)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status of `mclr ARGV`; without argv, as the console script calls it, the process ends with it."""
+    return run_and_exit(dispatch) if argv is None else run(dispatch, argv)
 
 
 if __name__ == "__main__":

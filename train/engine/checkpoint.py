@@ -18,7 +18,7 @@ from mclr.errors import UserError
 from mclr.train.system.files import CannotWrite, digest, ignore, new_folder, write_json, write_tensors
 
 MANIFEST = "manifest.json"  # file name -> sha256
-Beat = Callable[[], None]  # called for every file and every CHUNK of one, so that a slow disk is not taken for a hang
+Beat = Callable[[], None]  # called for every file and every CHUNK of it, so that a slow disk does not look like a hang
 
 
 def save_checkpoint(
@@ -31,13 +31,13 @@ def save_checkpoint(
     keep_best: bool = False,
     beat: Beat = ignore,
 ) -> None:
-    """Write a checkpoint, then remove all but the newest `keep`. Many parameters: each is a part of what a checkpoint holds or keeps.
+    """Write a checkpoint, then remove all but the newest `keep`. Many parameters: the content, and the rules of what is kept.
 
     tensors: file name -> name -> tensor. about: config.json of a weights folder. keep_best: also keep the checkpoint with the lowest
-    state["held_out"]. Raises UserError when there is no room; the checkpoints before still stand.
+    state["held_out"]. Raises UserError when it cannot be written; then the earlier checkpoints remain.
     """
     path = run / "checkpoints" / f"{images_seen:012d}"
-    # a checkpoint of this name can only be damaged: training went on from an older one
+    # a checkpoint of this name is damaged, or training would not have gone on from an older one
     shutil.rmtree(path, ignore_errors=True)
     try:
         with new_folder(path) as folder:
@@ -48,13 +48,13 @@ def save_checkpoint(
             write_json(folder / MANIFEST, digests)
     except CannotWrite as error:
         raise UserError(f"cannot write the checkpoint {path} ({error.reason}): make room; those before it still stand") from error
-    # newer ones were found damaged
-    newer, older = [p for p in checkpoints(run) if p > path], [p for p in checkpoints(run) if p <= path]
-    kept = older[-keep:]
-    if keep_best and (best := best_checkpoint(older)):
+    # newer ones are damaged
+    good = [folder for folder in checkpoints(run) if folder <= path]
+    kept = good[-keep:]
+    if keep_best and (best := best_checkpoint(good)):
         kept.append(best[0])
-    for old in newer + [p for p in older if p not in kept]:
-        # another machine may be reading it; a network file system then keeps names in it
+    for old in set(checkpoints(run)).difference(kept):
+        # a network file system keeps the names of files that another machine still reads
         shutil.rmtree(old, ignore_errors=True)
         beat()
 
@@ -63,7 +63,7 @@ def best_checkpoint(folders: list[Path]) -> tuple[Path, float] | None:
     """(the checkpoint with the lowest held-out loss, the newest of equal ones; that loss), or None when no state has one."""
     losses = {}
     for folder in folders:
-        # damaged, or written when the run did not measure it
+        # a damaged checkpoint, or one of a time when the run did not measure this loss
         with suppress(OSError, ValueError, KeyError, TypeError):
             losses[folder] = float(json.loads((folder / "state.json").read_text())["held_out"])
     best = min(reversed(losses), key=lambda folder: losses[folder], default=None)
@@ -92,5 +92,5 @@ def load_checkpoint(folder: Path, beat: Beat = ignore) -> tuple[dict[str, dict[s
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first. Half-written folders and files of others have other names."""
+    """Checkpoints of a run, oldest first. Unfinished folders and other files have other names."""
     return sorted(p for p in (run / "checkpoints").glob("?" * 12 + "*") if p.name.isdigit())

@@ -81,7 +81,7 @@ def averages_of(shards: dict[str, Tensor], settings: Train) -> dict[str, EMA]:
 def write_snapshot(
     run: Path, average: dict[str, Tensor], std: float, images_seen: int, beat: Callable[[], None] = ignore
 ) -> None:
-    """Write RUN/snapshots/IMAGES-STD.safetensors: the average in fp16 and both numbers, whole or not at all."""
+    """Write RUN/snapshots/IMAGES-STD.safetensors: the average in fp16, and both numbers. A crash leaves no part of a file."""
     folder = run / "snapshots"
     try:
         folder.mkdir(exist_ok=True)
@@ -93,7 +93,7 @@ def write_snapshot(
 
 
 def rewind_snapshots(run: Path, images_seen: int) -> None:
-    """Remove snapshots newer than the checkpoint that training goes on from, and half-written ones."""
+    """Remove unfinished snapshots, and those newer than the checkpoint that training goes on from."""
     for path in (run / "snapshots").glob("*"):
         images = path.name.partition("-")[0]
         if images == ".tmp" or (images.isdigit() and int(images) > images_seen):
@@ -103,9 +103,8 @@ def rewind_snapshots(run: Path, images_seen: int) -> None:
 def reconstruct(run: Path, std: float) -> tuple[dict[str, Tensor], int]:
     """Reconstruct the average of width `std` at the newest snapshot from all snapshots of a run: (name -> fp32 tensor, images seen).
 
-    Needs the memory of one network. Buffers are not included.
-    Raises UserError when std is not in 0.01 .. 0.25, when the snapshots are damaged or of several networks, or when they are too few,
-    or std too far from theirs, for its profile.
+    Needs the memory of one network; leaves out buffers. Raises UserError when std is not in 0.01 .. 0.25, when snapshots are damaged or
+    belong to several networks, and when they are too few, or their widths too far from std, for a good fit.
     """
     if not 0.01 <= std <= 0.25:
         raise UserError(f"std={std} is out of range: must be >= 0.01 and <= 0.25")
@@ -113,17 +112,21 @@ def reconstruct(run: Path, std: float) -> tuple[dict[str, Tensor], int]:
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise UserError(f"{folder} holds no snapshots: train with train.snapshot_every=IMAGES, or choose another run folder")
-    t_K, std_K = np.array([_about(path) for path in paths], dtype=np.float64).T
+    numbers = []
+    for path in paths:
+        with _opened(path) as (_, *of_snapshot):
+            numbers.append(of_snapshot)
+    t_K, std_K = np.array(numbers, dtype=np.float64).T
     x_K, distance = coefficients(t_K, std_K, t_K.max(), std)
     if distance > FARTHEST:
         theirs = ", ".join(str(each) for each in sorted(set(std_K.tolist())))
         raise UserError(
-            f"from the {len(paths)} snapshot(s) in {folder} the profile of std={std} would be {distance:.0%} off: choose one nearer to "
+            f"from the {len(paths)} snapshot(s) in {folder} the profile of std={std} would be {distance:.0%} off: choose a std nearer to "
             f"theirs ({theirs}), or train with a smaller train.snapshot_every"
         )
     average: dict[str, Tensor] = {}
     for path, x in zip(paths, x_K.tolist(), strict=True):
-        with _opened(path) as snapshot:
+        with _opened(path) as (snapshot, _, _):
             shapes = {name: snapshot.get_slice(name).get_shape() for name in snapshot.keys()}  # noqa: SIM118 (no mapping)
             average = average or {name: torch.zeros(shape) for name, shape in shapes.items()}
             if shapes != {name: list(total.shape) for name, total in average.items()}:
@@ -133,25 +136,12 @@ def reconstruct(run: Path, std: float) -> tuple[dict[str, Tensor], int]:
     return average, int(t_K.max())
 
 
-def _about(path: Path) -> tuple[int, float]:
-    """(images seen, relative width) of a snapshot."""
-    with _opened(path) as snapshot:
-        try:
-            about = snapshot.metadata()
-            return int(about["images_seen"]), float(about["std"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(path, error) from error
-
-
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """A snapshot whose tensors are read one by one. Raises UserError when it is damaged."""
+def _opened(path: Path) -> Iterator[tuple[Any, int, float]]:
+    """(snapshot, whose tensors are read one by one; images seen; relative width). Raises UserError when it is damaged."""
     try:
         with safe_open(path, framework="pt") as snapshot:
-            yield snapshot
-    except (OSError, SafetensorError) as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"snapshot {path} is damaged ({error}): remove it, the others will do")
+            about = snapshot.metadata()
+            yield snapshot, int(about["images_seen"]), float(about["std"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"snapshot {path} is damaged ({error}): remove it, the others are enough") from error

@@ -1,4 +1,4 @@
-"""What all commands say to the user: arguments and errors in one line, exit statuses, progress bars."""
+"""What all commands share: the parser of arguments, errors in one line, exit statuses, progress bars."""
 
 import argparse
 import io
@@ -18,7 +18,7 @@ Main = Callable[[Any], int | None]
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line (UserError) and whose help begins with examples, the most frequent one first."""
+    """A parser whose errors are a UserError and whose help begins with examples."""
 
     def __init__(self, prog: str, epilog: str = "", **settings) -> None:
         super().__init__(prog, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
@@ -28,13 +28,13 @@ class Parser(argparse.ArgumentParser):
         return f"{self.examples}\n\n{super().format_help()}" if self.examples else super().format_help()
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
-        # argparse would make empty lists of a second --
+        # argparse turns the arguments after a second -- into empty lists
         if list(sys.argv[1:] if args is None else args).count("--") > 1:
-            self.error("-- twice: give it once, before what begins with a dash")
+            self.error("-- is given twice: give it once, before arguments that begin with a dash")
         return super().parse_known_args(args, namespace)
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        # argparse ignores that help cannot be written
+        # argparse itself ignores a failed write of the help
         answer("", end="")
         super().exit(status, message)
 
@@ -43,9 +43,9 @@ class Parser(argparse.ArgumentParser):
 
 
 class Output:
-    """A standard stream that never fails. When it cannot be written (nobody reads the pipe, the disk is full), the rest is dropped.
+    """A standard stream whose writes never fail. After an error (a closed pipe, a full disk) it drops all further output.
 
-    error: why it could not be written, or None.
+    error: that error, or None.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -67,30 +67,30 @@ class Output:
             call(*args)
         except OSError as error:
             self.error = error
-            # for the rest, also that of libraries, and what Python flushes at its end
+            # this also silences C libraries and the flush at Python's end
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, self.stream.fileno())
             os.close(null)
 
 
 def answer(text: str, end: str = "\n") -> None:
-    """Print what the command was asked for: help, a plan, settings. Raises OSError when it cannot be written."""
+    """Print the result of a command: help, a plan, settings. Raises OSError when it cannot be written."""
     print(text, end=end, flush=True)
     if error := getattr(sys.stdout, "error", None):
         raise error
 
 
 def run(main: Main, argv: list[str] | None = None) -> int:
-    """Exit status of `main(argv)`, where None counts as 0. Errors are one line on stderr.
+    """Run `main(argv)` and return its exit status, with None as 0. Errors are one line on stderr.
 
-    2 after a UserError or a file that cannot be used; 130 after Ctrl-C; 141, silently, when nobody reads an answer() to its end.
-    All other output is dropped when it cannot be written, and the work goes on.
+    Status 2: a UserError, or a file that cannot be used. 130: Ctrl-C. 141, without a message: the reader closed the pipe of an answer().
+    Other output that cannot be written is dropped, and the work goes on.
     """
     before = sys.stdout, sys.stderr
-    # of a stream that was closed (`>&-`) Python makes None
+    # Python sets a stream that was closed (`>&-`) to None
     out, err = (Output(stream or open(os.devnull, "w")) for stream in before)  # noqa: SIM115 (as long as the process)
     sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
-    # names of files may hold bytes that are no text
+    # file names may contain bytes that are not valid text
     if isinstance(out.stream, io.TextIOWrapper):
         out.stream.reconfigure(errors="backslashreplace")
     try:
@@ -101,11 +101,11 @@ def run(main: Main, argv: list[str] | None = None) -> int:
                 return 141
             error = UserError(f"cannot write to stdout ({error.strerror}): make room, or send it elsewhere")
         elif isinstance(error, OSError):
-            # an error about no file is our own mistake
+            # an error without a file name is our own bug
             if error.filename is None:
                 raise
             error = UserError(f"cannot use {os.fsdecode(error.filename)} ({error.strerror}): give another, or make it usable")
-        # one line, whatever the message was made of
+        # a message may contain line breaks of others
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -118,12 +118,12 @@ def run(main: Main, argv: list[str] | None = None) -> int:
 
 
 def run_and_exit(main: Main) -> NoReturn:
-    """Run a command in this process, and end the process with the status that run() tells."""
+    """Run a command, and end this process with its status."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # it was closed: else the next file to be opened, perhaps of a checkpoint, would be stdout for C libraries
+            # otherwise the next file to be opened would take this number, and C libraries would write into it
             os.open(os.devnull, os.O_RDWR)
     status: Any = 1
     try:
@@ -132,15 +132,15 @@ def run_and_exit(main: Main) -> NoReturn:
         status = end.code
     except Exception:
         traceback.print_exc()
-    # the work is done: one more Ctrl-C changes nothing
+    # the work is done: a late Ctrl-C must not change the status
     handle_signals(signal.SIG_IGN)
     if launched():
-        # Python's own end would take down NCCL, which waits for others where one failed, and now and then aborts after gloo
+        # Python's normal exit destroys NCCL, which may wait for a failed rank, and sometimes aborts after gloo
         os._exit(status or 0)
     sys.exit(status)
 
 
 def progress_bar(images: int, begun: int, quiet: bool) -> tqdm:
-    """Images, speed and time left, on stderr; rarely where that is a file."""
+    """Images, speed and time left, on stderr; every 30 s only if stderr is a file."""
     every = 1 if sys.stderr.isatty() else 30
     return tqdm(total=images, initial=begun, unit="img", disable=quiet, mininterval=every, smoothing=0.1)

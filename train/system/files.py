@@ -22,11 +22,6 @@ CHUNK = 2**26  # bytes between two beats of a rank that writes or reads
 # how file systems refuse what they cannot do; anything else (EIO, ENOSPC) is a fault
 UNSUPPORTED = {errno.EINVAL, errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTTY, errno.EOPNOTSUPP, errno.ENOLCK}
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
-# of torch, as safetensors names them
-DTYPES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL",
-    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8",
-}  # fmt: skip
 
 
 class CannotWrite(UserError):
@@ -49,28 +44,23 @@ def ignore() -> None:
     """The beat of a process that nobody watches."""
 
 
-def write_file(path: str | Path, data: bytes) -> None:
-    """Write `data` to `path`, replacing what is there; a crash leaves the old file or the new one, never a part.
+def write_file(path: str | Path, data: bytes | Iterable[Any], beat: Callable[[], None] = ignore) -> str:
+    """Replace the file at `path` by these bytes, or by these buffers in turn; returns their sha256. A crash leaves no part of a file.
 
-    Raises CannotWrite when the folder does not exist, cannot be written or is full.
+    beat: called after every CHUNK that is on the disk. Raises CannotWrite when the folder does not exist, cannot be written or is full.
     """
-    write_blocks(path, [data])
-
-
-def write_blocks(path: str | Path, blocks: Iterable[Any], beat: Callable[[], None] = ignore) -> str:
-    """As write_file, of what these buffers hold in turn; returns its sha256. beat: called after every CHUNK that is on the disk."""
     path, digest = Path(path), hashlib.sha256()
     temporary = _temporary(path)
     try:
         with open(temporary, "xb") as file:
-            for block in blocks:
+            for block in [data] if isinstance(data, bytes) else data:
                 view = memoryview(block)
                 for start in range(0, len(view), CHUNK):
                     chunk = view[start : start + CHUNK]
                     digest.update(chunk)
                     file.write(chunk)
                     if len(chunk) == CHUNK:
-                        # otherwise all the waiting would come at the end, in one fsync
+                        # one fsync of everything at the end would be one long silence
                         _flush(file)
                         beat()
             _flush(file)
@@ -88,7 +78,7 @@ def write_blocks(path: str | Path, blocks: Iterable[Any], beat: Callable[[], Non
 def write_tensors(
     path: str | Path, tensors: Mapping[str, Any], about: Mapping[str, str] | None = None, beat: Callable[[], None] = ignore
 ) -> str:
-    """As write_blocks, of a safetensors file with these tensors and metadata, without a copy of all of them in memory."""
+    """Write a safetensors file with these tensors and metadata by write_file, without a copy of all tensors in memory."""
     import torch
 
     # safetensors aligns by size
@@ -98,8 +88,9 @@ def write_tensors(
     for name in order:
         t = tensors[name]
         begin, end = end, end + t.numel() * t.element_size()
-        dtype = DTYPES[str(t.dtype).removeprefix("torch.")]
-        header[name] = {"dtype": dtype, "shape": list(t.shape), "data_offsets": [begin, end]}
+        # torch.bfloat16 -> BF16, torch.uint8 -> U8
+        dtype = str(t.dtype).removeprefix("torch.").replace("float", "f").replace("uint", "u").replace("int", "i")
+        header[name] = {"dtype": dtype.upper(), "shape": list(t.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
 
@@ -108,7 +99,7 @@ def write_tensors(
         for name in order:
             yield tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
 
-    return write_blocks(path, blocks(), beat)
+    return write_file(path, blocks(), beat)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -118,11 +109,11 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, obj: Any) -> str:
     """Write `obj` as indented JSON; returns the file's sha256."""
-    return write_blocks(path, [(json.dumps(obj, indent=2) + "\n").encode()])
+    return write_file(path, (json.dumps(obj, indent=2) + "\n").encode())
 
 
 def in_memory(write: Callable[..., Any], **options: Any) -> bytes:
-    """What `write(file, **options)` puts into a file."""
+    """The bytes that `write(file, **options)` writes."""
     buffer = io.BytesIO()
     write(buffer, **options)
     return buffer.getvalue()
@@ -131,8 +122,8 @@ def in_memory(write: Callable[..., Any], **options: Any) -> bytes:
 def lock(path: Path, wait: bool = False, none: bool = False) -> tuple[IO[str], bool]:
     """Open the file at `path` and try to lock it: (the file, open for reading and appending; whether we hold the lock).
 
-    The lock lasts until the file is closed. wait: until another process lets go. none: go on where the file system has no locks, and
-    say so. Raises OSError when the file cannot be opened, and NoLocks.
+    The lock lasts until the file is closed. wait: wait until another process releases it. none: where the file system has no locks, say
+    so and go on. Raises OSError when the file cannot be opened, and NoLocks.
     """
     file = open(path, "a+")  # noqa: SIM115 (the caller closes it)
     try:
@@ -148,7 +139,7 @@ def lock(path: Path, wait: bool = False, none: bool = False) -> tuple[IO[str], b
 
 
 def try_folder(path: Path) -> None:
-    """Try what checkpoints need in this folder: a folder with a file in it can be renamed. Raises UserError when it cannot."""
+    """Check that a folder with a file in it can be renamed here, as checkpoints need. Raises UserError when it cannot."""
     made = _temporary(path / "any")
     try:
         with new_folder(made) as folder:
@@ -161,14 +152,14 @@ def try_folder(path: Path) -> None:
 
 
 def regular(path: Path) -> Path:
-    """The path. Raises OSError when something else than a file is there: reading a pipe would wait, a device has no end."""
+    """The path. Raises OSError when a pipe (reading it would wait) or a device (it has no end) is there."""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
     return path
 
 
 def checksum(path: Path) -> str:
-    """sha256 of a file. It is read once as long as its size and time of change stay. Raises UserError when it cannot be read."""
+    """sha256 of a file, read again only when its size or time of change differs. Raises UserError when it cannot be read."""
     try:
         stat = regular(path).stat()
         return _digest(path, stat.st_size, stat.st_mtime_ns)
@@ -192,14 +183,14 @@ def digest(path: Path, beat: Callable[[], None] = ignore) -> str:
 
 
 def cache_folder() -> Path:
-    """The folder for what can be made again: converted weights, statistics of real images. We never empty it.
+    """The folder of converted weights and statistics of real images. The user may delete it: we make its content again.
 
     XDG_CACHE_HOME/mclr, else ~/.cache/mclr. A user without a home gets a temporary folder.
     """
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mclr")
     except RuntimeError:
-        # neither HOME nor an entry in the table of users
+        # this user has neither HOME nor an entry in the table of users
         return _temporary_cache()
 
 
@@ -221,11 +212,10 @@ def _temporary_cache() -> Path:
 def new_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder beside `path`. It becomes `path` when the body ends, and vanishes when the body raises.
 
-    Parents are made as needed. An empty folder at `path` is replaced; with replace, so is one with content, at the end.
-    Raises UserError when `path` is taken, is the current folder or cannot be made (at the start, before any work), or when the disk
-    is full.
+    Makes the parents, too. Replaces an empty folder at `path`, and with `replace` also one with content. Raises UserError at the start
+    when `path` is taken, is the current folder or cannot be made, and at any time when the disk is full.
     """
-    # a link to an empty folder stays: its target is replaced
+    # a link to an empty folder stays, and its target is replaced
     path = Path(os.path.realpath(path))
     try:
         if path.exists() and os.path.samefile(path, "."):
@@ -233,7 +223,7 @@ def new_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
             raise UserError(f"{path} is the folder that you are in: choose another name")
         if path.exists() and not (path.is_dir() and (replace or not any(path.iterdir()))):
             raise UserError(f"{path} exists already: remove it or choose another name")
-        # / is taken, and has no place beside it
+        # after these checks: the path / has no name that could be exchanged
         temporary = _temporary(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
@@ -243,7 +233,7 @@ def new_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
         yield temporary
         for below, _, names in os.walk(temporary):
             for name in names:
-                # not all writers sync
+                # not every writer syncs its files
                 with open(Path(below, name), "rb") as file:
                     os.fsync(file.fileno())
             _sync_folder(Path(below))
@@ -258,7 +248,7 @@ def new_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
         # the user knows the folder by this name
         raise CannotWrite(path, error.error) from error
     except OSError as error:
-        # an error about some other file of the body is not ours to explain
+        # errors about other files come from the body
         if error.errno in FULL or error.filename in (str(temporary), str(path)):
             raise CannotWrite(path, error) from error
         raise
@@ -271,7 +261,7 @@ def _temporary(path: Path) -> Path:
 
 
 def _swap(new: Path, path: Path) -> None:
-    """Put one folder in the place of another, which is removed. A crash between the two renames may leave both beside the place."""
+    """Replace the folder at `path` by a new one. A crash between the two renames leaves both folders beside `path`."""
     old = _temporary(path)
     os.rename(path, old)
     try:
@@ -288,7 +278,7 @@ def _flush(file: Any) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """Make the names in a folder survive a power cut, where its file system can."""
+    """Sync the names in a folder, so that they survive a power cut, where the file system can."""
     try:
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -301,10 +291,11 @@ def _sync_folder(path: Path) -> None:
         _without("syncing of folders", path, error)
 
 
-NAMED: set[str] = set()  # what we have said that we do without
+SAID: set[str] = set()  # what _without has printed
 
 
 def _without(what: str, path: Path, error: OSError) -> None:
-    if what not in NAMED:
-        NAMED.add(what)
+    """Print once per process that a file system lacks something."""
+    if what not in SAID:
+        SAID.add(what)
         print(f"the file system of {path} has no {what} ({error.strerror}): going on without", file=sys.stderr)

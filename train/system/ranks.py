@@ -1,4 +1,4 @@
-"""The processes of a run: which one this is, how they meet, fail together, and end on signals."""
+"""The ranks of a run: which one this process is, how ranks meet, fail together and end on signals."""
 
 import os
 import signal
@@ -14,13 +14,13 @@ from typing import Any
 from mclr.errors import UserError
 from mclr.train.system.files import ignore
 
-# torch is imported where it is used: a misspelt setting is answered before
+# functions import torch themselves, so that a misspelt setting is reported without it
 
 # a closed terminal sends SIGHUP; batch systems warn by SIGUSR1 or SIGUSR2 before they end a job
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-PATIENCE = 10  # seconds in which a launcher ends the other ranks when one has failed
+PATIENCE = 10  # seconds that a launcher needs to end the other ranks after one has failed
 SOON = 1.0  # seconds between two beats that rank 0 sends to the ranks that wait for it
-# what launchers tell every rank
+# variables that launchers set for every rank
 LAUNCHED = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -30,7 +30,7 @@ def launched() -> bool:
 
 
 def world() -> tuple[int, int, int]:
-    """(rank, local rank, number of ranks) as the launcher says; (0, 0, 1) without one. Raises UserError when it says too little."""
+    """(rank, local rank, number of ranks) from the launcher; (0, 0, 1) without one. Raises UserError when some variables are missing."""
     said = {name: os.environ.get(name) for name in LAUNCHED}
     if not launched() and said["WORLD_SIZE"] in (None, "", "1"):
         return 0, 0, 1
@@ -62,9 +62,9 @@ def own_device() -> Any:
 
 @contextmanager
 def group(shared: bool, timeout: float = 1800) -> Iterator[None]:
-    """The process group of the ranks: NCCL on GPUs, gloo on CPUs, none without a launcher.
+    """The process group of the ranks: NCCL on GPUs, gloo on CPUs; no group when not `shared`.
 
-    timeout: seconds that a rank may be silent. Ranks that wait for it wait longer, so that the watchdog can name it first.
+    timeout: seconds that a rank may be silent. Collective calls wait longer than that, so that the watchdog reports the rank first.
     Raises UserError when the ranks cannot meet.
     """
     if not shared:
@@ -74,14 +74,14 @@ def group(shared: bool, timeout: float = 1800) -> Iterator[None]:
     import torch
 
     if os.access(sys.prefix, os.W_OK):
-        # beside the torch that it is made for: with one folder for all checkouts each would compile it again for its own
+        # one folder per environment: environments with different torches would compile again and again in a common one
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix, "torch_extensions")))
     made = Path(os.environ.get("TORCH_EXTENSIONS_DIR", sys.prefix))
     if world()[0] == 0 and not torch.cuda.is_available() and not any(made.glob("deepspeed_shm_comm/*.so")):
         print("DeepSpeed compiles a small operator, once, for about a minute", flush=True)
-    # NCCL talks through the current GPU
+    # NCCL uses the current GPU
     own_device()
-    # waiting for the others happens outside of Python, whose handlers do not run meanwhile
+    # Python's handlers do not run while C code waits for the other ranks
     with on_signals(signal.SIG_DFL):
         try:
             deepspeed.init_distributed(timeout=timedelta(seconds=2 * timeout + 60))
@@ -95,12 +95,12 @@ def group(shared: bool, timeout: float = 1800) -> Iterator[None]:
         yield
         torch.distributed.destroy_process_group()
     except BaseException:
-        # NCCL ends on all ranks together: a rank that failed alone would wait here for ever and never tell its error
+        # to destroy an NCCL group all ranks must take part: a rank that failed alone would wait for ever and not report its error
         if torch.distributed.get_backend() != "nccl":
             torch.distributed.destroy_process_group()
         raise
     finally:
-        # DeepSpeed leaves 66 MiB of memory behind for each rank on CPUs
+        # DeepSpeed leaves 66 MiB of shared memory per rank on CPUs
         for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{os.environ['MASTER_PORT']}_{world()[0]}"):
             with suppress(OSError):
                 buffer.unlink()
@@ -108,10 +108,9 @@ def group(shared: bool, timeout: float = 1800) -> Iterator[None]:
 
 @contextmanager
 def report_once() -> Iterator[None]:
-    """Print one error for the whole job.
+    """Let one rank report the error of the whole job.
 
-    A UserError of rank 0 is told at once. Other ranks wait PATIENCE seconds for the launcher to end them, and tell their own error
-    only if it does not.
+    Rank 0 raises a UserError at once. Other ranks first wait PATIENCE seconds: usually the launcher ends them meanwhile.
     """
     try:
         yield
@@ -128,10 +127,10 @@ def report_once() -> Iterator[None]:
 
 @contextmanager
 def collective(beat: Callable[[], None] = ignore) -> Iterator[Callable[[], None]]:
-    """A part that every rank enters: a UserError of one rank is raised on all, so that none waits for it. Collective.
+    """A block that every rank enters: a UserError of one rank is raised on all ranks. Collective.
 
-    Yields a function that rank 0 calls while it works and the others wait: then every rank calls its `beat`, and no watchdog takes
-    a long wait for a hang.
+    Yields a function for rank 0 to call while it works and the others wait. Then every rank calls its `beat`, so that no watchdog takes
+    the wait for a hang.
     """
     import torch.distributed as dist
 
@@ -187,14 +186,14 @@ Handler = Callable[[int, FrameType | None], Any] | signal.Handlers
 
 
 def handle_signals(handler: Handler) -> list[tuple[int, Any]]:
-    """SIGNALS go to this handler; returns those before. Signals that our parent has us ignore stay ignored, as SIGHUP under nohup."""
+    """Set this handler for SIGNALS and return the old ones. A signal that is ignored stays ignored, such as SIGHUP under nohup."""
     heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     return [(number, signal.signal(number, handler)) for number in heard]
 
 
 @contextmanager
 def on_signals(handler: Handler) -> Iterator[None]:
-    """Inside, SIGNALS go to this handler; afterwards to the one before."""
+    """Inside, this handler gets SIGNALS; afterwards the old one gets them again."""
     before = handle_signals(handler)
     try:
         yield
@@ -204,9 +203,9 @@ def on_signals(handler: Handler) -> Iterator[None]:
 
 
 def launchers() -> list[int]:
-    """Process ids of the launcher: our parent, and with deepspeed, which is two processes, also its parent.
+    """Process ids of the launcher: our parent, and for deepspeed also the parent's parent.
 
-    Empty without a launcher: the parent is then a shell, which may end before us (nohup).
+    Empty without a launcher: then the parent is a shell, which may end before us (nohup).
     """
     if not launched():
         return []
@@ -214,25 +213,26 @@ def launchers() -> list[int]:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return [parent]
     try:
-        # pid, name in brackets, state, parent
+        # the file holds: pid, name in brackets, state, parent
         return [parent, int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])]
     except OSError:
-        return [parent]  # it ended just now
+        # the parent has just ended
+        return [parent]
 
 
 class Interrupt:
-    """What should end a run early: a signal, or the launcher's death. It may come at any time; training asks between micro-batches."""
+    """Remembers a signal, or the death of the launcher, until training asks for it between micro-batches."""
 
     def __init__(self) -> None:
         self.signal = 0
         self.launchers = launchers()
 
     def notice(self, number: int, frame: FrameType | None) -> None:
-        """The handler for on_signals; the first signal counts."""
+        """The handler for on_signals; keeps the first signal."""
         self.signal = self.signal or number
 
     def agreed(self, device: Any) -> int:
-        """The largest signal noticed by any rank; 0 = go on. Collective under a launcher."""
+        """The largest signal that any rank noticed; 0 = go on. Collective under a launcher."""
         import torch
         import torch.distributed as dist
 

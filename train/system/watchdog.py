@@ -1,4 +1,4 @@
-"""The watchdog: it writes down what a rank is doing, and ends a run in which a rank makes no more progress."""
+"""The watchdog records what each rank is doing, and ends a run in which a rank makes no more progress."""
 
 import os
 import sys
@@ -13,16 +13,16 @@ from tqdm import tqdm
 from mclr.errors import UserError
 from mclr.train.system.ranks import PATIENCE
 
-BYTES = 80  # of a beat, padded: it is overwritten in place
+BYTES = 80  # length of a beat: it is padded, because the next one overwrites it
 
 
 class Watchdog:
-    """Writes step, phase and time to RUN/watchdog/RANK whenever this rank begins something, for any rank and any user to read.
+    """Writes step, phase and time to RUN/watchdog/RANK whenever this rank begins something, for all ranks and users to read.
 
-    waited: seconds spent in phase "data". When this rank has made no progress for `timeout` seconds, a thread picks a culprit (a dead
-    process, else the lowest step, else the longest silent). The lowest other rank prints it in one line (the culprit itself where it is
-    alone) and exits with status 1; the launcher then ends the job. A process is alive while its thread keeps the file's time of change
-    recent, whatever its main thread waits for.
+    waited: seconds spent in phase "data". After `timeout` seconds without progress of this rank, a thread picks the culprit: a dead
+    process, else the rank with the lowest step, else the one silent longest. The lowest other rank (a single rank itself) prints the
+    culprit and exits with status 1; then the launcher ends the job. The thread also updates the file's time of change, by which other
+    ranks see that this process lives.
     """
 
     def __init__(self, run: Path, rank: int, ranks: int, timeout: float):
@@ -39,7 +39,7 @@ class Watchdog:
         self.watcher.start()
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """This rank begins something else, or the same once more."""
+        """This rank begins a phase, or makes progress in it."""
         now = time.monotonic()
         self.waited += now - self.since if self.phase == "data" else 0.0
         self.phase, self.since = phase, now
@@ -47,7 +47,7 @@ class Watchdog:
         self._write()
 
     def beat(self) -> None:
-        """This rank makes progress with what it is doing."""
+        """This rank makes progress in its phase."""
         self.enter(self.phase)
 
     def close(self) -> None:
@@ -61,7 +61,7 @@ class Watchdog:
 
     def _write(self) -> None:
         beat = f"{self.step} {self.phase} {datetime.now().astimezone().isoformat(timespec='milliseconds')}"
-        # a full disk stops the run where that costs something: at a checkpoint
+        # a full disk need not stop the run here: the next checkpoint reports it
         with suppress(OSError):
             os.pwrite(self.file, beat.ljust(BYTES - 1).encode() + b"\n", 0)
 
@@ -72,19 +72,19 @@ class Watchdog:
             if not self.silent():
                 continue
             others, blame = self._blame()
-            # the lowest other rank speaks; the rest follow if the launcher does not end them
+            # the others wait for the launcher to end them, then print the same
             if self.rank != others[0] and (self.ended.wait(PATIENCE) or not self.silent()):
                 continue
-            # not into the line of a progress bar
+            # by tqdm, which keeps it apart from a progress bar
             tqdm.write(f"error: {blame}: the same command goes on from the newest checkpoint", file=sys.stderr)
             sys.stderr.flush()
-            # not sys.exit: the main thread waits for somebody and will not hear of it
+            # sys.exit would end this thread only
             os._exit(1)
 
     def _blame(self) -> tuple[list[int], str]:
-        """(all ranks but the culprit, or the culprit where it is alone; what to say of it)."""
+        """(all ranks but the culprit, or the culprit if it is alone; the message about it)."""
         beats = read_beats(self.folder, self.ranks) or {self.rank: (self.step, self.phase, time.time() - self.timeout)}
-        # compare steps first: clocks of machines differ. Within a step the culprit is not always the last to arrive
+        # steps before times, because clocks of machines differ
         culprit = min(beats, key=lambda rank: (self._lives(rank), beats[rank][0], beats[rank][2]))
         step, phase, then = beats[culprit]
         blame = f"rank {culprit} has been silent for {time.time() - then:.0f} s, since phase {phase} of step {step}"
@@ -102,7 +102,7 @@ def read_beats(folder: Path, ranks: int) -> dict[int, tuple[int, str, float]]:
     """Rank -> (step, phase, seconds since 1970 of its last beat), of the ranks whose file can be read."""
     beats = {}
     for rank in range(ranks):
-        # not there yet, or not written yet
+        # the file may not be there yet, or still be empty
         with suppress(OSError, ValueError):
             step, phase, then = (folder / f"{rank:05d}").read_text().split()
             beats[rank] = (int(step), phase, datetime.fromisoformat(then).timestamp())
