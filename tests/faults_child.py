@@ -1,4 +1,4 @@
-"""What a child of tests/test_faults.py does: `mclr train` in which something happens at one of its ticks.
+"""A child process of tests/training/test_faults.py: `mclr train` with a fault at one of its ticks.
 
 A tick is a call of one of PLACES, before it begins. They are counted from 0, and the same in every run of the same command.
 """
@@ -48,7 +48,7 @@ PLACES = [
 
 
 class Ticks:
-    """names: of the ticks so far, each with the calls around it. act: called at tick `when`."""
+    """names: the ticks so far, each with the calls around it. act: called at tick `when`."""
 
     def __init__(self, patch, when, act):
         self.names, self.around, self.when, self.act = [], [], when, act
@@ -75,12 +75,8 @@ def send(number):
     os.kill(os.getpid(), number)
 
 
-def hang():
-    time.sleep(1e6)
-
-
 def unread(number):
-    """Nobody reads what is said from now on, as when Ctrl-C ends the other end of a pipe, too; then the signal, or none (0)."""
+    """From now on nobody reads the output, as when Ctrl-C also ends the other side of a pipe; then send a signal, unless it is 0."""
     lose_readers()
     if number:
         send(number)
@@ -92,39 +88,31 @@ def limit(size):
 
 
 def forbid(path):
-    """Nobody may write there. Root may all the same, until it gives that capability up."""
+    """Nobody may write there, not even root: this process gives up root's right to."""
     header, capabilities = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     libc = ctypes.CDLL(None)
     assert libc.capget(header, capabilities) == 0
-    # CAP_DAC_OVERRIDE, of the effective ones
+    # drop CAP_DAC_OVERRIDE from the effective capabilities
     capabilities[0] &= ~(1 << 1)
     assert libc.capset(header, capabilities) == 0
     os.chmod(path, 0o555 if os.path.isdir(path) else 0o444)
     assert not os.access(path, os.W_OK, effective_ids=True)
 
 
-def spoil(steps):
-    poison(steps, pytest.MonkeyPatch())
-
-
-def leave_out(steps):
-    skip(steps, pytest.MonkeyPatch())
-
-
 ACTIONS = {
     "send": send,
-    "hang": hang,
+    "hang": lambda: time.sleep(1e6),
     "unread": unread,
     "limit": limit,
     "forbid": forbid,
     "lose": os.rename,
-    "spoil": spoil,
-    "leave out": leave_out,
+    "spoil": lambda steps: poison(steps, pytest.MonkeyPatch()),
+    "leave out": lambda steps: skip(steps, pytest.MonkeyPatch()),
 }
 
 
 def child(folder, argv, when=-1, action="send", *words):
-    """Run in this folder: its output goes to ./log, the names of its ticks to ./ticks.json where the run is done."""
+    """Run in this folder. The output goes to ./log, and after a complete run the names of its ticks to ./ticks.json."""
     os.chdir(folder)
     log = os.open("log", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     os.dup2(log, 1)

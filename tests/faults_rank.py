@@ -1,7 +1,7 @@
-"""train/run.py for the launchers of tests/test_faults.py: waits in the first micro-batch of step HOLD until ./go is there.
+"""train/run.py for tests/training/test_faults.py: waits in the first micro-batch of step HOLD until ./go is there.
 
-It says so by ./held-RANK, which holds its process id. Then rank LOST no longer finds what it was given by relative paths, and with
-UNREAD nobody reads what the ranks say.
+While it waits, ./held-RANK holds its process id. Then rank LOST leaves its folder, so that relative paths lead nowhere, and with UNREAD
+the output of all ranks goes to a closed pipe.
 """
 
 import os

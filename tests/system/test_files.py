@@ -14,6 +14,10 @@ from mclr.train.system import files
 from mclr.train.system.files import cache_folder, new_folder, write_file, write_json
 
 
+def no_room(*args):
+    raise OSError(28, "No space left on device")
+
+
 def test_a_file_is_replaced_whole_or_kept(tmp_path, monkeypatch):
     path = tmp_path / "file.json"
     write_file(path, b"old")
@@ -22,18 +26,9 @@ def test_a_file_is_replaced_whole_or_kept(tmp_path, monkeypatch):
     before = path.read_bytes()
     for step in ("fsync", "replace"):
         with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
-            patch.setattr(os, step, lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            patch.setattr(os, step, no_room)
             write_file(path, b"new")
         assert path.read_bytes() == before and os.listdir(tmp_path) == ["file.json"]
-
-
-def test_a_folder_appears_at_the_end(tmp_path):
-    path = tmp_path / "parent" / "folder"
-    with new_folder(path) as folder:
-        (folder / "deep").mkdir()
-        (folder / "deep" / "file").write_text("content")
-        assert not path.exists() and folder.parent == path.parent
-    assert (path / "deep" / "file").read_text() == "content" and os.listdir(path.parent) == ["folder"]
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, ValueError, UserError, FileNotFoundError])
@@ -89,26 +84,26 @@ def test_what_is_written_elsewhere_needs_no_current_folder(tmp_path, monkeypatch
         assert (tmp_path / name / "file").read_text() == "content"
 
 
-def test_a_folder_is_replaced_whole_or_kept(tmp_path):
-    path = tmp_path / "folder"
-    path.mkdir()
-    (path / "old").write_text("old")
+def test_a_folder_appears_or_is_replaced_at_the_end(tmp_path):
+    path = tmp_path / "parent" / "folder"
+    with new_folder(path) as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "old").write_text("old")
+        assert not path.exists() and folder.parent == path.parent
+    assert (path / "deep" / "old").read_text() == "old"
     with pytest.raises(ValueError), new_folder(path, replace=True):
         raise ValueError
-    assert os.listdir(path) == ["old"]
+    assert os.listdir(path) == ["deep"]
     with new_folder(path, replace=True) as folder:
         (folder / "new").write_text("new")
-        assert os.listdir(path) == ["old"]
-    assert os.listdir(path) == ["new"] and os.listdir(tmp_path) == ["folder"]
+        assert os.listdir(path) == ["deep"]
+    assert os.listdir(path) == ["new"] and os.listdir(path.parent) == ["folder"]
     with pytest.raises(UserError, match="exists already"), new_folder(path / "new", replace=True):
         raise AssertionError("a file is not replaced")
 
 
 def test_a_file_in_a_new_folder_that_cannot_be_written_is_told_by_the_folders_name(tmp_path, monkeypatch):
-    def full(file):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", no_room)
     with pytest.raises(UserError) as error, new_folder(tmp_path / "folder") as folder:
         write_file(folder / "file", b"content")
     assert str(error.value).startswith(f"cannot write {tmp_path / 'folder'} (No space left on device): ")
@@ -142,7 +137,7 @@ def test_a_user_without_a_home_has_a_temporary_cache(tmp_path, monkeypatch, caps
         cache_folder()
 
 
-# a file system that refuses what SHIM names, as CIFS, FUSE and some network mounts do
+# a file system that refuses the calls in the variable SHIM, as CIFS, FUSE and some network mounts do
 SHIM = """
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -170,6 +165,9 @@ int rename(const char *a, const char *b) {
 TRAIN = ["train", "--model", "var-digits", "--objective", "mle", "--out", "run", "train.images=32", "train.batch=16"]
 
 
+GOES_ON = "going on without"
+
+
 @pytest.fixture(scope="module")
 def shim(tmp_path_factory):
     path = tmp_path_factory.mktemp("shim") / "shim.so"
@@ -177,36 +175,30 @@ def shim(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def trained(shim, digits, tmp_path):
-    """trained(WHAT IS REFUSED, ARGUMENTS) -> (status, what a run in a folder of its own said)."""
-
-    def trained(refused, *more):
-        command = [sys.executable, "-m", "mclr.train.cli", *TRAIN, "--data", str(digits), *more]
-        program = environment() | {"LD_PRELOAD": str(shim), "SHIM": refused, "PYTHONPATH": str(ROOT)}
-        ran = subprocess.run(command, cwd=tmp_path, env=program, capture_output=True, text=True)
-        return ran.returncode, ran.stdout + ran.stderr
-
-    return trained
-
-
-@pytest.mark.parametrize(("refused", "said_of_it"), [("chmod", 0), ("fsync-dir", 1)])
-def test_what_safety_does_not_need_is_done_without_and_said_once(trained, tmp_path, refused, said_of_it):
-    status, said = trained(refused)
-    assert status == 0 and (tmp_path / "run" / "weights" / "model.safetensors").exists(), said
-    assert said.count(" has no syncing of folders (Invalid argument): going on without") == said_of_it, said
-
-
-def test_without_locks_a_run_says_how_it_may_go_on(trained):
-    status, said = trained("flock")
-    assert status == 2 and "the file system of run has no locks" in said and "--no-lock" in said, said
-    status, said = trained("flock", "--no-lock")
-    assert status == 0 and said.count("the file system of run/lock has no locks (No locks available): going on without") == 1, (
-        said
-    )
-
-
-def test_without_renames_of_folders_a_run_does_not_begin(trained, tmp_path):
-    status, said = trained("rename-dir")
-    assert status == 2 and "cannot rename folders (Function not implemented), as checkpoints need" in said, said
-    assert not (tmp_path / "run" / "metrics.jsonl").exists() and not list((tmp_path / "run").glob(".tmp-*"))
+@pytest.mark.parametrize(
+    ("refused", "more", "status", "says"),
+    [
+        (
+            "chmod fsync-dir flock",
+            ["--no-lock"],
+            0,
+            [
+                f"the file system of run/lock has no locks (No locks available): {GOES_ON}",
+                f" has no syncing of folders (Invalid argument): {GOES_ON}",
+            ],
+        ),
+        ("flock", [], 2, ["the file system of run has no locks", "--no-lock"]),
+        ("rename-dir", [], 2, ["cannot rename folders (Function not implemented), as checkpoints need"]),
+    ],
+)
+def test_a_run_does_without_what_safety_does_not_need(refused, more, status, says, shim, digits, tmp_path):
+    """Each lack is reported once. A run that is refused has not begun."""
+    program = environment() | {"LD_PRELOAD": str(shim), "SHIM": refused, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "mclr.train.cli", *TRAIN, "--data", str(digits), *more]
+    ran = subprocess.run(command, cwd=tmp_path, env=program, capture_output=True, text=True)
+    said, run = ran.stdout + ran.stderr, tmp_path / "run"
+    assert ran.returncode == status and all(said.count(each) == 1 for each in says), said
+    assert said.count(GOES_ON) == (len(says) if status == 0 else 0), said
+    done = status == 0
+    assert (run / "weights" / "model.safetensors").exists() == (run / "metrics.jsonl").exists() == done
+    assert not list(run.glob(".tmp-*"))

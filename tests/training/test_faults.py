@@ -1,22 +1,24 @@
-"""Faults on purpose: killed, stopped and hanging ranks, full disks, lost files; the same command again ends as if nothing had happened.
+"""Faults on purpose: killed, stopped and hanging ranks, full disks, lost files. After each, the same command goes on.
 
-At most 8 minutes on two busy cores, 2 of them without launchers. Every run ends in the tensors, snapshots, weights and metrics of an
-undisturbed one, bit for bit. Faults of one rank happen in children of a fork server, those of several under the launchers. At the end
-a table tells what was lost.
+At most 8 minutes on two busy cores, 2 of them without launchers. Every run ends with the tensors, snapshots, weights and metrics of an
+undisturbed run, bit for bit. Runs of one rank are children of a fork server; runs of two ranks have a launcher. At the end a table
+shows how many steps each fault cost.
 """
 
 import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 from faults_child import child
 from faults_runs import arguments, differences, steps_logged
@@ -29,12 +31,12 @@ from mclr.train.engine.checkpoint import MANIFEST
 pytestmark = pytest.mark.faults
 
 KILLS = 20  # SIGKILLs, over both models
-PROMPT = 20  # seconds within which a rank that is told to end has ended
+PROMPT = 20  # seconds in which a rank ends after a signal
 LONGEST = 120  # seconds that anything may take
 EVERY = 2  # steps between checkpoints
 HOLDER = Path(__file__).parent.parent / "faults_rank.py"
 HELD = 4  # the step in which launched ranks wait for their fault
-SILENT = 15  # engine.timeout of launched ranks: more than PATIENCE, with which a rank that failed tells of it
+SILENT = 15  # engine.timeout of launched ranks: more than PATIENCE, after which a failed rank reports its error
 
 EDM2, VAR = MODELS
 SERVER = multiprocessing.get_context("forkserver")
@@ -44,11 +46,11 @@ NOTES: list[str] = []
 
 @pytest.fixture(scope="module", autouse=True)
 def table(request):
-    """Printed when all is done, -q or not."""
+    """Prints TABLE and NOTES at the end, also under -q."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment().items():
             patch.setenv(name, value)
-        # imported once, before the children are forked
+        # the fork server imports these once for all children
         SERVER.set_forkserver_preload(["faults_child", "mclr.train.run", "mclr.train.training.build", "torch._dynamo"])
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, sys.path)))
         started_at = time.monotonic()
@@ -64,7 +66,7 @@ def table(request):
 
 
 def run_child(folder, argv, *fault):
-    """(exit status, what it said) of `mclr train` in a child. fault: see tests/faults_child.py."""
+    """(exit status, output) of `mclr train` in a child. fault: see tests/faults_child.py."""
     process = SERVER.Process(target=child, args=(folder, argv, *fault))
     process.start()
     process.join(LONGEST)
@@ -76,7 +78,7 @@ def run_child(folder, argv, *fault):
 
 
 class Case:
-    """A run that suffers a fault in a folder of its own; whole: the run that suffers none."""
+    """A run with a fault, in a folder of its own. whole: the run folder of the same run without a fault."""
 
     def __init__(self, fault, folder, argv, whole):
         self.fault, self.folder, self.argv, self.whole, self.run = fault, folder, argv, whole, folder / "run"
@@ -86,14 +88,14 @@ class Case:
         return run_child(self.folder, self.argv, *fault)
 
     def refused(self, *fault):
-        """The one line with which the command ends, with status 2 and nothing torn left."""
+        """The run ends with status 2 and leaves no unfinished files; returns its one line."""
         status, said = self.start(*fault)
         assert status == 2 and "Traceback" not in said and not list(self.run.rglob(".tmp-*")), said
         (error,) = of_ours(said)
         return error
 
-    def goes_on(self):
-        """The same command again does the rest; what it said."""
+    def goes_on(self, lost=None):
+        """The same command does the rest; returns its output. lost: steps that it must do again, unless None."""
         before = max(steps_logged(self.run), default=0)
         status, said = self.start()
         assert status == 0, said
@@ -101,6 +103,7 @@ class Case:
         assert steps_logged(self.run) == list(range(1, STEPS + 1))
         began = [int(line.rpartition("/")[2]) // BATCH for line in said.splitlines() if line.startswith("going on from ")]
         TABLE[self.fault][-1] = before - (began or [0])[0]
+        assert lost in (None, TABLE[self.fault][-1])
         return said
 
 
@@ -119,7 +122,7 @@ def fresh(digits, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(fresh, tokenizer):
-    """whole(model, overrides, fault) -> (its arguments, the folder it ran in): a run that ends, begun once."""
+    """whole(model, overrides, fault) -> (arguments, folder) of a complete run; each is run once."""
     ran = {}
 
     def whole(model, overrides=(), fault=()):
@@ -145,18 +148,16 @@ def begin(fresh, whole):
     return begin
 
 
-@pytest.fixture
-def tick(whole):
+@pytest.fixture(scope="module")
+def ticks(whole):
+    """ticks(model) -> the names of all ticks of its run."""
+    return lambda model: json.loads((whole(model)[1] / "ticks.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def tick(ticks):
     """tick(model, name, nth) -> number of the nth such call, counted from 1."""
-
-    def tick(model, name, nth):
-        return [number for number, place in enumerate(ticks_of(whole, model)) if place.endswith(name)][nth - 1]
-
-    return tick
-
-
-def ticks_of(whole, model):
-    return json.loads((whole(model)[1] / "ticks.json").read_text())
+    return lambda model, name, nth: [n for n, place in enumerate(ticks(model)) if place.endswith(name)][nth - 1]
 
 
 def in_step(step):
@@ -164,13 +165,13 @@ def in_step(step):
     return 2 * step - 1
 
 
-def test_sigkill_anywhere(begin, whole):
+def test_sigkill_anywhere(begin, ticks):
     """At random ticks, the same ones in every session; many of them while a checkpoint, a snapshot or the weights are written."""
     chance, writing = random.Random(0), 0
     for model in MODELS:
-        ticks = ticks_of(whole, model)
-        for when in sorted(chance.sample(range(len(ticks)), KILLS // len(MODELS))):
-            writing += "save_checkpoint" in ticks[when]
+        places = ticks(model)
+        for when in sorted(chance.sample(range(len(places)), KILLS // len(MODELS))):
+            writing += "save_checkpoint" in places[when]
             case = begin("SIGKILL at a random moment", model)
             assert case.start(when, "send", signal.SIGKILL)[0] == -signal.SIGKILL
             case.goes_on()
@@ -193,8 +194,7 @@ def test_a_signal(number, name, nth, begin, tick):
     status, said = case.start(tick(EDM2, name, nth), "send", number)
     assert status == 128 + number and "stopped by a signal at" in said.splitlines()[-1], said
     assert time.time() - (case.folder / "sent").stat().st_mtime < PROMPT
-    case.goes_on()
-    assert TABLE[case.fault][-1] == 0
+    case.goes_on(lost=0)
 
 
 @pytest.mark.parametrize(("number", "ends"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (0, 0)])
@@ -204,8 +204,7 @@ def test_nobody_reads_what_it_says(number, ends, name, begin, tick):
     case = begin("nobody reads stdout and stderr", EDM2)
     status, said = case.start(tick(EDM2, name, 3), "unread", number)
     assert status == ends and "Traceback" not in said, said
-    case.goes_on()
-    assert TABLE[case.fault][-1] == 0
+    case.goes_on(lost=0)
 
 
 def cut(path):
@@ -219,11 +218,10 @@ def flip_a_bit(path):
 
 
 @pytest.fixture(scope="module")
-def killed(fresh, whole):
+def killed(fresh, whole, tick):
     """A folder with a run that was killed in step 5, after its second checkpoint; to be copied."""
-    argv, folder = whole(EDM2)[0], fresh("killed")
-    when = [number for number, place in enumerate(ticks_of(whole, EDM2)) if place == "score"][in_step(5) - 1]
-    assert run_child(folder, argv, when, "send", signal.SIGKILL)[0] == -signal.SIGKILL
+    folder = fresh("killed")
+    assert run_child(folder, whole(EDM2)[0], tick(EDM2, "score", in_step(5)), "send", signal.SIGKILL)[0] == -signal.SIGKILL
     return folder
 
 
@@ -307,7 +305,7 @@ def test_no_more_writing(path, begin, tick):
 
 
 def test_batches_of_nan_are_left_out(begin):
-    """They change nothing, as where they are not there at all; their samples are noted."""
+    """The run ends as one without these batches, and notes their samples."""
     bad, settings = (2, 4, 5), ("train.max_skipped=2",)
     case = begin("batches of NaN", EDM2, settings, (0, "leave out", bad))
     assert case.start(0, "spoil", bad)[0] == 0
@@ -318,7 +316,7 @@ def test_batches_of_nan_are_left_out(begin):
 
 
 def test_too_many_batches_of_nan_end_a_run(begin):
-    """Steps 3 to 5; the last of them is a good one when it goes on."""
+    """Steps 3 to 5; the batch of step 5 is good when the run goes on."""
     case = begin("batches of NaN", EDM2, ("train.max_skipped=2",), (0, "spoil", (3, 4)))
     assert f"gradient_norm is nan at {5 * BATCH} images, 3 steps in a row" in case.refused(0, "spoil", (3, 4, 5))
     case.goes_on()
@@ -338,7 +336,7 @@ def launched(fresh, tokenizer):
     """launched(fault, model, stage, launcher) -> Launched."""
     settings = ["train.micro_batch=2", f"train.checkpoint_every={EVERY * BATCH}", f"engine.timeout={SILENT}"]
     kinds = ((EDM2, 1), (VAR, 2), (EDM2, 3))
-    plan = {kind: (arguments(kind[0], "data", tokenizer, f"zero{kind[1]}", *settings)) for kind in kinds}
+    plan = {kind: arguments(kind[0], "data", tokenizer, f"zero{kind[1]}", *settings) for kind in kinds}
     home = fresh("launched")
     for model, zero in plan:
         (home / f"{model}-{zero}").mkdir()
@@ -354,7 +352,7 @@ def launched(fresh, tokenizer):
 
 
 class Launched(Case):
-    """A run on two ranks. name: of the launcher, whose port is the same at every start."""
+    """A run on two ranks. name: the launcher; all starts use the same port."""
 
     def __init__(self, fault, folder, argv, whole, name):
         super().__init__(f"{fault}, {name}, {argv[argv.index('--engine') + 1]}", folder, argv, whole)
@@ -365,115 +363,84 @@ class Launched(Case):
         ran = subprocess.run(command, cwd=self.folder, env=environment(), capture_output=True, text=True, timeout=LONGEST)
         return ran.returncode, ran.stdout + ran.stderr
 
-    def suffer(self, strike, lost=None):
-        """(the launcher's status, seconds until all had ended, what was said) when `strike` happens in step HELD.
+    def suffer(self, whom, number, *more):
+        """Send a signal, or none (0), to a rank or the launcher in step HELD: (the launcher's status, seconds until the end, output).
 
-        strike(process id of the launcher, those of the ranks). lost: the rank that loses sight of its data then.
+        more: variables for tests/faults_rank.py.
         """
         marks = [self.folder / f"held-{rank}" for rank in range(2)]
-        with pytest.MonkeyPatch.context() as patch, open(self.folder / "log", "w") as log:
-            patch.setenv("HOLD", str(HELD))
-            patch.setenv("LOST", str(lost))
-            command = [*self.command, str(HOLDER), *self.argv]
-            with started(command, stdout=log, stderr=log, cwd=self.folder) as process:
-                wait_for(lambda: all(mark.exists() for mark in marks), process, LONGEST)
-                ranks = [int(mark.read_text()) for mark in marks]
-                # torchrun gives its ranks sessions of their own
-                everybody = {*ranks, *of_session(process.pid)}
-                try:
-                    strike(process.pid, ranks)
-                    (self.folder / "go").touch()
-                    began = time.monotonic()
-                    status = process.wait(LONGEST)
-                    while any(map(is_alive, everybody)) and time.monotonic() - began < LONGEST:
-                        time.sleep(0.1)
-                    took = time.monotonic() - began
-                    said = (self.folder / "log").read_text()
-                    assert not any(map(is_alive, everybody)), said
-                finally:
-                    for pid in filter(is_alive, everybody):
-                        os.kill(pid, signal.SIGKILL)
-                    # 66 MiB each, which ranks that were killed cannot take back
-                    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self.command[-1]}_?"):
-                        buffer.unlink()
+        command = ["env", f"HOLD={HELD}", *more, *self.command, str(HOLDER), *self.argv]
+        with open(self.folder / "log", "w") as log, started(command, stdout=log, stderr=log, cwd=self.folder) as process:
+            wait_for(lambda: all(mark.exists() for mark in marks), process, LONGEST)
+            pid = process.pid if whom == "launcher" else int(marks[1].read_text())
+            everybody = {process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))}
+            try:
+                os.kill(pid, number)
+                (self.folder / "go").touch()
+                began = time.monotonic()
+                status = process.wait(LONGEST)
+                while any(map(is_alive, everybody)) and time.monotonic() - began < LONGEST:
+                    time.sleep(0.1)
+                took = time.monotonic() - began
+                said = (self.folder / "log").read_text()
+                assert not any(map(is_alive, everybody)), said
+            finally:
+                for pid in filter(is_alive, everybody):
+                    os.kill(pid, signal.SIGKILL)
+                # ranks that were killed leave 66 MiB each
+                for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self.command[-1]}_?"):
+                    buffer.unlink()
         return status, took, said
 
 
-def of_session(session):
-    """Ids of its processes."""
-    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
-    found = []
-    for pid in pids:
-        with suppress(OSError):
-            if os.getsid(pid) == session:
-                found.append(pid)
-    return found
-
-
-def to_rank_1(number):
-    return lambda process, ranks: os.kill(ranks[1], number)
-
-
-def to_the_launcher(number):
-    return lambda process, ranks: os.kill(process, number)
-
-
 @pytest.mark.parametrize(("name", "zero"), [("deepspeed", 1), ("torchrun", 3)])
-def test_nobody_reads_what_ranks_say(name, zero, launched, monkeypatch):
-    """Ctrl-C then goes to the launcher, which hands it on."""
-    monkeypatch.setenv("UNREAD", "1")
+def test_nobody_reads_what_ranks_say(name, zero, launched):
+    """Ctrl-C then goes to the launcher, which sends it on."""
     case = launched("nobody reads what ranks say", EDM2, zero, name)
-    _, took, _ = case.suffer(to_the_launcher(signal.SIGINT))
+    _, took, _ = case.suffer("launcher", signal.SIGINT, "UNREAD=1")
     assert took < PROMPT + SILENT
-    monkeypatch.delenv("UNREAD")
-    case.goes_on()
-    assert TABLE[case.fault] == [0]
-
-
-def test_sigterm_to_one_of_two_ranks(launched):
-    case = launched("SIGTERM to a rank", EDM2, 1, "deepspeed")
-    status, took, said = case.suffer(to_rank_1(signal.SIGTERM))
-    assert status == 128 + signal.SIGTERM and took < PROMPT, said
-    assert said.count(f"stopped by a signal at {(HELD - 1) * BATCH} images") == 1 and not of_ours(said)
-    case.goes_on()
-    assert TABLE[case.fault] == [0]
+    case.goes_on(lost=0)
 
 
 @pytest.mark.parametrize(
-    ("number", "model", "zero", "name"),
+    ("whom", "number", "model", "zero", "name"),
     [
-        (signal.SIGTERM, VAR, 2, "deepspeed"),
-        (signal.SIGTERM, EDM2, 1, "torchrun"),
-        (signal.SIGKILL, EDM2, 3, "torchrun"),
+        ("rank", signal.SIGTERM, EDM2, 1, "deepspeed"),
+        ("launcher", signal.SIGTERM, VAR, 2, "deepspeed"),
+        ("launcher", signal.SIGTERM, EDM2, 1, "torchrun"),
+        ("launcher", signal.SIGKILL, EDM2, 3, "torchrun"),
     ],
 )
-def test_the_launcher_dies(number, model, zero, name, launched):
-    """Its ranks end by themselves; folder and port are free at once."""
-    case = launched(f"{number.name} to the launcher", model, zero, name)
-    _, took, said = case.suffer(to_the_launcher(number))
-    assert took < PROMPT and said.count("stopped by a signal at") == 1, said
-    case.goes_on()
-    assert TABLE[case.fault] == [0]
+def test_ranks_end_after_a_signal_or_without_their_launcher(whom, number, model, zero, name, launched):
+    """They save a checkpoint; folder and port are free at once."""
+    case = launched(f"{number.name} to a {whom}", model, zero, name)
+    status, took, said = case.suffer(whom, number)
+    assert took < PROMPT and said.count(f"stopped by a signal at {(HELD - 1) * BATCH} images") == 1, said
+    assert whom == "launcher" or (status == 128 + number and not of_ours(said)), said
+    case.goes_on(lost=0)
 
 
-def test_one_of_two_ranks_is_killed(launched):
-    case = launched("SIGKILL to a rank", EDM2, 3, "deepspeed")
-    status, _, said = case.suffer(to_rank_1(signal.SIGKILL))
-    assert status not in (0, None), said
-    case.goes_on()
-
-
-def test_one_of_two_ranks_is_stopped(launched):
-    case = launched("SIGSTOP to a rank", VAR, 2, "deepspeed")
-    status, _, said = case.suffer(to_rank_1(signal.SIGSTOP))
-    (error,) = of_ours(said)
-    assert status == 1 and "rank 1 has been silent for" in error and f"since phase compute of step {HELD}" in error, said
-    case.goes_on()
-
-
-def test_one_of_two_ranks_loses_sight_of_its_data(launched):
-    case = launched("a rank loses its data", EDM2, 1, "torchrun")
-    status, _, said = case.suffer(lambda process, ranks: None, lost=1)
-    (error,) = of_ours(said)
-    assert status not in (0, None) and "error: rank 1: data/train/" in error, said
+@pytest.mark.parametrize(
+    ("fault", "number", "more", "model", "zero", "name", "says"),
+    [
+        ("SIGKILL to a rank", signal.SIGKILL, (), EDM2, 3, "deepspeed", None),
+        (
+            "SIGSTOP to a rank",
+            signal.SIGSTOP,
+            (),
+            VAR,
+            2,
+            "deepspeed",
+            f"rank 1 has been silent .* phase compute of step {HELD}",
+        ),
+        ("a rank loses its data", 0, ("LOST=1",), EDM2, 1, "torchrun", "error: rank 1: data/train/"),
+    ],
+)
+def test_one_of_two_ranks_fails(fault, number, more, model, zero, name, says, launched):
+    case = launched(fault, model, zero, name)
+    status, _, said = case.suffer("rank", number, *more)
+    assert status == 1 if number == signal.SIGSTOP else status != 0, said
+    if says is not None:
+        (error,) = of_ours(said)
+        assert re.search(says, error), said
     case.goes_on()
