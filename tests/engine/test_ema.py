@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ranks import relative_rms
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -42,11 +43,6 @@ def test_the_shares_are_the_power_function(std):
     np.testing.assert_allclose(shares, np.diff(edges), atol=1e-12)
 
 
-def test_the_batch_size_does_not_matter():
-    fine, coarse = profile(0.1, [1] * 96), profile(0.1, [8] * 12)
-    np.testing.assert_allclose(fine.reshape(12, 8).sum(1), coarse, atol=1e-12)
-
-
 def test_the_first_step_forgets_what_was_before():
     ema = EMA({"w": torch.full((3,), 7.0)}, 0.1)
     ema.update({"w": torch.ones(3)}, images_seen=4, images=4)
@@ -65,12 +61,8 @@ def test_the_average_is_fp32_and_no_view_of_the_weights():
     torch.testing.assert_close(ema.average["w"], torch.full((3,), 2 - kept), rtol=1e-5, atol=0)
 
 
-def golden():
-    return np.load(Path(__file__).parent.parent / "golden" / "phema.npz")
-
-
 def test_the_published_implementation_has_the_same_numbers():
-    numbers = golden()
+    numbers = np.load(Path(__file__).parent.parent / "golden" / "phema.npz")
     np.testing.assert_allclose([exponent_of(std) for std in numbers["stds"]], numbers["exps"], rtol=0, atol=1e-9)
     np.testing.assert_allclose([beta_of(std, 4096, 128) for std in numbers["stds"]], numbers["betas"], rtol=0, atol=1e-9)
     x_K, _ = coefficients(numbers["in_ofs"], numbers["in_std"], float(numbers["out_ofs"][0]), float(numbers["out_std"][0]))
@@ -104,11 +96,6 @@ def test_neither_copies_nor_neighbours_of_a_snapshot_blow_up():
     assert np.abs(once).max() < 1 and distance < 0.01
     twice, same = coefficients(np.tile(t_K, 2), np.tile(std_K, 2), 16.0001, 0.075)
     assert np.abs(twice).max() < 1 and same == pytest.approx(distance, rel=1e-3)
-
-
-def relative_rms(a, b):
-    apart = sum((a[name].double() - b[name].double()).square().sum() for name in a)
-    return float((apart / sum(b[name].double().square().sum() for name in a)).sqrt())
 
 
 def test_an_average_made_afterwards_is_the_one_that_was_tracked(digits, tmp_path):

@@ -28,29 +28,18 @@ def test_the_reference_moves_and_is_clipped_at_some_steps(results, model):
     assert smallest < CLIP < largest
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("how", [f"zero{zero}" for zero in STAGES] + ["one micro-batch"])
-def test_ranks_and_micro_batches_do_not_change_the_result(results, model, how):
-    found = results[f"{model} {how}"]
-    assert found["weights"] <= 1e-5 and found["norms"] <= 1e-5
+SAME = [f"{model} {how}" for model in MODELS for how in [*(f"zero{zero}" for zero in STAGES), "one micro-batch"]]
+SAME += [f"{kind} zero{zero}" for kind in KINDS for zero in (2, 3)]
+SAME += [f"{model} {way} {kind}" for model in MODELS for way, (kinds, _) in WAYS.items() for kind in kinds]
+SAME += [f"poisoned zero{zero}" for zero in STAGES]
 
 
-@pytest.mark.parametrize("zero", (2, 3))
-@pytest.mark.parametrize("kind", KINDS)
-def test_ranks_and_micro_batches_do_not_change_what_every_kind_of_step_does(results, kind, zero):
-    found = results[f"{kind} zero{zero}"]
-    assert found["weights"] <= 1e-5 and found["norms"] <= 1e-5 < 1e-3 < found["moved"]
-
-
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(("way", "kind"), [(way, kind) for way, (kinds, _) in WAYS.items() for kind in kinds])
-def test_host_memory_and_recomputed_activations_do_not_change_the_result(results, model, way, kind):
-    assert results[f"{model} {way} {kind}"]["weights"] <= 1e-5
-
-
-@pytest.mark.parametrize("zero", STAGES)
-def test_a_step_that_is_not_finite_changes_nothing_at_any_stage(results, zero):
-    assert results[f"poisoned zero{zero}"]["weights"] <= 1e-5
+@pytest.mark.parametrize("name", SAME)
+def test_ranks_do_not_change_the_result(results, name):
+    """Nor do micro-batches, kinds of steps, host memory, recomputed activations; steps that are not finite change nothing."""
+    found = results[name]
+    assert found["weights"] <= 1e-5 and found.get("norms", 0.0) <= 1e-5
+    assert found.get("moved", 1.0) > 1e-3
 
 
 @pytest.mark.slow

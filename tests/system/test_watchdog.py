@@ -31,11 +31,6 @@ def test_ranks_of_an_earlier_start_with_more_of_them_do_not_count(tmp_path):
     assert list(read_beats(tmp_path / "watchdog", 2)) == [0]
 
 
-def test_a_watchdog_may_end_at_once_and_again(tmp_path):
-    for _ in range(2):
-        Watchdog(tmp_path, 0, 1, timeout=1000).close()
-
-
 def test_a_folder_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "watchdog").write_text("a file")
     with pytest.raises(UserError, match="cannot write"):
