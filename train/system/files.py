@@ -51,9 +51,10 @@ def write_file(path: str | Path, data: bytes | Iterable[Any], beat: Callable[[],
     """
     path, digest = Path(path), hashlib.sha256()
     temporary = _temporary(path)
+    blocks: Iterable[Any] = [data] if isinstance(data, bytes) else data
     try:
         with open(temporary, "xb") as file:
-            for block in [data] if isinstance(data, bytes) else data:
+            for block in blocks:
                 view = memoryview(block)
                 for start in range(0, len(view), CHUNK):
                     chunk = view[start : start + CHUNK]
