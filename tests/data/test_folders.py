@@ -1,7 +1,6 @@
-"""Which images are found in a folder, under which condition, and what is said of the others; how any image file is read."""
+"""Which images are found in a folder, with which conditions, and what is skipped; how any image file is read."""
 
 import io
-import os
 import shutil
 
 import numpy as np
@@ -10,7 +9,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mclr.errors import UserError
-from mclr.train.data.dataset import load_split, open_dataset
+from mclr.train.data.dataset import load_split
 from mclr.train.data.folders import find_images, images_below
 from mclr.train.data.images import center_crop, decode, read_images
 from mclr.train.data.write import prepare_images
@@ -57,21 +56,11 @@ def test_what_is_no_image_of_the_user_is_skipped_and_counted(pets, tmp_path, cap
     info = prepare_images(pets, tmp_path / "out", resolution=8)
     assert info.class_names == ("cats", "dogs") and sum(split.count for split in info.splits.values()) == 14
     said = capsys.readouterr().out
-    assert (
-        "2 classes: 0 cats, 1 dogs\n" in said
-        and f"{pets}: 14 images (13 PNG, 1 AVIF); skipped 3 " in said
-        and "3 hidden (like " in said
-    )
-    assert "3 of the system (like " in said and "2 that are no images (like " in said
+    assert "2 classes: 0 cats, 1 dogs\n" in said and f"{pets}: 14 images (13 PNG, 1 AVIF); skipped 3 " in said
+    for kind in ("3 hidden", "3 of the system", "2 that are no images"):
+        assert f"{kind} (like " in said
     names, skipped = images_below(pets)
     assert len(names) == 14 and names == [name for name, _ in find_images(pets).files] and skipped == find_images(pets).skipped
-
-
-def test_linked_class_folders_are_the_same_images(pets, tmp_path):
-    (tmp_path / "links").mkdir()
-    for name in ("cats", "dogs"):
-        os.symlink(pets / name, tmp_path / "links" / name)
-    assert images_below(tmp_path / "links") == images_below(pets)
 
 
 @pytest.mark.parametrize("names, test", [(("train", "val"), False), (("Train", "valid"), True), (("training", "test"), False)])
@@ -145,20 +134,12 @@ def test_every_class_keeps_an_image_to_train_on(tmp_path, capsys):
 
 UPRIGHT = np.zeros((16, 24, 3), np.uint8)
 UPRIGHT[:8, :12] = 250
-TURNED = {
-    2: "FLIP_LEFT_RIGHT",
-    3: "ROTATE_180",
-    4: "FLIP_TOP_BOTTOM",
-    5: "TRANSPOSE",
-    6: "ROTATE_90",
-    7: "TRANSVERSE",
-    8: "ROTATE_270",
-}
+TURNED = ["FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_90", "TRANSVERSE", "ROTATE_270"]
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_every_orientation_is_read_upright(tmp_path, kind):
-    for orientation, how in TURNED.items():
+    for orientation, how in enumerate(TURNED, start=2):
         exif = Image.Exif()
         exif[0x0112] = orientation
         turned = Image.fromarray(UPRIGHT).transpose(Image.Transpose[how])
@@ -221,13 +202,20 @@ def test_ordinary_crops_are_those_of_the_first_release(side):
     assert np.array_equal(center_crop(image, 8), whole.crop((left, top, left + 8, top + 8)))
 
 
-def test_reasons_are_told_by_kind(pets, tmp_path):
+def test_reasons_are_told_by_kind(pets, tmp_path, monkeypatch):
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
     for i in range(3):
         (pets / "cats" / f"cut{i}.png").write_bytes(encoded(Image.fromarray(UPRIGHT), "PNG")[: 60 - i])
     Image.fromarray(np.zeros((8, 8), np.float32)).save(pets / "dogs" / "depth.tif")
-    with pytest.raises(UserError) as error:
+    (pets / "dogs" / "dangling.png").symlink_to("nowhere")
+    (pets / "dogs" / "eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+    with pytest.raises(UserError, match=r"^6 of 18 images in .*; that is more than 1%") as error:
         prepare_images(pets, tmp_path / "out", resolution=8)
-    assert "4 of 16 images" in str(error.value) and "3 image file is truncated (like cats/cut" in str(error.value)
-    assert "1 pixels of 32 bits have no known range (like dogs/depth.tif)" in str(error.value)
-    with pytest.raises(UserError, match="no dataset folder at"):
-        open_dataset(tmp_path / "out")
+    for says in (
+        "3 image file is truncated (like cats/cut",
+        "1 pixels of 32 bits have no known range (like dogs/depth.tif)",
+        "1 No such file or directory (like dogs/dangling.png)",
+        "1 in no format that Pillow here reads (like dogs/eps.png)",
+    ):
+        assert says in str(error.value)
+    assert not (tmp_path / "out").exists()
