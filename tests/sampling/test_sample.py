@@ -315,7 +315,7 @@ def test_a_guide_that_does_not_fit_is_one_line(diffusion_run, token_run, guides,
         (diffusion_run, tmp_path / "three", on, "three has num_classes 3, edm2-digits has 10: give a guide for the same samples"),
         (diffusion_run, tmp_path / "large", on, "large has img_resolution 16, edm2-digits has 8: give a guide"),
         (diffusion_run, tmp_path / "louder", on, "louder has sigma_data 1.0, edm2-digits has 0.5: give a guide"),
-        (token_run, tmp_path / "tokens", on, "tokens has patch_nums (1, 2, 4), var-digits has (1, 2, 3, 4): give a guide"),
+        (token_run, tmp_path / "tokens", on, "tokens has vocab_size 32, var-digits has 64: give a guide"),
         (diffusion_run, 3, on, "sample.guide=3: expected text or null"),
         (diffusion_run, "edm2-digits", [], "sample.guide=edm2-digits needs sample.gamma"),
     ]:

@@ -1,0 +1,43 @@
+"""`import mclr`: its names are there, documented, and cost nothing before they are used."""
+
+import inspect
+import json
+import subprocess
+import sys
+
+import pytest
+
+import mclr
+
+
+def test_import_loads_nothing_that_torch_does_not():
+    code = "import sys, json, torch; old = set(sys.modules); import mclr; dir(mclr); print(json.dumps(sorted(set(sys.modules) - old)))"
+    found = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert found == ["mclr"]
+
+
+def test_the_names_for_training_come_without_the_rest():
+    """Loss and its parts need no configuration, no files, and nothing of train/."""
+    names = [name for name in mclr.__all__ if name not in ("load", "UserError")]
+    code = f"import sys, mclr; [getattr(mclr, name) for name in {names}]; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"deepspeed", "pydantic", "yaml", "webdataset", "mclr.train", "mclr.configs", "mclr.models"} & set(modules)
+
+
+@pytest.mark.parametrize("name", mclr.__all__)
+def test_every_public_name_is_there_and_documented(name):
+    found = getattr(mclr, name)
+    assert name in dir(mclr) and inspect.getdoc(found)
+    assert inspect.ismodule(found) or inspect.getmodule(found).__name__.startswith("mclr")
+
+
+def test_type_checkers_see_the_same_names():
+    """Those of the TYPE_CHECKING block, from the same modules."""
+    lines = inspect.getsource(mclr).splitlines()
+    seen = {line.split()[-1]: line.split()[1] for line in lines if line.startswith("    from ") and " as " in line}
+    assert seen == mclr.PUBLIC
+
+
+def test_another_name_is_refused():
+    with pytest.raises(AttributeError, match="module mclr has no attribute los"):
+        mclr.los  # noqa: B018
