@@ -93,6 +93,12 @@ class EDM2(nn.Module):
         """What makes up the network but for its first and last layers."""
         return [module for part in (self.encoder, self.decoder) for module in part.values() if isinstance(module, Block)]
 
+    @property
+    def middle(self) -> nn.Module:
+        """The block of the decoder whose output the invariant contamination ratio looks at."""
+        blocks = list(self.decoder.values())
+        return blocks[len(blocks) // 2]
+
     def forward(self, noisy_BCHW: Tensor, sigma_B: Tensor, c_R: Tensor, index_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Noisy images, their sigma > 0, int64 conditions of the rows, sample of each row -> (raw_RCHW, logvar_R).
 

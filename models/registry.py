@@ -8,6 +8,7 @@ says model.kind. A network may also have what stands in this table; whoever need
 | magnitude_preserving() -> list of parameters | weights whose rows training keeps at unit magnitude (mclr.project) |
 | fold() | constants of frozen weights are computed once, before sampling; there is no way back |
 | blocks | modules that run one after the other: compiled and gathered one at a time |
+| middle | a module of a diffusion network whose output [R, D, H, W] shows memorisation (train/training/memorisation.py) |
 | activation_checkpointing | set to true, backward computes the activations inside every block again |
 | tokens, tokens_of(*inputs, cache=None) | tokens of a whole row, and of each row of a call: a row cut short costs its share |
 | condition_layer, map_layer(old, fresh, sources) | the weight that embeds the conditions, and the same for others (models/conditions.py) |

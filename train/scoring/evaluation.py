@@ -9,7 +9,7 @@ import torch
 
 from mclr.configs.schema import FILE, DiffusionModel, RunConfig
 from mclr.errors import UserError
-from mclr.models.edm2 import EDM2
+from mclr.models.registry import kinds_of
 from mclr.models.features import ImageClassifier
 from mclr.train.sampling.folder import draw, read_record
 from mclr.train.sampling.generate import find_generator, parse_classes
@@ -171,8 +171,11 @@ def contamination(evaluation: Evaluation, device: torch.device) -> dict[str, Any
     """The invariant contamination ratio of a diffusion run's network, on the images of the reference."""
     assert evaluation.run is not None and evaluation.real_set.info is not None
     config, weights = evaluation.run
-    net = load_net(str(weights), "edm2").to(device)
-    assert isinstance(net, EDM2)
+    net = load_net(str(weights), *kinds_of("diffusion")).to(device)
+    if not hasattr(net, "middle"):
+        raise UserError(
+            f"--icr looks into the middle of a network, and one of kind {config.model.kind} does not say where: leave it out"
+        )
     images = readers_of(evaluation.real_set.info)
     found = memorisation.measure(net, build_encoder(config, device), images, config.data.flip)
     return found | {"sigma": memorisation.SIGMA, "pairs": DRAWS}

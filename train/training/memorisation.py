@@ -19,7 +19,6 @@ from tqdm import tqdm
 from mclr.errors import UserError
 from mclr.likelihood import Draws
 from mclr.metrics import icr
-from mclr.models.edm2 import EDM2
 from mclr.train.data.dataset import SplitReader
 from mclr.train.data.encoders import Encoder, from_uint8, mirrored
 from mclr.train.engine.base import eval_mode
@@ -48,14 +47,13 @@ def view(image_BCHW: Tensor, draws: Draws, flip: bool) -> Tensor:
 
 
 @torch.no_grad()
-def features(net: EDM2, x_BCHW: Tensor, draws: Draws) -> Tensor:
+def features(net: Any, x_BCHW: Tensor, draws: Draws) -> Tensor:
     """[B, D] fp32, D <= WIDTH: spatial mean of the middle block of the decoder, for x noised to SIGMA, under the null condition."""
     noisy_BCHW = x_BCHW + SIGMA * draws.normal(*x_BCHW.shape[1:])
     sigma_B = torch.full((len(x_BCHW),), SIGMA, device=x_BCHW.device)
     null_B = torch.full_like(sigma_B, net.config.num_classes, dtype=torch.int64)
     seen: list[Tensor] = []
-    blocks = list(net.decoder.values())
-    hook = blocks[len(blocks) // 2].register_forward_hook(lambda block, inputs, h_BDHW: seen.append(h_BDHW.mean((2, 3))))
+    hook = net.middle.register_forward_hook(lambda block, inputs, h_BDHW: seen.append(h_BDHW.mean((2, 3))))
     try:
         with eval_mode(net, bf16=False):
             net(noisy_BCHW, sigma_B, null_B)
@@ -65,12 +63,12 @@ def features(net: EDM2, x_BCHW: Tensor, draws: Draws) -> Tensor:
     return seen[0] if D <= WIDTH else seen[0] @ Draws(PROJECTION, list(range(D)), x_BCHW.device).normal(WIDTH) / D**0.5
 
 
-def measure(net: EDM2, encoder: Encoder, images: dict[str, SplitReader], flip: bool) -> dict[str, float]:
+def measure(net: Any, encoder: Encoder, images: dict[str, SplitReader], flip: bool) -> dict[str, float]:
     """icr and icr_val: that of the network on each of these splits, from DRAWS pairs of views, in fp32.
 
     Raises UserError where the features of two views do not differ, or are not finite.
     """
-    device = net.out_gain.device
+    device = next(net.parameters()).device
     found = {}
     for split, reader in images.items():
         views: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -106,7 +104,7 @@ class Monitor:
             return {}
         found = {NAMES[split].format("mle_loss"): mle_loss(self.task, reader) for split, reader in self.readers.items()}
         net = self.task.engine.net
-        if isinstance(net, EDM2) and self.task.loss.drop_condition > 0:
+        if hasattr(net, "middle") and self.task.loss.drop_condition > 0:
             try:
                 found |= measure(net, self.task.encoder, self.readers, self.task.flip)
             except UserError as error:
