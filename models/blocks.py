@@ -1,8 +1,7 @@
-"""What networks are built of: trunk_dtype and running for all; the rest preserves magnitude, so that inputs of unit variance give such
-outputs (Karras et al. 2024, arXiv 2312.02696).
+"""Building blocks of networks: two helpers for all of them, and EDM2's layers that preserve magnitude.
 
-Equations are that paper's; normalize, mp_silu and mp_sum are in kernels/magnitude.py. Weights and statistics are computed in fp32
-whatever the dtype of the activations.
+Such a layer gives outputs of unit variance for inputs of unit variance. Equations are those of Karras et al. 2024 (arXiv 2312.02696);
+normalize, mp_silu and mp_sum are in kernels/magnitude.py. Weights and statistics are fp32, whatever the dtype of the activations.
 """
 
 import math
@@ -19,27 +18,27 @@ from mclr.kernels.weight_norm import used_weights
 
 
 def trunk_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of the matrix products: the one that an enclosing torch.autocast announces, else that of x."""
+    """The dtype of the matrix products: that of an enclosing torch.autocast, else that of x."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def running(activation_checkpointing: bool) -> Callable[..., Any]:
-    """How a network runs its blocks: run(block, *inputs). Checkpointed, backward computes the activations inside a block again."""
+    """A function run(block, *inputs). With activation checkpointing, backward computes the activations inside a block again."""
     if activation_checkpointing and torch.is_grad_enabled():
         return partial(checkpoint, use_reentrant=False)
     return lambda block, *inputs: block(*inputs)
 
 
 def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """Concatenate channels so that b contributes the share t whatever the widths (Eq. 103)."""
+    """Concatenate [R, n_a, ...] and [R, n_b, ...] along the channels; b contributes the share t, whatever the widths (Eq. 103)."""
     n_a, n_b = a.shape[1], b.shape[1]
     scale = math.sqrt((n_a + n_b) / ((1 - t) ** 2 + t**2))
     return torch.cat([a * (scale * (1 - t) / math.sqrt(n_a)), b * (scale * t / math.sqrt(n_b))], dim=1)
 
 
 class MPFourier(nn.Module):
-    """A number into random cosine features of unit variance (Eq. 75): [R] -> [R, channels], fp32. Fixed after construction."""
+    """Random cosine features of a number, of unit variance: [R] -> [R, channels], fp32 (Eq. 75). Frequencies and phases stay fixed."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -51,10 +50,10 @@ class MPFourier(nn.Module):
 
 
 class MPConv(nn.Module):
-    """Bias-free convolution (linear where `kernel` is 0) whose used weight has rows of norm 1 (Eq. 47).
+    """Convolution without bias, or linear layer (kernel 0), that computes with a weight whose rows have norm 1 (Eq. 47).
 
-    The stored weight is never written in training: normalising it as well, after every optimizer step, is the trainer's part.
-    used: the used weight, where somebody made it already. folded: the stored weight is the used one.
+    The layer leaves its stored weight as it is. Training also normalises the stored weight, after every step of the optimizer.
+    used: the weight to compute with, where the block has made it already. folded: the stored weight is the one to compute with.
     """
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int = 0):
@@ -66,7 +65,7 @@ class MPConv(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Store the used weight, once and for all: no forward computes it again."""
+        """Replace the stored weight by the one to compute with, so that no forward computes it again. There is no way back."""
         (used,) = used_weights([self.weight], self.weight.dtype)
         self.weight.data = used if used.ndim == 2 else used.contiguous(memory_format=torch.channels_last)
         self.folded = True

@@ -1,6 +1,6 @@
-"""A network's conditions carried over to another set of conditions: the layer that embeds them, and nothing else.
+"""Carry a network over to other conditions: only the layer that embeds the conditions changes.
 
-sources: for every new condition c the old one, sources[c], or None = fresh. K old and k new conditions; D width; E embedding.
+sources[c]: the old condition that the new condition c takes over; None: a fresh one. K old and k new conditions; D width; E embedding.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,9 +15,9 @@ Sources = Sequence[int | None]
 
 
 def map_conditions(net: Any, old: Mapping[str, Tensor], sources: Sources) -> dict[str, Tensor]:
-    """State dict of a network of other conditions -> that of `net`, whose own embedding gives the fresh ones.
+    """State dict of a network of other conditions -> state dict for `net`, whose own embedding provides the fresh conditions.
 
-    Raises UserError for a network that does not say how.
+    Raises UserError for a network without condition_layer.
     """
     layer = getattr(net, "condition_layer", None)
     if layer is None:
@@ -26,21 +26,20 @@ def map_conditions(net: Any, old: Mapping[str, Tensor], sources: Sources) -> dic
 
 
 def map_rows(old_KD: Tensor, fresh_kD: Tensor, sources: Sources) -> Tensor:
-    """VAR's class embedding [K+1, D] -> [k+1, D]: mapped rows are copied, the null condition stays the last row.
+    """VAR's embedding [K+1, D] -> [k+1, D]: mapped rows are copied, and the last row stays the null condition.
 
-    Fresh rows start as the null condition's: there the network begins unconditional.
+    A fresh row is a copy of the null condition's: under it the network starts as if unconditional. fresh_kD is not used.
     """
     null = len(old_KD) - 1
     return old_KD[[null if source is None else source for source in (*sources, None)]]
 
 
 def map_columns(old_EK: Tensor, fresh_Ek: Tensor, sources: Sources) -> Tensor:
-    """EDM2's condition_linear [E, K] -> [E, k]: mapped columns come from the unit-magnitude weight, fresh ones from fresh_Ek, N(0, 1).
+    """EDM2's weight [E, K] -> [E, k]: mapped columns come from the normalised old weight, fresh ones from fresh_Ek, which is N(0, 1).
 
-    The null condition is the all-zero one-hot before and after. What changes (derived): the network divides row e by its RMS r_e and
-    by sqrt(k), and feeds a one-hot times sqrt(k), so that condition c is embedded as w_ec / r_e. Of the old unit-magnitude weight
-    r_e = 1; of the new one r_e is the RMS of the k entries put here. So a mapped condition's embedding is divided by r_e, entry by
-    entry: by 1 for a permutation, by 1 +- O(1 / sqrt(k)) elsewhere.
+    The null condition is an all-zero vector before and after. Mapped embeddings are rescaled (derived): the network divides row e by
+    its RMS r_e, so it embeds condition c as w_ec / r_e. The normalised old weight has r_e = 1; the new one has the RMS of its k
+    entries: 1 for a permutation, 1 +- O(1 / sqrt(k)) otherwise.
     """
     unit_EK, new_Ek = normalize(old_EK.float()), fresh_Ek.clone()
     for c, source in enumerate(sources):

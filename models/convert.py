@@ -1,4 +1,4 @@
-"""Published state dicts into our networks and back: nothing but a translation of names, checked entry by entry."""
+"""Published state dicts into our networks and back: names are translated, and every entry is checked."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -13,15 +13,15 @@ from mclr.errors import UserError
 from mclr.models.options import SCALES_256, SCALES_512
 
 NameOf = Callable[[str], str | None]  # our parameter or buffer name -> published name; None: not in a published file
-SCALES = (SCALES_256, SCALES_512, (1, 2, 3, 4))  # of tokenizers that are known by the number of their tokens or scales
-NAMED = 3  # faulty entries that an error names
+SCALES = (SCALES_256, SCALES_512, (1, 2, 3, 4))  # known scales: a file shows only the number of tokens or of scales
+NAMED = 3  # differences that an error names
 
 
 def load_published(net: nn.Module, state_dict: Mapping[str, Tensor], name_of: NameOf, ignore: tuple[str, ...] = ()) -> None:
-    """Copy a state dict with published names into the network; it must name every entry exactly once, with its shape.
+    """Copy a state dict with published names into the network.
 
     ignore: endings of published names that our network does not keep (constants, counters).
-    Raises UserError on missing, unexpected or mis-shaped entries; the network is then untouched.
+    Raises UserError for missing and unexpected entries and for wrong shapes; the network is then unchanged.
     """
     ours = published_entries(net, name_of)
     if wrong := misfits(ours, state_dict, ignore):
@@ -50,7 +50,7 @@ def misfits(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], ignore: tu
 
 
 def to_published(net: nn.Module, name_of: NameOf) -> dict[str, Tensor]:
-    """The network's entries under their published names, detached and sharing memory with it; the way back."""
+    """The network's entries under their published names, detached; they share memory with the network."""
     return {name: tensor.detach() for name, tensor in published_entries(net, name_of).items()}
 
 
@@ -98,9 +98,9 @@ class Shapes(dict[str, tuple[int, ...]]):
         return found
 
     def count(self, names: str, times: int = 0) -> int:
-        """How many there are. times: blocks in the network for each; LookupError where its entries are too few for so many."""
+        """How many numbers() finds. times: blocks of the network for each; LookupError where there are too few entries for so many."""
         found = len(self.numbers(names))
-        # a block, with its counterpart in a decoder, has more; names alone must not build a network of any depth
+        # a block and its counterpart in a decoder have more entries; a few names must not build a network of any depth
         if 8 * times * found > len(self):
             raise LookupError(f"{times * found} blocks in {len(self)} entries, some are missing")
         return found

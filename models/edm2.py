@@ -1,11 +1,11 @@
 """EDM2: the diffusion U-Net of Karras et al. 2024 (arXiv 2312.02696), written from the paper.
 
-In this order: the options, the network, its residual block, its attention, the published names.
+In this order: the network, its residual block, its attention, the published names. The options are in models/options.py.
 B samples; R rows; C H W image; E embedding; K conditions; N channels of an activation; h heads of d channels.
 
-What rows share is computed once per sample, up to where the condition enters: the first convolution and half of the first block.
+What rows of one sample share is computed once: the first convolution and half of the first block, where the condition enters.
 
-Precision: the trunk (U-Net) computes in the dtype that an enclosing torch.autocast announces, else in fp32, and answers in it.
+Precision: the trunk (U-Net) computes in the dtype of an enclosing torch.autocast, else in fp32; its output has that dtype.
 Input scaling, embedding, log-variance, weight normalisation and all RMS statistics are fp32, and so are the attention logits
 (accumulated inside the fused attention).
 """
@@ -33,7 +33,7 @@ from mclr.models.options import EDM2Config
 
 
 class EDM2(nn.Module):
-    """Noisy image, noise level, condition -> what the denoised image is made of, log-variance of its error (Figure 21)."""
+    """Noisy image, noise level and condition -> raw answer of unit variance, and the log-variance of its error (Figure 21)."""
 
     condition_layer, map_layer = "condition_linear.weight", staticmethod(map_columns)
 
@@ -90,7 +90,7 @@ class EDM2(nn.Module):
 
     @property
     def blocks(self) -> list["Block"]:
-        """What makes up the network but for its first and last layers."""
+        """All blocks: everything but the first and the last layers."""
         return [module for part in (self.encoder, self.decoder) for module in part.values() if isinstance(module, Block)]
 
     @property
@@ -102,12 +102,12 @@ class EDM2(nn.Module):
     def forward(self, noisy_BCHW: Tensor, sigma_B: Tensor, c_R: Tensor, index_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Noisy images, their sigma > 0, int64 conditions of the rows, sample of each row -> (raw_RCHW, logvar_R).
 
-        raw: of unit variance, in the trunk's dtype; mclr.diffusion makes the denoised image of it. logvar: fp32. index_R: None where
-        rows are samples. c == num_classes is the null condition (an all-zero one-hot); an unconditional network does not look at c.
+        raw has unit variance and the trunk's dtype; mclr.diffusion makes the denoised image of it. logvar is fp32. index_R: None where
+        rows are samples. c = num_classes is the null condition, an all-zero vector; an unconditional network ignores c.
         """
         noisy_BCHW, sigma_B = noisy_BCHW.float(), sigma_B.float()
         dtype = trunk_dtype(noisy_BCHW)
-        # Autocast tells the dtype and no more: every cast of this network is written out.
+        # autocast only tells the dtype: all casts of this network are explicit
         with torch.autocast(noisy_BCHW.device.type, enabled=False):
             c_in_B = 1 / (sigma_B**2 + self.config.sigma_data**2).sqrt()
             c_noise_B = sigma_B.log() / 4
@@ -118,17 +118,17 @@ class EDM2(nn.Module):
             return raw_RCHW, gathered(logvar_B, index_R)
 
     def embed(self, c_noise_B: Tensor, c_R: Tensor, index_R: Tensor | None = None) -> Tensor:
-        """Noise level and condition -> emb_RE, fp32."""
+        """c_noise = ln(sigma) / 4 of the samples and conditions of the rows -> embedding [R, E], fp32."""
         emb_RE = gathered(self.noise_linear(self.noise_fourier(c_noise_B)), index_R)
         conditions = self.config.num_classes
         if conditions:
-            # The null condition is the column cut off; sqrt(K) gives a one-hot vector of K entries unit RMS.
+            # the null condition loses its column and is all zero; sqrt(K) gives a one-hot vector of K entries unit RMS
             one_hot_RK = F.one_hot(c_R, conditions + 1)[:, :conditions] * math.sqrt(conditions)
             emb_RE = mp_sum(emb_RE, self.condition_linear(one_hot_RK.to(emb_RE.dtype)), self.config.label_balance)
         return mp_silu(emb_RE)
 
     def trunk(self, x_BCHW: Tensor, emb_RE: Tensor, index_R: Tensor | None = None) -> Tensor:
-        """The U-Net: images of unit variance -> raw_RCHW, also of unit variance."""
+        """The U-Net: images of unit variance [B, C, H, W] -> raw answer [R, C, H, W], also of unit variance."""
         # A channel of ones stands in for the biases that no layer has.
         x = torch.cat([x_BCHW, torch.ones_like(x_BCHW[:, :1])], dim=1)
         # channels last from here to the answer: convolutions need no reordering, on CPUs and GPUs
@@ -152,9 +152,9 @@ class EDM2(nn.Module):
         return [module.weight for module in self.modules() if isinstance(module, MPConv)]
 
     def fold(self) -> None:
-        """Freeze the network and compute the weights that its forwards use once: the same answers, bit for bit, for less work.
+        """Freeze the network and store the weights that forwards compute with: bit-equal answers for less work.
 
-        There is no way back: a folded network is neither trained nor saved.
+        There is no way back: a folded network can be neither trained nor saved.
         """
         self.eval().requires_grad_(False)
         for module in self.modules():
@@ -248,7 +248,7 @@ class Attention(nn.Module):
 
 @contextmanager
 def weights_in_use(layers: list[MPConv], dtype: torch.dtype) -> Iterator[None]:
-    """Inside, these layers have the weights they use, made at once; unless they are folded, and have them anyway."""
+    """Inside, these layers hold the weights to compute with, made in one operation; folded layers need none."""
     if layers[0].folded:
         yield
         return
@@ -262,17 +262,17 @@ def weights_in_use(layers: list[MPConv], dtype: torch.dtype) -> Iterator[None]:
 
 
 def gathered(x_B: Tensor, index_R: Tensor | None) -> Tensor:
-    """What samples have, for every row."""
+    """[B, ...] of the samples -> [R, ...] of the rows."""
     return x_B if index_R is None else x_B[index_R]
 
 
 def halve(x: Tensor) -> Tensor:
-    """Mean of 2x2 cells."""
+    """[R, N, H, W] -> [R, N, H/2, W/2]: means of 2 x 2 cells."""
     return F.avg_pool2d(x, 2)
 
 
 def double(x: Tensor) -> Tensor:
-    """Every cell becomes 2x2."""
+    """[R, N, H, W] -> [R, N, 2H, 2W]: every cell becomes 2 x 2."""
     return F.interpolate(x, scale_factor=2, mode="nearest")
 
 

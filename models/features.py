@@ -1,9 +1,9 @@
 """Two small classifiers for image sets of any size: the judge of the metrics, and the posterior p(c | x_t) at every noise level.
 
 R rows (B images for the judge); C channels, H, W pixels; D features; E noise features; K conditions.
-Both are stacks of the same residual block, one block per resolution, then a global mean over the pixels, so that the image
-size is free; for many classes the posterior takes a ConvNeXt of timm instead. There is no batch norm: an answer never depends on its
-neighbours, on the rank or on a training flag.
+Both are stacks of residual blocks, one per resolution, and end in a mean over all pixels, so they take images of any size. For many
+classes the posterior can use a ConvNeXt of timm instead. There is no batch norm: an answer depends neither on the rest of the batch
+nor on the rank or the mode.
 """
 
 import difflib
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from mclr.errors import UserError
 from mclr.models.options import ImageClassifierConfig, NoiseClassifierConfig
 
-CONVNEXT_SMALLEST = 16  # pixels of a side that its stem and three stages can halve
+CONVNEXT_SMALLEST = 16  # side, in pixels, that its stem and three stages can halve
 
 
 def channel_mult_for(resolution: int) -> tuple[int, ...]:
-    """The channel_mult of either classifier that suits images of resolution x resolution: down to about 4 pixels, at most 4 widths."""
+    """channel_mult of either classifier for images of this side, in pixels: halved to about 4 pixels, at most 4 widths."""
     return (1, 2, 2, 4)[: max(round(math.log2(resolution / 4)) + 1, 2)]
 
 
@@ -89,9 +89,9 @@ class Trunk(nn.Module):
 class ConvNeXt(nn.Module):
     """timm's ConvNeXt in the place of Trunk: image [R, C, H, W] and embedding [R, E] -> features [R, D].
 
-    The embedding enters as E more channels, constant over the pixels. The stem's patches are 2 x 2: of the published 4 x 4, made for
-    224 pixels, 64 pixels would leave a 2 x 2 map at the end. Only this family: timm's others mostly have batch norm, whose statistics
-    differ between ranks and between training and evaluation.
+    The embedding enters as E more channels, constant over the pixels. The stem has patches of 2 x 2 instead of 4 x 4, which would leave
+    a 2 x 2 map of 64 pixels. Only this family is allowed: most others have batch norm, whose statistics differ between ranks, and
+    between training and evaluation. Raises UserError for an unknown name.
     """
 
     def __init__(self, name: str, img_channels: int, emb_channels: int):
@@ -114,7 +114,7 @@ class ConvNeXt(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual block: norm, silu, convolution, twice; an embedding [R, E], if there is one, scales and shifts the second norm."""
+    """Residual block [R, in, H, W] -> [R, out, H, W]: norm, SiLU, convolution, twice; an embedding scales and shifts the second norm."""
 
     def __init__(self, channels_in: int, channels_out: int, emb_channels: int):
         super().__init__()

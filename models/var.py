@@ -9,8 +9,8 @@ Features:
 - an explicit KVCache; one cached call may process one scale or several
 
 Precision, one rule: parameters are fp32 and the caller may run the network under bf16 autocast. Then the operands of the matrix
-products are bf16, while the residual stream, the statistics of the norms, the normalisation of queries and keys, the attention
-logits and their softmax (SDPA's accumulators), and the results of the last Linear are fp32.
+products are bf16. The residual stream, the statistics of the norms, the normalisation of queries and keys, the attention logits and
+their softmax (SDPA's accumulators), and the results of the last Linear are fp32.
 
 Legend: B samples, R rows, L tokens of all scales, l tokens of one call, E code channels, D width, H heads, d head width, K scales, V codes.
 """
@@ -43,7 +43,7 @@ class KVCache:
         self.length = 0
 
     def extend(self, block: int, k_RHld: Tensor, v_RHld: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes a block's keys and values of the tokens after `length`; returns those of all tokens up to there."""
+        """Append keys and values [R, H, l, d] of a block; returns those of all its tokens so far, [R, H, L, d] each."""
         end = self.length + k_RHld.shape[2]
         k_RHLd, v_RHLd = self.kv[block, ..., :end, :]
         k_RHLd[:, :, self.length :] = k_RHld
@@ -52,7 +52,7 @@ class KVCache:
 
 
 class Stream(NamedTuple):
-    """The residual stream x + gate y, a sum that the next norm takes in passing.
+    """The residual stream x + gate y. The next norm computes the sum, in the same operation.
 
     x: one per row, fp32; or, before the condition has entered, one per sample (index_R: of each row), and token 0 of each row.
     """
@@ -76,6 +76,8 @@ class Stream(NamedTuple):
 
 
 class Attention(nn.Module):
+    """Multi-head attention over tokens, [R, l, D] -> [R, l, D]; with attn_l2_norm queries and keys have unit length."""
+
     def __init__(self, config: VARConfig):
         super().__init__()
         self.heads, self.l2_norm = config.num_heads, config.attn_l2_norm
@@ -156,7 +158,10 @@ class Head(nn.Linear):
 
 
 class VAR(nn.Module):
-    """(teacher inputs, condition) -> what predicts every token given all coarser scales. Null condition: index num_classes."""
+    """(teacher inputs, condition) -> hidden states, from which the head predicts every token given all coarser scales.
+
+    The null condition has index num_classes.
+    """
 
     condition_layer, map_layer = "embed_condition.weight", staticmethod(map_rows)
 

@@ -28,6 +28,8 @@ def norm(channels: int) -> nn.GroupNorm:
 
 
 class ResBlock(nn.Module):
+    """Norm, SiLU, convolution, twice, beside a shortcut: [B, in, H, W] -> [B, out, H, W]."""
+
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         self.norm1 = norm(in_channels)
@@ -42,7 +44,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """One head over all positions of the map."""
+    """One head over all positions of the map, [B, C, H, W] -> the same."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -57,7 +59,7 @@ class Attention(nn.Module):
 
 
 def halve(channels: int) -> nn.Sequential:
-    """Half the size; padded on the right and bottom alone, as published."""
+    """Half the size; padded only on the right and at the bottom, as published."""
     return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
 
 
@@ -87,6 +89,8 @@ def middle(channels: int) -> nn.Sequential:
 
 
 class Encoder(nn.Module):
+    """Image [B, C, H, W] -> map [B, E, side, side]."""
+
     def __init__(self, config: VQVAEConfig):
         super().__init__()
         widths = [config.ch * mult for mult in config.ch_mult]
@@ -108,6 +112,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Map [B, E, side, side] -> image [B, C, H, W], not clamped."""
+
     def __init__(self, config: VQVAEConfig):
         super().__init__()
         widths = [config.ch * mult for mult in config.ch_mult]
@@ -132,6 +138,8 @@ class Decoder(nn.Module):
 
 
 class VQVAE(nn.Module):
+    """The tokenizer: image <-> tokens [B, L] of all scales, and the generator's teacher inputs."""
+
     def __init__(self, config: VQVAEConfig):
         super().__init__()
         self.config = config
@@ -139,7 +147,7 @@ class VQVAE(nn.Module):
         self.encoder = Encoder(config)
         self.to_features = nn.Conv2d(E, E, 3, padding=1)
         self.codebook = nn.Embedding(config.vocab_size, E)
-        # Codes begin close together, so that training starts with all of them in use (unit normal ones leave most unused).
+        # codes begin close together, so that all are used from the start; most unit normal ones would stay unused
         nn.init.uniform_(self.codebook.weight, -1 / config.vocab_size, 1 / config.vocab_size)
         self.phis = nn.ModuleList(nn.Conv2d(E, E, 3, padding=1) for _ in range(config.share_quant_resi))
         self.from_features = nn.Conv2d(E, E, 3, padding=1)
@@ -170,7 +178,7 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def teacher(self, tokens_BL: Tensor) -> Tensor:
-        """Tokens [B, L] -> what the generator reads of them when it predicts the tokens after the first, [B, L-1, E]."""
+        """Tokens [B, L] -> the generator's teacher inputs for the tokens after the first, [B, L-1, E]."""
         return self.replay(tokens_BL)[1]
 
     def replay(self, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:

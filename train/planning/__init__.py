@@ -1,4 +1,4 @@
-"""What a run would take: memory, FLOPs and speed, without a GPU and without memory.
+"""What a run would need: memory, FLOPs and time, estimated without a GPU and without that memory.
 
 It may import kernels, mclr, models, configs, and of train: scoring and the rooms below it.
 """

@@ -29,13 +29,13 @@ from mclr.train.training.compute import Calls, Forward, calls_of, flops_of, rows
 from mclr.train.training.networks import build_classifier, build_net, build_objective, build_paradigm
 from mclr.train.weights.folder import find_weights, read_config, settings_of
 
-POINTS = (1, 2, 4, 8, 16, 32, 64)  # micro-batches that are run
+POINTS = (1, 2, 4, 8, 16, 32, 64)  # micro-batches that are measured
 
 
 class Watch(TorchDispatchMode):
-    """Follows the storages made inside by fake tensors: bytes alive now, and at most. A value that is asked for reads 0.
+    """Follows the storages that fake tensors make inside: bytes alive now, and the most so far. Reading a value gives 0.
 
-    known: storages that are not counted, whose views may come by.
+    known: storages that are not counted, since they were there before; views of them may appear.
     """
 
     def __init__(self, known: Set[int] = frozenset()):
@@ -68,8 +68,11 @@ class Watch(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the networks of a run are made of. groups: elements of every weight, as the optimizer groups them; block: of the largest
-    block; reference: bytes; classifier: parameters; flops: of one row's forward, and of one of the classifier."""
+    """Sizes of the networks of a run.
+
+    groups: elements of every weight, in the groups of the optimizer. block: elements of the largest block. buffers, reference: bytes.
+    classifier: parameters. flops, classifier_flops: of one row's forward.
+    """
 
     groups: tuple[tuple[int, ...], ...]
     block: int
@@ -85,7 +88,7 @@ class Sizes:
 
 
 class Model:
-    """The networks of a run as fake tensors, and what they were found to take. encoder: what the run would encode with."""
+    """The networks of a run as fake tensors, and what was measured of them. encoder: that of the run."""
 
     def __init__(self, config: RunConfig, encoder: Encoder):
         self.config, self.bf16 = config, config.engine.precision == "bf16"
@@ -117,7 +120,7 @@ class Model:
             groups=tuple(tuple(p.numel() for p in group["params"]) for group in optimizer.param_groups),
             block=max(blocks, default=0),
             buffers=sum(t.nbytes for t in self.net.buffers()),
-            # as Frozen stores it
+            # Frozen stores linear layers in bf16
             reference=4 * sum(p.numel() for p in self.net.parameters()) - (2 * linear if self.bf16 else 0),
             classifier=sum(p.numel() for p in self.classifier.parameters()) if self.classifier else 0,
             flops=flops_of(lambda: self._values(self._probe(1), Forward(1), 1)),
@@ -134,7 +137,7 @@ class Model:
         return Probe({"x": x, "noisy": noisy, "sigma": torch.zeros(samples)}, torch.zeros(samples, 1))
 
     def _values(self, probe: Probe, forward: Forward, samples: int) -> Tensor:
-        """The sum of what all rows of one forward are scored with."""
+        """The sum of all values and aux losses of one forward."""
         index = torch.zeros(forward.rows * samples, dtype=torch.int64)
         prediction = self.paradigm.predict(self.net, probe, index, torch.zeros_like(index), forward.terms)
         mixed = {}
@@ -148,7 +151,7 @@ class Model:
         return self.classifier(probe.inputs["noisy"], probe.inputs["sigma"]).sum()
 
     def activations(self, micro_batch: int, lockstep: bool) -> float:
-        """Most bytes alive in forward and backward of this many images: counted at POINTS, linear between and beyond."""
+        """The most bytes alive in forward and backward of this many images: measured at POINTS, linear between and beyond."""
         if micro_batch in POINTS:
             return self.measured(micro_batch, lockstep)[1]
         low, high = next(((a, b) for a, b in pairwise(POINTS) if micro_batch < b), POINTS[-2:])
@@ -156,7 +159,7 @@ class Model:
         return first + (last - first) * (micro_batch - low) / (high - low)
 
     def _measured(self, micro_batch: int, lockstep: bool) -> tuple[int, int]:
-        """(bytes saved for backward, most bytes alive in forward and backward)."""
+        """(bytes saved for backward, the most bytes alive in forward and backward)."""
         calls, saved = self.calls(lockstep), {}
         samples = calls.samples * micro_batch
         nets = [self.net, *([self.classifier] if self.classifier else [])]
@@ -187,7 +190,7 @@ class Model:
         return calls_of(self.objective, self.scales, self.config.data.num_classes, lockstep)
 
     def share_of(self, forwards: tuple[Forward, ...]) -> float:
-        """Rows per sample; one that is cut short counts by its share of the terms."""
+        """Rows per sample; a row that is cut short counts by its share of the terms."""
         return rows_per_sample(forwards, self.paradigm.dims if self.scales else 1)
 
 

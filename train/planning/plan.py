@@ -1,4 +1,4 @@
-"""`mclr train --plan`: what a run takes on 1 to 1,024 GPUs. Nothing is allocated or written: networks and rows are fake
+"""`mclr train --plan`: what a run needs on 1 to 1,024 GPUs. Nothing is allocated or written: networks and rows are fake tensors
 (train/planning/footprint.py).
 
 P parameters, N ranks, a micro-batches per step. Weights, gradients, moments and averages are fp32; bytes on one GPU:
@@ -12,21 +12,21 @@ P parameters, N ranks, a micro-batches per step. Weights, gradients, moments and
 | buckets   | N > 1: 4f     | 8b             | 8b             | 8b                          |
 | sent      | 8P            | 12P            | (8a + 4) P     | 4aP (1 + forwards) + 4aP'   |
 
-optimizer: two moments, with ZeRO fp32 masters. p: the weights of which a rank has a part, whole; of the rank that has most. buckets:
-DeepSpeed's, b = min(P, 1e8) elements (train/engine/zero.py), and what is flattened out of it; without ZeRO f = min(P, 5e8) alone. gathered:
-DeepSpeed fetches ahead up to b elements beside the largest block, and the message that brought them, m = max(b, block), lies beside its
-copies until the last of them is used (a bound; measured on 2 ranks, 70 to 100 % of it). sent: per step, in rings, times (N - 1)/N;
-P' = P - b is what backward gathers again, since b stay from forward; P where the step has a forward without gradient too.
-Averages: 4P/N each. Reference: whole, its Linears in 2 bytes under bf16; or sharded, as weights of ZeRO 3. Classifier of the
-posterior: 16 bytes per parameter, at every stage. offload: optimizer and the gradients for it lie in host memory.
-tests/test_plan.py compares weights, gathered, gradients, optimizer, averages and bytes sent with a step's, at every stage.
+optimizer: two moments; with ZeRO also fp32 masters. p: elements of all weights of which a rank holds a part; for the rank with most.
+buckets: DeepSpeed's, b = min(P, 1e8) elements (train/engine/zero.py), and a flattened copy; without ZeRO one of f = min(P, 5e8).
+gathered: DeepSpeed fetches up to b elements ahead, beside the largest block. The message that brought them, m = max(b, block), is
+freed when its last part is used. This is a bound: 70 to 100 % of it were measured on 2 ranks. sent: per step, in rings, times
+(N - 1)/N. P' = P - b: backward gathers again all but the b elements left from forward; P' = P where the step has a forward without
+gradient. Averages: 4P/N each. Reference: whole, with linear layers in 2 bytes under bf16; or sharded like the weights of ZeRO 3.
+Classifier of the posterior: 16 bytes per parameter, at every stage. offload: the optimizer and its gradients are in host memory.
+tests/planning/test_plan.py compares weights, gathered, gradients, optimizer, averages and bytes sent with those of a step.
 
-Activations: as footprint.py counts them; or, where that is more, the gradients that ZeRO 1 and 2 flatten for AdamW, 4P/N. Not
-counted are tokenizer or VAE (.4 GiB), libraries' workspaces, fragments: MARGIN is left.
+Activations: as footprint.py counts them, or the gradients that ZeRO 1 and 2 flatten for AdamW, 4P/N, where those are more. MARGIN is
+kept free for what is not counted: tokenizer or VAE (0.4 GiB), workspaces of libraries, fragments.
 
-Time of a step = FLOPs / (peak x MFU) + sent / (REACHED x link), nothing overlapped: MFU, REACHED and NETWORK are assumed. FLOPs: a
-row with gradient 3 forwards, one without 1, as torch counts a forward; activation checkpointing one more. What encodes the images is
-left out, as `mclr prepare cache` leaves it out of a run; what a VAE would add is told above the table.
+Time of a step = FLOPs / (peak x MFU) + sent / (REACHED x link), without overlap. MFU, REACHED and NETWORK are assumptions. A row costs
+3 forwards with gradient (4 with activation checkpointing) and 1 without. Encoding of images is not in the table, since
+`mclr prepare cache` does it once; a line above the table says what a VAE would add.
 """
 
 import math
@@ -50,13 +50,13 @@ from mclr.train.training.networks import build_encoder
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 256, 1024)  # of GPUs, where none is asked for
 MOST = 1024
 GIB = 2**30
-MARGIN = 0.05  # of a GPU's memory, for what is not counted
+MARGIN = 0.05  # share of a GPU's memory, for what is not counted
 MFU = 0.4
 REACHED = 0.8  # of a link's bandwidth
-NETWORK = 200e9  # bytes per second between machines of NODE GPUs; each ring of NCCL takes its own way out, so all of it is used
+NETWORK = 200e9  # bytes per second between machines of NODE GPUs; the rings of NCCL use all network cards
 VAE_FLOPS = 1.1e12 / 512**2  # of the encoder of Stable Diffusion's VAE, per pixel, in fp32
 IMAGENET = {"channels": 3, "num_classes": 1000}
-# presets of published networks, by how their names begin -> pixels and scales of what they were trained on
+# first letters of the presets of published networks -> pixels and scales of the data that they were trained on
 PUBLISHED = {
     "edm2-img64": (64, None),
     "edm2-img512": (512, None),
@@ -66,18 +66,18 @@ PUBLISHED = {
 
 
 def published_scale(model: str) -> tuple[int, tuple[int, ...] | None] | None:
-    """(pixels, scales of the tokens) of ImageNet as the published network of this preset models it; None for any other preset."""
+    """(pixels, scales of the tokens) of the ImageNet that a preset's published network was trained on; None for other presets."""
     return next((made_for for start, made_for in PUBLISHED.items() if model.startswith(start)), None)
 
 
 def published_data(model: str, data: str) -> list[str]:
-    """Overrides that stand for the data of a published network where no other than the default were given."""
+    """Overrides that describe the data of a published network, where no data was given."""
     found = published_scale(model) if data == "digits" else None
     return [f"data.{k}={v}" for k, v in {"name": "imagenet", "resolution": found[0], **IMAGENET}.items()] if found else []
 
 
 def encoder_of(config: RunConfig) -> Encoder:
-    """What a run would encode with, without a VAE; without a tokenizer where the data is what a published network was trained on."""
+    """The encoder of a run, without loading a VAE; nor a tokenizer, where the data is that of a published network."""
     if isinstance(config.model, DiffusionModel):
         return BareLatents() if config.model.vae else RGB()
     published = published_scale(config.model.name)
@@ -111,8 +111,10 @@ class Memory:
 
 
 def largest_share(groups: tuple[tuple[int, ...], ...], ranks: int) -> int:
-    """Elements of the weights of which a rank has a part at ZeRO 1 and 2, whole; of the rank that has most. DeepSpeed divides a group's
-    elements in order."""
+    """Elements of all weights of which a rank holds a part at ZeRO 1 and 2, for the rank with most.
+
+    DeepSpeed divides the elements of a group in order.
+    """
     totals = [0] * ranks
     for sizes in groups:
         part, first = math.ceil(sum(sizes) / ranks), 0
@@ -130,7 +132,7 @@ def memory_of(model: Model, ranks: int, micro_batch: int) -> Memory:
     accumulates = config.train.batch // ranks > micro_batch
     bucket = bucket_of(P)
     partial = 4 * largest_share(sizes.groups, ranks)
-    # those of the last micro-batch go straight into a bucket
+    # gradients of the last micro-batch go straight into a bucket
     gradients = (4 * P, 4 * P if accumulates else partial, partial * (2 if accumulates else 1), 4 * P * share)[zero]
     optimizer = 12 * P * share if zero else 8 * P
     buckets = 8 * bucket if zero else 4 * min(P, 500_000_000) if ranks > 1 else 0
@@ -143,7 +145,7 @@ def memory_of(model: Model, ranks: int, micro_batch: int) -> Memory:
     host = 0.0
     if offload:
         host = optimizer + 4 * P * share
-        # what is left of the gradients on the GPU: at ZeRO 1 those that accumulate, else the one under way
+        # gradients left on the GPU: at ZeRO 1 those that accumulate, else none
         gradients, optimizer = 4 * P if zero == 1 and accumulates else 0, 0.0
     stepping = 4 * P * share if zero in (1, 2) and not offload else 0
     return Memory(
@@ -165,7 +167,7 @@ def sent_by(model: Model, ranks: int, micro_batch: int) -> float:
     config, P = model.config, model.sizes.count
     zero, steps = config.engine.zero, config.train.batch // ranks // micro_batch
     calls = model.calls(zero == 3)
-    # two sorts of forwards: DeepSpeed, which learns the order of one, fetches nothing ahead and keeps nothing
+    # with two kinds of forwards DeepSpeed, which learns the order of one, fetches nothing ahead and keeps nothing
     again = P if calls.free else P - bucket_of(P)
     sent = {0: 2 * P, 1: 3 * P, 2: (2 * steps + 1) * P, 3: steps * (P * (1 + len(calls.grad + calls.free)) + again)}[zero]
     if sharded(model, ranks):
@@ -179,7 +181,7 @@ def sharded(model: Model, ranks: int) -> bool:
 
 
 def flops_per_image(model: Model) -> float:
-    """The most that one image costs, its VAE left out."""
+    """The most FLOPs that one image costs, without its encoding."""
     calls = model.calls(model.config.engine.zero == 3)
     with_gradient = 4 if model.config.engine.activation_checkpointing else 3
     rows = with_gradient * model.share_of(calls.grad) + model.share_of(calls.free) + model.share_of(calls.reference)
@@ -187,7 +189,7 @@ def flops_per_image(model: Model) -> float:
 
 
 def seconds_per_step(model: Model, ranks: int, micro_batch: int, gpu: GPU) -> float:
-    """Of a run that encodes nothing."""
+    """Seconds of one step, without encoding."""
     flops = model.config.train.batch / ranks * flops_per_image(model)
     link = gpu.link if ranks <= NODE else min(gpu.link, NETWORK)
     return flops / (gpu.peak(model.config.engine.precision) * MFU) + sent_by(model, ranks, micro_batch) / (link * REACHED)
@@ -200,7 +202,7 @@ def largest_that_fits(model: Model, ranks: int, memory: float) -> int | None:
 
 
 def way_out(config: RunConfig, ranks: int) -> str:
-    """What more could make a run fit where no micro-batch does."""
+    """Advice for a run that fits with no micro-batch."""
     engine = config.engine
     ways = [] if engine.activation_checkpointing else ["engine.activation_checkpointing=true"]
     ways += ["--engine zero3"] if ranks > 1 and engine.zero < 3 else []
@@ -215,7 +217,7 @@ HEAD = (
 
 
 def gpu_of(name: str | None) -> str:
-    """The key in GPUS that is asked for; else that of this machine's GPU; else h100."""
+    """The key of GPUS that is given; else that of this machine's GPU; else h100. Raises UserError for an unknown GPU."""
     here = gpu_named(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     found = (name or here or "h100").lower()
     if found not in GPUS:
@@ -224,7 +226,7 @@ def gpu_of(name: str | None) -> str:
 
 
 def counts_of(config: RunConfig, gpus: int | None) -> tuple[int, ...]:
-    """The numbers of ranks to plan for: the one asked for, or those of COUNTS that can share the batch."""
+    """The numbers of ranks to plan for: the given one, or those of COUNTS that can share the batch."""
     if gpus is None:
         return tuple(n for n in COUNTS if config.train.batch % n == 0 and (n == 1 or config.engine.kind != "local"))
     if not 1 <= gpus <= MOST:
@@ -262,7 +264,7 @@ def heading(model: Model, name: str) -> Iterator[str]:
 
 
 def line_of(model: Model, ranks: int, gpu: GPU) -> tuple[tuple[str, ...], list[str]]:
-    """(one line of the table, in the order of HEAD; what else there is to say about so many GPUs)."""
+    """(one line of the table, in the order of HEAD; advice for so many GPUs)."""
     config, batch = model.config, model.config.train.batch
     micro_batch = max(d for d in rank_shares(config, ranks) if d <= (config.train.micro_batch or batch))
     memory, largest = memory_of(model, ranks, micro_batch), largest_that_fits(model, ranks, gpu.memory * (1 - MARGIN) * GIB)
@@ -285,9 +287,9 @@ def line_of(model: Model, ranks: int, gpu: GPU) -> tuple[tuple[str, ...], list[s
 
 
 def plan(config: RunConfig, gpus: int | None, gpu: str | None) -> Iterator[str]:
-    """The lines of a plan. gpus: how many, None: a table over COUNTS. gpu: a key of GPUS, None: that of this machine, else an h100.
+    """The lines of a plan. gpus: how many; None: a table over COUNTS. gpu: a key of GPUS; None: this machine's, else h100.
 
-    Raises UserError for a GPU that is not known, and for a number of GPUs that the batch or the engine cannot be shared by.
+    Raises UserError for an unknown GPU, and for a number of GPUs that cannot share the batch.
     """
     name, counts = gpu_of(gpu), counts_of(config, gpus)
     model = model_of(config)

@@ -1,4 +1,4 @@
-"""model.class_map: which condition of the weights each class of a run starts from."""
+"""model.class_map: the condition of the weights from which each class of a run starts."""
 
 import difflib
 import json
@@ -16,10 +16,10 @@ FRESH, SAME = "fresh", "same"
 
 
 def class_map(config: RunConfig, weights: Path) -> list[int | None] | None:
-    """For every class of the run its condition in `weights`, None = fresh (models/conditions.py); None where these are the run's own.
+    """For every class of the run a condition of `weights`, or None = fresh (models/conditions.py); None: the conditions are the same.
 
-    Raises UserError for a file that is not a JSON object with one entry, a condition or null, for each class; and, without a class_map,
-    where weights and data record different names of classes.
+    Raises UserError for a file that is not a JSON object with one entry, a condition or null, per class. Without a class_map it also
+    raises UserError when weights and data record different class names.
     """
     file, data = config.model.class_map, config.data
     if file is None:
@@ -36,14 +36,14 @@ def class_map(config: RunConfig, weights: Path) -> list[int | None] | None:
         )
     if file == FRESH:
         return [None] * data.num_classes
-    # digits that are still to be prepared are named by their index
+    # without a prepared folder, as for new digits, classes are named by their index
     known = Path(data.path, "dataset.json").exists()
     names = open_dataset(data.path).class_names if known else [str(c) for c in range(data.num_classes)]
     return sources_of(file, read_entries(file), names, conditions)
 
 
 def refuse_other_names(config: RunConfig, weights: Path) -> None:
-    """Raises UserError where weights and data record as many classes of different names."""
+    """Raises UserError when weights and data record equally many classes with different names."""
     there, path = read_config(weights).get("classes") or (), Path(config.data.path)
     # streams and drawn images have numbers in place of names
     if not there or not (path / "dataset.json").exists() or (info := open_dataset(path)).drawn is not None:
@@ -59,7 +59,7 @@ def refuse_other_names(config: RunConfig, weights: Path) -> None:
 
 
 def read_entries(file: str) -> list[tuple[str, Any]]:
-    """The entries of a JSON object, those given twice included."""
+    """The entries of a JSON object, duplicates included. Raises UserError for anything else."""
     try:
         entries = json.loads(regular(Path(file)).read_bytes(), object_pairs_hook=list)
     except OSError as error:

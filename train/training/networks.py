@@ -25,7 +25,7 @@ from mclr.train.weights.folder import find_weights, load_net, read_config, sha25
 
 
 def build_encoder(config: RunConfig, device: torch.device) -> Encoder:
-    """Raises UserError where there is no VAE as the config wants it, or the tokenizer is of other images than the data."""
+    """The encoder of a run. Raises UserError when the VAE cannot be loaded, or the tokenizer is for other images than the data."""
     if isinstance(config.model, DiffusionModel):
         return Latents(load_vae(config.model.vae, device)) if config.model.vae else RGB()
     tokenizer = load_net(config.model.tokenizer, "vqvae")
@@ -64,6 +64,7 @@ def build_net(config: RunConfig, encoder: Encoder) -> nn.Module:
 
 
 def build_paradigm(config: RunConfig, encoder: Encoder) -> Paradigm:
+    """The paradigm of a run, with the settings of its sampler."""
     data, model, sample = config.data, config.model, config.sample
     x_shape = encoder.shape(data)
     if isinstance(model, DiffusionModel):
@@ -92,8 +93,8 @@ def build_paradigm(config: RunConfig, encoder: Encoder) -> Paradigm:
 def build_classifier(config: RunConfig) -> NoiseClassifier:
     """The posterior classifier of a diffusion run: model.posterior.weights, or fresh from torch's global generator.
 
-    Weights decide the size of their network. Raises UserError when they are of other data or another sigma_data, or the images too
-    small for a ConvNeXt.
+    Weights bring their own size. Raises UserError for weights of other data or another sigma_data, and for images too small for a
+    ConvNeXt.
     """
     data, model = config.data, config.model
     assert isinstance(model, DiffusionModel)
@@ -124,6 +125,7 @@ def build_classifier(config: RunConfig) -> NoiseClassifier:
 
 
 def build_objective(config: RunConfig) -> Objective:
+    """The objective of a run."""
     objective = config.objective
     return Objective(
         objective.name,
@@ -141,15 +143,15 @@ def build_guidance(config: RunConfig, guide: Net | None = None) -> Guidance:
 
 
 def build_guide(config: RunConfig, net: nn.Module) -> nn.Module | None:
-    """The network of sample.guide, whose weights decide its size; None where the guide is the null condition.
+    """The network of sample.guide; None where the guide is the null condition.
 
-    net: the network it guides. Raises UserError when the two are of other data, or of another tokenizer.
+    net: the network to be guided. Raises UserError when the two are for different samples or tokenizers.
     """
     name, model = config.sample.guide, config.model
     if name is None:
         return None
     guide = load_net(name, *kinds_of(model.paradigm))
-    # answers are mixed before they become images, which takes one sigma_data
+    # answers are mixed before they become images, so both need the same sigma_data
     for key in GIVEN[model.paradigm]:
         here = getattr(net.config, key, None)
         there = getattr(guide.config, key, here)
@@ -157,7 +159,7 @@ def build_guide(config: RunConfig, net: nn.Module) -> nn.Module | None:
         if there != here and not (model.paradigm == "diffusion" and key == "num_classes" and there == 0):
             raise UserError(f"sample.guide={name} has {key} {there}, {model.name} has {here}: give a guide for the same samples")
     if isinstance(model, NextScaleModel):
-        # published weights do not say which tokenizer theirs was
+        # published weights do not record their tokenizer
         there = read_config(find_weights(name)).get("inputs", {}).get("model.tokenizer")
         if there not in (None, sha256(find_weights(model.tokenizer))):
             raise UserError(
@@ -171,9 +173,9 @@ def build_schedule(schedule: ScheduleConfig, weight: float) -> Schedule:
 
 
 def schedule_table(name: str, schedule: Schedule, scales: Sequence[int] | None) -> list[str]:
-    """Three aligned lines, none where the weight is constant: scale or sigma, progress, and the weight under `name`.
+    """Three aligned lines: scale or sigma, progress, and the weight under `name`; no lines where the weight is constant.
 
-    scales: sides of the token maps; None: diffusion, shown at seven noise levels and at the schedule's own bounds.
+    scales: sides of the token maps; None: diffusion, shown at seven noise levels and at the bounds of the schedule.
     """
     if schedule.is_zero or schedule.kind == "constant":
         return []

@@ -1,4 +1,4 @@
-"""Weights folders: model.safetensors, config.json, which rebuilds the network, and README.md; where they come from, how they load."""
+"""Weights folders: model.safetensors, config.json (kind and options of the network, notes) and README.md: written, found and loaded."""
 
 import dataclasses
 import json
@@ -37,12 +37,12 @@ from mclr.train.weights.published import read_published
 from mclr.train.weights.state_dict import CHOICES, checksum_of, holds_weights
 
 BUNDLED = Path(mclr.models.__file__).parent / "weights"
-OWN = ("kind", "config", "parameters")  # entries of config.json that follow from the network; the others are notes
+OWN = ("kind", "config", "parameters")  # entries of config.json that describe the network; all others are notes
 WEIGHTS = ("model.weights", "model.tokenizer", "model.posterior.weights", "sample.guide")  # settings that name weights
 MOST = 3  # differences that an error names
 IMAGES = "give data of their images by --data"
 TOKENS = "give the tokenizer that they were trained with, model.tokenizer=WEIGHTS"
-# what to do about a setting that the preset's network does not decide
+# options that the preset does not set -> what to do when they differ
 WAYS_OUT = {
     "num_classes": "give the data they were trained on, or start from them with model.class_map=fresh, or with a JSON file "
     "{class here: condition there, or null}",
@@ -64,10 +64,10 @@ def save_weights(
     beat: Callable[[], None] = ignore,
     **notes: Any,
 ) -> None:
-    """Write a weights folder, whole or not at all. weights: replace the network's own parameters (an average, masters).
+    """Write a weights folder, whole or not at all. weights: take the place of the network's parameters (an average, masters).
 
-    half: store fp16. replace: what is there. beat: called for every chunk written. notes: what made them (command, seed, images
-    seen), kept in config.json and told in README.md.
+    half: store fp16. replace: overwrite the folder. beat: called for every chunk written. notes: what made the weights (command, seed,
+    images seen), for config.json and README.md. Raises UserError when it cannot be written.
     """
     tensors = dict(net.state_dict()) | dict(weights or {})
     dtype = torch.float16 if half else torch.float32
@@ -79,7 +79,7 @@ def save_weights(
 
 
 def describe(net: nn.Module, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json says. tensors: whole, by name, as those of the network itself may not be (ZeRO 3)."""
+    """The content of config.json. tensors: by name, whole; under ZeRO 3 those of the network are not."""
     config = dataclasses.asdict(net.config)  # type: ignore[call-overload]
     size = sum(tensors[name].numel() for name, _ in net.named_parameters())
     return {"kind": kind_of(net), "config": config, "parameters": size, **notes}
@@ -121,7 +121,7 @@ def converted(name: str) -> Path:
     with held:
         if not folder.is_dir():
             _, notes = convert_published(name, folder)
-            # not among what a program prints as its answer
+            # stdout is for the answer of a program
             print(f"{name}: converted once, into {folder}", file=sys.stderr)
             for what in (what for what in CHOICES if what in notes):
                 print(f"{name}: {what}: {notes[what]}", file=sys.stderr)
@@ -163,12 +163,12 @@ def convert_published(
 
 
 def notes_of(description: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json says beside the network."""
+    """The notes in config.json: everything but the network."""
     return {key: value for key, value in description.items() if key not in OWN}
 
 
 def inherited(name: str | None) -> dict[str, Any]:
-    """Notes that weights trained from `name` must keep: its licence and its base."""
+    """The notes that weights trained from `name` keep: licence and base."""
     if name is None:
         return {}
     description = ({"base": name} if name.startswith(SCHEME) else {}) | read_config(find_weights(name))
@@ -197,22 +197,22 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def sha256(weights: Path) -> str:
-    """Checksum of a weights folder's tensors: what tells two weights apart wherever they lie."""
+    """Checksum of the tensors of a weights folder, which identifies weights wherever they are."""
     return checksum(weights / "model.safetensors")
 
 
 def named_weights(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Those of WEIGHTS that are given. settings: dotted key -> value, as configs.schema.flatten makes them."""
+    """The settings of WEIGHTS that are given. settings: dotted key -> value, as configs.schema.flatten makes them."""
     return {key: settings[key] for key in WEIGHTS if settings.get(key)}
 
 
 def settings_of(description: Mapping[str, Any]) -> dict[str, Any]:
-    """The network's settings in config.json, with tuples for lists."""
+    """The options of the network in config.json, lists as tuples."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in description["config"].items()}
 
 
 def presets_of(description: Mapping[str, Any]) -> list[str]:
-    """The model presets whose networks have the size of these weights."""
+    """The names of the model presets whose networks have these options."""
     found, settings = [], settings_of(description)
     for path in sorted((schema.PRESETS / "model").glob("*.yaml")):
         model = schema.read_preset("model", path.stem)["model"]
@@ -243,23 +243,23 @@ def load_net(name: str, *kinds: str) -> nn.Module:
             if key in hints and not fits(value, hints[key]):
                 raise ValueError(f"{key} {value!r:.40}")
         tensors = read_tensors(folder)
-        # without memory first: it may be of any size
+        # first without memory: options may ask for any size
         with torch.device("meta"):
             _refuse_others(net_class(config_class(**settings)).state_dict(), tensors, folder)
         net = net_class(config_class(**settings))
         net.load_state_dict(tensors)
     except UserError:
         raise
-    # networks of impossible settings raise nearly anything
+    # a network of impossible options raises nearly anything
     except Exception as error:
         raise UserError(f"{folder / 'config.json'} does not describe a {kind} ({error}): choose other weights") from error
     return net.eval()
 
 
 def load_into(net: nn.Module, folder: Path, sources: Sources | None = None) -> None:
-    """Copy a weights folder into a network of the same architecture. Raises UserError naming the first differences.
+    """Copy a weights folder into a network. Raises UserError, with the first differences, where they do not fit.
 
-    sources: the weights' condition for each of the network's (models/conditions.py); None: the same ones.
+    sources: for each condition of the network that of the weights (models/conditions.py); None: the conditions are the same.
     """
     refuse_misfit(net, folder, any_conditions=sources is not None)
     tensors, state = read_tensors(folder), net.state_dict()
@@ -275,7 +275,7 @@ def _refuse_others(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], fol
 
 
 def refuse_misfit(net: nn.Module, folder: Path, any_conditions: bool) -> None:
-    """Raises UserError where weights are of another kind or size than the network."""
+    """Raises UserError for weights of another kind, or with other options, than the network. any_conditions: num_classes may differ."""
     described, own = read_config(folder), dataclasses.asdict(net.config)  # type: ignore[call-overload]
     theirs = settings_of(described)
     if described["kind"] != kind_of(net):

@@ -1,4 +1,4 @@
-"""README.md of a weights folder, its model card: front matter as the Hugging Face hub reads it, then what the weights are, in words."""
+"""README.md of a weights folder, its model card: front matter for the Hugging Face hub, then the facts of config.json in words."""
 
 import json
 from collections.abc import Mapping
@@ -10,9 +10,9 @@ from mclr.errors import UserError
 from mclr.models.registry import NETWORKS
 from mclr.train.system.files import write_json, write_text
 
-METRICS = ("loss", "value", "ratio", "posterior_ece", "mle_loss", "mle_loss_val")  # of training, those that tell how it went
+METRICS = ("loss", "value", "ratio", "posterior_ece", "mle_loss", "mle_loss_val")  # of training, for the card
 FEW = 20  # class names that a card lists
-# of notes; others are told as they are
+# type of each note; others are printed as they are
 TYPES: dict[str, Any] = {
     **dict.fromkeys(("config", "objective", "metrics", "evaluations"), dict),
     **dict.fromkeys(("parameters", "images_seen"), int),
@@ -23,7 +23,7 @@ NO_LICENCE = "None is recorded: that of the data and of the weights it was train
 
 
 def run_notes(config: RunConfig) -> dict[str, Any]:
-    """What the description of a run's weights says of its settings."""
+    """The settings of a run that its weights keep as notes."""
     model = config.model
     notes: dict[str, Any] = {"model": model.name, "objective": config.objective.model_dump(mode="json", exclude_defaults=True)}
     if model.paradigm == "next_scale":
@@ -32,7 +32,7 @@ def run_notes(config: RunConfig) -> dict[str, Any]:
 
 
 def card(description: Mapping[str, Any]) -> str:
-    """The card of weights. description: config.json of their folder. Raises UserError where its notes are not as we write them."""
+    """The model card. description: config.json of the folder. Raises UserError for notes of the wrong type."""
     for name, kind in TYPES.items():
         if name in description and not isinstance(description[name], kind):
             raise _damaged(f"{name} is {description[name]!r:.40}")
@@ -43,7 +43,7 @@ def card(description: Mapping[str, Any]) -> str:
     parts = [_front_matter(description), f"# {_title(description)}", _network(description), *_training(description)]
     names = {key: description.get(key, key.upper()) for key in ("model", "data", "tokenizer")}
     for key in ("model", "data"):
-        # one that is no preset was a file or a folder, and those move
+        # a name that is no preset was a file or folder, which may have moved
         names[key] = names[key] if (PRESETS / key / f"{names[key]}.yaml").exists() else key.upper()
     parts += scores
     parts.append(f"## Use\n```\n{NETWORKS[description['kind']].use.format(**names)}\n```")
@@ -55,7 +55,7 @@ def _damaged(why: str) -> UserError:
 
 
 def add_scores(folder: Path, result: Mapping[str, Any]) -> None:
-    """Add scores to the description and the card of a weights folder. result: what `mclr evaluate` writes; one is kept per judge."""
+    """Add scores to config.json and README.md of a weights folder. result: of `mclr evaluate`; the newest of each judge is kept."""
     description = json.loads((folder / "config.json").read_text())
     description["evaluations"] = description.get("evaluations", {}) | {result["judge"]["name"]: result}
     write_json(folder / "config.json", description)
@@ -67,7 +67,7 @@ def _front_matter(description: Mapping[str, Any]) -> str:
     known = {"CC BY-NC-SA 4.0": "cc-by-nc-sa-4.0", "Apache-2.0": "apache-2.0"}
     name = next((name for words, name in known.items() if words in (licence or "")), "other" if licence else "unknown")
     lines = [f"license: {name}", "library_name: mclr", f"tags: [mclr, {description['kind']}, image-generation]"]
-    # the repository that the weights were fetched from, or that their base was
+    # the repository of the hub that the weights, or their base, came from
     places = [str(description.get(key)) for key in ("init", "base")]
     lines += [f"base_model: {'/'.join(place[5:].split('@')[0].split('/')[:2])}" for place in places if place.startswith("hf://")][
         :1
@@ -119,7 +119,7 @@ def _data(description: Mapping[str, Any]) -> str:
 
 
 def _scores(result: Mapping[str, Any]) -> str:
-    """The section of one judge. result: what `mclr evaluate` writes."""
+    """The section of one judge. result: of `mclr evaluate`."""
     icr = {name: value for name, value in result.get("icr", {}).items() if name.startswith("icr")}
     rows = [f"| {name} | {value:.4g} |" for name, value in (result["scores"] | icr).items()]
     samples, real, judge = result["samples"], result["real"], result["judge"]
