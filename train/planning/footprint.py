@@ -1,8 +1,8 @@
-"""A run's networks as fake tensors: what they ask for in memory and FLOPs, without either.
+"""The memory and FLOPs of a run's networks, found with fake tensors, which take neither.
 
-Rows R are those of one forward; samples are images, twice as many where an objective also takes generated ones. Activations are the
-most bytes alive in forward and backward beyond weights, with all rows that the objective may ask for (conditions that coincide save some);
-a gradient is dropped when it is done. Kernels and engine.compile are taken for plain torch.
+R rows of one forward. Samples are images; there are twice as many where the objective also takes generated ones. Activations: the most
+bytes alive in forward and backward besides weights, for the most rows that the objective may need (a drawn condition that coincides with
+the matched one saves a row). Gradients are dropped as soon as they are made. Kernels and engine.compile count as plain torch.
 """
 
 from collections.abc import Callable, Set

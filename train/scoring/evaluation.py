@@ -9,8 +9,8 @@ import torch
 
 from mclr.configs.schema import FILE, DiffusionModel, RunConfig
 from mclr.errors import UserError
-from mclr.models.registry import kinds_of
 from mclr.models.features import ImageClassifier
+from mclr.models.registry import kinds_of
 from mclr.train.sampling.folder import draw, read_record
 from mclr.train.sampling.generate import find_generator, parse_classes
 from mclr.train.scoring.extractors import PUBLISHED, Judge, open_judge

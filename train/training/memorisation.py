@@ -11,6 +11,8 @@ memorise them (arXiv 2606.09718). On the 8x8 digits ICR did not tell a memorisin
 (mclr/EXPERIMENTS.md).
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
