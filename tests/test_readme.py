@@ -11,7 +11,7 @@ import pytest
 from mclr.train.cli import PROGRAMS
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "CONTRIBUTING.md", *(f"{room}/README.md" for room in ("models", "kernels", "configs", "train"))]
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"{room}/README.md" for room in ("mclr", "models", "kernels", "configs", "train"))]
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -45,10 +45,11 @@ def test_commands_exist(page):
     assert [line for line in commands if shlex.split(line, comments=True)[1] not in PROGRAMS] == []
 
 
-def test_the_python_of_the_first_page_runs(tmp_path):
+@pytest.mark.parametrize(("page", "shown"), [("README.md", "model.save("), ("mclr/README.md", "mclr.from_logits(")])
+def test_the_python_of_a_page_runs(page, shown, tmp_path):
     """In a folder of a user's own, block after block in one program."""
-    program = "\n".join(blocks("README.md", "python"))
-    assert "mclr.Loss(" in program and "model.save(" in program
+    program = "\n".join(blocks(page, "python"))
+    assert "mclr.Loss(" in program and shown in program
     ran = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
-    assert (tmp_path / "weights/mine/model.safetensors").exists()
+    assert (tmp_path / "weights/mine/model.safetensors").exists() == (page == "README.md")
