@@ -21,15 +21,15 @@ def draw_any(uniform_B: Tensor, num_classes: int) -> Tensor:
 
 
 def draw_marginal(uniform_B: Tensor, num_classes: int, null_share: float) -> Tensor:
-    """A condition as training meets them: null (num_classes) for a share, else uniform over the classes. Inverse CDF, [B, 1]."""
+    """A condition as in training: null (num_classes) with probability null_share, else any class. Inverse CDF. Returns [B, 1]."""
     c_B1 = draw_any(uniform_B / (1 - null_share), num_classes)
     return torch.where(uniform_B[:, None] < 1 - null_share, c_B1, num_classes)
 
 
 def kept(posterior_BTK: Tensor, truncate: float) -> Tensor:
-    """The classes that draw_posterior may draw, bool [B, T, K]: all but the least likely ones that together have at most `truncate`.
+    """The classes that draw_posterior may draw, bool [B, T, K]: all but the least likely, which together have at most `truncate`.
 
-    A share of the mass, not a smallest probability, so that it means the same for 10 and for 1,000 classes.
+    truncate is a share of the mass, not a smallest probability, so it means the same for 10 and for 1,000 classes.
     """
     rising, order = posterior_BTK.double().sort(-1)
     keep_BTK = rising.cumsum(-1) > truncate * rising.sum(-1, keepdim=True)
@@ -54,10 +54,10 @@ def matched_rows(c_B: Tensor, lam_BT: Tensor, mix_BT: Tensor | None = None) -> R
 
 
 def generated_rows(c_P: Tensor, lam_BT: Tensor, weight_BT: Tensor) -> Rows:
-    """Every row its own sample: B real ones, then the generated ones that are their contrast. c_P: conditions of both, P = 2B."""
+    """One row per sample: B real ones, then the generated ones that are their contrast. c_P: conditions of both, P = 2B."""
     index_P = torch.arange(len(c_P), device=c_P.device)
     batch = len(lam_BT)
-    # the partner of a sample without a ratio is not computed
+    # A sample without a ratio needs no generated partner.
     needed = lam_BT.ne(0).any(1)
     index_R = torch.cat([index_P[:batch], index_P[batch:][needed]])
     contrast_B = index_P[:batch].clone()
@@ -68,7 +68,7 @@ def generated_rows(c_P: Tensor, lam_BT: Tensor, weight_BT: Tensor) -> Rows:
 def paired_rows(c_B: Tensor, contrast_c_BT: Tensor, null: int, lam_BT: Tensor, weight_BT: Tensor) -> Rows:
     """Matched rows, then one row for each distinct (sample, c~) that some term needs.
 
-    A term needs none where c~ = c (the matched row is its contrast) or where its lam is 0; a row serves all terms that drew its c~.
+    A term needs no row where c~ = c (the matched row is its contrast) or where lam is 0. All terms that drew the same c~ share a row.
     """
     batch, device = len(c_B), c_B.device
     index = torch.arange(batch, device=device)

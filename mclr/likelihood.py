@@ -40,7 +40,7 @@ class Draws:
 
 @dataclass(frozen=True)
 class Probe:
-    """What is asked about the samples, drawn once and shared by every row that scores them.
+    """The inputs on which samples are scored: drawn once, and shared by all rows of a sample.
 
     inputs: tensors over B, the paradigm's own (noisy image and noise level, or tokens and teacher inputs).
     progress_BT: in [0, 1]; 0 pure noise or the coarsest scale, 1 data or the finest scale.
@@ -70,15 +70,15 @@ class Rows:
 
     @property
     def terms(self) -> int:
-        """How many leading terms have a ratio: up to the last one, for any sample."""
+        """The number of leading terms up to the last one with a ratio, in any sample."""
         ratio_T = self.lam_BT.ne(0).any(0)
         return int(ratio_T.nonzero().max()) + 1 if ratio_T.any() else 0
 
     @property
     def terms_R(self) -> Tensor:
-        """How many leading terms each row is scored on: a matched one on all, another up to the last one whose contrast it is.
+        """How many leading terms each row is scored on: all for a matched row, else up to the last term whose contrast it is.
 
-        Coarser scales do not see finer ones, so a token row cut short there is exact; its cost is its share of the tokens.
+        Coarser scales do not see finer ones, so a token row that is cut short after a scale is exact.
         """
         batch, terms = self.lam_BT.shape
         number_BT = torch.arange(1, terms + 1, device=self.index_R.device).expand(batch, -1)
@@ -97,8 +97,8 @@ class LogLik:
 
 @dataclass(frozen=True)
 class Scores(LogLik):
-    """What the objective sees of all rows. delta_R: log-likelihood ratio of the network to the frozen reference, summed over the
-    sample's dimensions; None where there is no reference."""
+    """All rows as the objective sees them. delta_R: log-likelihood ratio of the network to the frozen reference, in nats, summed
+    over the dimensions of a sample; None where there is no reference."""
 
     delta_R: Tensor | None = None
 
@@ -120,9 +120,9 @@ class Paradigm(Protocol):
     def probe(self, x_B: Tensor, draws: Draws) -> Probe: ...
 
     def predict(self, net: Net, probe: Probe, index_R: Tensor, c_R: Tensor, terms: int | None = None) -> tuple[Tensor, Any]:
-        """The network's answer for these rows: what guidance mixes (only something affine comes after it), and the rest.
+        """(answer, rest) of the network for these rows. Guidance mixes answers, so only affine steps may follow.
 
-        The network gets what rows share once per sample, and index_R. terms: how many leading terms are wanted; None: all of them.
+        The network gets the inputs of each sample once, and index_R. terms: how many leading terms are wanted; None: all of them.
         """
 
     def log_likelihood(
@@ -133,13 +133,13 @@ class Paradigm(Protocol):
         guide: Tensor | None = None,
         mix_RT: Tensor | None = None,
     ) -> LogLik:
-        """Values and aux of these rows. guide, mix_RT: the values are those of prediction + mix (prediction - guide), aux is not.
+        """Values and aux of these rows.
 
-        guide: as the first of a prediction, taken as a constant.
+        With a guide (an answer, taken as a constant) the values are those of answer + mix (answer - guide); aux stays unmixed.
         """
 
     def compared(self, value_RT: Tensor, prediction: tuple[Tensor, Any], frozen: tuple[Tensor, Any]) -> Tensor:
-        """A prediction's values as they can be compared with the reference's: under the uncertainty that its prediction has."""
+        """The values of a prediction under the reference's uncertainty, so that both can be compared. frozen: its prediction."""
 
     def sample(self, net: Net, c_B: Tensor, guidance: Any, draws: Draws) -> Tensor: ...
 

@@ -1,4 +1,4 @@
-"""How good samples are: pure functions of feature arrays, in float64, that return plain numbers.
+"""Scores of samples: pure functions of feature arrays, in float64, that return plain numbers.
 
 N rows of the first set (or the real one); M rows of the second (or the fake one); D features; K conditions.
 A feature is whatever the judge says it is; distances carry its units, every other number is a share or a ratio.
@@ -91,7 +91,7 @@ def neighbour_radii(features_ND: Tensor, k: tuple[int, ...] = NEIGHBOURS, progre
     """
     features_ND = _checked(features_ND, "features", rows=max(k) + 1)
     radii_NK = torch.empty(len(features_ND), len(k), dtype=torch.float64, device=features_ND.device)
-    # a row is its own nearest
+    # Each row is its own nearest neighbour.
     most = max(k) + 1
     for rows, square_BN, slack in _squares(features_ND, features_ND, progress):
         farthest_B1 = square_BN.topk(most, largest=False).values[:, -1:]
@@ -179,7 +179,7 @@ def icr(h1_ND: Tensor, h2_ND: Tensor) -> float:
         factor_DD = torch.linalg.cholesky(residual_DD / 2)
     except torch.linalg.LinAlgError as error:
         raise ValueError("the two views of the images do not differ in some direction of feature space") from error
-    # the mean of two views holds half of S_xi
+    # The covariance of the mean of two views holds half of S_xi.
     trace = (N - D - 2) / (N - 1) * torch.cholesky_solve(mean_DD, factor_DD).trace().item() - D / 2
     return D / (D + trace)
 
@@ -192,13 +192,13 @@ def _square_root(cov_DD: Tensor) -> Tensor:
 
 
 def _squares(a_ND: Tensor, b_MD: Tensor, progress: Progress) -> Iterator[tuple[slice, Tensor, float]]:
-    """CHUNK rows of a at a time: which, their squared distances to b in float64 [B, M], and twice a bound on the error of these.
+    """For CHUNK rows of a at a time: (which rows, their squared distances to b, float64 [B, M], twice a bound on their error).
 
     |a|^2 + |b|^2 - 2 ab by a matrix product, around the mean of a. With X the largest |x|^2, the error is about 1e-14 X as measured at
     D = 1024, and never above 2 (D + 8) eps X: (D + 3) eps / 2 (|a| + |b|)^2 of sums over D, the rest of centring and norms (derived).
     Not clamped at 0: it is recomputed (_recompute) where an error of that size matters.
     """
-    # copies that are centred in place: a difference would hold three sets in float64 for a moment
+    # Centre copies in place: a difference would hold a third set in memory.
     a_ND, b_MD = (rows.to(torch.float64, copy=True) for rows in (a_ND, b_MD))
     centre_D = a_ND.mean(0)
     a_ND -= centre_D
@@ -210,11 +210,11 @@ def _squares(a_ND: Tensor, b_MD: Tensor, progress: Progress) -> Iterator[tuple[s
 
 
 def _recompute(square_BM: Tensor, close_BM: Tensor, a_BD: Tensor, b_MD: Tensor) -> None:
-    """Squared distances as differences, in place, at least where `close` says that the rounding error of the product could decide.
+    """Recompute squared distances as differences, in place, at least where `close` marks that rounding could decide.
 
-    These are duplicates, near-duplicates and ties: few, unless the features are degenerate; then it takes long, and is right.
+    These are duplicates, near-duplicates and ties: few, unless the features are degenerate. Then it is slow but right.
     """
-    # few rows at a time: what is close to one of them is recomputed for all
+    # A few rows at a time: columns that are close to one of them are recomputed for all.
     for square, close, a in zip(*(rows.split(16) for rows in (square_BM, close_BM, a_BD)), strict=True):
         for j_P in close.any(0).nonzero()[:, 0].split(32 * CHUNK):
             distance = torch.cdist(a.double(), b_MD[j_P].double(), compute_mode="donot_use_mm_for_euclid_dist")
@@ -237,7 +237,7 @@ def _same_judge(a_ND: Tensor, b_MD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _checked(array: Tensor, name: str, rows: int) -> Tensor:
-    """The array itself, or a ValueError that says what is wrong with it."""
+    """The array itself. Raises ValueError where it is of another shape, too short or not finite."""
     if array.ndim != 2:
         raise ValueError(f"{name} must be [rows, features], not {tuple(array.shape)}")
     if len(array) < rows:

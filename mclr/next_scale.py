@@ -24,11 +24,12 @@ def scale_progress(scales: Sequence[int]) -> list[float]:
 
 
 def likely(logits_BlV: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor | None]:
-    """(prob_BlN, 0 for what is cut; its code_BlN, None where they are all codes in order) of the top_k most likely codes (0 = all),
-    cut to the smallest set of mass >= top_p."""
+    """(prob_BlN, code_BlN) of the top_k most likely codes (0 = all), cut to the smallest set of mass >= top_p.
+
+    prob is 0 for codes that are cut. code is None where nothing is sorted: then N = V, in order."""
     logits = logits_BlV.float()
     code = None
-    # sorting costs more than all the rest: only where something is cut
+    # Sorting costs more than all the rest, so sort only where something is cut.
     if top_k > 0 or top_p < 1:
         logits, code = logits.sort(dim=-1, descending=True, stable=True)
         logits = logits[..., : top_k or None]
@@ -47,16 +48,16 @@ def pick(logits_BlV: Tensor, uniform_Bl: Tensor, top_k: int, top_p: float) -> Te
 
 
 def blend(logits_BlV: Tensor, uniform_BlV: Tensor, top_k: int, top_p: float, progress: float) -> Tensor:
-    """Shares_BlV of the likely codes where pick draws one: VAR's `more_smooth`, which its code alone defines.
+    """Shares_BlV of the likely codes, where `pick` draws one: VAR's `more_smooth`, defined only in its code.
 
     The Gumbel-softmax of (1 + progress) logits at temperature max(.27 (1 - .95 progress), .005).
     """
     prob, code = likely(logits_BlV, top_k, top_p)
-    # of a uniform 0 the Gumbel number would be -inf, and the share of an only code NaN
+    # A uniform of 0 would give -inf, and NaN where only one code is left.
     gumbel = -(-uniform_BlV.clamp(min=1e-9).log()).log()
     temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
     gumbel = gumbel if code is None else gumbel.gather(-1, code)
-    # log p are logits but for a constant, which the softmax takes away
+    # log p equals the logits up to a constant, which the softmax removes.
     share = (((1 + progress) * prob.log() + gumbel) / temperature).softmax(-1)
     return share if code is None else torch.zeros_like(uniform_BlV).scatter(-1, code, share)
 
@@ -119,7 +120,7 @@ class NextScale:
     def sample(self, net: Any, c_B: Tensor, guidance: Guidance, draws: Draws) -> Tensor:
         """Tokens [B, L], or with more_smooth the feature map f_hat that the blends add up to.
 
-        The guide reads the scales it skipped in one block-causal pass, at the next one where its weight is not 0.
+        Scales of weight 0 skip the guide. It reads them in one block-causal pass at the next scale whose weight is not 0.
         """
         guide_net: Any = net if guidance.guide is None else guidance.guide
         guide_c_B = torch.full_like(c_B, self.null) if guidance.guide is None else c_B

@@ -33,8 +33,8 @@ class NoisyPosterior:
 class PrefixPosterior:
     """p(c | coarser scales) by Bayes' rule from the network's own values: exact for the model, K rows per sample without gradient.
 
-    Every token of a scale shares the posterior given the scales before it; the prior over the classes is uniform. So nothing is asked
-    about the last scale, and rows end before it.
+    All tokens of a scale share the posterior given the scales before it; the prior over the classes is uniform. The last scale is
+    never needed, so rows end before it.
     """
 
     paradigm: Paradigm
@@ -42,10 +42,10 @@ class PrefixPosterior:
 
     @torch.no_grad()
     def __call__(self, probe: Probe, c_B: Tensor) -> tuple[Tensor, None]:
-        """(posterior [B, L, K], None): nothing is trained, the true conditions c_B are not looked at."""
+        """(posterior [B, L, K], None): nothing is trained, and c_B is not used."""
         batch, K = len(probe.progress_BT), self.paradigm.null
         index = torch.arange(batch, device=probe.progress_BT.device)
-        # tokens before the first of each token's own scale: the prefix that its logits were computed from
+        # The number of tokens before each token's scale: the prefix that its logits come from.
         progress_L = probe.progress_BT[0].contiguous()
         first_L = torch.searchsorted(progress_L, progress_L)
         terms = int(first_L[-1])
@@ -58,7 +58,7 @@ class PrefixPosterior:
 
 
 def calibration(posterior_BTK: Tensor, c_B: Tensor, truncate: float) -> dict[str, Tensor]:
-    """How far these samples let the posterior be trusted, given their true conditions c_B: 0-d tensors, averages over samples x terms.
+    """Calibration of the posterior on samples of known conditions c_B: 0-d tensors, averages over samples x terms.
 
     posterior_bin_0 ... 9: hit minus confidence where the largest probability lies in that one of ten equal bins, 0 elsewhere; averages
     over micro-batches and ranks are those of the whole batch, which their absolute values would not be (fold_bins).
@@ -68,9 +68,9 @@ def calibration(posterior_BTK: Tensor, c_B: Tensor, truncate: float) -> dict[str
     c_BT1 = c_B[:, None, None].expand(*posterior_BTK.shape[:2], 1)
     confidence_BT1, guess_BT1 = posterior_BTK.max(-1, keepdim=True)
     excess_BT1 = (guess_BT1 == c_BT1).float() - confidence_BT1
-    # of images that are no numbers, too: their step is skipped, not its run ended
+    # Clamp for NaN images too: their step is skipped, and must not end the run.
     bin_BT = (confidence_BT1[..., 0] * BINS).long().clamp(0, BINS - 1)
-    # sums over masks: a scatter-add would not repeat its rounding on a GPU
+    # Sum over masks: the rounding of a scatter-add varies on a GPU.
     gap_N = (excess_BT1 * one_hot(bin_BT, BINS)).mean((0, 1))
     p_BTK = posterior_BTK.double()
     no_likelier_BT = (p_BTK * (p_BTK <= p_BTK.gather(-1, c_BT1))).sum(-1)
@@ -82,8 +82,8 @@ def fold_bins(metrics: dict[str, float]) -> dict[str, float]:
     """Metrics averaged over a whole batch, with the bins of `calibration` folded into posterior_ece, where there are any.
 
     posterior_ece: expected calibration error, |accuracy - confidence| averaged over the bins by their share of samples x terms (Guo et
-    al. 2017, arXiv 1706.04599, Eq. 3), on the training images of one step. Small batches bias it upward: a perfect posterior does not
-    read 0 but up to 1.1 / sqrt(batch), .14 at 64 samples (derived), so compare readings of one train.batch.
+    al. 2017, arXiv 1706.04599, Eq. 3), on the training images of one step. Small batches bias it upward: a perfect posterior
+    reads up to 1.1 / sqrt(batch), .14 at 64 samples (derived), so compare readings of one train.batch.
     """
     bins = [value for name, value in metrics.items() if name.startswith(BIN)]
     rest = {name: value for name, value in metrics.items() if not name.startswith(BIN)}

@@ -1,7 +1,7 @@
-"""`mclr sample`: images from a run or from weights. Every random number of an image comes from its own seed.
+"""`mclr sample`: images from a run or from weights.
 
-So neither the number of images nor the order nor a resume nor the number of ranks changes one. N images of a call; C H W image;
-L tokens of an image.
+Every random number of an image comes from its own seed, so an image does not depend on the number of images, their order, a resume or
+the number of ranks.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-# other distributions own packages named `models` or `kernels`, and an editable install comes after them
+# The checkout comes first: other installed packages may be named `models` or `kernels`.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from mclr.configs.schema import NextScaleModel
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.dataset and config.sample.more_smooth:
                 raise UserError("sample.more_smooth=true makes pictures of no tokens: leave out --dataset, or set it to false")
         count = args.per_class * len(conditions) if args.per_class is not None else 100 if args.count is None else args.count
-        # a program whose ranks have met already asks one of them
+        # In a program whose ranks have met already, one of them calls this.
         shared = launched() and not torch.distributed.is_initialized()
         with group(shared), report_once():
             draw(config, weights, args.out, conditions, range(args.seed, args.seed + count), keep_tokens, shared=shared)

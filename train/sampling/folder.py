@@ -125,7 +125,7 @@ def finish(out: Path, record: dict[str, Any], model: Model, guide_name: str | No
 
 
 def record_of(config: RunConfig, weights: Path, conditions: list[int], seeds: range) -> dict[str, Any]:
-    """sample.json as long as nothing is drawn. settings: all that decides an image, which one folder has one of."""
+    """sample.json before anything is drawn. settings: all that decides an image; all images of a folder share them."""
     guide = find_weights(config.sample.guide) if config.sample.guide else None
     tokenizer = vae = None
     if isinstance(config.model, NextScaleModel):
@@ -155,7 +155,7 @@ def record_of(config: RunConfig, weights: Path, conditions: list[int], seeds: ra
 
 
 def make_folder(out: Path, record: dict[str, Any], keep_tokens: bool) -> None:
-    """Make the folder ready for images, and take away what was made of fewer of them."""
+    """Make the folders for images, and remove what was made from fewer images. Raises UserError where that is impossible."""
     try:
         for folder in ("images", "tokens") if keep_tokens else ("images",):
             (out / folder).mkdir(parents=True, exist_ok=True)
@@ -167,13 +167,13 @@ def make_folder(out: Path, record: dict[str, Any], keep_tokens: bool) -> None:
 
 
 def refuse_other(out: Path, record: dict[str, Any], there: dict[str, Any] | None) -> None:
-    """Raises UserError where the folder holds images that were not made by these settings, or more of them."""
+    """Raises UserError where the folder holds images of other settings, or more images than asked for."""
     if there is None:
         if out.is_dir() and any(out.iterdir()):
             raise UserError(f"{out} holds files of unknown origin: choose another folder with --out")
         return
     way_out = "remove it, or choose another folder"
-    # settings that are newer than the folder had their defaults
+    # A setting that did not exist when the folder was made had its default.
     before = {f"sample.{key}": field.default for key, field in Sample.model_fields.items()} | there["settings"]
     for key, value in record["settings"].items():
         if before.get(key) != value:
@@ -214,11 +214,11 @@ def write_npz(folder: Path) -> None:
     try:
         with open(temporary, "wb") as file:
             with zipfile.ZipFile(file, "w") as archive:
-                # no time stamps: the same images give the same file; chunk by chunk: many images do not fit in memory
+                # No time stamps, so that equal images give equal files; in chunks, since many images do not fit in memory.
                 with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
                     np.lib.format.write_array_header_1_0(member, header)
                     for first in range(0, len(paths), CHUNK):
-                        # beside the first image, whose shape is the header's
+                        # Read each chunk with the first image, whose shape the header has: other shapes are refused.
                         chunk = read_images([paths[0], *paths[first : first + CHUNK]])[1:]
                         member.write(chunk.transpose(0, 2, 3, 1).tobytes())
                 archive.writestr(
@@ -237,7 +237,7 @@ def write_npz(folder: Path) -> None:
 
 
 def write_dataset(folder: Path, config: RunConfig) -> None:
-    """A dataset folder beside the images, of them and of the tokens they were decoded from."""
+    """Write DIR/dataset: a dataset folder of the images, and of the tokens that they were decoded from."""
     paths, record = image_paths(folder), read_record(folder)
     assert record is not None
     tokens = [token_path(path) for path in paths] if isinstance(config.model, NextScaleModel) else []
