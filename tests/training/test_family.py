@@ -94,7 +94,7 @@ def test_drawn_tokens_are_trained_on_as_they_were_drawn(fine_tune, monkeypatch, 
     assert seen_BL.unique(dim=0).shape == seen_BL.shape
     assert all((row == tokens_NL).all(1).any() for row in seen_BL)
     # another model takes the images, and reads no tokens
-    monkeypatch.setattr(mclr.train.training.step, "score", real)
+    monkeypatch.setattr(mclr.loss, "score", real)
     Path("drawn/dataset/tokens.npy").write_bytes(b"other")
     assert fine_tune("edm2-digits", "mle", "data.path=drawn/dataset", out="pixels", weights="null", images=8)[0] == 0
     capsys.readouterr()

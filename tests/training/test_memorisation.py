@@ -232,9 +232,10 @@ def test_evaluate_reads_the_icr_of_a_run(start, digits, capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_ranks_read_what_one_process_reads(start, digits, monkeypatch):
-    """Two ranks, ZeRO 2: rank 0 reads alone."""
-    argv = ["--model", "edm2-digits", "--objective", "mle", "--data", str(digits), "--engine", "zero2", "--out", "ranks", *TINY]
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_ranks_read_what_one_process_reads(zero, start, digits, monkeypatch):
+    """Two ranks; with ZeRO 2 rank 0 reads alone, with ZeRO 3 both do. Also the loss that ranks a checkpoint, of averaged weights."""
+    argv = ["--model", "edm2-digits", "--objective", "mle", "--data", str(digits), "--engine", zero, "--out", "ranks", *TINY]
     # ranks draw their own dropout
     argv += [
         f"train.batch={BATCH}",
@@ -242,16 +243,21 @@ def test_ranks_read_what_one_process_reads(start, digits, monkeypatch):
         "train.log_every=1",
         f"train.monitor_every={BATCH}",
         "model.net.dropout=0.0",
+        "train.keep_best=true",
     ]
     ran = subprocess.run(
         [*launcher("deepspeed"), str(RUN), *argv], capture_output=True, text=True, env=environment(), timeout=300
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
     monkeypatch.setattr(held_out, "DRAWS", 640)  # as it is in the ranks
-    start("alone", 2, f"train.monitor_every={BATCH}", "model.net.dropout=0.0")
+    start("alone", 2, f"train.monitor_every={BATCH}", "model.net.dropout=0.0", "train.keep_best=true")
     ranks, alone = (lines(Path(name)) for name in ("ranks", "alone"))
     for name in (*READ, "loss"):
         assert [line[name] for line in ranks] == pytest.approx([line[name] for line in alone], rel=1e-4)
+    losses = [
+        json.loads(Path(name, f"checkpoints/{2 * BATCH:012d}/state.json").read_text())["held_out"] for name in ("ranks", "alone")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Fits the small networks a data set needs beside the generator: tokenizer, judge classifier, posterior classifier."""
+"""Fits the small networks that a dataset needs beside the generator: tokenizer, judge classifier, posterior classifier."""
 
 import math
 from collections.abc import Callable
@@ -32,7 +32,7 @@ Loss = Callable[[nn.Module, Tensor, Tensor, Draws], Tensor]
 
 @dataclass(frozen=True)
 class Recipe:
-    """steps of `batch` images, AdamW with the rate falling to 0 along a cosine."""
+    """AdamW over `steps` steps of `batch` images. The rate falls to 0 along a cosine."""
 
     steps: int
     batch: int
@@ -41,7 +41,7 @@ class Recipe:
 
 
 def fit(net: nn.Module, loss: Loss, source: Source, recipe: Recipe, seed: int, device: torch.device) -> nn.Module:
-    """Minimise loss(net, image_BCHW in [-1, 1], c_B, draws); every random number is drawn per sample from the seed.
+    """Minimise loss(net, image_BCHW in [-1, 1], c_B, draws). Every random number is drawn per sample, from the seed.
 
     Raises UserError when the loss or its gradient is not finite.
     """
@@ -68,9 +68,9 @@ def fit(net: nn.Module, loss: Loss, source: Source, recipe: Recipe, seed: int, d
 
 
 def fit_to_data(kind: str, data: str, out: str, recipe: Recipe, seed: int, half: bool, command: str) -> None:
-    """Fit a network of this kind to a dataset and write it to `out` with its quality on the held-out images.
+    """Fit a network of this kind to a dataset, and write it to `out` with its quality on the held-out images.
 
-    data: a preset or a dataset folder. Raises UserError before the fit for data, a recipe or a place that cannot be used.
+    data: a preset or a dataset folder. Raises UserError before the fit where data, recipe or `out` cannot be used.
     """
     if recipe.steps < 1 or recipe.batch < 1:
         raise UserError(f"--steps is {recipe.steps} and --batch {recipe.batch}: both must be at least 1")
@@ -89,7 +89,7 @@ def fit_to_data(kind: str, data: str, out: str, recipe: Recipe, seed: int, half:
         print(f"fitting {size} parameters: {recipe.steps} steps of {recipe.batch} images (--steps)", flush=True)
         fit(net, LOSSES[kind], source, recipe, seed, device)
         save_weights(folder, net, half=half, made_by=command, seed=seed, data=info.name)
-    # the weights are safe by now, whatever scoring meets
+    # the weights are written before the scoring, which may fail
     result = quality(kind, net, held_out, device)
     described = read_config(Path(out)) | {"result": result}
     write_json(Path(out) / "config.json", described)
@@ -98,7 +98,7 @@ def fit_to_data(kind: str, data: str, out: str, recipe: Recipe, seed: int, half:
 
 
 def shifted(image_BCHW: Tensor, draws: Draws) -> Tensor:
-    """Each image moved by -1, 0 or 1 pixel along each axis; what comes in is background (-1)."""
+    """Each image moved by -1, 0 or 1 pixel along each axis. Background (-1) fills the edge."""
     padded = nn.functional.pad(image_BCHW, (1, 1, 1, 1), value=-1.0)
     height, width = image_BCHW.shape[2:]
     offsets = (draws.uniform(2) * 3).long().clamp(max=2).tolist()
@@ -115,19 +115,19 @@ def tokenizer_loss(net: nn.Module, image: Tensor, c_B: Tensor, draws: Draws) -> 
 
 
 def posterior_loss(net: nn.Module, image: Tensor, c_B: Tensor, draws: Draws) -> Tensor:
-    """Cross-entropy at the noise levels of training (EDM2's law for latents, wide enough for the others)."""
+    """Cross-entropy at the noise levels of training: EDM2's distribution for latents, which is wide enough for pixels."""
     sigma_B = (draws.normal() * 1.2 - 0.6).exp()
     noisy = image + sigma_B[:, None, None, None] * draws.normal(*image.shape[1:])
     return cross_entropy(net(noisy, sigma_B), c_B)
 
 
 def halvings(resolution: int) -> int:
-    """How often a tokenizer halves images: to a feature map of about 4 pixels up to 16 px, of about 16 above, at most four times."""
+    """How often a tokenizer halves images: at most four times, to a feature map of about 4 pixels (images up to 16 px) or 16."""
     return min(max(round(math.log2(resolution / (4 if resolution <= 16 else 16))), 0), 4)
 
 
 def new_tokenizer(resolution: int, channels: int) -> VQVAE:
-    """Up to 16 px a small one; above, the published one at 64 channels instead of 160. UserError where halving leaves a rest."""
+    """A small one up to 16 px; above, the published one with 64 channels instead of 160. Raises UserError where halving leaves a rest."""
 
     def fits(size: int) -> bool:
         return size % 2 ** halvings(size) == 0
