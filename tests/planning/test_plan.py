@@ -10,10 +10,11 @@ from plan_ranks import BATCH, GATHERED, MICRO, MODELS, SMALL, planned_run
 
 import mclr.train.engine.zero
 from mclr.train.cli import main
-from mclr.train.planning.plan import GIB, MARGIN, largest_share, largest_that_fits, memory_of, model_of, sent_by, shares
+from mclr.train.planning.plan import GIB, MARGIN, largest_share, largest_that_fits, memory_of, model_of, sent_by
 from mclr.train.system.gpus import GPUS, gpu_named, peak_flops
 from mclr.train.training.build import build_networks, build_task, open_source
 from mclr.train.training.compute import forward_flops
+from mclr.train.training.launch import rank_shares
 from mclr.train.training.step import train_step
 
 
@@ -153,7 +154,7 @@ def test_the_table_holds_the_numbers_that_share_the_batch(capsys):
 
 def test_the_largest_micro_batch_is_the_last_that_fits(tokenizer):
     model = model_of(planned_run("edm2-digits", tokenizer, "train.batch=4096"))
-    sizes = shares(model.config, 2)
+    sizes = rank_shares(model.config, 2)
     assert sizes == [2**i for i in range(12)]
     for middle in (0, 5, 11):
         room = memory_of(model, 2, sizes[middle]).total
