@@ -3,6 +3,7 @@
 import argparse
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -25,16 +26,19 @@ followed; hidden and system files are skipped. SRC may also hold train/CLASS/ an
 labels.csv (file,class), or dataset.json as EDM2's and StyleGAN's tools write it. Conditions are the classes in order of
 their names, or of their numbers where all names are numbers. A .zip is read without unpacking. After an interruption
 the same command goes on at its last finished shard."""
+IMAGES_EXAMPLE = "photos data/photos --resolution 64"
 CACHE = """Encode the images of a dataset once, into DATA/cache: latents of a VAE, tokens of a tokenizer. Runs of that encoder find them
 there. The same command run again goes on where it stopped."""
+CACHE_EXAMPLE = """--model edm2-img512-l --data data/imagenet-512
+         torchrun --nproc-per-node 8 -m train.prepare cache --model ... --data ...        on all GPUs"""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`mclr prepare WHAT ...`: each subcommand sets `program`, which is called with the parsed arguments."""
+    """`mclr prepare WHAT ...`: each subcommand sets `program`, which gets the parsed arguments."""
     parser = Parser(
         prog="mclr prepare",
         description="Prepare what training reads.",
-        epilog="example: mclr prepare images photos data/photos --resolution 64\n`mclr prepare WHAT --help` shows the arguments of one.",
+        epilog=f"example: mclr prepare images {IMAGES_EXAMPLE}\n`mclr prepare WHAT --help` shows the arguments of one.",
     )
     commands = parser.add_subparsers(metavar="WHAT", required=True)
     _add_images(commands)
@@ -43,21 +47,23 @@ def main(argv: list[str] | None = None) -> int:
         _add_network(commands, kind)
     cache = _add_cache(commands)
     argv = sys.argv[1:] if argv is None else argv
-    # overrides may stand anywhere, which a parser of subcommands does not allow
+    # a parser of subcommands does not allow overrides anywhere
     args = cache.parse_intermixed_args(argv[1:]) if argv[:1] == ["cache"] else parser.parse_args(argv)
     args.command = "mclr prepare " + " ".join(argv)
     args.program(args)
     return 0
 
 
+def _add(commands: Any, name: str, program: Callable[[argparse.Namespace], None], example: str, **texts: str) -> Parser:
+    """A subcommand, with an example of its arguments."""
+    parser = commands.add_parser(name, epilog=f"example: mclr prepare {name} {example}", **texts)
+    parser.set_defaults(program=program)
+    return parser
+
+
 def _add_images(commands: Any) -> None:
-    add = commands.add_parser(
-        "images",
-        help="a folder or .zip of images, one subfolder per class",
-        description=IMAGES,
-        epilog="example: mclr prepare images photos data/photos --resolution 64",
-    )
-    option = add.add_argument
+    short = "a folder or .zip of images, one subfolder per class"
+    option = _add(commands, "images", _images, IMAGES_EXAMPLE, help=short, description=IMAGES).add_argument
     option("src", metavar="SRC", help="folder or .zip with one subfolder of images per class")
     option("out", metavar="OUT", help="dataset folder to make; reused when it holds these images already")
     option("--resolution", type=int, required=True, metavar="N", help="pixels per side after crop and resize")
@@ -65,35 +71,22 @@ def _add_images(commands: Any) -> None:
     option("--val-share", type=float, metavar="X", help="share kept for val (default: 0.1, or SRC's own val folder)")
     option("--seed", type=int, default=0, metavar="N", help="of the split into train and val (default: %(default)s)")
     option("--shard-size", type=int, default=1000, metavar="N", help="images per shard (default: %(default)s)")
-    option(
-        "--megapixels",
-        type=float,
-        default=MEGAPIXELS,
-        metavar="M",
-        help="largest image read, in 2^20 pixels (default: %(default)g)",
-    )
-    add.set_defaults(program=_images)
+    largest = "largest image read, in 2^20 pixels (default: %(default)g)"
+    option("--megapixels", type=float, default=MEGAPIXELS, metavar="M", help=largest)
 
 
 def _add_digits(commands: Any) -> None:
-    add = commands.add_parser(
-        "digits",
-        help="scikit-learn's 1,797 scanned digits, no download",
-        description="The handwritten digits that come with scikit-learn: 8x8 gray, ten classes, 1,500 train and 297 val.",
-        epilog="example: mclr prepare digits data/digits",
-    )
-    add.add_argument("out", metavar="OUT", help="dataset folder to make; reused when it holds the digits already")
-    add.set_defaults(program=lambda args: _show(prepare_digits(args.out)))
+    short = "scikit-learn's 1,797 scanned digits, no download"
+    text = "The handwritten digits that come with scikit-learn: 8x8 gray, ten classes, 1,500 train and 297 val."
+    digits = _add(commands, "digits", lambda args: _show(prepare_digits(args.out)), "data/digits", help=short, description=text)
+    digits.add_argument("out", metavar="OUT", help="dataset folder to make; reused when it holds the digits already")
 
 
 def _add_network(commands: Any, kind: str) -> None:
-    add = commands.add_parser(
-        kind,
-        help=NETWORKS[kind],
-        description=f"Fit {NETWORKS[kind]} to a dataset and write a weights folder.",
-        epilog=f"example: mclr prepare {kind} weights/{kind} --data digits",
-    )
-    option = add.add_argument
+    text = f"Fit {NETWORKS[kind]} to a dataset and write a weights folder."
+    network = _add(commands, kind, _network, f"weights/{kind} --data digits", help=NETWORKS[kind], description=text)
+    network.set_defaults(kind=kind)
+    option = network.add_argument
     option("out", metavar="OUT", help="weights folder to make")
     option("--data", required=True, metavar="D", help="preset or dataset folder, like digits")
     option("--steps", type=int, default=1000, metavar="N", help="(default: %(default)s)")
@@ -101,44 +94,36 @@ def _add_network(commands: Any, kind: str) -> None:
     option("--lr", type=float, default=0.002, metavar="X", help="at the start (default: %(default)s)")
     option("--seed", type=int, default=0, metavar="N", help="of everything random (default: %(default)s)")
     option("--half", action="store_true", help="store fp16")
-    add.set_defaults(program=_network, kind=kind)
 
 
 def _add_cache(commands: Any) -> Parser:
-    add = commands.add_parser(
-        "cache",
-        help="what a model's frozen encoder stores of every image, which training then reads instead",
-        description=CACHE,
-        epilog="example: mclr prepare cache --model edm2-img512-l --data data/imagenet-512\n"
-        "         torchrun --nproc-per-node 8 -m train.prepare cache --model ... --data ...        on all GPUs",
-    )
-    option = add.add_argument
+    short = "what a model's frozen encoder stores of every image, which training then reads instead"
+    cache = _add(commands, "cache", _cache, CACHE_EXAMPLE, help=short, description=CACHE)
+    option = cache.add_argument
     option("--model", required=True, help="preset whose encoder is used, or a YAML path")
     option("--data", required=True, metavar="D", help="preset or dataset folder")
     option("--half", action="store_true", help="latents in fp16: half the disk, 11 bits of every number")
-    option(
-        "overrides", nargs="*", metavar="section.key=value", help="as in the run: data.flip=true, model.vae=, model.tokenizer="
-    )
-    add.set_defaults(program=_cache)
-    return add
+    settings = "as in the run: data.flip=true, model.vae=, model.tokenizer="
+    option("overrides", nargs="*", metavar="section.key=value", help=settings)
+    return cache
 
 
 def _images(args: argparse.Namespace) -> None:
     settings = (args.resolution, args.channels, args.val_share, args.seed, args.shard_size, args.megapixels)
-    # a signal ends the command as an exception does: no temporary file stays
+    # a signal raises an exception, so that no temporary file is left
     with on_signals(end_early):
         _show(prepare_images(args.src, args.out, *settings))
 
 
 def _network(args: argparse.Namespace) -> None:
-    # torch's optimisers and the networks are slow to import; the other subcommands do without
+    # slow to import
     from mclr.train.training.small_networks import Recipe, fit_to_data
 
     fit_to_data(args.kind, args.data, args.out, Recipe(args.steps, args.batch, args.lr), args.seed, args.half, args.command)
 
 
 def _cache(args: argparse.Namespace) -> None:
-    # slow to import, too
+    # slow to import
     from mclr.train.data.cache import make_cache
     from mclr.train.training.build import open_source
     from mclr.train.training.networks import build_encoder

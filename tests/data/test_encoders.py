@@ -172,18 +172,9 @@ def test_a_run_on_latents_trains_and_is_sampled(vae, tmp_path, capsys, monkeypat
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.numpy()).save(folder / f"{i}.png")
     prepare_images(tmp_path / "photos", tmp_path / "data", resolution=64)
-    argv = [
-        "--model",
-        "edm2-digits",
-        "--objective",
-        "mclr",
-        "--data",
-        str(tmp_path / "data"),
-        f"model.vae={vae}",
-        "data.flip=true",
-    ]
-    argv += ["model.weights=null", "model.posterior.weights=null", "train.batch=8", "train.images=16", "train.log_every=1"]
-    argv += ["train.monitor_every=16"]
+    argv = ["--model", "edm2-digits", "--objective", "mclr", "--data", str(tmp_path / "data"), f"model.vae={vae}"]
+    argv += ["model.weights=null", "model.posterior.weights=null", "data.flip=true", "train.batch=8", "train.images=16"]
+    argv += ["train.log_every=1", "train.monitor_every=16"]
     assert main([*argv, "--dry-run"]) == 0
     assert "edm2-digits (diffusion), 0.18M parameters" in capsys.readouterr().out
     run = tmp_path / "run"

@@ -1,12 +1,11 @@
-"""Caches of what a frozen encoder stores of every image: a VAE's posteriors or a tokenizer's tokens, read in place of the images.
+"""Caches of what a frozen encoder stores of every image: a VAE's posteriors or a tokenizer's tokens. Training reads them, not images.
 
 A cache of the train split lies in DATA/cache/CHECKSUM: files of CHUNK samples in shard order (npy, records [n, V]) and, once all are
 there, cache.json. Files are written atomically and independently, so a job resumes at the first missing file and ranks need no
-coordination. Every record holds its own CRC-32, which is checked whenever the record is read. Records are read, not mapped: a process
-that maps a file dies without a message when the file is cut off or its disk fails.
+coordination. Every record holds its own CRC-32, which is checked at every reading. Files are read, not mapped: a process that maps a file
+dies without a message when the file is cut off or its disk fails.
 
-B samples of a batch; n samples of a file; V views of a sample: the image and, where a run mirrors images, its mirror image, encoded
-like any other. A run without mirroring never reads the second view, which doubles work and disk.
+B samples of a batch; n samples of a file; V views of a sample: the image and, for runs that mirror images, its mirror image.
 """
 
 import hashlib
@@ -39,7 +38,7 @@ Model = DiffusionModel | NextScaleModel
 
 @dataclass(frozen=True)
 class CacheKey:
-    """Everything that decides the content of a cache; its checksum is the name of the folder.
+    """Everything that decides the content of a cache. The checksum of it is the name of the folder.
 
     what: latents or tokens; encoder: sha256 of its weights; dataset: sha256 of dataset.json; dtype and shape: of one view;
     chunk: samples of a file.
@@ -67,7 +66,7 @@ def cache_key(data: Data, model: Model, encoder: Encoder, source: Source, dtype:
 
 
 class Cache:
-    """The files of one cache, there or still to be written."""
+    """The files of one cache, written or not yet."""
 
     def __init__(self, dataset: Path, key: CacheKey):
         self.key = key
@@ -90,7 +89,7 @@ class Cache:
             return False
 
     def write(self, k: int, x_nV: np.ndarray) -> None:
-        """File k. Raises UserError where the disk is full, or the numbers do not fit the cache's type."""
+        """Write file k. Raises UserError where the disk is full, or the numbers do not fit the cache's type."""
         records_nV = np.empty(x_nV.shape[:2], self.record)
         with np.errstate(over="ignore"):
             records_nV["x"] = x_nV
@@ -103,7 +102,7 @@ class Cache:
         write_file(self._file(k), self._header(k) + records_nV.tobytes())
 
     def finish(self, command: str) -> bool:
-        """Record that the cache is complete, and remove what a killed job left. False where another rank has done so."""
+        """Remove what a killed job left, and record that the cache is complete. False where another rank has done so."""
         # without the lock, one of two jobs could remove a file that the other is writing
         try:
             held, _ = lock(self.folder / "lock", wait=True)
@@ -121,7 +120,7 @@ class Cache:
         return True
 
     def check(self) -> None:
-        """Raises UserError where a complete cache is not what its name says, or a file is missing or cut off."""
+        """Raises UserError where cache.json does not fit the key, or a file is missing or cut off."""
         try:
             said = json.loads((self.folder / RECORD).read_bytes())
             for name, value in json.loads(json.dumps(asdict(self.key))).items():
@@ -134,7 +133,7 @@ class Cache:
             raise self._damaged(error) from error
 
     def read(self, i: int) -> np.ndarray:
-        """What is stored of sample i, [V, ...]. Raises UserError where its file is damaged at this place."""
+        """What is stored of sample i, [V, ...]. Raises UserError where it is damaged."""
         k, place = divmod(i, self.key.chunk)
         try:
             with open(self._file(k), "rb") as file:
@@ -158,13 +157,13 @@ class Cache:
         return header(self.record, (len(self.samples(k)), self.key.views))
 
     def _crcs(self, i: int, records_V: np.ndarray) -> list[int]:
-        # the sum starts at the place of the view: a record of another sample does not fit
+        # the sum starts at the number of the view, so that the record of another sample does not fit
         return [zlib.crc32(x.tobytes(), i * self.key.views + view) for view, x in enumerate(records_V["x"])]
 
 
 @lru_cache
 def header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
-    """How a npy file of such an array begins."""
+    """The header of the npy file of such an array."""
     buffer = BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": dtype.descr, "fortran_order": False, "shape": shape})
     return buffer.getvalue()
@@ -194,7 +193,7 @@ class CacheReader:
 
 
 def through_cache(source: Source, encoder: Encoder, data: Data, model: Model) -> Source:
-    """The source, read through its cache where one is complete and fits the run; the exact cache where there are two.
+    """The source, or one that reads a complete cache which fits the run. An exact cache is preferred to one in half precision.
 
     Raises UserError where that cache is damaged.
     """
@@ -220,7 +219,7 @@ def _has_caches(source: Source) -> bool:
 
 
 def data_line(source: Source, encoder: Encoder, data: Data) -> list[str]:
-    """What a run prints about its data at its start: a stream, the cache that it reads, or that no cache fits; else nothing."""
+    """What a run prints about its data at its start: that it streams, which cache it reads, or that no cache fits."""
     if not source.info.splits:
         return ["data       streamed, shards drawn with replacement: a resumed run sees other samples"]
     if cache := cache_of(source):
@@ -233,9 +232,9 @@ def data_line(source: Source, encoder: Encoder, data: Data) -> list[str]:
 
 
 def precision_of(source: Source, encoder: Encoder) -> dict[str, str]:
-    """The precision of a run's latents, which is kept with its inputs: a resumed run may gain or lose a cache, not change this.
+    """The precision of a run's latents, which belongs to its inputs: a resumed run may gain or lose a cache, but not change this.
 
-    Tokens are the same with and without a cache; fp32 latents too, up to the rounding of another batch size.
+    Tokens are the same with and without a cache. So are fp32 latents, up to rounding in batches of another size.
     """
     if not isinstance(encoder, Latents):
         return {}
@@ -246,11 +245,11 @@ def precision_of(source: Source, encoder: Encoder) -> dict[str, str]:
 def make_cache(
     source: Source, encoder: Encoder, data: Data, model: Model, half: bool, device: torch.device, command: str
 ) -> None:
-    """Write this rank's share of the files, after those that are there; the rank that finds all of them completes the cache.
+    """Write this rank's share of the missing files. The rank that finds all files written completes the cache.
 
-    half: latents in fp16, half the disk: of mean and standard deviation 11 bits are left, so x moves by 2.5e-4 of its standard deviation
-    (root mean square; latents of EDM2's statistics, tests/data/test_cache.py).
-    Raises UserError where there is nothing to cache, an image is damaged, or the disk is full.
+    half: store latents in fp16. It halves the disk and keeps 11 bits of mean and standard deviation: x moves by 2.5e-4 of its standard
+    deviation (root mean square; latents of EDM2's statistics, tests/data/test_cache.py). Raises UserError where there is nothing to
+    cache, an image is damaged, or the disk is full.
     """
     dtypes = encoder.storage(data)[1]
     if not dtypes or source.split.tokens_NL is not None:
@@ -273,7 +272,7 @@ def make_cache(
     except OSError as error:
         raise UserError(f"cannot make {cache.folder} ({error.strerror}): make the dataset folder writable") from error
     there = sum(len(cache.samples(k)) for k in range(cache.files) if cache.finished(k))
-    # dealt by number, not by what is missing: ranks start at different times and may find different files
+    # dealt by number, not among the missing ones: ranks start at different times and may find different files
     todo = [k for k in range(rank, cache.files, ranks) if not cache.finished(k)]
     with progress_bar(key.count, begun=there, quiet=rank != 0) as bar:
         for k, following in zip(todo, [*todo, None][1:], strict=True):
@@ -285,7 +284,7 @@ def make_cache(
                 both = (image_BCHW, image_BCHW.flip(-1))[: key.views]
                 encoded.append(torch.stack([encoder.encode(view) for view in both], dim=1).cpu())
             cache.write(k, torch.cat(encoded).numpy())
-            # the other ranks have done about as much
+            # we assume that the other ranks have done as much
             bar.update(min(len(samples) * ranks, key.count - bar.n))
     if left := sum(not cache.finished(k) for k in range(cache.files)):
         if rank == 0:

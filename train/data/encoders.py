@@ -1,7 +1,7 @@
 """Encoders: from images to what a paradigm models, and back.
 
-B samples; C, H, W image or latents; S channels as stored; L tokens. Images are in [-1, 1]; only from_uint8 and to_uint8 round. An image
-is mirrored before it is encoded, since mirrored latents or tokens are not those of the mirrored image: a cache stores both.
+B samples; C, H, W image or latents; L tokens. Images are in [-1, 1]. An image is mirrored before it is encoded: mirrored latents are not
+the latents of the mirrored image. So a cache stores what both images give.
 """
 
 from pathlib import Path
@@ -22,15 +22,14 @@ VAE_BATCH = 8  # images that go through a VAE at a time
 
 
 class Encoder(Protocol):
-    """encode: image -> what may be stored of it, the same at every visit; draw: stored -> x of one visit, with the sample's own random
-    numbers; decode: x -> image."""
+    """encode: image -> what can be stored, the same at every visit. draw: stored -> x of one visit, with the sample's own random numbers.
+    decode: x -> image."""
 
     def shape(self, data: Data) -> tuple[int, int, int] | None:
-        """(C, H, W) of x for images of this data; None where x is tokens."""
+        """(C, H, W) of x for these images; None where x is tokens."""
 
     def storage(self, data: Data) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        """Shape of what encode() gives for one image, and the types of numbers that can store it, the exact one first; no types where
-        it is the image itself."""
+        """(shape of what encode() gives for one image, types that can store it, the exact one first). No types where it is the image."""
 
     def encode(self, image_BCHW: Tensor) -> Tensor: ...
     def draw(self, stored_B: Tensor, draws: Draws) -> Tensor: ...
@@ -58,7 +57,7 @@ class RGB:
 
 
 class Tokens:
-    """Next-scale models: x is the tokens [B, L] of a frozen multi-scale tokenizer."""
+    """Next-scale models: x is tokens [B, L] of a frozen multi-scale tokenizer."""
 
     def __init__(self, tokenizer: VQVAE):
         self.tokenizer = tokenizer.eval().requires_grad_(False)
@@ -86,8 +85,8 @@ class Tokens:
 class Latents:
     """Diffusion in the latents of a frozen Stable Diffusion VAE, in fp32: x is [B, 4, H/8, W/8], of mean 0 and standard deviation .5.
 
-    What is stored is mean and standard deviation of the VAE's posterior, [B, 8, H/8, W/8]; x is drawn from it at every visit. MEAN and
-    STD, per channel, are EDM2's (arXiv 2312.02696, appendix); as in EDM2 the VAE reads images in [0, 1]. They describe latents as the
+    Stored are mean and standard deviation of the VAE's posterior, [B, 8, H/8, W/8]; every visit draws x from it. As in EDM2 (arXiv
+    2312.02696, appendix), the VAE reads images in [0, 1]; MEAN and STD are EDM2's, one number per channel. They describe latents as the
     VAE gives them, with root mean square sqrt(mean(MEAN^2 + STD^2)) = 5.3. Stable Diffusion's factor .18215, which would make that
     about 1, is not applied.
     """
@@ -128,7 +127,7 @@ class Latents:
 
 
 def find_vae(name: str) -> Path:
-    """The folder of model.vae=name: config.json and VAE_WEIGHTS, here or by hf://ORG/REPO. Raises UserError where there is none."""
+    """The folder of model.vae=name, with config.json and VAE_WEIGHTS. name: a path or hf://ORG/REPO. Raises UserError where it is none."""
     files = ("config.json", VAE_WEIGHTS)
     folder = fetch(name, files)
     if not all((folder / file).is_file() for file in files):
@@ -147,13 +146,14 @@ def load_vae(name: str, device: torch.device) -> Any:
     try:
         options = {"use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": False, "torch_dtype": torch.float32}
         vae = AutoencoderKL.from_pretrained(folder, **options)
-    except Exception as error:  # damaged files make diffusers raise almost anything
+    # diffusers raises nearly anything on damaged files
+    except Exception as error:
         raise UserError(
             f"model.vae={name} is no readable AutoencoderKL ({type(error).__name__}): copy stabilityai/sd-vae-ft-mse again"
         ) from error
     config = vae.config
     found = (config.in_channels, config.latent_channels, 2 ** (len(config.block_out_channels) - 1), config.scaling_factor)
-    # SDXL's VAE has the same shape and other latents: only the factor differs
+    # SDXL's VAE has the same shape but other latents: only its factor tells them apart
     if found != (3, Latents.CHANNELS, VAE_FACTOR, 0.18215):
         raise UserError(
             f"model.vae={name} makes {found[1]} channels at 1/{found[2]} of the side, scaling_factor {found[3]}: EDM2's latents are 4 at "
@@ -168,7 +168,7 @@ def from_uint8(image_BCHW: Tensor) -> Tensor:
 
 
 def mirrored(image_BCHW: Tensor, flip_B: Tensor) -> Tensor:
-    """The images, those with flip_B left to right."""
+    """The images; those with flip_B are mirrored left to right."""
     return torch.where(flip_B[:, None, None, None], image_BCHW.flip(-1), image_BCHW)
 
 
@@ -181,6 +181,6 @@ def to_uint8(image_BCHW: Tensor) -> Tensor:
 
 
 class BareLatents(RGB):
-    """Latents without a VAE: the source gives x itself, in the shape of latents."""
+    """Latents without a VAE: the source gives x itself."""
 
     shape = staticmethod(Latents.shape)

@@ -1,4 +1,4 @@
-"""Images: read from files of any format, cropped and converted, written as PNG, laid out as a sheet."""
+"""Images: reads files of any format, crops and converts them, writes PNG files and sheets."""
 
 import io
 from collections.abc import Iterable
@@ -13,24 +13,24 @@ from mclr.errors import UserError
 from mclr.train.system.files import in_memory, regular
 
 PNG = ("PNG",)
-# Pillow's formats that it hands to other programs (PostScript to Ghostscript), or recognises and cannot decode; IPTC is no image
+# formats that Pillow passes to other programs (PostScript to Ghostscript) or recognises without reading; IPTC is no image
 NOT_READ = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC"}
 MEGAPIXELS = 256.0  # largest image that is read, in units of 2^20 pixels: 768 MiB as RGB
-MOST_ASPECT = 32  # of what is resized: of a longer image only the middle
+MOST_ASPECT = 32  # a longer image is cut to its middle before it is resized
 TEXTS = (b"tEXt", b"zTXt", b"iTXt")
-ORIENTATION = (b"Raw profile type", b"XML:com.adobe.xmp")  # texts of a PNG file that may hold it
+ORIENTATION = (b"Raw profile type", b"XML:com.adobe.xmp")  # texts of a PNG file that may hold the orientation
 
 
 @cache
 def formats() -> tuple[str, ...]:
-    """The formats that Pillow here reads, and recognises by their first bytes."""
+    """The formats that this Pillow reads and recognises by their first bytes."""
     Image.init()
     return tuple(name for name, (_, recognises) in Image.OPEN.items() if recognises and name not in NOT_READ)
 
 
 @cache
 def endings() -> dict[str, str]:
-    """Ending of a file's name, in lower case -> format; of all formats that Pillow here reads."""
+    """Ending of a file's name in lower case -> format, for all formats that this Pillow reads."""
     formats()
     return {end: name for end, name in Image.EXTENSION.items() if name in Image.OPEN and name not in NOT_READ}
 
@@ -38,11 +38,11 @@ def endings() -> dict[str, str]:
 def center_crop(image: Image.Image, resolution: int) -> Image.Image:
     """The centre square at resolution x resolution, as ImageNet is prepared for diffusion models (Dhariwal & Nichol 2021).
 
-    Halved by a box filter while twice too large, then bicubic until the shorter side fits, then cropped.
+    The image is halved by a box filter while it is twice too large, resized (bicubic) until the shorter side fits, then cropped.
     """
     longest = MOST_ASPECT * min(image.size)
     if max(image.size) > longest:
-        # resized as a whole it would need many times the memory of the result
+        # to resize all of it would take many times the memory of the result
         width, height = (min(side, longest) for side in image.size)
         left, top = (image.width - width) // 2, (image.height - height) // 2
         image = image.crop((left, top, left + width, top + height))
@@ -64,12 +64,12 @@ def open_image(data: bytes, formats: tuple[str, ...]) -> Image.Image:
 
 
 def format_of(file: Path | IO[bytes]) -> str | None:
-    """The format of a file whose content is an image that Pillow here reads, None for others."""
+    """The format of an image file, by its content; None where this Pillow reads no image there."""
     Image.MAX_IMAGE_PIXELS = None
     try:
         with Image.open(regular(file) if isinstance(file, Path) else file, formats=formats()) as image:
             return image.format
-    # a decoder that meets other bytes raises nearly anything
+    # decoders raise nearly anything on other bytes
     except Exception:
         return None
 
@@ -77,11 +77,11 @@ def format_of(file: Path | IO[bytes]) -> str | None:
 def decode(data: bytes, name: str = "", channels: int | None = None, megapixels: float = MEGAPIXELS) -> tuple[Image.Image, str]:
     """(the image in a file: upright, opaque (over white), 8 bits per channel; the format of the file).
 
-    The content decides the format; name: that of the file, whose ending decides where a format has no signature. channels: 1 gray,
-    3 RGB, None: gray where the file is gray. Raises ValueError where the image is larger than `megapixels`, or its pixels have no
-    known range; on damaged bytes whatever Pillow raises.
+    The format is known by the content, or by the ending of `name` where the format has no signature. channels: 1 gray, 3 RGB, None as in
+    the file. Raises ValueError where the image is larger than `megapixels` or its pixels have no known range, and on damaged bytes
+    whatever Pillow raises.
     """
-    # our own limit takes the place of Pillow's, which refuses sound images
+    # Pillow's own limit would refuse sound images
     Image.MAX_IMAGE_PIXELS = None
     own = endings().get(Path(name).suffix.lower())
     with open_image(without_texts(data), formats() if own in (None, *formats()) else (*formats(), str(own))) as image:
@@ -93,9 +93,9 @@ def decode(data: bytes, name: str = "", channels: int | None = None, megapixels:
 
 
 def without_texts(data: bytes) -> bytes:
-    """A PNG file without its texts, whose size Pillow limits; other files as they are.
+    """A PNG file without its texts, since Pillow refuses long ones; other files unchanged.
 
-    Texts that may hold the orientation stay, up to that limit.
+    Texts that may hold the orientation stay where Pillow accepts their length.
     """
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         return data
@@ -122,7 +122,7 @@ def _eight_bits(image: Image.Image, mode: str) -> Image.Image:
 
 
 def read_images(paths: Iterable[Path]) -> np.ndarray:
-    """Image files of one size, each as decode() gives it -> uint8 [N, C, H, W], C = 1 or 3. Raises UserError naming the file at fault."""
+    """Image files of one size -> uint8 [N, C, H, W], C = 1 or 3. Raises UserError with the file that is unreadable or differs."""
     images: list[np.ndarray] = []
     for path in paths:
         try:
@@ -143,7 +143,7 @@ def image_paths(folder: Path) -> list[Path]:
 
 
 def condition_of(path: Path) -> int:
-    """The condition in the name of an image, SEED-CONDITION.png. Raises UserError when there is none."""
+    """The condition in the name of an image, SEED-CONDITION.png. Raises UserError where there is none."""
     condition = path.stem.rpartition("-")[2]
     if not condition.isdigit() or path.stem == condition:
         raise UserError(f"{path} does not say its condition: name it SEED-CONDITION.png, as in 000012-3.png")
@@ -157,9 +157,9 @@ def png(image_CHW: np.ndarray) -> bytes:
 
 
 def image_grid(images_NCHW: np.ndarray, rows: int, columns: int, scale: int) -> bytes:
-    """PNG file of the first rows * columns images (uint8), row by row, one white pixel between them, then enlarged without blur.
+    """PNG file of the first rows * columns images, row by row, with a white line between them, enlarged without blur.
 
-    Raises ValueError when there are too few images or they are no uint8 pictures of one or three channels.
+    Raises ValueError where there are too few images, or they are not uint8 with one or three channels.
     """
     images_NCHW = np.asarray(images_NCHW)
     if images_NCHW.dtype != np.uint8 or images_NCHW.ndim != 4 or images_NCHW.shape[1] not in (1, 3):

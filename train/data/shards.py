@@ -1,4 +1,4 @@
-"""The samples in shards (tar files of KEY.png + KEY.cls): where they are, how one is read, and what a stream's sample holds."""
+"""Samples in shards, which are tar files of KEY.png + KEY.cls: an index of them, reading one, and what a streamed sample holds."""
 
 import gc
 import hashlib
@@ -17,7 +17,7 @@ from mclr.train.data.images import PNG, endings, open_image
 from mclr.train.system.files import regular, write_file
 
 INDEX = "index.json"
-FIRST = ("jpg", "jpeg", "png", "webp")  # kinds of images; of a sample with several, the first of these is read
+FIRST = ("jpg", "jpeg", "png", "webp")  # kinds of images that are read first where a sample has several
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class Sample(NamedTuple):
 
 
 def load_index(folder: Path, shards: list[Shard]) -> dict[str, list[Sample]]:
-    """The samples of every shard, by its file name; from index.json where that fits the shard, else from the tar file.
+    """{shard: its samples}, from index.json where that fits the shard, else from the tar file.
 
-    A missing or stale index.json is written anew; where the folder is read-only the index stays in memory.
-    Raises UserError naming the shard when a tar file without an index entry is not the one that dataset.json records.
+    A missing or stale index.json is written anew, unless the folder is read-only. Raises UserError where a shard without an index is not
+    the one in dataset.json.
     """
     saved = _saved_index(folder)
     index = {}
@@ -59,13 +59,13 @@ def load_index(folder: Path, shards: list[Shard]) -> dict[str, list[Sample]]:
 
 
 class Damaged(UserError):
-    """An image whose bytes cannot be read. Training may pass over it (dataset.py, SplitReader); nothing else does."""
+    """An image that cannot be decoded. Training alone may pass over it (dataset.py, SplitReader)."""
 
 
 def read_image(folder: Path, sample: Sample, shape: tuple[int, int, int]) -> np.ndarray:
-    """One sample's image, uint8 [C, H, W]; Damaged, which names shard and key, when it cannot be decoded or is not of this shape.
+    """One sample's image, uint8 [C, H, W]. Raises Damaged, with shard and key, where it cannot be decoded or has another shape.
 
-    Raises UserError when the shard itself is at fault: missing, unreadable, or cut short.
+    Raises UserError where the shard is missing, unreadable or cut short.
     """
     channels, height, width = shape
     path = folder / sample.file
@@ -81,10 +81,10 @@ def read_image(folder: Path, sample: Sample, shape: tuple[int, int, int]) -> np.
     mode = {1: "L", 3: "RGB"}[channels]
     try:
         image = open_image(data, PNG)
-        # another size is an error already: the pixels are not decoded
+        # an image of another size is refused below, so its pixels are not decoded
         if fits := (image.mode, image.size) == (mode, (width, height)):
             image.load()
-    # a decoder that meets damaged bytes raises nearly anything
+    # decoders raise nearly anything on damaged bytes
     except Exception as error:
         raise Damaged(f"{place} is damaged ({error}): copy the shard again, or prepare the dataset again") from error
     if not fits:
@@ -93,14 +93,17 @@ def read_image(folder: Path, sample: Sample, shape: tuple[int, int, int]) -> np.
 
 
 def image_kind(sample: dict[str, Any]) -> str:
-    """The kind of a sample's image. Raises ValueError where it has none."""
+    """The kind of the image among a sample's files. Raises ValueError where there is none."""
     if kinds := [kind for kind in (*FIRST, *sample) if kind in sample and f".{kind}" in endings()]:
         return kinds[0]
     raise _lacks(sample, "image")
 
 
 def label_of(sample: dict[str, Any], label: str) -> int:
-    """The condition of a sample as data.label says: KIND, or json.NAME for an entry of a JSON file. Raises ValueError without one."""
+    """The condition of a sample. label: the kind of file that holds it, or json.NAME for an entry of the .json.
+
+    Raises ValueError where there is none.
+    """
     kind, *names = label.split(".")
     if kind not in sample:
         raise _lacks(sample, f".{kind}")
@@ -127,7 +130,7 @@ def _lacks(sample: dict[str, Any], what: str) -> ValueError:
 
 
 def _saved_index(folder: Path) -> dict[str, tuple[str, list[Sample]]]:
-    """{shard: (sha256, samples)} of index.json; empty when it is missing or malformed: it is made again from the tar files."""
+    """{shard: (sha256, samples)} of index.json; empty where the file is missing or malformed."""
     try:
         stat = regular(folder / INDEX).stat()
         return _parsed_index(folder / INDEX, stat.st_size, stat.st_mtime_ns)
@@ -135,10 +138,10 @@ def _saved_index(folder: Path) -> dict[str, tuple[str, list[Sample]]]:
         return {}
 
 
-# one entry serves the readers of both splits: 4 million samples take most of a gigabyte
+# kept for the readers of both splits; no more than one, since 4 million samples take most of a gigabyte
 @lru_cache(maxsize=1)
 def _parsed_index(path: Path, size: int, changed: int) -> dict[str, tuple[str, list[Sample]]]:
-    # the garbage collector would go through the millions of tuples again and again
+    # else the garbage collector visits the millions of tuples again and again
     gc.disable()
     try:
         record = json.loads(path.read_bytes())
@@ -148,7 +151,7 @@ def _parsed_index(path: Path, size: int, changed: int) -> dict[str, tuple[str, l
 
 
 def _fit(samples: list[Sample], shard: Shard) -> bool:
-    """Whether samples of index.json, whose types are not checked yet, can be those of the shard."""
+    """Whether these samples of index.json can be those of the shard. Their types are not checked yet."""
     return len(samples) == shard.count and all(
         type(key) is str
         and type(c) is int
@@ -174,7 +177,7 @@ def _index_shard(folder: Path, shard: Shard) -> list[Sample]:
             for member in tar:
                 # as webdataset does: the key ends at the first dot
                 key, _, kind = member.name.partition(".")
-                # tarfile would loop on a negative size, and fill the memory for a sparse file
+                # tarfile loops on a negative size, and fills the memory for a sparse file
                 if not 0 <= member.size <= shard.bytes - member.offset_data:
                     raise ValueError(f"{member.name} is not within the file")
                 if kind in ("png", "cls") and not member.isreg():
@@ -187,7 +190,7 @@ def _index_shard(folder: Path, shard: Shard) -> list[Sample]:
                     condition[key] = int(content.read())
     except UserError:
         raise
-    # damaged headers make tarfile raise nearly anything; ValueError: also a condition that is no whole number
+    # tarfile raises nearly anything on damaged headers
     except Exception as error:
         raise UserError(f"{path}: damaged at or after sample {key} ({error}): remove the dataset and prepare it again") from error
     if place.keys() != condition.keys():

@@ -1,9 +1,9 @@
-"""Training samples streamed from shards that are no dataset folder: URLs and commands in webdataset's notation, nothing on disk.
+"""Training samples streamed from shards outside of a dataset folder: URLs and commands in webdataset's notation.
 
-Shards are tar files of KEY.jpg (or another image) and KEY.cls (or .json: data.label), as webdataset's ImageNet has them; images of
-any size are cropped and resized as `mclr prepare images` does it. A key ends at the first dot of a file's name, and a sample's files
-follow each other. Each reader of each rank draws shards with replacement, so any number of shards serves any number of readers. A
-position holds what comes next, which differs from start to start. C H W image.
+Shards are tar files of KEY.jpg (or another image) and KEY.cls (or .json: data.label), as webdataset's ImageNet has them. Images of any
+size are cropped and resized as `mclr prepare images` does it. A key ends at the first dot of a file's name. A sample's files follow each
+other. Each reader of each rank draws shards with replacement, so any number of shards serves any number of readers. Samples have no fixed
+positions: after each start they come in another order. C H W image.
 """
 
 import errno
@@ -41,11 +41,12 @@ from mclr.train.system.ranks import world
 
 SHUFFLED = 500  # samples among which a reader draws the next
 READY = 32  # images that a reader holds decoded
-TRIES, PAUSE = 6, 2.0  # of a shard that cannot be read; seconds before the second try, doubled each time: a minute in all
-STALLED = 60.0  # seconds without a sample, after which a download is ended and counts as a failed try
-PATIENCE = 300.0  # seconds without an image, after which the stream has failed
+TRIES = 6  # of a shard that cannot be read
+PAUSE = 2.0  # seconds before the second try, doubled for each further one: a minute in all
+STALLED = 60.0  # a download is ended, as a failed try, after so many seconds without a sample
+PATIENCE = 300.0  # the stream has failed after so many seconds without an image
 PARTING = 5.0  # seconds that the readers of a closed stream have to end
-FEW = 10  # damaged samples that are always tolerated: their share says nothing yet
+FEW = 10  # damaged samples that are always tolerated: of few samples their share says nothing
 REMEMBERED = 2**16  # positions whose keys are kept
 # exit statuses of a command whose pipe we closed early: -SIGPIPE, the shell's 141, curl's 23
 UNREAD = (-13, 141, 23)
@@ -62,7 +63,7 @@ class Drawn(NamedTuple):
 @dataclass
 class Download:
     """What a reader reads now. pipe: its command, None for a file; since: time of its last sample, in seconds; stalled: it was ended
-    because none came; closed: the reader shall end."""
+    because no sample came; closed: the reader is to end."""
 
     url: str = ""
     pipe: Pipe | None = None
@@ -86,18 +87,18 @@ class Download:
 
 
 def end(pipe: Pipe) -> None:
-    """Kill a command and all processes that it started: these would keep its output open."""
+    """Kill a command and all processes that it started, which would keep its output open."""
     # a command run by sudo belongs to another user
     with suppress(ProcessLookupError, PermissionError):
-        # opened() starts commands in a session of their own; webdataset's curl has none and starts nothing
+        # opened() starts each command in its own session; webdataset starts curl in ours, and curl starts no other process
         (os.killpg if os.getpgid(pipe.proc.pid) == pipe.proc.pid else os.kill)(pipe.proc.pid, signal.SIGKILL)
 
 
 class Stream(Source):
-    """A source without an order: its samples are whatever comes next."""
+    """A source without an order: a batch is whatever samples come next."""
 
     def __init__(self, data: Data, seed: int):
-        """Starts to read and waits for the first image. Raises UserError where none comes, or data.path cannot be expanded."""
+        """Start to read and wait for the first image. Raises UserError where none comes, or data.path cannot be expanded."""
         self.data = data
         self.info = DatasetInfo(
             path=Path(data.path),
@@ -112,7 +113,7 @@ class Stream(Source):
         )
         try:
             self.urls = expand_urls(data.path)
-        # for braces that do not close, and variables that are not set
+        # braces that do not close, or variables that are not set
         except (ValueError, AssertionError) as error:
             raise UserError(
                 f"data.path={data.path} cannot be expanded ({error}): write shards as in name-{{000..099}}.tar"
@@ -122,7 +123,7 @@ class Stream(Source):
         self.taken = self.unreadable = 0
         self.found: set[str] = set()
         self.given: OrderedDict[int, str] = OrderedDict()
-        # the start time is part of the seed: a resumed run must not begin with the same samples
+        # the start time is part of the seed, so that a resumed run does not begin with the same samples
         rank, started = world()[0], time.time_ns()
         self.readers = [
             Thread(target=self._fill, args=(reader, f"{seed} {rank} {reader} {started}"), daemon=True)
@@ -142,7 +143,7 @@ class Stream(Source):
         return len(self.found)
 
     def batch(self, first: int, count: int) -> Batch:
-        """The next samples, for any positions. Raises UserError, and closes the stream, where no more come or too many are damaged."""
+        """The next samples, whatever the positions. Where no more come or too many are damaged, closes the stream and raises UserError."""
         drawn = [self.first.pop() if self.first else self._take() for _ in range(count)]
         self.given.update((first + i, each.key) for i, each in enumerate(drawn))
         while len(self.given) > REMEMBERED:
@@ -151,21 +152,21 @@ class Stream(Source):
         return Batch(torch.from_numpy(np.stack(images)), torch.tensor([each.c for each in drawn]))  # type: ignore[arg-type]
 
     def keys(self, first: int, count: int) -> list[str]:
-        """URL:KEY of the samples that these global positions held; the last REMEMBERED positions are known."""
+        """URL:KEY of the samples at these global positions, which must be among the last REMEMBERED."""
         return [self.given[position] for position in range(first, first + count)]
 
     def prefetch(self, positions: range) -> None:
         """Nothing to do: the readers are always ahead."""
 
     def close(self) -> None:
-        """End the readers and their commands, which run in sessions of their own and would outlive the run."""
+        """End the readers and their commands. Commands have their own sessions, so they would outlive the run."""
         # first tell all of them, then wait for each
         for download in self.downloads:
             download.close()
         parted = time.monotonic() + PARTING
         for thread, ready, download in zip(self.readers, self.ready, self.downloads, strict=True):
             while thread.is_alive() and time.monotonic() < parted:
-                # a reader may have started a command since, or wait for a free place in its queue
+                # meanwhile a reader may have started a command, or may wait for a free place in its queue
                 download.close()
                 with suppress(Empty):
                     ready.get(timeout=0.05)
@@ -212,10 +213,10 @@ class Stream(Source):
             )
 
     def _fill(self, reader: int, seed: str) -> None:
-        """The work of a reader's thread. An error ends it and is passed on in its queue."""
+        """The work of a reader's thread. An error goes into the reader's queue and ends the thread."""
         try:
             for sample in shuffle(SHUFFLED, rng=random.Random(seed))(self._samples(reader, seed)):
-                # the shuffle still holds up to SHUFFLED samples
+                # else up to SHUFFLED more samples would come
                 if self.downloads[reader].closed.is_set():
                     return
                 self.ready[reader].put(self._decode(sample))
@@ -223,7 +224,7 @@ class Stream(Source):
             self.ready[reader].put(error)
 
     def _samples(self, reader: int, seed: str) -> Iterator[dict[str, Any]]:
-        """The files of each sample by kind, one shard after the other, endlessly."""
+        """An endless stream of samples, shard after shard: the files of each by kind."""
         number = random.Random(seed).getrandbits(31)
         for drawn in ResampledShards(self.urls, deterministic=True, worker_seed=lambda: number):
             yield from read_shard(drawn["url"], self.downloads[reader])
@@ -231,12 +232,12 @@ class Stream(Source):
                 return
 
     def _decode(self, sample: dict[str, Any]) -> Drawn:
-        """Raises UserError where the condition is not one of the configuration's."""
+        """The sample, decoded or Damaged. Raises UserError where its condition is out of range."""
         key, size = f"{sample['__url__']}:{sample['__key__']}", self.data.resolution
         try:
             c, kind = label_of(sample, self.data.label), image_kind(sample)
             image = center_crop(decode(sample[kind], f".{kind}", self.data.channels)[0], size)
-        # a decoder that meets damaged bytes raises nearly anything
+        # decoders raise nearly anything on damaged bytes
         except Exception as error:
             return Drawn(key, Damaged(f"sample {key} is damaged ({error}): see how its shard was written"), -1)
         if not 0 <= c < self.data.num_classes:
@@ -247,9 +248,9 @@ class Stream(Source):
 
 
 def read_shard(url: str, download: Download) -> Iterator[dict[str, Any]]:
-    """The samples of a tar file in order. After an error it starts again at the first sample; once `download` is closed it ends.
+    """The samples of a tar file in order. After an error it begins again at the first sample. It ends when `download` is closed.
 
-    Raises UserError where TRIES tries did not reach the end, or where there is no file.
+    Raises UserError where there is no file, or none of TRIES tries reaches its end.
     """
     for tried in range(TRIES):
         empty = True
@@ -259,7 +260,7 @@ def read_shard(url: str, download: Download) -> Iterator[dict[str, Any]]:
                     empty = False
                     download.since = time.monotonic()
                     yield sample
-                # read to the end: a command may fail after the last whole file
+                # a command may fail after the last whole file
                 while stream.read(2**16):
                     pass
             if empty:
@@ -283,24 +284,26 @@ def read_shard(url: str, download: Download) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def opened(url: str, download: Download) -> Iterator[Any]:
-    """The bytes behind a URL, as a file to read. Raises OSError where its command failed, which a cut tar file does not show, or was
-    ended because it stalled."""
-    # webdataset would start gsutil, a script that starts Python, without a session of its own
+    """The bytes behind a URL, as a file to read. Raises OSError where its command failed or was ended because it stalled.
+
+    The tar file alone does not show that: one that is cut between two samples looks whole.
+    """
+    # gsutil starts other processes, so it needs its own session, which webdataset would not give it
     command = f"pipe:gsutil cat {shlex.quote(url)}" if url.startswith("gs://") else url
     if command.startswith("pipe:"):
         stream = Pipe(["sh", "-c", command.removeprefix("pipe:")], mode="rb", start_new_session=True)
-    # a # ends a URL, but not the name of a file
+    # gopen() reads a # as the end of a URL, but names of files may hold it
     else:
         stream = gopen(url) if "://" in url or url.startswith("file:") else open(url, "rb")  # noqa: SIM115 (closed below)
     pipe = stream if isinstance(stream, Pipe) else None
     status, torn, abandoned = 0, True, False
     download.url, download.since, download.stalled = url, time.monotonic(), False
-    # set last: from now on the command may be ended for what the values above say
+    # set last: from now on end_if_stalled() may end the command
     download.pipe = pipe
     try:
         # not the Pipe: it would wait for the ended command, whose PID may then be reused
         yield stream if pipe is None else pipe.stream
-        # reached only when the stream was read to its end
+        # the stream was read to its end
         torn = False
     except GeneratorExit:
         # the reader stopped early: the command's exit status means nothing
