@@ -16,7 +16,6 @@ from mclr.train import sample
 from mclr.train.data.encoders import RGB, VAE_WEIGHTS, Latents, Tokens, find_vae, from_uint8, load_vae, mirrored, to_uint8
 from mclr.train.data.write import prepare_images
 from mclr.train.run import main
-from mclr.train.training import memorisation as monitor
 from mclr.train.training.networks import build_encoder
 from mclr.train.weights.folder import load_net, read_config
 
@@ -163,9 +162,8 @@ def test_without_diffusers_the_way_to_it_is_named(vae, monkeypatch):
         load_vae(str(vae), CPU)
 
 
-def test_a_run_on_latents_trains_and_is_sampled(vae, tmp_path, capsys, monkeypatch):
+def test_a_run_on_latents_trains_and_is_sampled(vae, tmp_path, capsys):
     """64 pixels are latents of 8: the network of the digits, with four channels."""
-    monkeypatch.setattr(monitor, "PAIRS", 2 * monitor.WIDTH)  # the fewest that ICR takes
     torch.manual_seed(0)
     for i, image in enumerate(torch.randint(0, 256, (24, 64, 64, 3), dtype=torch.uint8)):
         folder = tmp_path / "photos" / ("odd" if i % 2 else "even")
