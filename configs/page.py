@@ -1,4 +1,4 @@
-"""configs/README.md, made from the schema: `make settings` writes it."""
+"""Makes configs/README.md from the schema: `make settings`."""
 
 import json
 
@@ -17,20 +17,20 @@ TEXT = """# Presets and settings
 mclr train --model edm2-digits --objective mclr --data digits --engine auto train.seed=1 objective.lam=0.3
 ```
 - `--model`, `--objective`, `--data` and `--engine` take the name of a preset or the path of a YAML file. The presets are the files in
-  configs/model, configs/objective, configs/data and configs/engine; each begins with what it is and how to start it.
+  configs/model, configs/objective, configs/data and configs/engine. Each begins with its purpose and a command that starts it.
   `--data` also takes a folder made by `mclr prepare`.
 - `section.key=value` sets one setting. The value is YAML: `null`, `true`, `[1, 2]`.
-- Later wins: defaults, engine, data, model, objective, overrides. Presets are merged key by key, so that a model preset may hold
-  a recipe of its own (`train`, `sample`, `objective.lam`).
+- The last one wins, in this order: defaults, engine, data, model, objective, overrides. Presets are merged key by key, so a model
+  preset may hold a recipe of its own (`train`, `sample`, `objective.lam`).
 - `--init WEIGHTS` is short for `model.weights=WEIGHTS`; `--init none` is `model.weights=null`.
 
-A run folder keeps its settings, resolved, in `config.yaml`; changed presets do not change an old run. `mclr sample RUN` reads them
-from there. The same command goes on with the run; other settings that change what is learned are refused.
+A run folder keeps all its settings in `config.yaml`: changed presets do not change an old run. `mclr sample RUN` reads that file.
+The same command goes on with the run; settings that would change what it learns are refused.
 
 ## Dry run
 `mclr train ... --dry-run` prints all settings as YAML, with `contrast: auto` resolved. Below them it prints parameters and weights,
-the objective, lam at every noise level or scale where it is no constant, data, engine, rows per step and length. It writes nothing.
-Unknown keys, wrong types, values out of range and settings that cannot go together end with one line that says what to do.
+the objective, lam at every noise level or scale (if it varies), data, engine, rows per step and length. It writes nothing.
+Unknown keys, wrong types, values out of range and settings that do not go together give one line that says what to do.
 
 ## A preset of your own
 ```yaml
@@ -39,12 +39,12 @@ base: edm2-32px
 model: {name: mine}
 train: {images: 500000, lr: 0.003}
 ```
-`base` names what the file changes: a preset, a recipe (configs/model/recipes), or a YAML file beside it. A base has no base of its
-own. A preset may hold any section; it needs no key that its base or another preset gives. Keys are plain words, each given
+`base` names the preset, recipe (configs/model/recipes) or YAML file (beside this one) that the file changes. A base has no base of
+its own. A preset may hold any section, and needs no key that its base or another preset gives. Keys are plain words, each given
 once; YAML aliases are refused.
 
 ## Settings
-A range is that of the number, or of each number of a list. Progress is 0 at pure noise or the coarsest scale, and 1 at the data or
+A range holds for the number, or for each number of a list. Progress is 0 at pure noise or the coarsest scale, and 1 at the data or
 the finest scale: (4.382 - ln sigma) / 10.597 for diffusion, k / (K - 1) for scale k of K.
 """
 
@@ -65,7 +65,7 @@ def page() -> str:
 
 
 def table(title: str, section: str, every: dict[str, dict[str, FieldInfo]]) -> str:
-    """The settings of one section, without the sections in it. every: for each kind of network its fields."""
+    """The table of one section, without the sections in it. every: the fields of each kind of network."""
     lines = [f"### {title}", "| setting | type | range | default | meaning |", "| --- | --- | --- | --- | --- |"]
     for key in dict.fromkeys(key for fields in every.values() for key in fields if key.rpartition(".")[0] == section):
         found = {kind: fields[key] for kind, fields in every.items() if key in fields}

@@ -1,4 +1,4 @@
-"""The arms that the bench compares: an operation's definition, the same compiled, code of others, ours.
+"""The arms that the bench compares: the definition of an operation, the same compiled, other people's code, ours.
 
 R rows; B samples; L tokens; D width; V codes; N = R L.
 """
@@ -23,7 +23,7 @@ CHUNK = 8192
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to compute an operation. kernels: its mode (choice.using)."""
+    """One way to compute an operation. kernels: the mode in which it runs (choice.using)."""
 
     call: Callable[..., Any]
     kernels: str = "torch"
@@ -34,7 +34,7 @@ def compiled(function: Callable[..., Any]) -> Arm:
 
 
 def liger() -> Arm | None:
-    """Liger's fused Linear and cross-entropy, a value per token."""
+    """Liger's fused Linear and cross-entropy, with a value per token; None if Liger is not installed."""
     if importlib.util.find_spec("liger_kernel") is None:
         return None
     from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
@@ -56,7 +56,7 @@ def _nll(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor, tokens_N: Tensor)
 def cross_entropy(
     hidden_RLD: Tensor, weight_VD: Tensor, bias_V: Tensor, tokens_BL: Tensor, index_R: Tensor, chunk: int = 0
 ) -> Tensor:
-    """Linear and cross-entropy. chunk: rows at a time, whose logits backward computes again instead of keeping them; 0: all, kept."""
+    """Linear and cross-entropy. chunk: so many rows at a time, whose logits backward computes again; 0: all rows, logits kept."""
     tokens_RL, linear = tokens_BL[index_R], (weight_VD.to(hidden_RLD.dtype), bias_V.to(hidden_RLD.dtype))
     hidden_ND, tokens_N = hidden_RLD.flatten(0, 1), tokens_RL.flatten()
     if not chunk:
@@ -66,13 +66,13 @@ def cross_entropy(
 
 
 def forced(weights: list[Tensor]) -> list[Tensor]:
-    """force_weights in place, as training calls it; its Op makes copies first, which doubles the bytes moved."""
+    """force_weights in place, as training calls it. Its Op makes copies first, which doubles the bytes."""
     force_weights(weights)
     return weights
 
 
 def sized(op: Op, gpu: bool) -> dict[str, Shape]:
-    """The shapes to time; on a CPU cut to `narrow`, without repetitions."""
+    """The shapes to time, by name. On a CPU their sizes in `narrow` are cut, and equal shapes are timed once."""
     if gpu:
         return op.shapes
     cut: dict[str, Shape] = {}
@@ -84,7 +84,7 @@ def sized(op: Op, gpu: bool) -> dict[str, Shape]:
 
 
 def arms(op: Op, gpu: bool) -> dict[str, Arm | None]:
-    """Arms by name; the first is the definition, None means not installed. Made anew for every shape, so that each is compiled for it."""
+    """Arms by name. The first is the definition; None: not installed. Make them anew for every shape, so that each is compiled for it."""
     ours = forced if op.name == "force_weights" else op.run
     found: dict[str, Arm | None] = {"eager": Arm(op.definition)}
     if gpu:

@@ -1,23 +1,23 @@
-"""`python -m kernels.bench`: how long every operation takes in plain torch, compiled, as others wrote it and as ours; tables and plots.
+"""`python -m kernels.bench`: times every operation in plain torch, compiled, in other people's code and in ours; tables and a plot.
 
 examples:
   python -m kernels.bench --json gpu.json --plot plots
   python -m kernels.bench --json gpu.json --only token_logp --shapes d30
   python -m kernels.bench --publish gpu.json
 
-On a GPU our kernels are first checked against fp64, at small sizes in every dtype. Without a GPU our torch paths are timed, by default
-in fp32, at shapes cut to few rows. No shape is begun after --minutes; with --json FILE the same command goes on where it stopped.
+On a GPU our kernels are first checked against fp64, at small sizes in every dtype. Without a GPU our torch paths are timed: at shapes
+cut to few rows, by default in fp32. No shape begins after --minutes; with --json FILE the same command goes on where it stopped.
 
-Arms take turns, round by round. A round is a batch of calls, gaps between launches included, over copies of the inputs that exceed the
-cache. `forward` keeps what backward needs.
+Arms take turns, round by round. A round is several calls, with the gaps between their launches, over copies of the inputs that exceed
+the cache. `forward` keeps what backward needs.
 
   ms        per call: median of the rounds, 20th to 80th percentile
-  of floor  share of that time that its bytes and FLOPs, by formula, need at the rates of a copy and a matrix product in this run; above
-            100 % the machine was slower when its rates were measured
-  *         the host took about as long to launch it: a faster kernel would not show
+  of floor  least time over measured time. The least time is what the bytes and FLOPs need at the rates of a copy and of a matrix product
+            in this run. Above 100 % the machine was slower while these rates were measured
+  *         the host took about as long to launch the call: a faster kernel would not show
   peak MiB  memory above the inputs, of the last pass
-  apart     relative RMS difference from the first arm, worst of outputs and gradients; above 0.05, for ours above 4 tolerances of the
-            dtype, there is no time
+  apart     relative RMS difference from the first arm, the largest of outputs and gradients. An arm has no time above 0.05, ours above 4
+            times the tolerance of the dtype
   RED       ours is wrong: the reason is shown, the operation has no times, the exit status is 1
 """
 
@@ -26,8 +26,7 @@ import importlib.util
 import signal
 import sys
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +35,12 @@ from torch import Tensor
 
 from mclr.kernels.arms import Arm, arms, sized
 from mclr.kernels.choice import using
-from mclr.kernels.op import DTYPES, TOLERANCE, Cost, Error, Op, Shape, as_tuple, cdiv, check, flat, leaves, moved
+from mclr.kernels.op import DTYPES, TOLERANCE, Cost, Op, Shape, as_tuple, cdiv, check, flat, leaves, moved
 from mclr.kernels.registry import OPS
 from mclr.kernels.results import PASSES, Row, dump, load, machine, plot, publish, tables, write
 from mclr.kernels.timing import Parser, Turn, above_0, brief, rates, spread, take_turns
 
-# milliseconds of a round, of the warm-up and of all rounds; calls of a round at most; rounds at least and at most
+# milliseconds of a round, of the warm-up, of all rounds; most calls of a round; fewest and most rounds
 BATCH_MS, WARM_UP_MS, ROW_MS, MOST_CALLS, LEAST_ROUNDS, ROUNDS = 2.0, 50.0, {"cuda": 1000.0, "cpu": 300.0}, 200, 3, 20
 SAME = 0.05
 CPU_CACHE = 32 << 20
@@ -49,7 +48,7 @@ CPU_CACHE = 32 << 20
 
 @dataclass(frozen=True)
 class Sample:
-    """Inputs of one call, those that get gradients, and the upstream gradients; none if the operation has no gradients."""
+    """Inputs of one call, those of them that get gradients, and the upstream gradients (empty if nothing gets gradients)."""
 
     inputs: dict[str, Any]
     wanted: list[Tensor]
@@ -62,15 +61,14 @@ class Sample:
 
 @dataclass
 class Entry:
-    """One arm's forward, or forward and backward. why: the reason if it has no time. apart, peak: see the table's columns."""
+    """The forward of one arm, or its forward and backward. turn.failed: why there is no time. apart, peak: columns of the table."""
 
     name: str
     arm: Arm
     backward: bool
-    why: str = ""
+    turn: Turn
     apart: float | None = None
     peak: int | None = None
-    turn: Turn = field(default_factory=lambda: Turn(lambda i: None, 0))
 
     def call(self, sample: Sample) -> list[Tensor]:
         outputs = as_tuple(self.arm.call(**sample.inputs))
@@ -90,14 +88,14 @@ def draw(op: Op, device: torch.device, dtype: torch.dtype, shape: Shape) -> Samp
 
 
 def copies_of(sample: Sample, device: torch.device) -> list[Sample]:
-    """Copies to be timed, whose inputs are three times as many bytes as the cache holds."""
+    """Copies to time. Their inputs together are three times as large as the cache."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else CPU_CACHE
     size = sum(t.nbytes for t in flat(sample.inputs).values() if isinstance(t, Tensor))
     return [sample.copy() for _ in range(min(max(2, cdiv(3 * cache, size)), 256))]
 
 
 def distance(found: list[Tensor], true: list[Tensor]) -> float:
-    """The largest relative RMS difference among the results; NaN if one is NaN."""
+    """The largest relative RMS difference of a result; NaN if one is NaN."""
 
     def one(f: Tensor, t: Tensor) -> Tensor:
         difference = (f.float() - t.float()).norm()
@@ -109,18 +107,19 @@ def distance(found: list[Tensor], true: list[Tensor]) -> float:
 def prepare(
     entry: Entry, first: list[Tensor] | None, allowed: float, drawn: Sample, copies: list[Sample], device: torch.device
 ) -> list[Tensor]:
-    """Fill in an entry's difference from the first arm's results, its memory, and its turn, warmed up. Returns its results.
+    """Warm an entry up, set its apart, peak and turn, and return its results. first: the results of the first arm.
 
-    allowed: how large the difference may be.
+    allowed: how large apart may be.
     """
-    # an arm may work in place
+    # a copy, since an arm may work in place
     sample = drawn.copy()
     with using(entry.arm.kernels):
         results = [t.detach() for t in entry.call(sample)]
         if first is not None:
             entry.apart = distance(results, first)
             if not entry.apart <= allowed:
-                entry.why = f"a result is {entry.apart:.2g} from the first arm's"
+                entry.turn.failed = f"a result is {entry.apart:.2g} from the first arm's"
+                return results
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             before = torch.cuda.memory_allocated(device)
@@ -138,18 +137,14 @@ def prepare(
     return results
 
 
-def excess(errors: Iterable[Error]) -> str:
-    """What is wrong with the first error that is too large; empty if none is."""
-    return next((f"{e.name} is {e.relative:.2g} off, allowed {e.allowed:.2g}" for e in errors if not e.ok), "")
-
-
 def wrong_when_tiny(op: Op, device: torch.device) -> str:
-    """What is wrong with ours on this device at the sizes of the tests, in fp32, fp16 or bf16; empty if nothing is."""
+    """Check ours on this device, at the sizes of the tests, in fp32, fp16 and bf16. Returns what is wrong, or an empty text."""
     ours = {name: arm for name, arm in arms(op, device.type == "cuda").items() if arm and is_ours(name)}
     cases = [(name, arm, *each, *dtype) for name, arm in ours.items() for each in op.tiny.items() for dtype in DTYPES.items()]
     for name, arm, at, shape, word, dtype in cases:
         try:
-            says = excess(check(replace(op, run=arm.call), device, dtype, shape, arm.kernels))
+            errors = check(replace(op, run=arm.call), device, dtype, shape, arm.kernels)
+            says = next((f"{e.name} is {e.relative:.2g} off, allowed {e.allowed:.2g}" for e in errors if not e.ok), "")
         except Exception as error:
             says = brief(error)
         if says:
@@ -160,11 +155,11 @@ def wrong_when_tiny(op: Op, device: torch.device) -> str:
 def measure(
     op: Op, shape: Shape, dtype: torch.dtype, device: torch.device, reached: dict[str, float], red: str = ""
 ) -> list[Row]:
-    """Time every arm of an operation at one shape, if its results are near those of the first arm; a row per arm and pass.
+    """Time every arm of an operation at one shape if its results are near those of the first arm. Returns a row per arm and pass.
 
-    red: what is known to be wrong with ours; then there are no times.
+    red: what is wrong with ours, if that is known; then there are no times.
     """
-    # what was compiled at another shape would come back with dynamic sizes
+    # forget what was compiled at other shapes: torch would compile with dynamic sizes now
     torch.compiler.reset()
     made = arms(op, device.type == "cuda")
     present = {name: arm for name, arm in made.items() if arm}
@@ -179,41 +174,40 @@ def measure(
     for backward in (False, True) if not copies or drawn.wanted else (False,):
         first = None
         for name, arm in present.items():
-            entry = Entry(name, arm, backward, why)
+            entry = Entry(name, arm, backward, Turn(lambda i: None, 0, failed=why))
             entries.append(entry)
             try:
-                if not entry.why:
+                if not why:
                     results = prepare(entry, first, 4 * TOLERANCE[dtype] if is_ours(name) else SAME, drawn, copies, device)
                     first = results if name == next(iter(present)) else first
             except Exception as error:
-                entry.why = brief(error)
-    take_turns({i: entry.turn for i, entry in enumerate(entries) if not entry.why}, device)
+                entry.turn.failed = brief(error)
+    take_turns({i: entry.turn for i, entry in enumerate(entries)}, device)
     absent = [{"arm": name, "pass": PASSES[0], "why": "not installed", "red": False} for name in made if name not in present]
     return [row | reached for row in [*(row_of(entry, op.cost(shape, dtype), reached) for entry in entries), *absent]]
 
 
 def row_of(entry: Entry, cost: Cost, reached: dict[str, float]) -> Row:
-    why = entry.why or entry.turn.failed
+    turn, why = entry.turn, entry.turn.failed
     least, flops = cost.forward_bytes, cost.forward_flops
     if entry.backward:
         least, flops = least + cost.backward_bytes, flops + cost.backward_flops
     row: Row = {"arm": entry.name, "pass": PASSES[entry.backward], "why": why, "bytes": least, "flops": flops}
-    # what does not fit this GPU is not wrong
+    # too little memory is no fault of ours
     row["red"] = is_ours(entry.name) and bool(why) and "OutOfMemoryError" not in why
     row["floor_ms"] = max(least / reached["copy_gbs"] / 1e6, flops / reached["product_tflops"] / 1e9)
     row |= {"apart": entry.apart, "peak_bytes": entry.peak}
-    if why:
-        return row
-    turn = entry.turn
-    return row | spread(turn.times) | {"host_ms": spread(turn.host)["ms"], "rounds": turn.rounds, "calls": turn.calls}
+    if not why:
+        row |= spread(turn.times) | {"host_ms": spread(turn.host)["ms"], "rounds": turn.rounds, "calls": turn.calls}
+    return row
 
 
 def measure_all(todo: list[tuple[Op, str, Shape]], held: list[Row], args: argparse.Namespace, device: torch.device) -> list[Row]:
-    """Rows of everything to do, those in `held` among them. args.json gets the new ones, shape by shape."""
+    """The rows of all shapes in `todo`. Rows in `held` are not measured again; new ones go to args.json, shape by shape."""
     facts, until = machine(device) | {"dtype": args.dtype}, time.perf_counter() + 60 * args.minutes
     reached: dict[str, float] = {}
     rows: list[Row] = []
-    # on a CPU the tests look there
+    # on a CPU the tests check ours
     tiny: dict[str, str] = {} if device.type == "cuda" else {op.name: "" for op, _, _ in todo}
     new = left = 0
     for op, name, shape in todo:
@@ -238,7 +232,7 @@ def measure_all(todo: list[tuple[Op, str, Shape]], held: list[Row], args: argpar
 
 
 def held_rows(args: argparse.Namespace) -> list[Row]:
-    """The rows that args.json holds. Raises ValueError if a result could not be written; makes the folder args.plot."""
+    """The rows in args.json. Makes the folder args.plot. Raises ValueError if one of them cannot be written."""
     if args.plot and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot: matplotlib is not installed")
     held = load(args.json) if args.json else []
@@ -263,15 +257,20 @@ def main(argv: list[str] | None = None) -> int:
         "--minutes",
         type=above_0(float),
         default=7.0 if gpu else 2.5,
-        help="begin no shape after these (default here: %(default)s)",
+        help="begin no shape later than this (default here: %(default)s)",
     )
-    add("--json", type=Path, metavar="FILE", help="keep the rows there; rows of this machine and code are not measured again")
+    add(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="keep the rows there; what this machine and code have measured is not measured again",
+    )
     add("--plot", type=Path, metavar="FOLDER", help="draw roofline.png there: every time against its floor")
     add(
         "--publish",
         type=Path,
         metavar="FILE",
-        help="measure nothing: put FILE's GPU rows into kernels/RESULTS.json and RESULTS.md",
+        help="measure nothing; put the GPU rows of FILE into kernels/RESULTS.json and RESULTS.md",
     )
     args = parser.parse_args(argv)
     ops = [OPS[name] for name in dict.fromkeys(args.only)]
@@ -284,10 +283,10 @@ def main(argv: list[str] | None = None) -> int:
             publish(args.publish)
             return 0
         if not todo:
-            raise ValueError(f"--shapes {args.shapes}: in no shape's name")
+            raise ValueError(f"--shapes {args.shapes}: no shape has this in its name")
         held = held_rows(args)
         if not gpu:
-            print("No GPU here: only the paths of a CPU are timed; nothing below says how fast a GPU is.\n", flush=True)
+            print("No GPU here: the times below are of a CPU, and say nothing about a GPU.\n", flush=True)
         rows = measure_all(todo, held, args, torch.device("cuda" if gpu else "cpu"))
         print(tables(rows))
         if args.plot and rows:
@@ -298,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # where nobody reads the output to its end, and after Ctrl-C, end without a traceback
+    # no traceback when the reader of the output is gone, or after Ctrl-C
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         sys.exit(main())

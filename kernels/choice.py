@@ -1,4 +1,4 @@
-"""Which operations run as Triton kernels: `auto` those that a measurement on this GPU found fastest, `torch` none, `triton` all."""
+"""Which operations run as Triton kernels. `auto`: those that won a measurement on this family of GPU; `torch`: none; `triton`: all."""
 
 import json
 import os
@@ -11,13 +11,13 @@ from torch import Tensor
 
 MODES = ("auto", "torch", "triton")
 RESULTS = Path(__file__).parent / "RESULTS.json"
-# GPU family -> operations; read once, at import, since torch.compile cannot trace the reading of a file
+# GPU family -> operations. Read once, at import: torch.compile cannot trace the reading of a file
 WINNERS: dict[str, list[str]] = json.loads(RESULTS.read_text())["winners"]
 _mode = "auto"
 
 
 def use(mode: str) -> None:
-    """Decide for the whole process. Raises ValueError if `mode` is not one of MODES."""
+    """Set the mode of the whole process. Raises ValueError if `mode` is not one of MODES."""
     global _mode
     if mode not in MODES:
         raise ValueError(f"kernels: {mode!r} is not one of {', '.join(MODES)}")
@@ -26,7 +26,7 @@ def use(mode: str) -> None:
 
 @contextmanager
 def using(mode: str) -> Iterator[None]:
-    """As use(), for the body of a `with`."""
+    """use(mode) within a `with`; the mode before it comes back."""
     before = _mode
     use(mode)
     try:
@@ -36,7 +36,7 @@ def using(mode: str) -> Iterator[None]:
 
 
 def family(device: torch.device) -> str:
-    """The GPU family that measurements hold for: its compute capability, as sm_90; cpu for a CPU."""
+    """The family of a GPU: its compute capability, as sm_90; cpu for a CPU. A measurement holds for a family."""
     if device.type != "cuda":
         return "cpu"
     major, minor = torch.cuda.get_device_capability(device)
@@ -44,7 +44,7 @@ def family(device: torch.device) -> str:
 
 
 def interpreting() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU: TRITON_INTERPRET=1 before the first import of kernels."""
+    """Whether kernels run in Triton's interpreter, on the CPU. TRITON_INTERPRET=1 must be set before the first import of kernels."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

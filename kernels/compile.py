@@ -1,7 +1,7 @@
-"""`python -m kernels.compile`: compile every kernel ahead of time, without a GPU, and print the resources that it needs.
+"""`python -m kernels.compile`: compiles every kernel without a GPU, and prints the resources that it needs.
 
-Registers and spills come from the ptxas that Triton carries, shared memory from Triton. The exit status is 1 if a kernel spills or
-needs more shared memory than the GPU has.
+Registers and spills come from the ptxas that Triton brings, shared memory from Triton. The exit status is 1 if a kernel spills
+registers or needs more shared memory than the GPU has.
 """
 
 import os
@@ -21,8 +21,7 @@ from mclr.kernels.op import DTYPES, Launch, triton
 from mclr.kernels.registry import OPS
 from mclr.kernels.timing import Parser
 
-ARCHITECTURES = (80, 90, 100)
-# bytes of shared memory that an A100, an H100 and a B200 grant one block
+# GPU architecture -> bytes of shared memory that one block may use (A100, H100, B200)
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TYPES = {
     torch.float32: "*fp32",
@@ -49,7 +48,7 @@ class Report:
 def signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
     """(types by name, constants by place, attributes by place) of the arguments, as Triton's own launcher finds them.
 
-    None and the integer 1 become constants. Integers and addresses that are divisible by 16 are marked so.
+    None and the integer 1 become constants. Integers and addresses that are divisible by 16 get an attribute that says so.
     """
     types, constants, known = {}, {}, {}
     for place, parameter in enumerate(launch.kernel.params):
@@ -70,7 +69,7 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], di
 
 
 def compile_launch(launch: Launch, architecture: int) -> Report:
-    """Raises what Triton or ptxas raise."""
+    """Compile one kernel for one architecture. Raises the errors of Triton and ptxas."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import get_ptxas
     from triton.compiler import ASTSource
@@ -93,7 +92,7 @@ def compile_launch(launch: Launch, architecture: int) -> Report:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("python -m kernels.compile", description=__doc__)
-    parser.add_argument("--arch", type=int, choices=ARCHITECTURES, nargs="+", default=list(ARCHITECTURES), help="(default: all)")
+    parser.add_argument("--arch", type=int, choices=SHARED, nargs="+", default=list(SHARED), help="(default: all)")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="of the activations (default: all)")
     parser.add_argument("--only", choices=OPS, nargs="+", default=list(OPS), help="operations (default: all)")
     args = parser.parse_args(argv)
@@ -106,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     cases = [(name, dtype, shape) for name in args.only for dtype in args.dtype for shape in OPS[name].shapes.values()]
     for name, dtype, shape in cases:
         for launch, architecture in product(OPS[name].launches(shape, DTYPES[dtype]), args.arch):
-            # shapes share configurations
+            # several shapes give the same kernel
             key = (launch.kernel.fn.__qualname__, str(signature(launch)), launch.warps, launch.stages, architecture)
             if key in done:
                 continue

@@ -1,4 +1,4 @@
-"""EDM2's magnitude-preserving functions in plain torch, and what the fused activations share: layouts, tiles, sizes.
+"""EDM2's magnitude-preserving functions in plain torch, and what its fused activations share: layouts, tiles, sizes.
 
     normalize:  x / (1e-4 + rms(x))                                        (Eq. 30, 47, 66)
     mp_silu:    silu(x) / .596                                             (Eq. 81)
@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mclr.kernels.op import Cost, Shape, jit, tl, wide
+from mclr.kernels.op import Cost, Shape, jit, power_of_2, tl, wide
 
-EPS = 1e-4  # added to every RMS; published weights were trained with it and give other answers without
+EPS = 1e-4  # added to every RMS; published weights were trained with it
 SILU = 0.596  # RMS of silu(x) for unit normal x
 
 
 class _Normalize(torch.autograd.Function):
-    """Derived backward: 4 passes, autograd takes 10. Sums, since on a CPU norms over few or strided elements are slow."""
+    """Derived backward: 4 passes where autograd takes 10. Sums of squares: on a CPU norms of few or strided elements are slow."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, over: tuple[int, ...]) -> Tensor:
@@ -40,50 +40,63 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         n, rms, inverse = ctx.saved_tensors
         along = (upstream * n).sum(ctx.over, keepdim=True, dtype=rms.dtype) / ctx.count
-        # where rms is 0 so is along
+        # where rms is 0, along is 0 too
         shift = along / (inverse * rms.clamp_min(torch.finfo(rms.dtype).tiny))
         return torch.addcmul(upstream, n, shift.to(n.dtype), value=-1).mul_(inverse.to(n.dtype)), None
 
 
 def normalize(x: Tensor, dim: int | None = None) -> Tensor:
-    """x / (1e-4 + rms(x)), in x's dtype; the RMS over `dim` (Eq. 30, pixel norm), or over all but the first (Eq. 47, a weight).
+    """x / (1e-4 + rms(x)), in x's dtype. The RMS is over `dim` (pixel norm, Eq. 30), or over all but the first (a weight, Eq. 47).
 
-    Applied to stored weights it is forced weight normalisation (Eq. 66), which the trainer does. The gradient is finite at x = 0.
+    Of stored weights it is forced weight normalisation (Eq. 66), which the trainer does. The gradient is finite at x = 0.
     """
     return _Normalize.apply(x, tuple(range(1, x.ndim)) if dim is None else (dim,))
 
 
 def mp_silu(x: Tensor) -> Tensor:
-    """SiLU over .596, the RMS of its output for unit normal inputs (Eq. 81)."""
-    # in place: the gradient of SiLU needs its input alone
+    """SiLU, divided by .596, the RMS of its output for unit normal inputs (Eq. 81)."""
+    # in place, since the gradient of SiLU needs its input alone
     return F.silu(x).div_(SILU)
 
 
 def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """Interpolate from a to b; independent inputs keep their variance (Eq. 88)."""
+    """Interpolate from a to b; the variance of independent inputs stays (Eq. 88)."""
     return a.lerp(b, t) / math.hypot(1 - t, t)
 
 
 def layout(x: Tensor) -> torch.memory_format:
-    """channels_last if x has that layout and not NCHW as well; NCHW for all other strides."""
+    """channels_last if x has that layout alone; NCHW for all other strides."""
     last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
 
 
 def dense(x: Tensor, like: Tensor | None = None) -> Tensor:
-    """x without gaps, in the layout of `like` or its own."""
+    """x without gaps in memory, in the layout of `like`, or its own."""
     return x.contiguous(memory_format=layout(x if like is None else like))
 
 
 def empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Memory for a result like x, in x's layout and without gaps."""
+    """Memory for a result of x's shape, in x's layout, without gaps."""
     return torch.empty_like(x, dtype=dtype, memory_format=layout(x))
 
 
 def planes(x: Tensor) -> tuple[int, int, int, int]:
-    """(N channels, P pixels, and their strides in elements), of a dense tensor."""
+    """(N channels, P pixels, their strides in elements) of a dense tensor."""
     N, P = x.shape[1], x.shape[2] * x.shape[3]
     return (N, P, 1, N) if layout(x) == torch.channels_last else (N, P, P, 1)
+
+
+def blocks(x: Tensor, elements: int, channels: int, pixels: int) -> dict[str, int]:
+    """BLOCK_N and BLOCK_P of a kernel that handles this many elements at a time, in the order of memory.
+
+    channels: most of them in channels_last. pixels: most of them in NCHW.
+    """
+    N, P, stride_n, _ = planes(x)
+    if stride_n == 1:
+        block_n = power_of_2(N, most=channels)
+        return {"BLOCK_N": block_n, "BLOCK_P": power_of_2(P, most=elements // block_n)}
+    block_p = power_of_2(P, most=pixels)
+    return {"BLOCK_N": power_of_2(N, most=elements // block_p), "BLOCK_P": block_p}
 
 
 @jit
@@ -95,7 +108,7 @@ def silu(h):
 
 @jit
 def tile(first, pixel, N, P, stride_n, stride_p, BLOCK_N: tl.constexpr):
-    """(offsets within a row, whether they are inside) of BLOCK_N channels from `first` on, at these pixels."""
+    """(offsets within a row, mask of those inside) of BLOCK_N channels from `first` on, at these pixels."""
     channel = first + tl.arange(0, BLOCK_N)
     return channel[:, None] * stride_n + pixel[None, :] * stride_p, (channel < N)[:, None] & (pixel < P)[None, :]
 
@@ -110,7 +123,7 @@ def per_element(shape: Shape, forward: int, backward: int) -> Cost:
     return Cost(elements * forward, elements * backward)
 
 
-# in channels_last, as in the network
+# channels_last, as in the network
 SHAPES = {
     f"{net}, {size} px, {pairs} pairs": {"R": 2 * pairs, "N": width, "H": size, "W": size, "last": 1}
     for net, size, width in (

@@ -1,28 +1,18 @@
-"""LayerNorm without parameters, then the condition's scale and shift; and the same after a gated residual add (adaptive LayerNorm).
+"""Adaptive LayerNorm: LayerNorm without parameters, then the condition's scale and shift; alone, or after a gated residual add.
 
     modulated_norm:  h = (x - mean) / sqrt(variance + eps) * (1 + scale) + shift            (variance: biased, over the width)
     gated_norm:      x' = x + gate * y,  h = modulated_norm(x')                            (VAR, arXiv 2404.02905; DiT, arXiv 2212.09748)
 
 gate, scale and shift are one vector per row, the same for all its tokens. x and x' are the residual stream, in fp32.
 
-In the first block all rows of a sample read the same tokens. Then x is held once per SAMPLE and read through index. Token 0 carries the
-condition, so it belongs to the row and comes from `first`.
+In the first block all rows of a sample read the same tokens. Then x is held once per sample, and index says which sample a row reads.
+Token 0 carries the condition: it differs from row to row and comes from `first`.
 
-Backward, with n the normalised token, g = dh (1 + scale), and dx' the gradient from later readers of the stream (derived):
+Backward (derived), with n the normalised token, g = dh (1 + scale), dx' the gradient of x', and sums over the tokens of a row:
 
     dx = dx' + (g - mean g - n mean(g n)) / sqrt(variance + eps),  dy = gate dx,  dgate = sum dx y,  dscale = sum dh n,  dshift = sum dh
 
-with sums over a row's tokens.
-
-Bytes per element of a row with y and h in bf16, and the least time at an H200's 4.3 TB/s in us, forward + backward, 32 pairs of 680
-tokens:
-
-| | forward | backward | var-d16 (D = 1024) | var-d30 (D = 1920) |
-| --- | --- | --- | --- | --- |
-| modulated_norm | x 4, h 2 | x 4, dh 2, dx 4 | 62 + 104 | 117 + 194 |
-| gated_norm | x 4, y 2, x' 4, h 2 | x' 4, dx' 4, dh 2, y 2, dx 4, dy 2 | 124 + 187 | 233 + 350 |
-
-With index a pair reads x once. R rows; B samples; L tokens; D width.
+R rows; B samples; L tokens; D width.
 """
 
 from typing import Any
@@ -33,11 +23,11 @@ from torch import Tensor
 
 from mclr.kernels.choice import runs_triton
 from mclr.kernels.modulated_norm_triton import normalised
-from mclr.kernels.op import Cost, Op, Shape, fit, floats, refuse, refuse_index
+from mclr.kernels.op import Cost, Op, Shape, fit, floats, refuse, refuse_index, result_dtype
 
 
 def of_rows(x: Tensor, index_R: Tensor | None = None, first_RD: Tensor | None = None) -> Tensor:
-    """x_RLD: x itself, or the row's own first token and then the tokens of its sample."""
+    """x_RLD: x itself; with index, the first token of the row and then the other tokens of its sample."""
     return x if index_R is None or first_RD is None else torch.cat((first_RD[:, None], x[:, 1:][index_R]), 1)
 
 
@@ -46,18 +36,13 @@ def gated_sum(x: Tensor, y_RLD: Tensor, gate_RD: Tensor, index_R: Tensor | None 
     return of_rows(x, index_R, first_RD) + gate_RD[:, None].to(x.dtype) * y_RLD
 
 
-def activation(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of h: `dtype`, or fp64 if x is."""
-    return x.dtype if x.dtype == torch.float64 else dtype
-
-
 def modulated_definition(
     x: Tensor, scale_RD: Tensor, shift_RD: Tensor, eps: float, dtype: torch.dtype, **shared: Tensor | None
 ) -> Tensor:
     """shared: index_R and first_RD."""
     scale_R1D, shift_R1D = scale_RD[:, None].to(x.dtype), shift_RD[:, None].to(x.dtype)
     normed_RLD = F.layer_norm(of_rows(x, **shared), x.shape[-1:], eps=eps)
-    return (normed_RLD * (1 + scale_R1D) + shift_R1D).to(activation(x, dtype))
+    return (normed_RLD * (1 + scale_R1D) + shift_R1D).to(result_dtype(x, dtype))
 
 
 def gated_definition(
@@ -71,16 +56,16 @@ def in_torch(x_RLD: Tensor, scale_RD: Tensor, shift_RD: Tensor, eps: float, dtyp
     """h_RLD."""
     factor_RD, shift_RD = 1 + scale_RD.to(x_RLD.dtype), shift_RD.to(x_RLD.dtype)
     if x_RLD.is_cpu and x_RLD[0].numel() >= 1 << 15:
-        # one pass each way; for small rows, and for launches on a GPU, the calls take longer than the passes that they save
+        # one pass each way; for small rows and on a GPU the calls would take longer than the passes that they save
         each = zip(x_RLD.unbind(), factor_RD.unbind(), shift_RD.unbind(), strict=True)
         h_RLD = torch.stack([F.layer_norm(x_LD, x_LD.shape[-1:], factor_D, shift_D, eps) for x_LD, factor_D, shift_D in each])
     else:
         h_RLD = torch.addcmul(shift_RD[:, None], F.layer_norm(x_RLD, x_RLD.shape[-1:], eps=eps), factor_RD[:, None])
-    return h_RLD.to(activation(x_RLD, dtype))
+    return h_RLD.to(result_dtype(x_RLD, dtype))
 
 
 def _refuse(triton: bool, x: Tensor, dtype: torch.dtype, index_R: Tensor | None, first_RD: Tensor | None, **rows: Tensor) -> None:
-    """rows: what has one entry per row, by name. Raises ValueError that names an argument that does not fit."""
+    """Raises ValueError that names the argument that does not fit. rows: the arguments with one entry per row, by name."""
     accepted, per_row = floats(triton), {name: (t, "RLD" if name == "y" else "RD") for name, t in rows.items()}
     if (index_R is None) != (first_RD is None):
         refuse("first", "goes with index: both or neither")
@@ -105,9 +90,9 @@ def modulated_norm(
 ) -> Tensor:
     """h_RLD in dtype: tokens normalised in fp32, times 1 + scale, plus shift.
 
-    x: x_RLD fp32; with index (int64 sample of each row) x_BLD, whose token 0 is not read, since first holds that of each row, fp32.
-    scale, shift: fp32, fp16 or bf16, of any strides. All but index get gradients; that of a sample without rows is 0. In torch x may be
-    fp64; then h is, too. Raises ValueError that names an argument that does not fit.
+    x: x_RLD, fp32. With index (int64, the sample of each row): x_BLD and first, fp32; first holds token 0 of each row, and token 0 of x
+    is not read. scale, shift: fp32, fp16 or bf16, of any strides. All but index get gradients; a sample without rows gets 0. In torch x
+    may be fp64; then h is fp64 too. Raises ValueError that names the argument that does not fit.
     """
     triton = runs_triton("modulated_norm", x)
     _refuse(triton, x, dtype, index_R, first_RD, scale=scale_RD, shift=shift_RD)
@@ -129,7 +114,7 @@ def gated_norm(
 ) -> tuple[Tensor, Tensor]:
     """(x'_RLD = x + gate * y in fp32, h_RLD = modulated_norm(x') in dtype).
 
-    y, gate: fp32, fp16 or bf16; the others as in modulated_norm. Raises ValueError that names an argument that does not fit.
+    y, gate: fp32, fp16 or bf16; the others as in modulated_norm. Raises ValueError that names the argument that does not fit.
     """
     triton = runs_triton("gated_norm", x)
     _refuse(triton, x, dtype, index_R, first_RD, y=y_RLD, gate=gate_RD, scale=scale_RD, shift=shift_RD)
@@ -150,7 +135,7 @@ def draw_modulated(shape: Shape, dtype: torch.dtype, generator: torch.Generator)
         inputs["first_RD"] = torch.randn(R, D, generator=generator)
     for t in inputs.values():
         t.requires_grad_()
-    # the two rows of a sample lie far apart
+    # as in training, the two rows of a sample are far apart
     return inputs | {"eps": 1e-6, "dtype": dtype} | ({"index_R": torch.arange(R) % B} if indexed else {})
 
 
@@ -167,7 +152,7 @@ def cost_modulated(shape: Shape, dtype: torch.dtype) -> Cost:
 
 
 def cost_gated(shape: Shape, dtype: torch.dtype) -> Cost:
-    """Beside modulated_norm: y and x' forward; dx', y and dy backward, where x' replaces x of modulated_norm."""
+    """Beside the bytes of modulated_norm: y and x' forward; dx', y and dy backward. Backward reads x' in place of x."""
     B, R, L, D = (shape[name] for name in "BRLD")
     x, stream, h = 4 * (B if "indexed" in shape else R) * L * D, 4 * R * L * D, R * L * D * dtype.itemsize
     return Cost(x + stream + 2 * h, x + 2 * stream + 3 * h)

@@ -1,7 +1,8 @@
-"""The Triton kernels of modulated_norm and gated_norm, and the custom operation that runs them; formulas: modulated_norm.py.
+"""The Triton kernels of modulated_norm and gated_norm, and the custom operation that runs them. Formulas: modulated_norm.py.
 
-A program owns some tokens of a row, or with index of a sample: then it goes over that sample's rows in order and adds to the dx that it
-wrote for the rows before. Every program first sums over its own tokens, in fp32; the sums of all programs are then added in fixed order.
+A program handles some tokens of a row. With index, a backward program handles some tokens of a sample: it takes the rows of the sample in
+order, and adds to the dx that it wrote for the rows before. Every program sums over its tokens in fp32; the sums of all programs are then
+added in a fixed order.
 
 R rows; B samples; L tokens; D width.
 """
@@ -14,7 +15,7 @@ from mclr.kernels.op import cdiv, jit, launch, power_of_2, tl
 
 @jit
 def _token_of_sample(x_ptr, first_ptr, row, at, token, column, inside, D):
-    """A row's token that its sample holds, or its own first one. at: offsets of the sample's token."""
+    """The token of a row: token 0 from first, the others from x. at: offsets of the token in x."""
     x = tl.load(x_ptr + at, mask=inside & (token > 0), other=0.0)
     return x + tl.load(first_ptr + row * D + column, mask=inside & (token == 0), other=0.0)
 
@@ -30,7 +31,7 @@ def _forward(
     x_ptr, first_ptr, y_ptr, gate_ptr, scale_ptr, shift_ptr, index_ptr, out_ptr, h_ptr, mean_ptr, rstd_ptr,
     gate_stride, scale_stride, shift_stride, eps, L, D, tokens, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: some tokens of one row, one after the other. Rows are the faster axis, so that those of a sample share x in L2."""
+    """One program: some tokens of one row, one after the other. Rows are the faster axis, so that the rows of a sample share x in L2."""
     row = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1) * tokens
     column = tl.arange(0, BLOCK)
@@ -62,9 +63,9 @@ def _backward(
     x_ptr, first_ptr, y_ptr, gate_ptr, scale_ptr, mean_ptr, rstd_ptr, dh_ptr, dout_ptr, order_ptr, offset_ptr,
     dx_ptr, dfirst_ptr, dy_ptr, partial_ptr, gate_stride, scale_stride, L, D, tokens, sums, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: some tokens of one row; with order, which groups rows by sample, of all rows of one sample, in order.
+    """One program: some tokens of one row. With order (the rows, grouped by sample): some tokens of all rows of one sample, in order.
 
-    x: what was normalised, one per row; with order and without y, one per sample. partial: [R, programs of a row, sums 2 or 3, D].
+    x: what was normalised, per row; with order and without y, per sample. partial: [R, programs of a row, sums 2 or 3, D].
     """
     owner = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1) * tokens
@@ -81,7 +82,7 @@ def _backward(
         row = owner
         if order_ptr is not None:
             row = tl.load(order_ptr + start + done)
-            # other threads of this program wrote dx of the rows before, which is read below
+            # wait: other threads of this program wrote the dx of earlier rows, which is read below
             tl.debug_barrier()
         factor = 1.0 + tl.load(scale_ptr + row * scale_stride + column, mask=inside, other=0.0).to(tl.float32)
         dscale = tl.zeros([BLOCK], tl.float32)
@@ -121,12 +122,12 @@ def _backward(
 
 
 def _dense(t: Tensor) -> Tensor:
-    """The tensor with the elements of each row next to each other; rows may lie apart."""
+    """t with the elements of each row next to each other; there may be gaps between rows."""
     return t if t.stride(1) == 1 else t.contiguous()
 
 
 def _warps(block: int) -> int:
-    """Four columns per thread, 16 bytes in fp32; with eight, fp32 and half precision would be loaded in different layouts."""
+    """Four columns per thread: 16 bytes in fp32. With eight, fp32 and half precision would be loaded in different layouts."""
     return power_of_2(cdiv(block, 128), most=32)
 
 
@@ -172,7 +173,7 @@ def _gradients(
     order, offset = (None, None) if index is None else _grouped(index, samples)
     dx, dfirst, dy, _ = _new_gradients(x, first, y, gate, scale, index, mean, rstd, dh, dout, samples)
     block = power_of_2(D, least=32)
-    # about 1024 programs: several for every multiprocessor, few partial sums
+    # about 1024 programs: several per multiprocessor, but few partial sums
     tokens = max(cdiv(samples * L, 1024), 4)
     programs = cdiv(L, tokens)
     sums = 2 if y is None else 3
@@ -184,7 +185,7 @@ def _gradients(
 
 
 def _grouped(index: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-    """(rows sorted by sample, then by row; where the rows of each sample begin in them, and the end)."""
+    """(rows sorted by sample, then by row; the place where the rows of each sample begin, and the end)."""
     sorted_index, order = index.sort(stable=True)
     return order, torch.searchsorted(sorted_index, torch.arange(samples + 1, device=index.device))
 
@@ -198,7 +199,7 @@ def _new_gradients(x, first, y, gate, scale, index, mean, rstd, dh, dout, sample
 
 
 def _save(ctx, inputs, output):
-    # x' or x, which the network holds anyway, two numbers per token, and the other inputs except shift
+    # saved: x' or x, which the network keeps anyway; two numbers per token; the other inputs except shift
     x, first, y, gate, scale, shift, index, _, ctx.dtype = inputs
     out, _, mean, rstd = output
     ctx.samples, ctx.shift_dtype = len(x), shift.dtype

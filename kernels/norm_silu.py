@@ -2,12 +2,10 @@
 
     n = x / (1e-4 + rms of x over the channels) (Eq. 30),  s = silu(n) / .596 (Eq. 81)      (Karras et al. 2024, arXiv 2312.02696)
 
-Backward, derived: with m = 1e-4 + rms, u = dn + ds silu'(n) / .596 and N channels, dx = (u - x (sum u x) / (N rms m)) / m; where x = 0
-the norm has no direction and dx = u / m.
+Backward (derived), with m = 1e-4 + rms, u = dn + ds silu'(n) / .596 and N channels: dx = (u - x (sum u x) / (N rms m)) / m. Where
+x = 0 the norm has no direction, and dx = u / m.
 
-A program goes over the channels of its pixels twice, the second time backwards, so that the last ones may still be in the cache. If the
-second pass hits the cache, an element costs 6 + 8 bytes in bf16, forward + backward, and a pixel 4 + 4 for the rms: at an H200's
-4.3 TB/s, 32 pairs of edm2-img512-l at 64 px need 117 + 156 us at least. Rows do not meet here: a pair costs what two rows cost.
+A program reads the channels of its pixels twice, the second time backwards, so that the last ones may still be in the cache.
 
 R rows; N channels; H W image; P = H W pixels.
 """
@@ -16,7 +14,20 @@ import torch
 from torch import Tensor
 
 from mclr.kernels.choice import runs_triton
-from mclr.kernels.magnitude import EPS, SIZES, dense, draw_activation, empty, mp_silu, normalize, per_element, planes, silu, tile
+from mclr.kernels.magnitude import (
+    EPS,
+    SIZES,
+    blocks,
+    dense,
+    draw_activation,
+    empty,
+    mp_silu,
+    normalize,
+    per_element,
+    planes,
+    silu,
+    tile,
+)
 from mclr.kernels.op import Cost, Op, Shape, cdiv, fit, floats, jit, launch, power_of_2, tl
 
 
@@ -72,7 +83,7 @@ def _backward(
         place, inside = tile(block * BLOCK_N, pixel, N, P, stride_n, stride_p, BLOCK_N)
         x, u = _upstream(x_ptr, dn_ptr, ds_ptr, start + place, inside, m)
         total += x * u
-    # where the rms is 0 so is the sum
+    # where the rms is 0, the sum is 0 too
     shift = tl.sum(total, axis=0) / tl.maximum(N * rms * m, 1e-30)
     for block in range(blocks):
         place, inside = tile((blocks - 1 - block) * BLOCK_N, pixel, N, P, stride_n, stride_p, BLOCK_N)
@@ -82,18 +93,11 @@ def _backward(
 
 
 def _plan(x: Tensor) -> tuple[tuple[int, int], tuple[int, int, int, int], dict[str, int]]:
-    """(grid, sizes and strides, constants) of a launch.
-
-    2048 elements at a time: whole pixels in channels_last; in NCHW 64 pixels, fewer in small images, which have few programs.
-    """
-    N, P, *strides = planes(x)
-    if strides[0] == 1:
-        block_n = power_of_2(N, most=1024)
-        block_p = power_of_2(P, most=2048 // block_n)
-    else:
-        block_p = power_of_2(P, most=power_of_2(P // 64, 16, 64))
-        block_n = power_of_2(N, most=2048 // block_p)
-    return (cdiv(P, block_p), len(x)), planes(x), {"BLOCK_N": block_n, "BLOCK_P": block_p}
+    """(grid, sizes and strides, constants) of a launch."""
+    P = planes(x)[1]
+    # channels_last: whole pixels; NCHW: 64 pixels, fewer in small images, which have few programs
+    constants = blocks(x, 2048, channels=1024, pixels=power_of_2(P // 64, 16, 64))
+    return (cdiv(P, constants["BLOCK_P"]), len(x)), planes(x), constants
 
 
 @torch.library.custom_op("mclr::norm_silu", mutates_args=())
@@ -120,7 +124,7 @@ def _gradient(x: Tensor, rms: Tensor, dn: Tensor, ds: Tensor) -> Tensor:
 
 
 def _save(ctx, inputs, output):
-    # the input, which the block before keeps anyway as its output, and one number per pixel
+    # saved: the input, which the block before keeps anyway as its output, and one number per pixel
     ctx.save_for_backward(inputs[0], output[2])
     ctx.mark_non_differentiable(output[2])
 

@@ -1,7 +1,7 @@
-"""What all operations share: access to Triton, launching or recording a kernel, refusing bad input, checking against a definition.
+"""What all operations share: access to Triton, launching or recording kernels, refusing bad arguments, checks against a definition.
 
-A file of an operation holds its formula, its definition in plain torch, the Triton kernels of forward and backward, the public function,
-and an Op, which the tests, the compile report and the bench read.
+The file of an operation holds its formula, its definition in plain torch, the Triton kernels of forward and backward, the public
+function, and an Op. Tests, compile report and bench read the Op.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,7 @@ from mclr.kernels.choice import interpreting, using
 try:
     import triton
     import triton.language as tl
-except ImportError:  # there are no builds for macOS and Windows, where every operation runs in torch
+except ImportError:  # macOS and Windows have no builds; every operation runs in torch there
     triton = tl = None
 
 Shape = dict[str, int]
@@ -36,7 +36,7 @@ def cdiv(a: int, b: int) -> int:
 
 
 def power_of_2(n: int, least: int = 1, most: int = 1 << 30) -> int:
-    """The smallest power of 2 that is at least n, clipped to [least, most], which are powers of 2."""
+    """The smallest power of 2 that is at least n, clipped to [least, most] (powers of 2)."""
     return min(max(1 << (n - 1).bit_length(), least), most)
 
 
@@ -55,7 +55,7 @@ _recorded: list[Launch] | None = None
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Launches inside are recorded and not run; their results stay uninitialised."""
+    """Record the launches inside and do not run them; their results stay uninitialised."""
     global _recorded
     before, _recorded = _recorded, []
     try:
@@ -65,7 +65,7 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 3, **constants: Any) -> None:
-    """Run a kernel over a grid of programs, on the GPU of its first tensor. constants: compile-time constants by name.
+    """Run a kernel over a grid of programs, on the GPU of its first tensor. constants: compile-time constants, by name.
 
     Raises ValueError if the tensor is not on a GPU.
     """
@@ -76,22 +76,27 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, 
     if device.type != "cuda" and not interpreting():
         refuse("kernels", f"triton needs a GPU, not {device}; use engine.kernels=auto")
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        # products and sums may be fused: said here, so that results do not change with Triton's default
+        # allow fused products and sums explicitly: results then do not change with Triton's default
         kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
 
 def floats(triton: bool) -> tuple[torch.dtype, ...]:
-    """The dtypes that an operation accepts; fp64, which checks need, in torch alone."""
+    """The dtypes that an operation accepts; torch also takes fp64, for checks."""
     return FLOATS if triton else (*FLOATS, torch.float64)
 
 
 def wide(x: Tensor) -> torch.dtype:
-    """The dtype of statistics: fp32, or fp64 for fp64."""
+    """The dtype of statistics of x: fp32, or fp64 if x is fp64."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def result_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a result that is asked for in `dtype`: fp64 if x is, since checks need it."""
+    return x.dtype if x.dtype == torch.float64 else dtype
+
+
 def refuse(name: str, says: str) -> NoReturn:
-    """Raises ValueError that names the argument. Call it inside an `if`, so that a message is formatted only when needed."""
+    """Raises ValueError that names the argument. Call it inside an `if`: then a message is formatted only when it is needed."""
     raise ValueError(f"{name}: {says}")
 
 
@@ -100,10 +105,10 @@ INDICES = ("index", "tokens")
 
 
 def fit(dtypes: Sequence[torch.dtype], **arguments: tuple[Tensor | None, str]) -> dict[str, int]:
-    """Sizes by letter, of arguments given with a letter per dimension, as x=(x_RLD, "RLD"); None is left out.
+    """Sizes by letter. An argument comes with a letter per dimension, as x=(x_RLD, "RLD"); None is left out.
 
-    Raises ValueError that names an argument which is empty, has other sizes or is on another device than those before it, or has a dtype
-    that is not one of `dtypes`. The dtype of INDICES is refuse_index's matter.
+    Raises ValueError that names an argument if it is empty, if its sizes or its device differ from those of the arguments before it, or
+    if its dtype is not one of `dtypes`. refuse_index checks the dtype of INDICES.
     """
     sizes: dict[str, int] = {}
     given = {name: (t, letters) for name, (t, letters) in arguments.items() if t is not None}
@@ -126,8 +131,8 @@ def fit(dtypes: Sequence[torch.dtype], **arguments: tuple[Tensor | None, str]) -
 def refuse_index(name: str, index: Tensor, limit: int) -> None:
     """Raises ValueError unless index is int64 in [0, limit).
 
-    Values on a GPU are checked by the GPU and fail as torch's own indexing does: to read them here, the host would wait at every call.
-    Compiled code checks them in the same way.
+    The GPU checks values on a GPU, and fails as torch's own indexing does: if the host read them, it would wait at every call. Compiled
+    code does the same.
     """
     if index.dtype != torch.int64:
         refuse(name, f"dtype {index.dtype}, not torch.int64")
@@ -143,7 +148,7 @@ def refuse_index(name: str, index: Tensor, limit: int) -> None:
 
 @dataclass(frozen=True)
 class Cost:
-    """The least work of one call: bytes read and written, floating-point operations of matrix products."""
+    """The least work of one call: bytes read and written, FLOPs of matrix products."""
 
     forward_bytes: int
     backward_bytes: int
@@ -155,10 +160,10 @@ class Cost:
 class Op:
     """An operation as tests, compile report and bench see it.
 
-    run: the public function. definition: the same in plain torch, as mathematics. Both take the results of `draw` by name and return a
-    tensor, or a tuple or list of tensors. draw: (sizes, dtype of the activations, generator) -> inputs on the CPU; for tensors that
-    require gradient, gradients are compared. shapes: sizes of full-sized networks by name. tiny: sizes of the tests. narrow: small
-    values of those sizes that compiled kernels do not depend on.
+    run: the public function. definition: the formula in plain torch. Both take the results of `draw` by name and return a tensor, or a
+    tuple or list of tensors. draw: (sizes, dtype of the activations, generator) -> inputs on the CPU; checks compare the gradients of
+    inputs that require gradient. shapes: sizes of full-sized networks, by name. tiny: sizes of the tests. narrow: small values of the
+    sizes that compiled kernels do not depend on.
     """
 
     name: str
@@ -171,7 +176,7 @@ class Op:
     narrow: Shape = field(default_factory=dict)
 
     def launches(self, shape: Shape, dtype: torch.dtype) -> list[Launch]:
-        """The kernel launches of one forward and backward; they are not run."""
+        """Record the kernel launches of one forward and backward."""
         inputs = self.draw(shape | self.narrow, dtype, torch.Generator().manual_seed(0))
         with recording() as launches, using("triton"):
             outputs = as_tuple(self.run(**inputs))
@@ -186,7 +191,6 @@ class Error:
 
     name: str
     relative: float
-    largest: float
     allowed: float
 
     @property
@@ -199,7 +203,7 @@ def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
 
 
 def moved(inputs: dict[str, Any], convert: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """The same inputs, each tensor converted to a new leaf; it requires gradient if the old one did."""
+    """The same inputs, with every tensor converted to a new leaf that requires gradient if the old one did."""
 
     def one(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
@@ -212,7 +216,7 @@ def moved(inputs: dict[str, Any], convert: Callable[[Tensor], Tensor]) -> dict[s
 
 
 def flat(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs by name; those of a list are numbered."""
+    """The inputs by name; the entries of a list get numbers."""
     found: dict[str, Any] = {}
     for name, value in inputs.items():
         found |= {f"{name}[{i}]": each for i, each in enumerate(value)} if isinstance(value, list) else {name: value}
@@ -225,7 +229,7 @@ def leaves(inputs: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def results(function: Callable[..., Any], inputs: dict[str, Any], seed: int = 1) -> dict[str, Tensor]:
-    """Outputs, and gradients of all leaves for random upstream gradients, by name, converted to fp64 on the CPU."""
+    """Outputs, and gradients of all leaves for random upstream gradients: by name, in fp64, on the CPU."""
     outputs = as_tuple(function(**inputs))
     generator = torch.Generator().manual_seed(seed)
     upstream = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out) for out in outputs]
@@ -239,7 +243,7 @@ def results(function: Callable[..., Any], inputs: dict[str, Any], seed: int = 1)
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Fill new memory with NaN, so that an element that is read before it is written, or never written, shows."""
+    """Fill new memory with NaN: an element that is never written, or read before it is written, then shows."""
     memory: Any = torch.utils.deterministic
     deterministic, fill = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -253,7 +257,7 @@ def poisoned() -> Iterator[None]:
 
 
 def compare(op: Op, inputs: dict[str, Any], dtype: torch.dtype, kernels: str = "triton") -> list[Error]:
-    """Errors of every output and gradient of op.run in the mode `kernels`, against the definition on the same inputs in fp64.
+    """Compare op.run in the mode `kernels` with the definition in fp64 on the same inputs: an Error per output and gradient.
 
     dtype: selects the tolerances.
     """
@@ -267,11 +271,11 @@ def compare(op: Op, inputs: dict[str, Any], dtype: torch.dtype, kernels: str = "
         scale = true.square().mean().sqrt()
         relative = (difference.square().mean().sqrt() / scale).item() if scale > 0 else float(difference.abs().max() > 0)
         allowed = TOLERANCE[dtype] * (1 if name.startswith("output") else 2)
-        errors.append(Error(name, relative, difference.abs().max().item(), allowed))
+        errors.append(Error(name, relative, allowed))
     return errors
 
 
 def check(op: Op, device: torch.device | str, dtype: torch.dtype, shape: Shape, kernels: str = "triton") -> list[Error]:
-    """As compare, on random inputs of these sizes. The tests do so in the interpreter, the bench before it times anything."""
+    """compare() on random inputs of these sizes. Tests do this in the interpreter, the bench on the GPU before it times anything."""
     inputs = moved(op.draw(shape, dtype, torch.Generator().manual_seed(0)), lambda t: t.to(device))
     return compare(op, inputs, dtype, kernels)

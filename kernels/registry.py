@@ -1,4 +1,4 @@
-"""The list of operations: tests, compile report and bench read it."""
+"""The list of operations, which tests, compile report and bench read."""
 
 import re
 
@@ -21,7 +21,7 @@ OPS = {
 
 
 def refuse_unknown(winners: dict[str, list[str]]) -> None:
-    """Raises ValueError if the winners name an operation that does not exist, or something else than a GPU family (sm_90)."""
+    """Raises ValueError if the winners name an unknown operation, or a family that is not written as sm_90."""
     for family, names in winners.items():
         if not re.fullmatch(r"sm_\d{2,3}", family):
             raise ValueError(f"{RESULTS}: {family} is no GPU family, which is written as sm_90")

@@ -1,11 +1,11 @@
-"""What becomes of the bench's rows: a file, tables, a plot, kernels/RESULTS.*, the operations that `auto` runs as Triton kernels.
+"""The rows of the bench: their file, tables and plot, kernels/RESULTS.*, and the operations that `auto` runs as Triton kernels.
 
-A row is a dict: one arm's pass at one shape.
+A row is a dict: one pass of one arm at one shape.
 What was measured: op, shape, sizes, dtype, arm, pass. Where: device, family, driver, torch, triton, liger, threads, source.
 why: the reason if there is no time, else empty. red: whether that is a fault of ours.
-ms, the median over the rounds, p20, p80, host_ms until everything was launched; rounds, and the calls of a round.
-bytes, flops, and floor_ms: the least time for them at the rates copy_gbs and product_tflops of the same run.
-peak_bytes above the inputs. apart: relative RMS difference from the results of the first arm.
+ms: the median of the rounds; p20, p80: percentiles; host_ms: until everything was launched; rounds; calls: of a round.
+bytes, flops: the least work. floor_ms: the time it needs at the rates copy_gbs and product_tflops of the same run.
+peak_bytes: memory above the inputs. apart: relative RMS difference from the results of the first arm.
 """
 
 import hashlib
@@ -32,25 +32,25 @@ from mclr.kernels.timing import number, table, time_cell
 ROOT = Path(__file__).resolve().parent.parent
 PASSES = ("forward", "forward+backward")
 Row = dict[str, Any]
-# what every row has
+# the keys that every row has
 NEEDED = {"op", "shape", "dtype", "arm", "pass", "device", "family", "source", "why", "red"}
 
 
 def write(path: Path, data: bytes) -> None:
-    """Replace the file in one step: a crash leaves the old one or the new one."""
+    """Replace a file in one step: after a crash it is the old one or the new one."""
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     temporary.write_bytes(data)
     os.replace(temporary, path)
 
 
 def dump(rows: list[Row], **more: Any) -> bytes:
-    """JSON with a row per line."""
+    """JSON with one row per line. more: other entries."""
     parts = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in more.items()]
     return ("{" + ",\n".join([*parts, '"rows": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]"]) + "}\n").encode()
 
 
 def load(path: Path) -> list[Row]:
-    """The rows of a file; none if it does not exist. Raises ValueError if it cannot be read or holds something else."""
+    """The rows of a file, none if there is no file. Raises ValueError if it cannot be read, or holds something else."""
     try:
         rows = json.loads(path.read_text())["rows"] if path.exists() else []
         if all(row.keys() >= NEEDED for row in rows):
@@ -63,7 +63,7 @@ def load(path: Path) -> list[Row]:
 
 
 def said(*command: str) -> str:
-    """The first line that a program prints; empty if it is missing or fails."""
+    """The first line of a program's output; empty if the program is missing or fails."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     except OSError:
@@ -72,7 +72,7 @@ def said(*command: str) -> str:
 
 
 def source() -> str:
-    """A digest of the modules in kernels/, so that rows of two states of the code are not mixed."""
+    """A digest of the code in kernels/: rows of different code must not mix."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
@@ -98,7 +98,7 @@ HEAD += ["peak MiB", "apart"]
 
 
 def cells(row: Row | None) -> list[str]:
-    """The time of one pass, and which share of it the floor is. *: the host needed about as long to launch everything."""
+    """(the time of one pass, the floor's share of it). *: the host took about as long to launch everything."""
     if row is None or row["why"]:
         return [("RED: " if row["red"] else "") + row["why"].replace("|", "/") if row else "", ""]
     mark = "*" if row["family"] != "cpu" and row["host_ms"] > 0.9 * row["ms"] else ""
@@ -106,7 +106,7 @@ def cells(row: Row | None) -> list[str]:
 
 
 def tables(rows: list[Row]) -> str:
-    """Markdown: a table per dtype, a line per operation, shape and arm; the first two are named where they change."""
+    """Markdown: a table per dtype, a line per operation, shape and arm. A line names operation and shape where they change."""
     parts = []
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         passes: dict[tuple[str, str, str], dict[str, Row]] = {}
@@ -128,12 +128,12 @@ def tables(rows: list[Row]) -> str:
 
 
 def last_pass(rows: list[Row]) -> str:
-    """Forward and backward, or forward, where an operation has no backward."""
+    """The pass that decides: forward and backward, or forward if the operation has no backward."""
     return PASSES[any(row["pass"] == PASSES[1] for row in rows)]
 
 
 def wins(rows: list[Row]) -> bool:
-    """Whether ours/triton has a time, some other arm has one too, and ours is below all others."""
+    """Whether ours/triton and another arm have times, and ours is below all others."""
     times = {row["arm"]: row["ms"] for row in rows}
     ours = times.pop("ours/triton", math.inf)
     return ours < min(times.values(), default=0)
@@ -142,7 +142,7 @@ def wins(rows: list[Row]) -> bool:
 def winners(rows: list[Row]) -> dict[str, list[str]]:
     """GPU family -> the operations that `auto` runs as Triton kernels there.
 
-    Such an operation has the lowest median of all arms in the last pass, in bf16, at every shape, on every GPU of the family with rows.
+    Such an operation has the lowest median of all arms in the last pass: in bf16, at every shape, on every measured GPU of the family.
     """
     found: dict[str, list[str]] = {}
     for gpu in dict.fromkeys(row["family"] for row in rows):
@@ -156,22 +156,21 @@ def winners(rows: list[Row]) -> dict[str, list[str]]:
 
 
 def publish(file: Path) -> None:
-    """Put the GPU rows of a file into RESULTS.json and RESULTS.md; they replace older rows of the same GPUs.
+    """Put the GPU rows of a file into RESULTS.json and RESULTS.md. They replace older rows of the same GPUs.
 
-    Raises ValueError if there are none, if one is red, or if they are of other code than the commit's.
+    Raises ValueError if there are none, if one is red, or if the code that they measured is not committed.
     """
     if not file.exists():
         raise ValueError(f"--publish {file}: no such file")
-    fresh = [row for row in load(file) if row["family"] != "cpu"]
-    if not fresh:
+    of_gpus = [row for row in load(file) if row["family"] != "cpu"]
+    if not of_gpus:
         raise ValueError(f"--publish: {file} holds no rows of a GPU: measure on one")
-    fresh = [row for row in fresh if row["source"] == source()]
+    fresh = [row for row in of_gpus if row["source"] == source()]
     if not fresh:
         raise ValueError(f"--publish: the rows of {file} were measured with other code than this: measure again")
-    red = [row for row in fresh if row["red"]]
-    if red:
+    if red := [row for row in fresh if row["red"]]:
         raise ValueError(f"--publish: {len(red)} rows are red, first {red[0]['op']} at {red[0]['shape']}: {red[0]['why']}")
-    # what this function writes does not change what was measured
+    # the files that this function writes do not count
     commit, written = said("git", "rev-parse", "HEAD"), [f":!kernels/RESULTS.{kind}" for kind in ("json", "md")]
     changed = said("git", "status", "--porcelain", "--untracked-files=all", "--", "kernels", *written)
     if not commit or changed:
@@ -191,7 +190,7 @@ def publish(file: Path) -> None:
 
 
 def plot(rows: list[Row], folder: Path) -> Path:
-    """Draw roofline.png: every time against the least that its bytes and FLOPs need."""
+    """Draw roofline.png: every time against its floor."""
     from matplotlib.figure import Figure
 
     timed = [row for row in rows if not row["why"]]

@@ -1,4 +1,4 @@
-"""What all benches share: work timed in turns, the rates of this machine, medians, tables, arguments."""
+"""What all benches share: timing work in turns, the rates of this machine, medians, tables, arguments."""
 
 import argparse
 import math
@@ -14,7 +14,7 @@ from mclr.kernels.choice import using
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong. The description keeps its lines."""
+    """A parser whose errors are one line and whose description keeps its line breaks."""
 
     def __init__(self, prog: str, **settings: Any) -> None:
         super().__init__(prog, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def above_0(kind: type) -> Callable[[str], Any]:
-    """A type of arguments: finite numbers above 0 of this kind."""
+    """The type of an argument that is a finite number above 0."""
 
     def read(text: str) -> Any:
         try:
@@ -40,11 +40,11 @@ def above_0(kind: type) -> Callable[[str], Any]:
 
 @dataclass
 class Turn:
-    """Work that takes turns with other work, and what it has cost so far.
+    """Work that takes turns with other work, and its times so far.
 
-    work(i) is its call number i. kernels: the mode in which it runs (choice.using). A round is `calls` calls, timed together; the first
-    `warm_up` rounds do not count. times, host: of every round that counts, milliseconds per call on the device, and on the host until
-    everything was launched. failed: why it takes no more turns.
+    work(i): call number i. kernels: the mode in which it runs (choice.using). A round is `calls` calls, timed together; the first
+    `warm_up` rounds do not count. times, host: of every round that counts, the milliseconds per call, on the device and on the host (until
+    everything was launched). failed: why it takes no more turns, or empty.
     """
 
     work: Callable[[int], Any]
@@ -68,9 +68,9 @@ class Turn:
 
 
 def take_turns(turns: Mapping[Any, Turn], device: torch.device, after: Callable[[Any], None] = lambda key: None) -> None:
-    """Time the work round by round, so that a slow minute of the machine hits all. after(key) follows each turn, untimed.
+    """Time all work round by round, so that a slow minute of the machine hits everything. after(key) runs after each turn, untimed.
 
-    What runs out of memory takes no more turns.
+    Work that runs out of memory takes no more turns.
     """
     while left := {key: turn for key, turn in turns.items() if turn.done < turn.warm_up + turn.rounds and not turn.failed}:
         for key, turn in left.items():
@@ -82,7 +82,7 @@ def take_turns(turns: Mapping[Any, Turn], device: torch.device, after: Callable[
 
 
 def clocked(work: Callable[[int], Any], calls: int, device: torch.device) -> tuple[float, float]:
-    """Milliseconds per call of work(0), work(1), ...: of the device (a CPU: all), and of the host until everything was launched."""
+    """Milliseconds per call of work(0), work(1), ...: (until the device is done, until the host has launched everything)."""
     gpu = device.type == "cuda"
     if gpu:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -99,7 +99,7 @@ def clocked(work: Callable[[int], Any], calls: int, device: torch.device) -> tup
 
 
 def rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What this machine reaches in this run: GB/s of a copy (read and written), TFLOP/s of a matrix product."""
+    """The rates of this machine in this run: GB/s of a copy (read and written), TFLOP/s of a matrix product."""
     size, side = (1 << 30, 8192) if device.type == "cuda" else (1 << 26, 1024)
     a = torch.zeros(size // dtype.itemsize, dtype=dtype, device=device)
     b, m = torch.zeros_like(a), torch.randn(side, side, device=device).to(dtype)
@@ -109,7 +109,7 @@ def rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def spread(times: Sequence[float]) -> dict[str, float]:
-    """ms, the median; p20 and p80, the 20th and 80th percentile."""
+    """ms: the median. p20, p80: the 20th and 80th percentile."""
     p20, p80 = (sorted(times)[round(share * (len(times) - 1))] for share in (0.2, 0.8))
     return {"ms": statistics.median(times), "p20": p20, "p80": p80}
 
@@ -119,16 +119,16 @@ def brief(error: Exception) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits, or all before the point."""
+    """Three significant digits; above 100 a whole number."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def time_cell(row: Mapping[str, Any], mark: str = "") -> str:
-    """`ms (p20–p80)` of a row that has them."""
+    """The times of a row as `ms (p20–p80)`."""
     return f"{number(row['ms'])}{mark} ({number(row['p20'])}–{number(row['p80'])})"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) -> str:
-    """Markdown. The first `left` columns are text, the others numbers."""
+    """A Markdown table. The first `left` columns are text, the others numbers."""
     lines = [head, ["---"] * left + ["---:"] * (len(head) - left), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

@@ -2,22 +2,18 @@
 
     value[r, l] = log softmax(z)[tokens[index[r], l]],  z = weight h[r, l] + bias,  d value / d z = onehot - softmax(z)
 
-The contrast `null` scores inversely guided logits, z + g (z - sg z_guide), with g per token and z_guide of a second row without gradient.
-The Linear is affine and the factors 1 + g and -g sum to 1, so these are the Linear of h + g (h - h_guide) (derived): one product and one
-log-sum-exp instead of two products. z may as well be log-probabilities, since the softmax cancels their shift. The gradients are not
-those of that Linear, because sg also stops the gradient of weight and bias: with d = (1 + g) (onehot - softmax), h gets weight^T d, the
-weight gets d h^T with h alone (not the mixture), the bias gets d.
+The contrast `null` scores inversely guided logits, z + g (z - sg z_guide). g is a number per token; z_guide comes from a second row
+without gradient. The Linear is affine and the factors 1 + g and -g sum to 1, so these logits are the Linear of h + g (h - h_guide)
+(derived). That takes one product and one log-sum-exp instead of two. z may also be log-probabilities: the softmax cancels their shift.
+The gradients differ from those of that Linear, because sg also stops the gradient of weight and bias. With
+d = (1 + g) (onehot - softmax): h gets weight^T d, the weight gets d h^T with h alone (not the mixture), the bias gets d.
 
-Triton, forward: a program computes one tile of logits (fp32 accumulator) and leaves, per row, the largest logit and the sum of
-exp(logit - largest), 8 bytes for 256 logits, and the target's logit if the tile holds it; a second kernel merges the tiles. Backward:
-tiles of logits again, in chunks of rows, of which d is stored in h's dtype; torch.mm makes gradients of it. To compute the logits again
-is a fourth product beside the three that any implementation needs; in return the 4 V bytes per token that log_softmax keeps are not kept.
-Which is faster on a GPU has not been measured. Deterministic: no sum depends on the order in which programs run. A width that is not a
-multiple of 16 spills registers; no preset has one.
-
-Least work per token in bf16: forward reads 2 D bytes, backward as many and writes 2 D; weight and bias are read once, their gradients
-written. FLOPs: forward 2 D V, backward twice that. At an H200's 780 TFLOP/s, L = 680, V = 4096, 32 pairs, forward + backward:
-var-d16 (D = 1024) 468 + 936 us, var-d30 (D = 1920) 878 + 1,756 us.
+Triton, forward: a program computes one tile of logits (fp32 accumulator). Per row it stores the largest logit, the sum of
+exp(logit - largest), and the target's logit if the tile holds it. A second kernel merges the tiles. Backward: the tiles of logits are
+computed again, in chunks of rows; d is stored in h's dtype, and torch.mm makes the gradients of it. This costs a fourth product beside
+the three that every implementation needs, and saves the 4 V bytes per token that log_softmax keeps. Which is faster on a GPU has not
+been measured. The result is deterministic: no sum depends on the order in which programs run. A width that is not a multiple of 16
+spills registers; no preset has one.
 
 B samples; R rows; L tokens of a row; M = R L; D width; V codes.
 """
@@ -31,7 +27,7 @@ from torch import Tensor
 from mclr.kernels.choice import runs_triton
 from mclr.kernels.op import Cost, Op, Shape, cdiv, fit, floats, jit, launch, power_of_2, refuse, refuse_index, tl, wide
 
-# logits, or gradients of logits, that exist at a time: as many as a CPU's cache holds; 8,192 rows of 4,096, which fill a GPU
+# logits (or their gradients) in memory at a time: as many as a CPU's cache holds; 8,192 rows of 4,096 codes, which fill a GPU
 CPU_LOGITS, GPU_LOGITS = 1 << 21, 1 << 25
 
 
@@ -48,7 +44,7 @@ def definition(
     logits = F.linear(hidden_RLD, *linear)
     if guide_RLD is not None and mix_RL is not None:
         logits = logits + mix_RL.detach()[..., None] * (logits - F.linear(guide_RLD, *linear).detach())
-    # as autocast does
+    # in the dtype that autocast uses
     return logits.log_softmax(-1, wide(logits)).gather(-1, tokens_BL[index_R][..., None])[..., 0]
 
 
@@ -81,14 +77,14 @@ def wide_linear(hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor) -> Tensor:
 
 
 class _InTorch(torch.autograd.Function):
-    """Saves softmax - onehot, [M, V] in hidden's dtype, beside its inputs; without `keep` no tensor of that size exists."""
+    """Saves its inputs and, with `keep`, softmax - onehot, [M, V] in hidden's dtype; without it no tensor of that size is made."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, tokens, index, guide, mix, keep):
         scored, target = _scored(hidden, guide, mix), tokens[index].flatten()[:, None]
         kept = hidden.new_empty(len(scored), len(weight)) if keep else None
         value_M1 = torch.empty(target.shape, device=hidden.device, dtype=wide(hidden))
-        # here once, instead of in wide_linear for every chunk
+        # convert once, not in wide_linear for every chunk
         linear = [weight.to(hidden.dtype), bias]
         if not hidden.is_cuda:
             scored, *linear = (t.to(value_M1.dtype) for t in (scored, *linear))
@@ -99,7 +95,7 @@ class _InTorch(torch.autograd.Function):
             value = logits.gather(-1, target[rows]) - logits.amax(-1, True) + prob.amax(-1, True).log()
             value_M1[rows] = value
             if kept is not None:
-                # p - 1 before it is rounded: so the gradient of an almost certain token keeps its digits
+                # p - 1 from unrounded numbers: so the gradient of an almost certain token keeps its digits
                 kept[rows] = prob.scatter_(-1, target[rows], value.expm1())
         ctx.save_for_backward(hidden, weight, mix, kept)
         ctx.bias_dtype = bias.dtype
@@ -108,7 +104,7 @@ class _InTorch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         hidden, weight, mix, kept = ctx.saved_tensors
-        # applied to the tensors of width D, which are smaller than those of width V
+        # multiply the tensors of width D, which are smaller than those of width V
         factor = (-upstream if mix is None else -upstream * (1 + mix)).flatten()[:, None].to(hidden.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             grad_hidden = torch.mm(kept, weight.to(hidden.dtype)).mul_(factor).view(hidden.shape)
@@ -119,7 +115,7 @@ class _InTorch(torch.autograd.Function):
 
 def in_torch(hidden_RLD, weight_VD, bias_V, tokens_BL, index_R, guide_RLD=None, mix_RL=None) -> Tensor:
     if not hidden_RLD.is_cuda and hidden_RLD[..., 0].numel() * len(weight_VD) <= CPU_LOGITS:
-        # the cache holds all logits: there is nothing to save, and the definition takes fewer passes
+        # the cache holds all logits: the definition takes fewer passes
         dtype = wide(hidden_RLD)
         weight_VD, guide = weight_VD.to(hidden_RLD.dtype).to(dtype), None if guide_RLD is None else guide_RLD.to(dtype)
         return definition(hidden_RLD.to(dtype), weight_VD, bias_V.to(dtype), tokens_BL, index_R, guide, mix_RL)
@@ -149,8 +145,8 @@ def _forward(
     hidden_ptr, weight_ptr, bias_ptr, target_ptr, top_ptr, sum_ptr, value_ptr, M, V, D,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Per row of one tile: its largest logit and sum of exp(logit - largest), [tiles, M]; the target's logit if the tile holds it."""
-    # neighbouring programs share rows, so that the weight stays in the L2 cache and hidden is read from memory once
+    """Store per row of one tile: the largest logit and the sum of exp(logit - largest), [tiles, M]; the target's logit if it is here."""
+    # neighbouring programs share rows: the weight stays in the L2 cache, and hidden is read from memory once
     tile = tl.program_id(0)
     row, column = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tile * BLOCK_V + tl.arange(0, BLOCK_V)
     logits = _logits(hidden_ptr, weight_ptr, bias_ptr, row, column, M, V, D, BLOCK_M, BLOCK_V, BLOCK_D)
@@ -168,7 +164,7 @@ def _forward(
 def _merge(
     tile_top_ptr, tile_sum_ptr, value_ptr, top_ptr, log_sum_ptr, M, TILES, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr
 ):  # fmt: skip
-    """The largest logit of a row and log sum exp(logit - largest). value: the target's logit becomes its log-probability."""
+    """Merge the tiles of a row: largest logit, log sum exp(logit - largest). value: from the target's logit to its log-probability."""
     row, tile = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_T)
     place = tile.to(tl.int64)[:, None] * M + row[None, :]
     inside = (tile < TILES)[:, None] & (row < M)[None, :]
@@ -178,7 +174,7 @@ def _merge(
     log_sum = tl.log(tl.sum(tile_sum * tl.exp(tile_top - top[None, :]), 0))
     tl.store(top_ptr + row, top, mask=row < M)
     tl.store(log_sum_ptr + row, log_sum, mask=row < M)
-    # in this order a log-probability keeps its digits however large the logits are
+    # in this order of subtractions the digits stay, however large the logits are
     tl.store(value_ptr + row, tl.load(value_ptr + row, mask=row < M, other=0.0) - top - log_sum, mask=row < M)
 
 
@@ -187,7 +183,7 @@ def _backward(
     hidden_ptr, weight_ptr, bias_ptr, target_ptr, top_ptr, log_sum_ptr, upstream_ptr, grad_ptr, M, V, D,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one tile's logits."""
+    """Gradient of the logits of one tile."""
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     logits = _logits(hidden_ptr, weight_ptr, bias_ptr, row, column, M, V, D, BLOCK_M, BLOCK_V, BLOCK_D)
@@ -264,7 +260,7 @@ def _(hidden, weight, bias, *rest):
 
 
 def _save(ctx, inputs, output):
-    # the inputs and norm, 8 bytes per token; the logits are computed again
+    # saved: the inputs and norm, 8 bytes per token; backward computes the logits again
     ctx.save_for_backward(*inputs, output[1])
 
 
@@ -286,11 +282,11 @@ def token_logp(
 ) -> Tensor:
     """value_RL, fp32: log-probabilities, in nats, of each row's tokens under the Linear of its hidden states.
 
-    hidden: fp32, fp16 or bf16; in torch also fp64, then value is fp64. Autocast does not change it. weight and bias: in hidden's dtype, or
-    fp32 beside half; then the weight is rounded to half. Products accumulate in fp32; in torch half logits are rounded, as a Linear's.
-    hidden, weight and bias get gradients, in their own dtypes. tokens: int64 codes, held once per sample. index: int64 sample of each row.
-    guide, mix: score z + mix (z - sg z_guide), z from hidden and z_guide from guide; nothing gets a gradient through z_guide.
-    Raises ValueError that names an argument that does not fit.
+    hidden: fp32, fp16 or bf16; in torch also fp64, and then value is fp64. weight, bias: in hidden's dtype, or fp32 beside a half hidden;
+    then the weight is rounded to half. Autocast changes nothing here. Products accumulate in fp32. hidden, weight and bias get gradients
+    in their own dtypes. tokens: int64 codes, held once per sample. index: int64, the sample of each row. guide, mix: score
+    z + mix (z - sg z_guide), z from hidden and z_guide from guide; no gradient passes through z_guide.
+    Raises ValueError that names the argument that does not fit.
     """
     triton = runs_triton("token_logp", hidden_RLD)
     if (guide_RLD is None) != (mix_RL is None):
@@ -311,7 +307,7 @@ def token_logp(
 def draw(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> dict:
     B, R, L, D, V = (shape[name] for name in "BRLDV")
     hidden = torch.randn(R, L, D, generator=generator).to(dtype).requires_grad_()
-    # fp32 for all activations, as under autocast
+    # weights are fp32 for all dtypes of activations, as under autocast
     weight = (2 * torch.randn(V, D, generator=generator) / D**0.5).requires_grad_()
     bias = torch.randn(V, generator=generator).requires_grad_()
     tokens, index = torch.randint(V, (B, L), generator=generator), torch.randint(B, (R,), generator=generator)
@@ -322,7 +318,7 @@ def cost(shape: Shape, dtype: torch.dtype) -> Cost:
     B, R, L, D, V = (shape[name] for name in "BRLDV")
     hidden, linear, value = R * L * D * dtype.itemsize, (V * D + V) * 4, R * L * 4
     read, flops = hidden + linear + B * L * 8, 2 * R * L * D * V
-    # two products; that our kernel computes the logits again is not the least
+    # backward needs two products; our kernel's third one is not counted
     return Cost(read + value, read + value + hidden + linear, flops, 2 * flops)
 
 
@@ -343,6 +339,6 @@ OP = Op(
         "several blocks": {"B": 2, "R": 3, "L": 50, "D": 70, "V": 300},
     },
     cost=cost,
-    # below 128 tokens blocks shrink; with 640 the logits exceed a CPU's cache
+    # below 128 tokens the blocks shrink; with 640 tokens the logits exceed a CPU's cache
     narrow={"B": 1, "R": 1, "L": 640},
 )

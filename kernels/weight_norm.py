@@ -1,4 +1,4 @@
-"""EDM2's weight normalisation of any number of weights in one launch: the weights that layers use, and the stored ones.
+"""EDM2's weight normalisation, of many weights in one launch: for the weights that layers use, and for the stored ones.
 
     used_weights:   u = w / (sqrt(f) (1e-4 + rms(w))) per row (Eq. 47, 66 of Karras et al. 2024, arXiv 2312.02696)
     force_weights:  w <- w / (1e-4 + rms(w)) per row, in place (Eq. 66)
@@ -6,18 +6,13 @@
 A row is an output channel, f its number of elements (the fan-in). Backward, derived: rms = |w| / sqrt(f), so with M = |w| + 1e-4 sqrt(f)
 it is u = w / M and, for an upstream gradient G, dw = (G - w <G, w> / (M |w|)) / M; where w = 0, dw = G / M.
 
-Bytes per element with used weights in bf16: forward 6, backward 10, force 8; the norms are computed again, only the weights are kept.
-The least time at an H200's 4.3 TB/s: edm2-img64-s (280 M elements) 391 + 651 us, force 521; edm2-img512-l (778 M) 1,085 + 1,809 us,
-force 1,447. These bytes assume that the second pass over a row hits the cache, and do not count MPConv's change of layout.
-Both rows of a pair use the same weights: one forward of a pair normalises once, two forwards twice.
+EDM2 makes the weights of one block per launch: gradients then come block by block, and ZeRO reduces them during the backward pass.
 
-EDM2 makes the weights of one block per launch, so that gradients come block by block and ZeRO reduces them while backward goes on.
-
-One program per row goes through its columns twice, the second time backwards, so that the last ones may still be in the cache.
-A table made of shapes alone says which weight a row belongs to; a second one holds the addresses, anew at every call. The compiler knows
-nothing about an address read from a table and would load 4 bytes at a time. So each program looks at its own row: if weight and result
-are aligned and the fan-in is a multiple of 4, it runs a copy of the code that loads 16 bytes. Odd fan-ins and parameters cut from a flat
-buffer run the other copy.
+One program handles one row. It reads the columns twice, the second time backwards, so that the last ones may still be in the cache.
+One table says which weight a row belongs to; it depends on shapes alone. Another table holds the addresses; it is new at every call.
+The compiler knows nothing about an address from a table and would load 4 bytes at a time. So each program looks at its own row. If
+weight and result are aligned and the fan-in is a multiple of 4, it runs a copy of the code that loads 16 bytes. Other rows (odd
+fan-ins, parameters cut from a flat buffer) run a copy without that.
 """
 
 import math
@@ -31,7 +26,7 @@ from torch import Tensor
 
 from mclr.kernels.choice import runs_triton
 from mclr.kernels.magnitude import EPS, dense, empty, layout
-from mclr.kernels.op import FLOATS, Cost, Op, Shape, jit, launch, refuse, tl
+from mclr.kernels.op import FLOATS, Cost, Op, Shape, jit, launch, refuse, result_dtype, tl
 
 BLOCK = 2048
 
@@ -41,40 +36,35 @@ def fan_in(w: Tensor) -> int:
 
 
 def used_weights_definition(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    norms = [math.sqrt(fan_in(w)) * (EPS + w.flatten(1).square().mean(1).sqrt()) for w in weights]
-    return [(w / _per_row(norm, w)).to(_result(w, dtype)) for w, norm in zip(weights, norms, strict=True)]
+    forced = force_weights_definition(weights)
+    return [(f / math.sqrt(fan_in(f))).to(result_dtype(f, dtype)) for f in forced]
 
 
 def force_weights_definition(weights: list[Tensor]) -> list[Tensor]:
     return [w / _per_row(EPS + w.flatten(1).square().mean(1).sqrt(), w) for w in weights]
 
 
-def _result(w: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of used weights; fp64 weights, which checks need, stay fp64."""
-    return torch.float64 if w.dtype == torch.float64 else dtype
-
-
 class _UsedWeightsInTorch(torch.autograd.Function):
-    """Forward and derived backward pass over a weight 2 + 4 times, autograd about 4 + 10 times."""
+    """Forward reads a weight twice, the derived backward 4 times; autograd would take about 4 and 10 passes."""
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
         norms = [torch.linalg.vector_norm(w.flatten(1), dim=1) for w in weights]
         ctx.save_for_backward(*weights, *norms)
         return tuple(
-            (w / _per_row(norm + EPS * math.sqrt(fan_in(w)), w)).to(_result(w, dtype))
+            (w / _per_row(norm + EPS * math.sqrt(fan_in(w)), w)).to(result_dtype(w, dtype))
             for w, norm in zip(weights, norms, strict=True)
         )
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # read once: activation checkpointing refuses a second read
+        # read them once: activation checkpointing refuses a second read
         saved = ctx.saved_tensors
         weights, norms = saved[: len(upstream)], saved[len(upstream) :]
         grads = []
         for G, w, norm in zip(upstream, weights, norms, strict=True):
             G, M = G.to(w.dtype), norm + EPS * math.sqrt(fan_in(w))
-            # where the norm is 0 so is the product
+            # where the norm is 0, the product is 0 too
             shift = (G * w).flatten(1).sum(1).div_(M * norm.clamp_min(torch.finfo(norm.dtype).tiny))
             grads.append(torch.addcmul(G, w, _per_row(shift, w), value=-1).div_(_per_row(M, w)))
         return None, *grads
@@ -103,7 +93,7 @@ def _pointer(address, dtype: tl.constexpr, VECTOR: tl.constexpr):
 def _scale_row(w, u, dtype: tl.constexpr, fan_in, size, extra, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
     """u = size w / (|w| + extra) of one row at these addresses."""
     w_ptr, u_ptr = _pointer(w, tl.float32, VECTOR), _pointer(u, dtype, VECTOR)
-    # the compiler does not know the fan-in: this tells it that the mask changes at whole vectors only
+    # the compiler does not know the fan-in: this line tells it that the mask changes at whole vectors only
     fan_in = fan_in // VECTOR * VECTOR
     total = tl.zeros([BLOCK], tl.float32)
     blocks = tl.cdiv(fan_in, BLOCK)
@@ -149,7 +139,7 @@ def _derive_row(G, w, dw, dtype: tl.constexpr, fan_in, extra, BLOCK: tl.constexp
         square += x * x
         product += upstream * x
     norm = tl.sqrt(tl.sum(square))
-    # where the norm is 0 so is the product
+    # where the norm is 0, the product is 0 too
     shift = tl.sum(product) / (norm + extra) / tl.maximum(norm, 1e-30)
     for block in range(blocks):
         column = (blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
@@ -178,7 +168,7 @@ def _backward(table_ptr, owner_ptr, first_ptr, fan_in_ptr, like_ptr, eps, BLOCK:
 def _rows(shapes: tuple[torch.Size, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """(weight of every row, first row of every weight, fan-in of every weight), int32, from the shape of every weight.
 
-    All are kept: a network has some 25 lists of shapes, and to make one again the host waits for the GPU.
+    The cache has no limit: a network has about 25 lists of shapes, and making a table again would make the host wait for the GPU.
     """
     first = [0, *accumulate(shape[0] for shape in shapes)][:-1]
     owner = [weight for weight, shape in enumerate(shapes) for _ in range(shape[0])]
@@ -188,9 +178,9 @@ def _rows(shapes: tuple[torch.Size, ...], device: torch.device) -> tuple[Tensor,
 
 
 def _table(*lists: list[Tensor]) -> Tensor:
-    """Addresses [n, lists], int64, on the device of the tensors; the host does not wait for the copy.
+    """Addresses [n, lists], int64, on the device of the tensors. The host does not wait for the copy.
 
-    Raises ValueError while a CUDA graph is captured: it would replay the addresses of this call.
+    Raises ValueError while a CUDA graph is captured, which would replay the addresses of this call.
     """
     device = lists[0][0].device
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -199,7 +189,7 @@ def _table(*lists: list[Tensor]) -> Tensor:
     return torch.tensor(addresses, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
-# the tag keeps torch.compile from capturing these in CUDA graphs, which would replay the addresses of one call
+# because of the tag torch.compile does not capture these in CUDA graphs, which would replay the addresses of one call
 @torch.library.custom_op("mclr::used_weights", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _used(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     weights = [dense(w) for w in weights]
@@ -211,7 +201,7 @@ def _used(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 @torch.library.custom_op("mclr::used_weights_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _gradient(weights: list[Tensor], upstream: list[Tensor]) -> list[Tensor]:
-    # rows are gapless and follow each other; the order within a row does not matter to a norm
+    # rows have no gaps; the order within a row does not matter to a norm
     weights = [dense(w) for w in weights]
     upstream = [dense(G, like=w) for G, w in zip(upstream, weights, strict=True)]
     grads = [empty(w) for w in weights]
@@ -221,7 +211,7 @@ def _gradient(weights: list[Tensor], upstream: list[Tensor]) -> list[Tensor]:
 
 
 def _save(ctx, inputs, output):
-    # the weights alone: the norms are computed again
+    # saved: the weights alone; backward computes the norms again
     ctx.save_for_backward(*inputs[0])
 
 
@@ -240,7 +230,7 @@ _force.register_fake(lambda weights: None)
 
 
 def _admit(op: str, weights: Sequence[Tensor]) -> bool:
-    """Whether this runs as a kernel. Raises ValueError unless these are weights of one dtype on one device, none empty."""
+    """Whether `op` runs as a Triton kernel. Raises ValueError unless these are non-empty weights of one dtype on one device."""
     if not weights:
         refuse("weights", "there are none")
     triton, device, dtype = runs_triton(op, weights[0]), weights[0].device, weights[0].dtype
@@ -259,9 +249,9 @@ def _admit(op: str, weights: Sequence[Tensor]) -> bool:
 
 
 def used_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Every weight as its layer uses it, in `dtype` and the layout of the weight: rows of norm 1, up to the 1e-4.
+    """Normalise every weight for its layer: rows of norm 1 (up to the 1e-4), in `dtype` and the layout of the weight.
 
-    weights: fp32, [out, in] or [out, in, k, k]; they get gradients. Raises ValueError that names an argument that does not fit.
+    weights: fp32, [out, in] or [out, in, k, k]; they get gradients. Raises ValueError that names the argument that does not fit.
     """
     triton = _admit("used_weights", weights)
     if dtype not in FLOATS:
@@ -273,16 +263,16 @@ def used_weights(weights: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 def force_weights(weights: Sequence[Tensor]) -> None:
     """Divide every row of the fp32 weights by 1e-4 + its RMS, in place.
 
-    Raises ValueError if a tensor is no weight, if its rows are not gapless, or if it is listed twice.
+    Raises ValueError if a tensor is no weight, has gaps in memory, or is listed twice.
     """
     triton = _admit("force_weights", weights)
     for i, w in enumerate(weights):
         if not w.is_contiguous(memory_format=layout(w)):
             refuse(f"weights[{i}]", f"strides {w.stride()} leave gaps")
-    # while torch.compile traces there are no addresses
+    # there are no addresses while torch.compile traces
     places = {i if torch.compiler.is_compiling() else w.data_ptr() for i, w in enumerate(weights)}
     if len(places) < len(weights):
-        refuse("weights", "one is there twice")
+        refuse("weights", "one of them is listed twice")
     if triton:
         _force(list(weights))
     else:
@@ -291,9 +281,9 @@ def force_weights(weights: Sequence[Tensor]) -> None:
 
 
 def block(shape: Shape) -> list[tuple[int, ...]]:
-    """Shapes of the weights of one block of an EDM2's decoder, which go into one launch, `blocks` times.
+    """Shapes of the weights of one block of EDM2's decoder, `blocks` times; one launch handles all of them.
 
-    width: of the block. source: channels that come in, the skipped ones included. embedding: width of the condition's embedding.
+    width: of the block. source: channels of its input, with the skip connection. embedding: width of the condition's embedding.
     """
     width, source = shape["width"], shape["source"]
     convolutions = [(width, source, 1, 1), (width, source, 3, 3), (width, shape["embedding"]), (width, width, 3, 3)]
@@ -301,7 +291,7 @@ def block(shape: Shape) -> list[tuple[int, ...]]:
 
 
 def draw_forced(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> dict:
-    # of several magnitudes, since that of a stored weight must not matter
+    # several magnitudes: that of a stored weight must not matter
     return {"weights": [torch.randn(s, generator=generator) * 10 ** (i % 5 - 2) for i, s in enumerate(block(shape))]}
 
 
@@ -311,7 +301,7 @@ def draw_used(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> d
 
 
 def force_copies(weights: list[Tensor]) -> list[Tensor]:
-    """As force_weights, on copies."""
+    """force_weights of copies."""
     copies = [w.detach().clone(memory_format=torch.contiguous_format) for w in weights]
     force_weights(copies)
     return copies
@@ -335,6 +325,6 @@ SIZES: dict[str, Any] = {
     "narrow": {"width": 4, "source": 8, "embedding": 8},
 }
 USED_WEIGHTS = Op("used_weights", used_weights, used_weights_definition, draw_used, cost=cost_used, shapes=SHAPES, **SIZES)
-# all weights of a network in one launch: as many elements as 14 of these blocks have
+# all weights of a network in one launch: they have as many elements as 14 of these blocks
 FORCED = {name: shape | {"blocks": 14} for name, shape in SHAPES.items()}
 FORCE_WEIGHTS = Op("force_weights", force_copies, force_weights_definition, draw_forced, cost=cost_forced, shapes=FORCED, **SIZES)

@@ -1,8 +1,7 @@
-"""`mclr report TOUR`: turns TOUR/results.json into one self-contained page for a person, its figures, and the README's table.
+"""`mclr report TOUR`: turns TOUR/results.json into one self-contained page, its figures, and the README's table.
 
-N images or points; P pixels of a figure's curves; C channels (1 or 3); H, W pixels.
-results.json holds `judge` (named texts), `phases` ([{name, seconds}]) and, under any other name, a paradigm: its rows (base,
-control, cfg, mclr), gap_closed, sweep, compute and grids. What a tour does not have (yet) is said on the page.
+results.json holds `judge` (named texts), `phases` ([{name, seconds}]) and, under any other name, a model: its rows (base,
+control, cfg, mclr), gap_closed, sweep, compute and grids. The page names what the tour lacks.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""`make tour`: fine-tunes both paradigms on the digits, samples base, control, guided control and MCLR, and lets one judge compare.
+"""`make tour`: fine-tunes both paradigms on the digits, and compares samples of base, control, guided control and MCLR.
 
-Every finished piece (a run, a scored set of samples) is kept, so an interrupted tour goes on where it stopped.
+Every finished piece (a run, a scored set of samples) is kept: an interrupted tour goes on where it stopped.
 """
 
 import sys
@@ -30,11 +30,11 @@ def main(argv: list[str] | None = None) -> int:
     print("the judge")
     for key, text in ABOUT.items():
         print(f"  {key}: {text}")
-    print("two paradigms, each four fine-tunings and then samples: some 10 minutes on two quiet cores", flush=True)
+    print("two paradigms, four fine-tunings each, then samples: about 10 minutes on two idle cores", flush=True)
     results: dict[str, Any] = {"judge": ABOUT}
     for model in [args.model] if args.model else list(GAMMAS):
         results[model] = compare(tour, model)
-        # after each paradigm: what is there can be looked at
+        # write after each paradigm, so that its results can be seen
         results["phases"] = [{"name": name, "seconds": seconds} for name, seconds in tour.phases.items()]
         write_json(args.out / "results.json", results)
         page = write_report(results, args.out, args.out)

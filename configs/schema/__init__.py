@@ -2,22 +2,15 @@
 
 A preset (configs/<kind>/<name>.yaml, or any YAML file) is a part of a RunConfig: sections with some of their keys. `base: NAME` names
 the file that it changes: a recipe (configs/<kind>/recipes), a preset, or a YAML file. Presets are merged key by key, in this order:
-defaults, engine, data, model, objective, overrides. So a model preset carries its own recipe, and another paradigm is another model
-preset. One file per section; load.py reads, checks.py says which settings go together, messages.py words what is wrong.
+defaults, engine, data, model, objective, overrides. So a model preset can hold a recipe of its own, and a model preset selects the
+paradigm. Each section has a file. load.py reads, checks.py tells which settings go together, messages.py writes the errors.
 """
 
 from mclr.configs.schema.config import RunConfig, flatten, kind_of_model
 from mclr.configs.schema.data import Data, is_stream
 from mclr.configs.schema.engine import Engine
 from mclr.configs.schema.load import FILE, dump, from_dict, load, load_data, load_resolved
-from mclr.configs.schema.model import (
-    MODELS,
-    VAE_FACTOR,
-    DiffusionModel,
-    NextScaleModel,
-    Posterior,
-    net_section,
-)
+from mclr.configs.schema.model import MODELS, VAE_FACTOR, DiffusionModel, NextScaleModel, Posterior, net_section
 from mclr.configs.schema.objective import Objective, Schedule
 from mclr.configs.schema.presets import PRESETS, read_preset
 from mclr.configs.schema.sample import Sample

@@ -1,4 +1,4 @@
-"""Which settings go together: everything that one setting alone does not decide."""
+"""Which settings go together: all checks that need more than one setting."""
 
 import json
 from collections.abc import Iterator
@@ -11,13 +11,13 @@ from mclr.models.registry import NETWORKS
 
 
 def conflicts(config: RunConfig) -> list[str]:
-    """What is wrong, one line each."""
+    """The faults of a configuration, one line each."""
     checks = (_objective, _reference, _null_condition, _needs, _order, _train, _posterior, _net)
     return [fault for check in checks for fault in check(config)]
 
 
 def _needs(config: RunConfig) -> Iterator[str]:
-    """Settings without effect. A row: settings that differ from their defaults, what they need, whether it is there."""
+    """Settings without effect. A row: settings, what they need if they differ from their defaults, whether it is there."""
     model, objective, engine, sample = config.model, config.objective, config.engine, config.sample
     backbone = model.posterior.backbone if isinstance(model, DiffusionModel) else None
     diffusion, which = model.paradigm == "diffusion", f"{model.name} is a {model.paradigm} model"
@@ -82,7 +82,7 @@ def _reference(config: RunConfig) -> Iterator[str]:
         return
     if model.weights is None:
         yield f"objective {name} compares with the network before fine-tuning; give its weights by --init"
-    # where the weights equal the reference's, the ratio must be 0: dropout would compare a thinned network with a whole one
+    # at the start the network equals the reference and the ratio must be 0; dropout would make it differ
     for key in TRAINING:
         if getattr(model.net, key, 0) != 0:
             yield f"objective {name} compares whole networks; set model.net.{key}=0"
@@ -108,7 +108,7 @@ def _train(config: RunConfig) -> Iterator[str]:
     std, stds = config.train.ema_std, config.train.snapshot_stds
     if std != 0 and not 0.01 <= std <= 0.25:
         yield f"train.ema_std={std} is out of range: must be 0 (no average), or >= 0.01 and <= 0.25"
-    # the names of their files have three decimals
+    # their file names have three decimals
     if len({f"{each:.3f}" for each in stds}) < len(stds):
         yield f"train.snapshot_stds={list(stds)} must differ in their first three decimals"
 

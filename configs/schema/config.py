@@ -1,4 +1,4 @@
-"""RunConfig, which is everything that decides a run; its settings as flat tables; a setting's type and range in words."""
+"""RunConfig: all settings of a run; the settings as flat tables; type and range of a setting in words."""
 
 import json
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text
 
 
 class RunConfig(Section):
-    """Everything that decides a run. Made by load(), from_dict() or load_resolved(): they resolve settings that depend on others."""
+    """All settings of a run. load(), from_dict() and load_resolved() make it: they resolve settings that depend on others."""
 
     model: DiffusionModel | NextScaleModel
     data: Data
@@ -42,11 +42,11 @@ def config_class(network: Network) -> type[RunConfig]:
 
 
 def kind_of_model(model: Any) -> str:
-    """The kind of network that an unchecked model section names, or that its paradigm has by default.
+    """The kind of network that an unchecked model section names, or the default of its paradigm.
 
-    Raises UserError for a paradigm, or a kind of it, that is not there.
+    Raises UserError for an unknown paradigm, or a kind that the paradigm does not have.
     """
-    # what else a section lacks is told by the checks of its settings
+    # other faults of the section are found when its settings are validated
     paradigm = model.get("paradigm") if isinstance(model, dict) else "diffusion"
     if paradigm not in list(MODELS):
         raise UserError(f"model.paradigm={json.dumps(paradigm, default=str)}: expected {' or '.join(MODELS)}")
@@ -58,7 +58,7 @@ def kind_of_model(model: Any) -> str:
 
 
 def fields_of(kind: str) -> dict[str, FieldInfo]:
-    """Dotted key -> field of everything that may be set with this kind of network, sections included."""
+    """Dotted key -> field, of all settings and sections that this kind of network allows."""
 
     def walk(section: type[Section], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
         for name, field in section.model_fields.items():
@@ -70,14 +70,14 @@ def fields_of(kind: str) -> dict[str, FieldInfo]:
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:
-    """Dotted key -> value, lists as lists: for logs, and to tell two runs apart."""
+    """Dotted key -> value, tuples as lists: for logs, and to compare two runs."""
     values = config.model_dump(mode="json")
     found = {key: reduce(getitem, key.split("."), values) for key in fields_of(config.model.kind)}
     return {key: value for key, value in found.items() if not isinstance(value, dict)}
 
 
 def type_of(annotation: Any) -> str:
-    """As in `an integer or null`, `a list of 2 numbers`, `fp32 or bf16`."""
+    """A type in words: `an integer or null`, `a list of 2 numbers`, `fp32 or bf16`."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return type_of(parts[0])
@@ -91,7 +91,7 @@ def type_of(annotation: Any) -> str:
 
 
 def range_of(field: FieldInfo) -> str:
-    """The bounds of a field, or of the entries of its list, as in `>= 0 and < 1`."""
+    """The bounds of a field, or of the entries of its list, in words: `>= 0 and < 1`."""
 
     def bounds(annotation: Any, metadata: Any) -> Iterator[str]:
         for limit in metadata:

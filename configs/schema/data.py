@@ -8,7 +8,7 @@ LABEL = r"^[a-z0-9_]+(\.[^.]+)*$"
 
 
 def is_stream(path: str) -> bool:
-    """Whether a path names shards in webdataset's notation: https://..., pipe:COMMAND, or data/{000..099}.tar."""
+    """Whether a path names shards as webdataset writes them: https://..., pipe:COMMAND, or data/{000..099}.tar."""
     return "://" in path or path.startswith(("pipe:", "file:")) or path.endswith(".tar")
 
 
@@ -29,5 +29,5 @@ class Data(Section):
 
     @property
     def streamed(self) -> bool:
-        """Whether path names shards to stream (train/data/stream.py)."""
+        """Whether `path` names shards to stream (train/data/stream.py)."""
         return is_stream(self.path)

@@ -22,14 +22,14 @@ class Engine(Section):
         "auto", "Of cc_dpo, cca, ddo: the reference whole on every rank, or sharded; auto: whole up to 2e9 parameters"
     )
     timeout: int = setting(
-        1800, "Seconds without a sign of life from a rank that end the run; less than 180 on a local disk only", gt=0, le=10**6
+        1800, "A rank without progress for so many seconds ends the run; below 180 only on a local disk", gt=0, le=10**6
     )
     kernels: Literal["auto", "torch", "triton"] = setting(
         "auto", "Fused operations. auto: Triton where it won on this GPU (kernels/RESULTS.json); torch: never; triton: always"
     )
 
     def here(self) -> Literal["local", "deepspeed"]:
-        """The engine of this process: `auto` is deepspeed under a launcher. The config keeps `auto`, since it outlives the process."""
+        """The engine of this process: `auto` is deepspeed under a launcher. The config keeps `auto`, since other processes read it."""
         if self.kind == "auto":
             return "deepspeed" if os.environ.get("LOCAL_RANK") else "local"
         return self.kind

@@ -19,10 +19,10 @@ FILE = "config.yaml"  # of a resolved config in its run folder
 
 
 def load(model: str, objective: str, data: str, engine: str, overrides: list[str]) -> RunConfig:
-    """The config of a run. Each of the first four: name of a preset or path of a YAML file; data: also a prepared dataset folder.
+    """The config of a run. Each of the first four is the name of a preset or the path of a YAML file; data may also be a dataset folder.
 
-    overrides: "section.key=value", the value in YAML. Raises UserError for unknown keys, wrong types, values out of range and settings
-    that cannot go together.
+    overrides: "section.key=value", the value in YAML. Raises UserError for unknown keys, wrong types, values out of range, and settings
+    that do not go together.
     """
     merged: dict[str, Any] = {}
     for kind, name in (("engine", engine), ("data", data), ("model", model), ("objective", objective)):
@@ -33,7 +33,7 @@ def load(model: str, objective: str, data: str, engine: str, overrides: list[str
 
 
 def from_dict(sections: dict[str, Any]) -> RunConfig:
-    """A validated config, the contrast `auto` resolved: for mclr posterior with diffusion and null with next_scale."""
+    """A validated config. For mclr the contrast `auto` becomes posterior (diffusion) or null (next_scale)."""
     kind = kind_of_model(sections.get("model"))
     try:
         config: RunConfig = config_class(NETWORKS[kind]).model_validate(sections)
@@ -55,12 +55,12 @@ def load_resolved(path: str | Path) -> RunConfig:
 
 
 def dump(config: RunConfig) -> str:
-    """The config as YAML, complete: load_resolved() gives it back even when the presets have changed."""
+    """The whole config as YAML: load_resolved() gives it back even if presets have changed."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False)
 
 
 def load_data(name: str) -> Data:
-    """The data section alone. name: as the argument `data` of load(). Raises UserError as load() does."""
+    """The data section alone. name: the argument `data` of load(). Raises UserError as load() does."""
     try:
         return Data.model_validate(read_preset("data", name).get("data", {}))
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in one line."""
+"""The errors of a configuration, in one line."""
 
 import difflib
 import json
@@ -16,13 +16,13 @@ LENGTHS = {"missing": "more entries", "too_short": "more entries", "too_long": "
 
 
 def user_error(messages: list[str]) -> UserError:
-    """The first of the messages, and how many more there are."""
+    """An error with the first message and the number of others."""
     return UserError(messages[0] + (f" (and {len(messages) - 1} more)" if len(messages) > 1 else ""))
 
 
 def invalid(error: ValidationError, kind: str, section: tuple[str, ...] = ()) -> UserError:
-    """The error of a user for one of pydantic's. section: what was validated, () for a whole configuration."""
-    # A default that depends on an invalid key is no error of its own. A misspelt key may also be missing: its spelling comes first.
+    """pydantic's error as a UserError. section: the section that was validated, () for a whole configuration."""
+    # A default that depends on an invalid key is not an error of its own. A misspelt key may also be missing: tell the spelling first.
     errors = [each for each in error.errors() if each["type"] != "default_factory_not_called"]
     errors.sort(key=lambda each: each["type"] != "extra_forbidden")
     fields = fields_of(kind)
@@ -30,7 +30,7 @@ def invalid(error: ValidationError, kind: str, section: tuple[str, ...] = ()) ->
 
 
 def _message(error: Any, place: tuple[str | int, ...], fields: dict[str, FieldInfo]) -> str:
-    # the index of an entry of a list is a number
+    # a number is the place of an entry in a list
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)[1:]
     kind, value = error["type"], error["input"]
     if kind == "extra_forbidden":
@@ -54,7 +54,7 @@ def _message(error: Any, place: tuple[str | int, ...], fields: dict[str, FieldIn
 
 
 def _unknown_key(key: str, fields: dict[str, FieldInfo]) -> str:
-    """Suggests the same name in another section, as few levels deep as possible, else a similar name in this one."""
+    """Suggest the same name in another section (the one with the fewest levels), else a similar name in this section."""
     section, _, name = key.rpartition(".")
     owner = next((kind for kind, network in NETWORKS.items() if network.paradigm and key in fields_of(kind)), None)
     if owner:

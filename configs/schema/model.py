@@ -1,4 +1,4 @@
-"""The model section, one class per paradigm: the network, its weights, and what turns images into its input."""
+"""The model section, one class per paradigm: the network, its weights, and its encoder."""
 
 from dataclasses import MISSING, fields
 from typing import Any, Literal
@@ -13,7 +13,7 @@ VAE_FACTOR = 8  # pixels per latent along a side (train/data/encoders.py, Latent
 
 
 def net_section(network: Network) -> type[Section]:
-    """The section model.net of a kind of network: its options, without those that the data and the encoder decide."""
+    """The section model.net of a kind of network: its options, except those that follow from the data and the encoder."""
     sections: dict[str, Any] = {}
     hints = hints_of(network.config)
     for option in fields(network.config):
@@ -33,12 +33,12 @@ class Posterior(Section):
     channels: Size = setting(32, "Width of our small network")
     lr: Positive = setting(0.001, "Learning rate of the classifier")
     warmup_images: Whole = setting(
-        0, "From scratch: images that the classifier sees first; the network learns by maximum likelihood meanwhile"
+        0, "From scratch: images that train the classifier first, while the network learns by maximum likelihood"
     )
 
 
 class _Model(Section):
-    """What the models of all paradigms have."""
+    """The settings that all models share."""
 
     name: str = setting(..., "Name in logs and model cards")
     weights: str | None = setting(
@@ -46,7 +46,7 @@ class _Model(Section):
     )
     class_map: str | None = setting(
         None,
-        "Classes of the weights: JSON file {class here: condition there, or null}, `fresh` or `same`; null: others are refused",
+        "Classes of the weights: JSON file {class here: condition there, or null}, `fresh` or `same`; null: other classes are refused",
     )
 
 

@@ -1,4 +1,4 @@
-"""The objective section, and the schedule of a weight: of objective.lam, and of sample.gamma in the sample section."""
+"""The objective section, and the schedule of a weight (objective.lam, sample.gamma)."""
 
 from typing import Annotated, Literal
 

@@ -1,4 +1,4 @@
-"""Partial configurations from presets, YAML files, dataset folders and overrides, and how they are merged."""
+"""Reading parts of a configuration from presets, YAML files, dataset folders and overrides, and merging them."""
 
 import difflib
 import json
@@ -42,7 +42,7 @@ def parse_override(override: str) -> dict[str, Any]:
 
 
 def read_preset(kind: str, name: str) -> dict[str, Any]:
-    """The sections of a preset of configs/<kind>, of a YAML file, or for data of a prepared folder; its base is merged in."""
+    """The sections of a preset in configs/<kind>, of a YAML file, or (data) of a prepared folder, merged with those of its base."""
     presets = {path.stem: path for path in sorted((PRESETS / kind).glob("*.yaml"))}
     file = Path(name) if name.endswith((".yaml", ".yml")) else presets.get(name)
     if file is not None:
@@ -57,7 +57,7 @@ def read_preset(kind: str, name: str) -> dict[str, Any]:
 
 
 def _on_base(kind: str, file: Path, sections: dict[str, Any]) -> dict[str, Any]:
-    """The sections of a file over those of its base: the name of a recipe or preset, or the path of a YAML file seen from this one."""
+    """Merge the sections of a file over those of its base: a recipe, a preset, or a YAML file (its path is relative to this file)."""
     base = str(sections.pop("base"))
     known = {path.stem: path for folder in ("recipes", "") for path in sorted((PRESETS / kind / folder).glob("*.yaml"))}
     found = file.parent / base if base.endswith((".yaml", ".yml")) else known.get(base)
@@ -71,7 +71,7 @@ def _on_base(kind: str, file: Path, sections: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_dataset(folder: Path) -> dict[str, Any]:
-    """The data section of a prepared folder. dataset.json may hold more; train/data reads that."""
+    """The data section of a prepared folder. dataset.json also holds entries that train/data reads."""
     path = folder / "dataset.json"
     try:
         described = json.loads(_bytes_of(path))
@@ -83,7 +83,7 @@ def _read_dataset(folder: Path) -> dict[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The sections of a YAML file. Raises UserError with the place of what is wrong."""
+    """The sections of a YAML file. Raises UserError with the place of the fault."""
     try:
         sections = parse_yaml(_bytes_of(path))
     except OSError as error:
@@ -99,7 +99,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _bytes_of(path: Path) -> bytes:
-    # reading a pipe would wait, and a device has no end
+    # reading a pipe would wait, and a device may have no end
     if path.exists() and not path.is_file():
         raise UserError(f"cannot read {path}: it is no regular file")
     return path.read_bytes()

@@ -1,4 +1,4 @@
-"""What all sections share: their base class, how a setting is declared, the types of several settings."""
+"""What all sections share: their base class, the declaration of a setting, common types."""
 
 from typing import Annotated, Any
 
@@ -15,11 +15,11 @@ NotNegative = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
-    """A group of settings, constant once it is made."""
+    """A group of settings; a section cannot be changed once it is made."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def setting(default: Any, meaning: str, **limits: Any) -> Any:
-    """A setting with its default (...: it must be given), its meaning for configs/README.md, and pydantic's limits."""
+    """Declare a setting: its default (...: required), its meaning for configs/README.md, and pydantic's limits."""
     return Field(default, description=meaning, **limits)

@@ -1,4 +1,4 @@
-"""Strict YAML: what presets, overrides and resolved configs are written in."""
+"""Strict YAML, for presets, overrides and resolved configs."""
 
 import re
 from collections.abc import Iterator
@@ -6,24 +6,24 @@ from typing import Any
 
 import yaml
 
-MOST_LEVELS = 10  # of sections and lists in each other
-NO_NAME = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # NUL and halves of characters: no file name holds them
+MOST_LEVELS = 10  # of nested sections and lists
+NO_NAME = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")  # NUL and lone surrogates, which no file name can hold
 NUMBER = re.compile(r"^[-+]?(\d+|\d*\.\d+|\d+\.)[eE][-+]?\d+$")  # 1e-3, which YAML 1.1 reads as text
 
 
 def parse_yaml(text: str | bytes) -> Any:
-    """Raises YAMLError for whatever is wrong."""
+    """Read YAML. Raises YAMLError for every fault."""
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError:
         raise
-    # what makes dates and numbers raises nearly anything
+    # constructors of dates and numbers raise almost any error
     except Exception as error:
         raise yaml.YAMLError(f"not valid YAML ({error})") from error
 
 
 class Loader(yaml.SafeLoader):
-    """YAML whose keys are words, each given once. Nothing in it explodes: no aliases, few levels, no integer beyond 64 bits."""
+    """YAML whose keys are plain words, each given once; without aliases, deep nesting and integers beyond 64 bits."""
 
     depth = 0
 
@@ -51,13 +51,13 @@ class Loader(yaml.SafeLoader):
                 seen.add(key.value)
         if isinstance(node, yaml.ScalarNode):
             if NO_NAME.search(node.value):
-                yield "a text that can name no file", node.start_mark
+                yield "characters that no file name can hold", node.start_mark
             if node.tag == "tag:yaml.org,2002:int" and abs(self.construct_yaml_int(node)) >= 2**63:
                 yield "a whole number of more than 64 bits", node.start_mark
 
 
 class Dumper(yaml.SafeDumper):
-    """Quotes texts that Loader would read as numbers."""
+    """A dumper that quotes texts which Loader would read as numbers."""
 
 
 for _class in (Loader, Dumper):

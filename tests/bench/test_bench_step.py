@@ -60,7 +60,7 @@ def test_the_table_says_what_each_objective_costs(model, digits, tokenizer, caps
         assert row["mfu"] == pytest.approx(row["work"] * table["mle", *EAGER]["mfu"] * table["mle", *EAGER]["ms"] / row["ms"])
         if objective in ("mle", "mclr uniform"):
             assert row["rows"] == pytest.approx(row["work"] * row["images"])
-    argv = ["--model", model, "--rounds", "1", "--pairs", "8", "--sampling", "--images", "3", *settings]
+    argv = ["--model", model, "--rounds", "1", "--sampling", *settings, "train.batch=8", "sample.batch=3"]
     assert run(mclr.train.bench.step.main, argv) == 0
     out = capsys.readouterr().out
     assert all(f"| {objective} | fp32 | eager | " in out for objective in OBJECTIVES) and " | 1.00 | 1.00 | " in out
@@ -155,11 +155,10 @@ def test_a_full_size_takes_one_sample_per_step_on_a_cpu(capsys, monkeypatch, qui
     ("argv", "says"),
     [
         (["--rounds", "0"], "--rounds: 0: a finite number above 0"),
-        (["--pairs", "-1"], "--pairs: -1: a finite number above 0"),
         (["--model", "edm2"], "invalid choice: 'edm2'"),
         (["--objective", "ddo"], "invalid choice: 'ddo'"),
         (["--arms", "ours", "eager"], "--arms ours needs a GPU"),
-        (["engine.precision=bf16"], "engine.precision=bf16: --arms and --precision"),
+        (["engine.precision=bf16"], "engine.precision=bf16: use --arms and --precision"),
         (["train.bacth=8"], "did you mean train.batch?"),
         (["--model", "var-d16", "--objective", "cca"], "cca compares with trained weights"),
     ],

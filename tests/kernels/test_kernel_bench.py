@@ -191,7 +191,7 @@ def test_when_the_minutes_are_over_no_shape_is_begun(capsys, monkeypatch):
     [
         (["--only", "attention"], "invalid choice: 'attention'"),
         (["--dtype", "fp16"], "--dtype"),
-        (["--shapes", "d99"], "--shapes d99: in no shape's name"),
+        (["--shapes", "d99"], "--shapes d99: no shape has this in its name"),
         (["--json", "no/such/rows.json"], "no/such/rows.json cannot be written"),
         (["--json", "pyproject.toml"], "holds no rows of this bench"),
         (["--json", "kernels"], "kernels cannot be read (Is a directory)"),

@@ -190,7 +190,7 @@ W = torch.ones(2, 3)
         (lambda: force_weights([]), "weights: there are none"),
         (lambda: force_weights([W.half()]), r"weights\[0\]: dtype torch\.float16"),
         (lambda: force_weights([W, torch.ones(3, 2).t()]), r"weights\[1\]: strides \(1, 2\) leave gaps"),
-        (lambda: force_weights([W, W]), "weights: one is there twice"),
+        (lambda: force_weights([W, W]), "weights: one of them is listed twice"),
     ],
 )
 def test_what_does_not_fit_is_refused(call, says, kernels):

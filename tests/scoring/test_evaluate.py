@@ -207,7 +207,7 @@ def test_misuse_is_one_line_and_writes_nothing(home, real, tmp_path, capsys):
     data, judge_ = ("--reference", home / "data"), ("--judge", home / "judge")
     for argv, line in [
         ((tmp_path / "nothing", *data, *judge_), "is no run and holds no images"),
-        ((good, *judge_), "does not say which data its model was for: say it by --reference"),
+        ((good, *judge_), "does not say which data its model was for: give --reference"),
         ((good, "--reference", "nonsense", *judge_), "unknown data nonsense"),
         ((good, *data), f"bundled for blobs: give --judge WEIGHTS; `mclr prepare classifier WEIGHTS --data {home / 'data'}`"),
         ((good, *data, "--judge", home / "run/weights"), "hold a network of kind edm2, not image_classifier"),
@@ -400,7 +400,7 @@ def test_stored_statistics_allow_fd_alone(inception, real, tmp_path, capsys):
     result, out = written_by(folder), capsys.readouterr().out
     assert result["scores"] == pytest.approx({name: expected[name] for name in ("fd", "sfid", "is")}, rel=1e-5)
     assert result["notes"] == [
-        f"{tmp_path / 'adm.npz'} holds mu and sigma alone: precision, recall, density and coverage are left out"
+        f"{tmp_path / 'adm.npz'} holds only mu and sigma: precision, recall, density and coverage are left out"
     ]
     assert "reference  unknown number of images" in out and result["real"]["count"] is result["real"]["neighbours"] is None
     np.savez(tmp_path / "edm2.npz", mu=stored["mu"], sigma=stored["sigma"])

@@ -190,7 +190,7 @@ def test_missing_and_foreign_weights_are_one_line(small_dinov2, inception, tmp_p
         ),
         ("inception", short, r"does not hold the weights of this judge \(fc.weight is missing\)"),
         ("inception", tmp_path / "none.pth", "cannot read"),
-        ("digits-classifier", wrong, "--judge-weights belongs to the judges dinov2 and inception"),
+        ("digits-classifier", wrong, "--judge-weights is for the judges dinov2 and inception"),
     ]:
         with pytest.raises(UserError, match=message):
             open_judge(name, weights)

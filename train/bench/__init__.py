@@ -1,4 +1,4 @@
-"""How long things take: whole steps, ranks, reading data.
+"""Benches: whole steps, ranks, reading data.
 
 It may import kernels, mclr, models, configs, and of train: scoring and the rooms below it.
 """

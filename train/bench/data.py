@@ -1,10 +1,10 @@
-"""`python -m train.bench.data`: how many samples a second are read, and whether a training step would wait for them.
+"""`python -m train.bench.data`: measures how many samples per second are read, and whether a training step would wait for them.
 
-Read are the images of a dataset and, with --model, the latents or tokens of its cache. For each number of reader threads a loop reads
-as fast as it can. Then, with the readers of training, the step is a sleep, so long that it would take the images per second of --rate:
-the table tells which share of the time the loop waits for samples and copies them into a batch. The samples of the next step are read
-ahead, as in training. A sleep leaves the CPU to the readers; a real step takes a part of it. Files that were read before come from
-memory: measure data larger than the memory, or right after a start. Compare within one run.
+It reads the images of a dataset and, with --model, the latents or tokens of its cache. First a loop reads as fast as it can, for each
+number of reader threads. Then it reads as training does: the samples of the next step are read ahead while a step runs. A sleep stands
+for the step; it takes as long as a step at the images per second of --rate. The table gives the share of time that the loop waits for
+samples, and the share that it copies them into a batch. A sleep leaves the CPU to the readers; a real step takes a part of it. Files
+that were read before come from memory: measure data larger than the memory, or right after a start. Compare within one run.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from mclr.train.training.networks import build_encoder
 
 EXAMPLE = """examples:
   python -m train.bench.data --data data/imagenet-512 --rate 100 400
-  python -m train.bench.data --data data/imagenet-512 --model edm2-img512-l --rate 400 1600     the cache of its latents, too"""
+  python -m train.bench.data --data data/imagenet-512 --model edm2-img512-l --rate 400 1600     also the cache of its latents"""
 HEAD = ["samples", "readers", "step, images/s", "read, samples/s", "waiting", "worst step waits, ms", "copying"]
 
 
@@ -54,18 +54,17 @@ def open_sources(args: argparse.Namespace) -> Iterator[tuple[str, Source]]:
 
 @dataclass(frozen=True)
 class Waits:
-    """Seconds of every step until its last sample is read, and to copy the samples into a batch. Without the first step: in training,
-    too, nobody reads ahead for it."""
+    """Of every step, the seconds until its last sample is read, and the seconds to copy the samples into a batch."""
 
     waiting: list[float]
     copying: list[float]
 
 
 def simulate(source: Source, first: int, steps: int, batch: int, sleep: float) -> Waits:
-    """Steps of `batch` samples from position `first` on, each of which then takes `sleep` seconds."""
+    """Read for steps of `batch` samples from position `first` on; each step then sleeps. Leave out the first, which nothing was read ahead for."""
     waits = Waits([], [])
     for positions in (range(start, start + batch) for start in range(first, first + (steps + 1) * batch, batch)):
-        # this step's samples too: those of the first step were not asked for yet
+        # this step's samples too, since nobody asked for those of the first step
         source.prefetch(range(positions.start, positions.stop + batch))
         indices, asked, coming = source.order.indices(positions), time.perf_counter(), source.reader.coming
         for i in indices:
@@ -80,11 +79,11 @@ def simulate(source: Source, first: int, steps: int, batch: int, sleep: float) -
 
 
 def measure(sources: dict[str, Source], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row per source, number of readers and speed of the step. waiting, copying: shares of the time; worst: wait in seconds."""
+    """A row per source, number of readers and rate. waiting, copying: shares of the time; worst: longest wait, in seconds."""
     rows = []
     for name, source in sources.items():
         source.split.keep = False
-        # every row reads other samples, as long as there are others
+        # every row reads other samples, as long as there are any
         place = itertools.count(0, (args.steps + 2) * args.batch)
         for readers, rate in [*((readers, math.inf) for readers in args.readers), *((READERS, rate) for rate in args.rate)]:
             source.split.readers = ThreadPoolExecutor(readers)
@@ -108,9 +107,9 @@ def main(argv: list[str] | None = None) -> int:
     add("--data", required=True, metavar="D", help="preset or dataset folder")
     add("--model", help="measure also the cache of this preset's encoder")
     add("--readers", type=count, nargs="+", default=[1, 2, 4, 8], metavar="N", help="threads (default: 1 2 4 8)")
-    add("--rate", type=many, nargs="+", default=[100.0], metavar="R", help="images/s of a rank's step (default: 100)")
-    add("--batch", type=count, default=64, metavar="N", help="images of a rank's step (default: %(default)s)")
-    add("--steps", type=count, default=20, metavar="N", help="of every row (default: %(default)s)")
+    add("--rate", type=many, nargs="+", default=[100.0], metavar="R", help="images/s that one rank trains on (default: 100)")
+    add("--batch", type=count, default=64, metavar="N", help="images per step of one rank (default: %(default)s)")
+    add("--steps", type=count, default=20, metavar="N", help="steps of every row (default: %(default)s)")
     add("overrides", nargs="*", metavar="section.key=value", help="with --model, as in the run")
     args = parser.parse_intermixed_args(argv)
     if args.overrides and args.model is None:

@@ -1,11 +1,11 @@
-"""`python -m train.bench.ranks`: what a training step costs at every ZeRO stage, on several ranks of this machine.
+"""`python -m train.bench.ranks`: measures a training step at every ZeRO stage, on several ranks of this machine.
 
-The global batch is that of the preset, so that more ranks do the same work in smaller parts. The engines of one number of ranks live in
-one set of processes and take turns: compare the times within one number of ranks.
+The global batch is that of the preset: more ranks do the same work in smaller parts. All engines of one number of ranks run in the same
+processes and take turns: compare the times within one number of ranks.
 
-Times are medians (20th to 80th percentile) of whole steps, data included. MiB per rank: tensors that are alive between two steps, beyond
-those before the engine was built (weights, moments, averages). forced: time of EDM2's forced weight normalisation over that of a step,
-communication included. local: plain torch, without DeepSpeed.
+Times are medians (20th to 80th percentile) of whole steps, with reading data. MiB per rank: tensors alive between two steps that the
+engine added (weights, moments, averages). forced: time of EDM2's forced weight normalisation, with communication, over that of a step.
+local: plain torch, without DeepSpeed.
 """
 
 import argparse
@@ -40,11 +40,11 @@ Row = dict[str, Any]
 
 
 def live_bytes() -> int:
-    """Bytes of all tensors that this process can reach, each storage once."""
+    """Bytes of all tensors in this process; each storage counts once."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        # not isinstance, which asks deprecated objects for their class
+        # isinstance would ask deprecated objects for their class, and they warn
         if issubclass(type(thing), torch.Tensor):
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
@@ -52,7 +52,7 @@ def live_bytes() -> int:
 
 
 class Trained:
-    """One engine and all that its steps need. memory: bytes of one rank, see the top."""
+    """One engine and all that its steps need. memory: bytes of this rank that it added."""
 
     def __init__(self, model: str, kind: str, overrides: list[str], rank: int, ranks: int):
         config = load(model, "mclr", "digits", kind, overrides)
@@ -72,12 +72,12 @@ class Trained:
             ema.update(self.task.engine.shards(), self.first, self.settings.batch)
 
     def force(self, _: int) -> None:
-        """Once more than the step did, which changes no more than the last digits."""
+        """Force the weights once more after the step, which changes only the last digits."""
         self.task.engine.force_weights(self.task.normalised)
 
 
 def measure(model: str, overrides: list[str], rounds: int, out: Path) -> None:
-    """On every rank: take turns with the steps of all engines. Rank 0 writes its rows to `out`."""
+    """Run on every rank: the engines take turns. Rank 0 writes its rows to `out`."""
     rank, _, ranks = world()
     engines = {kind: Trained(model, kind, overrides, rank, ranks) for kind in (KINDS if ranks == 1 else KINDS[1:])}
     turns: dict[Any, Turn] = {}
@@ -98,7 +98,7 @@ def measure(model: str, overrides: list[str], rounds: int, out: Path) -> None:
 
 
 def launch(model: str, ranks: int, rounds: int, overrides: list[str], folder: Path) -> dict[str, Row]:
-    """measure() on so many ranks. Raises UserError with their last line if that fails."""
+    """Run measure() on so many ranks. Raises UserError with their last line if they fail."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         for model in args.model:
-            # wrong settings raise here, before anything is launched
+            # wrong settings raise here, before a launch
             load(model, "mclr", "digits", "zero3", args.overrides)
             found = {ranks: launch(model, ranks, args.rounds, args.overrides, Path(folder)) for ranks in args.ranks}
             print(f"**{model}**\n\n{ranks_table(found)}\n", flush=True)

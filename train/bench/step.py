@@ -1,17 +1,17 @@
-"""`python -m train.bench.step`: what a whole training step and a whole sampling call cost, by objective, precision and arm.
+"""`python -m train.bench.step`: measures whole training steps and sampling calls, by objective, precision and arm.
 
-The presets on digits use their bundled weights and real data; full sizes use random weights and noise, no files. An arm is a way to run
-the same step:
+The presets on digits use their bundled weights and real data. Full sizes use random weights and noise, and need no files. An arm is a
+way to run the same step:
 eager     plain torch
 ours      our Triton kernels
-compiled  torch.compile (the head of a VAR is called from outside of it)
+compiled  torch.compile (the head of a VAR stays outside)
 separate  plain torch, the mismatched rows in a forward of their own
 All rows of a model run in one process and take turns: compare their times.
 
-Times are medians (20th to 80th percentile). Work: FLOPs; one step of maximum likelihood is 1. rows/s: with and without gradient. MFU:
-FLOPs of forwards (1x) and backwards (2x) as torch counts them, over those of a matrix product of the same type and run. Peak memory: of
-tensors on a GPU, of the process on a CPU, with everything that the table's rows keep. Sampling is the sampler's loop without decoding,
-on the first objective's network; it is not compiled, as in `mclr sample`.
+Times are medians (20th to 80th percentile). Work is in FLOPs; a step of maximum likelihood is 1. rows/s counts rows with and without
+gradient. MFU: FLOPs of forwards (1x) and backwards (2x), as torch counts them, over those of a matrix product in the same dtype and run.
+Peak memory: of tensors on a GPU, of the process on a CPU; it includes what all rows of the table keep. Sampling runs the sampler's loop
+without decoding, on the network of the first objective, sample.batch images at a time; it is not compiled, as in `mclr sample`.
 """
 
 import argparse
@@ -46,11 +46,11 @@ from mclr.train.training.step import Task, train_step
 
 EXAMPLE = """examples:
   python -m train.bench.step --rounds 20
-  python -m train.bench.step --model var-d16 --arms eager separate --precision bf16 --pairs 4
+  python -m train.bench.step train.batch=4 --model var-d16 --arms eager separate --precision bf16
   python -m train.bench.step sample.steps=18 --model edm2-digits --objective mle "mclr posterior" --sampling"""
 DIGITS = ("edm2-digits", "var-digits")
 FULL = {"edm2-img64-s": 64, "edm2-img512-l": 512, "var-d16": 256, "var-d30": 256}  # pixels
-# objective -> preset and settings; one of the objectives with a reference, since they cost the same
+# objective -> preset and settings. All objectives with a reference cost the same; cca stands for them
 OBJECTIVES = {
     "mle": ("mle", ()),
     "mclr posterior": ("mclr", ("objective.contrast=posterior",)),
@@ -65,16 +65,15 @@ OBJECTIVES = {
 }
 PAIR = "mclr uniform"
 WARM_UP = 2
-GAMMA = 1.5  # time does not depend on it
 HEAD = ["objective", "precision", "arm", "ms per step (p20–p80)", "time, first = 1", "work, mle = 1", "rows/s", "images/s", "MFU"]
 SAMPLING = ["precision", "arm", "plain images/s", "guided images/s", "time, plain / guided"]
 
-# (objective, precision, arm) -> numbers of the row; none if it ran out of memory
+# (objective, precision, arm) -> the numbers of a row; empty if it ran out of memory
 Rows = dict[tuple[str, str, str], dict[str, float]]
 
 
 class Separate(nn.Module):
-    """A network that runs the matched rows in one forward and all others in another."""
+    """A network that runs the matched rows in one forward, and the other rows in a second one."""
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -92,7 +91,7 @@ def itself(net: nn.Module) -> nn.Module:
     return net
 
 
-# arm -> the mode of kernels; what an engine calls in place of the network
+# arm -> (mode of the kernels, what wraps the network)
 ARMS: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
     "eager": ("torch", itself),
     "ours": ("triton", itself),
@@ -102,10 +101,10 @@ ARMS: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
 
 
 def build(model: str, objective: str, overrides: list[str], device: torch.device) -> tuple[Task, RunConfig]:
-    """What one objective trains, in fp32; train.batch samples per step. Raises UserError if settings are at odds."""
+    """(the training task of one objective in fp32, its settings). Raises UserError if settings do not go together."""
     preset, settings = OBJECTIVES[objective]
     if model in DIGITS:
-        # webdataset, which this imports, is not on every machine with a GPU
+        # this imports webdataset, which a bare machine with a GPU lacks
         from mclr.train.data.write import open_or_prepare
 
         config = load(model, preset, "digits", "local", [*settings, *overrides])
@@ -113,9 +112,9 @@ def build(model: str, objective: str, overrides: list[str], device: torch.device
         source, networks = open_source(config), build_networks(config, device)
     else:
         if preset == "cca":
-            raise UserError(f"cca compares with trained weights, {model} has random ones here: choose another --objective")
+            raise UserError(f"cca compares with trained weights, and {model} has random ones here: choose another --objective")
         ours = [f"data.resolution={FULL[model]}", "data.channels=3", "data.num_classes=1000", "engine.precision=fp32"]
-        # pairs alone: a sample that drops its condition would have no contrast row
+        # pairs alone: a sample without condition has no contrast row
         ours += ["train.drop_condition=0"] * (objective == PAIR)
         ours += ["model.posterior.warmup_images=0"] * model.startswith("edm2")
         config = load(model, preset, "digits", "local", [*ours, *settings, *overrides])
@@ -124,7 +123,7 @@ def build(model: str, objective: str, overrides: list[str], device: torch.device
 
 
 def as_run_by(task: Task, arm: str, precision: str) -> Task:
-    """The same task, on the same weights and moments, as an arm runs it; its kernels are those of ARMS."""
+    """The same task, on the same weights and optimizer state, as an arm runs it. ARMS holds the mode of its kernels."""
 
     def copied(engine: Any, wrap: Callable[[nn.Module], Any] = itself) -> Any:
         found = copy(engine)
@@ -133,14 +132,14 @@ def as_run_by(task: Task, arm: str, precision: str) -> Task:
         return found
 
     engine = copied(task.engine, ARMS[arm][1])
-    # as in a run: the classifier is compiled too, the reference is not
+    # a run compiles the classifier too, but not the reference
     posterior_engine = copied(task.posterior_engine, ARMS[arm][1] if arm == "compiled" else itself)
     loss = replace(task.loss, posterior=posterior_engine, reference=copied(task.loss.reference))
     return replace(task, loss=loss, engine=engine, posterior_engine=posterior_engine)
 
 
 def peak_memory(reset: bool = False) -> float:
-    """Peak memory in GiB since the last reset: of the process, on a GPU of its tensors. Linux only."""
+    """Peak memory in GiB since the last reset: of tensors on a GPU, else of the process. Linux only."""
     if torch.cuda.is_available():
         found = torch.cuda.max_memory_allocated() / 2**30
         if reset:
@@ -154,7 +153,7 @@ def peak_memory(reset: bool = False) -> float:
 
 @cache
 def flops_per_second(device: torch.device, precision: str) -> float:
-    """Of a matrix product, in this run."""
+    """The rate of a matrix product in this run."""
     return 1e12 * rates(device, DTYPES[precision])["product_tflops"]
 
 
@@ -215,7 +214,7 @@ def training_table(rows: Rows) -> str:
 
 
 def draw(task: Task, gamma: Schedule, precision: str, images: int, _: int = 0) -> Tensor:
-    """Samples of one call of the sampler."""
+    """Draw samples in one call of the sampler."""
     net, device = task.engine.net.eval(), task.device
     with autocast_of(net, precision == "bf16"):
         c_B = torch.arange(images, device=device) % task.loss.paradigm.null
@@ -225,8 +224,8 @@ def draw(task: Task, gamma: Schedule, precision: str, images: int, _: int = 0) -
 def measure_sampling(
     task: Task, guided: Schedule, precisions: list[str], arms: list[str], rounds: int, images: int
 ) -> dict[tuple[str, str], tuple[float, float]]:
-    """(precision, arm) -> median ms (without guidance, with guidance) of drawing some images. The task cannot be trained afterwards."""
-    # as `mclr sample` does
+    """(precision, arm) -> median ms of a sampling call (without guidance, with guidance). The task cannot be trained afterwards."""
+    # `mclr sample` folds, too
     fold(task.engine.net)
     turns: dict[Any, Turn] = {}
     for precision, arm, gamma in product(precisions, arms, (NONE, guided)):
@@ -241,8 +240,8 @@ def measure_model(model: str, args: argparse.Namespace, device: torch.device) ->
     gpu, digits = device.type == "cuda", model in DIGITS
     precisions = args.precision or (["fp32"] if digits else ["fp32", "bf16"])
     rounds = args.rounds or (20 if digits or gpu else 3)
-    overrides = [*([] if digits else [f"train.batch={32 if gpu else 1}"]), *args.overrides]
-    overrides += [f"train.batch={args.pairs}"] if args.pairs else []
+    few = [] if digits else [f"{key}={32 if gpu else 1}" for key in ("train.batch", "sample.batch")]
+    overrides = [*few, *args.overrides]
     objectives = args.objective or (list(OBJECTIVES) if digits else [PAIR])
     if "compiled" in args.arms:
         torch.compiler.reset()
@@ -255,7 +254,8 @@ def measure_model(model: str, args: argparse.Namespace, device: torch.device) ->
     print(training_table(measure_training(built, precisions, args.arms, rounds)))
     arms = [arm for arm in args.arms if arm in ("eager", "ours")]
     if arms and args.sampling:
-        images, guided = args.images or batch, build_schedule(config.sample.schedule, GAMMA)
+        # the time does not depend on the weight of guidance
+        images, guided = config.sample.batch, build_schedule(config.sample.schedule, 1.5)
         found = measure_sampling(task, guided, precisions, arms, rounds, images)
         lines = [[*key, *(number(1000 * images / ms) for ms in both), f"{both[0] / both[1]:.2f}"] for key, both in found.items()]
         print(f"\nSampling {images} at a time:\n\n{table(SAMPLING, lines, left=2)}")
@@ -269,21 +269,19 @@ def arguments(argv: list[str] | None, gpu: bool) -> argparse.Namespace:
     objectives = f"of %(choices)s; quote those of several words (default: all; at full size {PAIR})"
     count: dict[str, Any] = {"type": above_0(int), "metavar": "N"}
     add = parser.add_argument
-    add("overrides", nargs="*", metavar="section.key=value", help="settings of every row; give them first")
+    add("overrides", nargs="*", metavar="section.key=value", help="settings of every row, as train.batch=8; give them first")
     add("--model", choices=[*DIGITS, *FULL], default=DIGITS, help="of %(choices)s (default: the two on digits)", **several)
     add("--objective", choices=OBJECTIVES, help=objectives, **several)
     add("--arms", choices=ARMS, default=arms, help=f"of %(choices)s (default here: {' '.join(arms)})", **several)
     add("--precision", choices=["fp32", "bf16"], help="of %(choices)s (default: fp32; at full size both)", **several)
-    add("--pairs", help="samples per step (default: train.batch; at full size 1, on a GPU 32)", **count)
     add("--rounds", help="steps and samplings of every row (default: 20; at full size on a CPU 3)", **count)
     add("--sampling", action="store_true", help="measure the sampler, too")
-    add("--images", help="drawn at a time (default: as many as samples per step)", **count)
     args = parser.parse_intermixed_args(argv)
     for override in args.overrides:
         if override.startswith(("engine.kind=", "engine.precision=", "engine.compile=", "engine.kernels=")):
-            parser.error(f"{override}: --arms and --precision say how a step runs (--arms ours: with our kernels)")
+            parser.error(f"{override}: use --arms and --precision in its place (--arms ours: with our kernels)")
     if "ours" in args.arms and not gpu:
-        parser.error("--arms ours needs a GPU: on a CPU it would run what eager does")
+        parser.error("--arms ours needs a GPU: on a CPU it would do the same as eager")
     return args
 
 
@@ -294,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             measure_model(model, args, device)
         except torch.OutOfMemoryError as error:
-            raise UserError(f"out of GPU memory with {model}: lower --pairs or --images") from error
+            raise UserError(f"out of GPU memory with {model}: lower train.batch or sample.batch") from error
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Noise as data and random weights as networks, so that published sizes can be measured without any file."""
+"""Noise as data, and networks with random weights: to measure published sizes without files."""
 
 import torch
 
@@ -13,13 +13,13 @@ from mclr.train.training.networks import build_classifier, build_net, build_obje
 
 
 class Noise(Source):
-    """The same samples at every position. In a run samples are read ahead; here, too, they cost a step nothing."""
+    """The same samples at every position. They cost a step no time, as samples that a run has read ahead."""
 
     def __init__(self, samples: Batch):
         self.samples = samples
 
     def batch(self, first: int, count: int) -> Batch:
-        """The first `count` samples, whatever the position."""
+        """The first `count` samples, at any position."""
         tokens_BL = self.samples.tokens_BL
         return Batch(self.samples.image_BCHW[:count], self.samples.c_B[:count], None if tokens_BL is None else tokens_BL[:count])
 
@@ -27,7 +27,7 @@ class Noise(Source):
 def build_noise(config: RunConfig, device: torch.device) -> tuple[Source, Networks]:
     """(train.batch samples of what the network models: images, latents or tokens; networks without a reference).
 
-    The tokenizer has the published number of codes and is small otherwise, since nothing is encoded or decoded.
+    The tokenizer has the published number of codes, but is small: nothing is encoded or decoded.
     """
     torch.manual_seed(config.train.seed)
     # draw the weights on the device: on a CPU billions of them take minutes

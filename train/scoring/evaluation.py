@@ -1,4 +1,4 @@
-"""Samples against a reference, in the features of a network that acts as judge."""
+"""An evaluation: find run or samples, reference and judge; draw; score; write the scores down."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -24,16 +24,16 @@ from mclr.train.training.networks import build_encoder
 from mclr.train.weights.folder import find_weights, load_net
 from mclr.train.weights.model_card import add_scores
 
-FEWEST = 6  # of either: one more than the neighbours that density and coverage look at
+FEWEST = 6  # images of either side: one more than the neighbours of density and coverage
 
 
 @dataclass(frozen=True)
 class Request:
-    """What `mclr evaluate` is asked for: its arguments.
+    """The arguments of `mclr evaluate`.
 
-    source: a folder of samples, an .npz file or a run. reference: real images; None: the data that the model was for. real: a key of
-    SPLITS. judge, judge_weights: as open_judge takes them; judge None: the bundled classifier. ranges: disjoint ranges of seeds.
-    icr: also the invariant contamination ratio of a diffusion run.
+    source: a folder of samples, an .npz file or a run. reference: real images; None: the data of the model. real: a key of SPLITS.
+    judge, judge_weights: see open_judge; judge None: the bundled classifier of the data. ranges: number of disjoint ranges of seeds.
+    icr: also measure the invariant contamination ratio of a diffusion run.
     """
 
     source: Path
@@ -47,7 +47,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A request whose parts are found: who judges, against what. run: (settings, weights) where the source is a run."""
+    """A request, its judge and its reference. run: (settings, weights) if the source is a run."""
 
     request: Request
     judge: Judge
@@ -56,7 +56,7 @@ class Evaluation:
 
 
 def evaluate(request: Request) -> None:
-    """Score the samples, print the scores and write them beside the samples. Raises UserError before any image is drawn or scored."""
+    """Score the samples, print the scores, and write them beside the samples. Raises UserError before it draws or scores an image."""
     evaluation = resolve(request)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     evaluation.judge.net.to(device)
@@ -79,7 +79,7 @@ def evaluate(request: Request) -> None:
 
 
 def resolve(request: Request) -> Evaluation:
-    """Find run or samples, reference and judge. Raises UserError for whatever is missing or does not go together."""
+    """Find run or samples, reference and judge. Raises UserError if one of them is missing, or if they do not go together."""
     source, own_data, run = request.source, None, None
     if (source / FILE).is_file():
         run = find_generator(str(source), None, None, [])
@@ -92,9 +92,11 @@ def resolve(request: Request) -> Evaluation:
     if request.ranges < 1:
         raise UserError(f"--ranges {request.ranges}: give 1 or more")
     if request.icr and not (run and isinstance(run[0].model, DiffusionModel)):
-        raise UserError(f"--icr looks into the network of a diffusion run, {source} is none: leave it out, or give such a run")
+        raise UserError(
+            f"--icr looks into the network of a diffusion run, and {source} is none: leave it out, or give such a run"
+        )
     if request.reference is None and own_data is None:
-        raise UserError(f"{source} does not say which data its model was for: say it by --reference")
+        raise UserError(f"{source} does not say which data its model was for: give --reference")
     real_set = open_real(request.reference, own_data, request.real, request.judge not in PUBLISHED)
     if request.icr and real_set.info is None:
         raise UserError("--icr compares images of a dataset: give a dataset by --reference, or leave out --icr")
@@ -103,24 +105,24 @@ def resolve(request: Request) -> Evaluation:
 
 
 def draw_samples(evaluation: Evaluation) -> Path:
-    """Draw as many images of the run as its reference has, for every range, into RUN/samples."""
+    """Draw images of the run into RUN/samples, for every range as many as the reference has. Returns the folder."""
     assert evaluation.run is not None
     (config, weights), real_set, folder = evaluation.run, evaluation.real_set, evaluation.request.source / "samples"
     there = read_record(folder)
-    # more images of these settings are no harm
+    # keep what an earlier call drew beyond that
     count = max(_wanted(evaluation.request, real_set), there["count"] if there else 0)
     draw(config, weights, folder, parse_classes(None, config.data.num_classes), range(count))
     return folder
 
 
 def _wanted(request: Request, real_set: RealSet) -> int:
-    """Samples of a run that are scored; mu and sigma may be of more images than there are."""
-    few = real_set.images is not None and not real_set.stored
-    return request.ranges * (min(real_set.images.count, MOST) if few and real_set.images else MOST)
+    """How many samples of a run are scored. Stored mu and sigma may cover more images than their file holds: then the most."""
+    images = None if real_set.stored else real_set.images
+    return request.ranges * (min(images.count, MOST) if images else MOST)
 
 
 def open_samples(evaluation: Evaluation, source: Path) -> tuple[ImageSet, dict[str, Any] | None, list[range]]:
-    """(samples, the settings that drew them where they are known, the images of each range). Raises UserError where they do not do."""
+    """(samples, the settings that drew them if known, the images of each range). Raises UserError if they cannot be scored."""
     request, judge = evaluation.request, evaluation.judge
     record = read_record(source) if source.is_dir() else None
     samples = open_npz(source) if source.is_file() else open_folder(source, request.judge not in PUBLISHED)
@@ -142,7 +144,7 @@ def open_samples(evaluation: Evaluation, source: Path) -> tuple[ImageSet, dict[s
 def score_samples(
     evaluation: Evaluation, samples: ImageSet, made: dict[str, Any] | None, parts: list[range]
 ) -> tuple[dict[str, Any], str]:
-    """(what is written of the scores, where the reference's statistics come from). Raises UserError where the judge cannot score."""
+    """(the scores with their facts, where the statistics of the reference come from). Raises UserError if the judge cannot score."""
     judge, real_set, ranges = evaluation.judge, evaluation.real_set, []
     try:
         real, notes, origin = real_statistics(judge, real_set)
@@ -168,7 +170,7 @@ def score_samples(
 
 
 def contamination(evaluation: Evaluation, device: torch.device) -> dict[str, Any]:
-    """The invariant contamination ratio of a diffusion run's network, on the images of the reference."""
+    """The invariant contamination ratio of a diffusion run, on the images of the reference."""
     assert evaluation.run is not None and evaluation.real_set.info is not None
     config, weights = evaluation.run
     net = load_net(str(weights), *kinds_of("diffusion")).to(device)
@@ -195,7 +197,7 @@ def _default_judge(real_set: RealSet) -> str:
 
 
 def _refuse_other(judge: Judge, samples: ImageSet, real_set: RealSet) -> None:
-    """Raises UserError where a classifier does not suit the reference or the samples; the other judges look at any image."""
+    """Raises UserError if a classifier does not fit the reference or the samples. The other judges take any image."""
     if not isinstance(judge.net, ImageClassifier):
         return
     found, info = (judge.net.config.num_classes, judge.net.config.img_channels), real_set.info
@@ -208,7 +210,7 @@ def _refuse_other(judge: Judge, samples: ImageSet, real_set: RealSet) -> None:
     if real_set.images and samples.shape != real_set.images.shape:
         raise UserError(
             f"the samples are of shape {samples.shape}, the images of {real_set.name} of {real_set.images.shape}: "
-            "give the --reference their model was trained on"
+            "give by --reference the data of their model"
         )
     if samples.c_N is not None and (highest := int(samples.c_N.max())) >= found[0]:
         raise UserError(
@@ -217,12 +219,12 @@ def _refuse_other(judge: Judge, samples: ImageSet, real_set: RealSet) -> None:
 
 
 def _refuse_few(judge: Judge, samples: ImageSet, part: range, real_set: RealSet) -> None:
-    """Raises UserError where there are fewer images than the scores need (mclr/metrics.py)."""
+    """Raises UserError if there are fewer images than the scores need (mclr/metrics.py)."""
     more = "draw more, or compare with more real images (--real all)"
     real = real_set.images
     if judge.conditions and samples.c_N is not None and real and real.c_N is not None:
         fake_c = samples.c_N[part.start : part.stop]
-        # conditions that were not drawn are left out of the class-wise scores
+        # the class-wise scores leave out conditions that were not drawn
         for c in fake_c.unique().tolist():
             fakes, reals = (int((c_N == c).sum()) for c_N in (fake_c, real.c_N))
             if min(fakes, reals) < 2:
@@ -236,7 +238,7 @@ def _refuse_few(judge: Judge, samples: ImageSet, part: range, real_set: RealSet)
 def _doubts(
     judge: Judge, samples: ImageSet, real_set: RealSet, made: dict[str, Any] | None, real: Statistics, fake: Statistics
 ) -> Iterator[str]:
-    """What is left out, and what makes the scores unfit for comparison, in one line each."""
+    """Notes: which scores are left out, and what makes scores unfit for comparison."""
     if judge.conditions and samples.c_N is None:
         yield "accuracy and cfd are left out: the samples do not say their conditions (NAME-CONDITION.png, or arr_1)"
     elif judge.conditions and not real.of_condition:
@@ -248,7 +250,7 @@ def _doubts(
         D = len(seen.features[0])
         if seen.count is not None and seen.count <= D:
             few = f"the {seen.count} images of the {name} cannot span the {D} features (their covariance is singular)"
-            yield f"{few}: fd is biased upwards, compare at equal counts alone"
+            yield f"{few}: fd is biased upwards, so compare only at equal counts"
         if not seen.features[1].diagonal().any():
             yield f"all images of the {name} have the same features: they are one image, or the judge sees nothing"
     if made and made.get("sample.more_smooth"):

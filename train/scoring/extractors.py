@@ -31,7 +31,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's images
 
 
 class Answer(NamedTuple):
-    """A judge's output for a batch: features, spatial features and class probabilities, the last two where it has them."""
+    """The output of a judge for a batch: features, and spatial features and class probabilities if it has them."""
 
     features_BD: Tensor
     spatial_BS: Tensor | None = None
@@ -40,10 +40,10 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Judge:
-    """A network and how it reads uint8 images.
+    """A network, and how it reads uint8 images.
 
-    features: names the features and their preprocessing. fd: the field's name of their Fréchet distance. batch: images per forward.
-    conditions: how many of the data's conditions it tells apart; None where its classes are others.
+    features: the features and their preprocessing, in words. fd: the usual name of their Fréchet distance. batch: images per forward.
+    conditions: number of conditions that it tells apart; None if its classes are not those of the data.
     """
 
     name: str
@@ -61,16 +61,16 @@ class Judge:
 
     @torch.no_grad()
     def __call__(self, image_BCHW: Tensor) -> Answer:
-        """The answer for uint8 images [B, C, H, W], on the network's device."""
-        # published scores were measured without TF32, which is cuDNN's default
+        """The answer for uint8 images [B, C, H, W], on the device of the network."""
+        # published scores were measured without TF32, cuDNN's default
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return self.answer(self.net, image_BCHW.to(self.device))
 
 
 def open_judge(name: str, weights: Path | None) -> Judge:
-    """Open dinov2, inception, or the classifier in a weights folder (or bundled). weights: the file of the first two.
+    """Open dinov2, inception, or a classifier (a weights folder or a bundled name). weights: the file of dinov2 or inception.
 
-    Raises UserError where weights are missing or do not fit the network.
+    Raises UserError if weights are missing or do not fit the network.
     """
     if name == "dinov2":
         path = weights or _fetch_dinov2()
@@ -87,7 +87,7 @@ def open_judge(name: str, weights: Path | None) -> Judge:
         return Judge(name, features, "FID", checksum(weights), net.eval(), _inception_answer, batch=64)
     if weights is not None:
         raise UserError(
-            f"--judge-weights belongs to the judges dinov2 and inception: give the folder of a classifier by --judge {weights}"
+            f"--judge-weights is for the judges dinov2 and inception: give the folder of a classifier by --judge {weights}"
         )
     classifier = load_net(name, "image_classifier")
     assert isinstance(classifier, ImageClassifier)
@@ -102,13 +102,13 @@ def classifier_judge(net: ImageClassifier, name: str = "classifier", digest: str
 def dinov2(state_dict: Mapping[str, Tensor], path: Path) -> nn.Module:
     """timm's ViT-L/14 of DINOv2 (arXiv 2304.07193) for images of 224 pixels, in evaluation mode: image -> class token [B, D].
 
-    state_dict: as published, or timm's. Both hold positions of 37 x 37 patches. We resize them to 16 x 16 as the published code does, by
-    the scale (16 + 0.1) / 37 without antialiasing; timm's own resizing gives other features. Raises UserError for a misfit.
+    state_dict: the published one, or timm's. Both hold positions of 37 x 37 patches. We resize them to 16 x 16 as the published code does:
+    by the scale (16 + 0.1) / 37, without antialiasing. timm's own resizing gives other features. Raises UserError if an entry does not fit.
     """
-    # its import takes seconds, and most evaluations do not need it
+    # this import takes seconds, and most evaluations do not need it
     import timm
 
-    # the weights are replaced at once: do not allocate them twice
+    # the weights are replaced below: do not allocate them twice
     with torch.device("meta"):
         net = timm.create_model("vit_large_patch14_dinov2", num_classes=0, img_size=224)
     tensors = {name: t for name, t in state_dict.items() if name != "mask_token"}
@@ -121,7 +121,7 @@ def dinov2(state_dict: Mapping[str, Tensor], path: Path) -> nn.Module:
 
 
 def dinov2_input(image_BCHW: Tensor) -> Tensor:
-    """uint8 of any size -> [B, 3, 224, 224]. Not clamped or rounded after resizing: EDM2 (arXiv 2312.02696) measured FD_DINOv2 so."""
+    """uint8 of any size -> [B, 3, 224, 224]. EDM2 (arXiv 2312.02696) does not clamp or round after resizing, so we do not either."""
     x_BCHW = F.interpolate(_rgb(image_BCHW).float(), size=(224, 224), mode="bicubic", antialias=True) / 255
     mean_C11, std_C11 = (torch.tensor(values, device=x_BCHW.device)[:, None, None] for values in (MEAN, STD))
     return (x_BCHW - mean_C11) / std_C11
@@ -142,12 +142,12 @@ def _classifier_answer(net: nn.Module, image_BCHW: Tensor) -> Answer:
 
 
 def _rgb(image_BCHW: Tensor) -> Tensor:
-    """Repeat a gray channel three times."""
+    """Repeat a grey channel three times."""
     return image_BCHW.expand(-1, 3, -1, -1)
 
 
 def _fill(net: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Load a state dict. Raises UserError where an entry is missing, unexpected or of another shape."""
+    """Load a state dict. Raises UserError if an entry is missing, unexpected or of another shape."""
     # older files lack the counters of the batch norms
     own, theirs = (
         {name: t.float() for name, t in entries.items() if not name.endswith("num_batches_tracked")}

@@ -29,9 +29,8 @@ JPEG = {"JPEG", "MPO"}
 class ImageSet:
     """N images of one shape (C, H, W) in a fixed order.
 
-    read(first, end): uint8 [B, C, H, W]; callers ask in rising order. c_N: conditions, None where they are unknown. checksum: of the
-    images and their conditions. jpeg: some images are JPEG files. found: what was taken
-    from a folder and what was skipped, in a line.
+    read(first, end): uint8 [B, C, H, W]; callers ask in rising order. c_N: conditions, None if they are unknown. checksum: of the images
+    and their conditions. jpeg: some images are JPEG files. found: one line that says what was taken from a folder and what was skipped.
     """
 
     name: str
@@ -51,17 +50,17 @@ def in_memory_images(image_NCHW: Tensor, c_N: Tensor) -> ImageSet:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The images of a samples folder in the order of their seeds, or those anywhere below another folder, by path."""
+    """The images of a folder of samples, in the order of their seeds; of another folder all images below it, by path."""
     if not folder.is_dir():
         return []
     return image_paths(folder) or [folder / name for name in images_below(folder)[0]]
 
 
 def open_folder(folder: Path, with_conditions: bool) -> ImageSet:
-    """The images of a folder. with_conditions: read conditions from the names, NAME-CONDITION.png; None where no name has one.
+    """The images of a folder. with_conditions: read conditions from names like NAME-CONDITION.png; None if no name has one.
 
-    Raises UserError for an empty folder, and where only some names have a condition. Reading raises it for an image that is
-    unreadable or differs in shape from the first.
+    Raises UserError if the folder is empty, or if only some names have a condition; on reading, if an image is unreadable or not of the
+    shape of the first.
     """
     paths, found, formats = image_paths(folder), "", Counter[str]()
     if not paths:
@@ -98,7 +97,7 @@ def _has_condition(path: Path) -> bool:
 
 
 def npz_names(path: Path) -> list[str]:
-    """Names of the arrays in an .npz file. Raises UserError where the file is not one."""
+    """Names of the arrays in an .npz file. Raises UserError if it is not one."""
     try:
         with zipfile.ZipFile(regular(path)) as archive:
             return [name.removesuffix(".npy") for name in archive.namelist()]
@@ -107,21 +106,21 @@ def npz_names(path: Path) -> list[str]:
 
 
 def open_npz(path: Path) -> ImageSet:
-    """The images of an .npz file in ADM's layout: arr_0 uint8 [N, H, W, C], and conditions arr_1 where there are any.
+    """The images of an .npz file in ADM's layout: arr_0 uint8 [N, H, W, C], and perhaps conditions arr_1.
 
     Images stay in the file until they are read. Raises UserError for other content, and on reading damaged bytes.
     """
     advice = "write it again by numpy.savez(FILE, images, conditions)"
-    damaged = f"{path} is no readable .npz of arr_0 (uint8 NHWC) and, where known, arr_1 (conditions): {advice}"
+    damaged = f"{path} is no readable .npz of arr_0 (uint8 NHWC) and, if known, arr_1 (conditions): {advice}"
     try:
-        # stays open while images are read
+        # the file stays open while images are read
         file = zipfile.ZipFile(path).open("arr_0.npy")  # noqa: SIM115
         read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
         shape, by_columns, dtype = read_header[np.lib.format.read_magic(file)[0]](file)
         start = file.tell()
         with np.load(path) as arrays:
             conditions = arrays["arr_1"] if "arr_1" in arrays.files else None
-    # decoders raise nearly anything on damaged bytes, and numpy's advice does not fit here
+    # decoders raise almost any error on damaged bytes, and numpy's advice does not fit here
     except Exception as error:
         raise UserError(damaged) from error
     if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or not shape[0] or by_columns:

@@ -1,4 +1,4 @@
-"""The scores of `mclr evaluate`: computed from the statistics of real and fake images, and printed."""
+"""The scores of `mclr evaluate`: computing them from the statistics of real and fake images, and printing them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,36 +8,35 @@ from mclr.train.scoring.extractors import Judge
 from mclr.train.scoring.statistics import Statistics, neighbour_bar
 
 SCORES = {
-    "accuracy": "↑ class accuracy: share of samples that the judge puts under their condition",
+    "accuracy": "↑ class accuracy: share of samples in which the judge sees their condition",
     "fd": "↓ Fréchet distance (FD) between all samples and all real images",
-    "sfid": "↓ the same in the spatial features: sFID",
+    "sfid": "↓ sFID: the same distance in the spatial features",
     "is": "↑ Inception score",
-    "cfd": "↓ class-wise FD: the same within each condition, averaged over those that were drawn",
+    "cfd": "↓ class-wise FD: FD within each condition, averaged over the conditions that were drawn",
     "precision": "↑ share of samples near a real image",
     "recall": "↑ share of real images near a sample",
     "density": "↑ real neighbourhoods around a sample, 1 as for the real images themselves",
     "coverage": "↑ share of real images with a sample in their neighbourhood",
-    "fd_min": "↓ minimum of fd over the ranges, as EDM2 reports it: lower than one range gives on average",
+    "fd_min": "↓ minimum of fd over the ranges, as EDM2 reports it; below the average of single ranges",
 }
 ICR = {
-    "icr": "invariant contamination ratio of the network on training images; one past its minimum may memorise",
+    "icr": "invariant contamination ratio of the network on training images; if it rises again, the network may memorise",
     "icr_val": "the same on held-out images",
 }
 
 
 @dataclass(frozen=True)
 class Range:
-    """Scores of the samples of one range of seeds. seeds: [first, last], None where they are unknown."""
+    """The scores of one range of seeds. seeds: [first, last], None if they are unknown."""
 
     seeds: list[int] | None
     scores: dict[str, float]
 
 
 def score(judge: Judge, real: Statistics, fake: Statistics) -> dict[str, float]:
-    """The SCORES that these statistics allow: accuracy and cfd where conditions are known, the last four with real images.
+    """The SCORES that these statistics allow. accuracy and cfd need conditions, the four scores by neighbours need real images.
 
-    accuracy: share of the fake images that the judge puts under their own condition. The other scores are mclr/metrics.py's.
-    Raises ValueError where there are too few images, and where the statistics come from two judges.
+    mclr/metrics.py has the formulas. Raises ValueError if there are too few images, or if the statistics come from two judges.
     """
     scores = {}
     if judge.conditions and fake.c_N is not None and fake.prob_NK is not None:
@@ -56,7 +55,7 @@ def score(judge: Judge, real: Statistics, fake: Statistics) -> dict[str, float]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """An evaluation as printed text, one line per score."""
+    """The printed text of an evaluation, one line per score."""
     samples, real, judged_by, ranges = (result[key] for key in ("samples", "real", "judge", "ranges"))
     made = samples["made"] or {}
     gamma, rounding = made.get("sample.gamma", "unknown"), made.get("rounding", "unknown")

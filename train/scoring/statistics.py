@@ -1,4 +1,4 @@
-"""Statistics of images in a judge's features: measured in one pass, cached, or read from stored files.
+"""Statistics of images in the features of a judge: measured in one pass, cached, or read from files.
 
 N images of a set; B of a batch; D features; K classes.
 """
@@ -29,15 +29,15 @@ from mclr.train.system.console import progress_bar
 from mclr.train.system.files import cache_folder, checksum, in_memory, write_file
 
 SPLITS = {"all": ("train", "val"), "train": ("train",), "val": ("val",)}
-MOST = 50_000  # images of a set that the scores by neighbours look at: what the field reports on
+MOST = 50_000  # images of a set in the scores by neighbours, as in published scores
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Means and covariances of features, and the rows that the neighbour scores need.
+    """Means and covariances of features, and the features that the scores by neighbours need.
 
-    near_ND: at most MOST rows of features. radii_N2: neighbour_radii(near_ND), for real images. prob_NK: class probabilities of every
-    row, for samples. of_condition: Gaussians per condition. count and near_ND are None where a file holds mu and sigma alone.
+    near_ND: features of at most MOST images. radii_N2: neighbour_radii(near_ND), for real images. prob_NK: class probabilities of all
+    images, for samples. of_condition: Gaussians per condition. count and near_ND are None if a file holds mu and sigma alone.
     """
 
     features: Gaussian
@@ -51,10 +51,10 @@ class Statistics:
 
 
 def measure(judge: Judge, images: ImageSet, part: range | None = None, with_prob: bool = False) -> Statistics:
-    """Statistics of the images in `part` (None: all), in one pass.
+    """Statistics of the images in `part` (None: all), in one pass. with_prob: keep class probabilities.
 
-    Of more than MOST rows, near_ND holds those of permutation(0, 0, N). Raises ValueError for features that are not finite and for
-    fewer than two images.
+    Of more than MOST images, near_ND holds the first MOST of permutation(0, 0, N). Raises ValueError for features that are not finite,
+    and for fewer than two images.
     """
     part = part or range(images.count)
     features, spatial, of_condition = Moments(), Moments(), defaultdict[int, Moments](Moments)
@@ -62,7 +62,7 @@ def measure(judge: Judge, images: ImageSet, part: range | None = None, with_prob
     chosen_N[torch.from_numpy(permutation(0, 0, len(part))[:MOST].copy())] = True
     c_N = None if images.c_N is None else images.c_N[part.start : part.stop]
     near, prob = [], []
-    # on a terminal alone: elsewhere an error is one line
+    # only on a terminal: elsewhere an error must be the only line
     with progress_bar(len(part), begun=0, quiet=not os.isatty(2)) as bar:
         for first in range(0, len(part), judge.batch):
             rows = slice(first, min(first + judge.batch, len(part)))
@@ -90,14 +90,14 @@ def measure(judge: Judge, images: ImageSet, part: range | None = None, with_prob
 
 
 def neighbour_bar(chunks: list[slice]) -> tqdm:
-    """Progress bar of a pass over the distances; with 50,000 images it takes minutes without a GPU."""
-    # on a terminal alone, as in measure()
+    """Progress bar of a pass over all distances, which takes minutes for 50,000 images without a GPU."""
+    # only on a terminal, as in measure()
     return tqdm(chunks, "neighbours", unit="chunk", disable=not os.isatty(2))
 
 
 @dataclass(frozen=True)
 class RealSet:
-    """What --reference names: real images, a file of mu and sigma, or a file with both (ADM's). info, splits: of a dataset."""
+    """The reference: real images, a file of mu and sigma, or a file with both (ADM's). info, splits: if it is a dataset."""
 
     name: str
     path: Path
@@ -112,9 +112,9 @@ class RealSet:
 
 
 def open_real(name: str | None, own_data: dict[str, Any] | None, real: str, with_conditions: bool) -> RealSet:
-    """Open what --reference names: an .npz file, a folder of images, a dataset folder or a preset. name None: the samples' own data.
+    """Open the reference: an .npz file, a folder of images, a dataset folder or a preset. name None: the data of the samples.
 
-    real: a key of SPLITS. Raises UserError where nothing is found, and where `real` asks for splits that do not exist.
+    real: a key of SPLITS. Raises UserError if nothing is found, or if `real` asks for splits that do not exist.
     """
     path = Path(name or "")
     known = name is None or (PRESETS / "data" / f"{name}.yaml").is_file() or (path / "dataset.json").is_file()
@@ -123,7 +123,7 @@ def open_real(name: str | None, own_data: dict[str, Any] | None, real: str, with
         data = own_data if name is None else load_data(name).model_dump()
         assert data is not None
         info = open_or_prepare(data["name"], data["path"])
-        # "all" leaves an empty val split out
+        # "all" leaves out an empty val split
         splits = tuple(split for split in SPLITS[real] if info.splits[split].count or real != "all")
         return RealSet(info.name, info.path, open_splits(info, splits), info=info, splits=splits)
     if real != "all":
@@ -137,15 +137,15 @@ def open_real(name: str | None, own_data: dict[str, Any] | None, real: str, with
 
 
 def real_statistics(judge: Judge, real_set: RealSet) -> tuple[Statistics, list[str], str]:
-    """(statistics of the real images, notes for readers of the scores, where the statistics come from).
+    """(statistics of the real images, notes for the reader of the scores, where the statistics come from).
 
-    A file with images and mu and sigma: the stored mu and sigma are used where they have this judge's features, since ADM's cover more
-    images than the file holds. Raises UserError for a damaged file, and ValueError as measure() does.
+    If a file holds images, mu and sigma, mu and sigma are used if they fit the features of this judge: ADM's cover more images than the
+    file holds. Raises UserError for a damaged file, and ValueError as measure() does.
     """
     stored = read_statistics(real_set.stored, judge.device) if real_set.stored else None
     if real_set.images is None:
         assert stored is not None
-        left_out = f"{real_set.path} holds mu and sigma alone: precision, recall, density and coverage are left out"
+        left_out = f"{real_set.path} holds only mu and sigma: precision, recall, density and coverage are left out"
         return stored, [left_out], f"read from {real_set.path}"
     measured, origin = _kept(judge, real_set.images)
     if stored is None or stored.features[0].shape != measured.features[0].shape:
@@ -155,6 +155,7 @@ def real_statistics(judge: Judge, real_set: RealSet) -> tuple[Statistics, list[s
 
 
 def _kept(judge: Judge, images: ImageSet) -> tuple[Statistics, str]:
+    """(statistics of real images from the cache, or measured and put there, where they come from)."""
     key = json.dumps([images.checksum(), judge.sha256, judge.features, images.c_N is not None, MOST, NEIGHBOURS])
     path = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()}.npz"
     if path.is_file():
@@ -171,7 +172,7 @@ def _kept(judge: Judge, images: ImageSet) -> tuple[Statistics, str]:
 
 
 def _arrays(statistics: Statistics) -> dict[str, np.ndarray]:
-    """The arrays of a cache file: mu, sigma, mu_s and sigma_s (spatial) as ADM names them; the other names are ours."""
+    """The arrays of a cache file. mu, sigma, mu_s and sigma_s (spatial) are ADM's names; the others are ours."""
     tensors = dict(zip(("mu", "sigma"), statistics.features, strict=True))
     if statistics.spatial:
         tensors |= zip(("mu_s", "sigma_s"), statistics.spatial, strict=True)
@@ -187,7 +188,7 @@ def _arrays(statistics: Statistics) -> dict[str, np.ndarray]:
 
 
 def read_statistics(path: Path, device: torch.device) -> Statistics:
-    """Statistics from an .npz file of ours or of others. Raises UserError where it is damaged or holds no mu and sigma."""
+    """Statistics from an .npz file, ours or others'. Raises UserError if it is damaged or holds no mu and sigma."""
     try:
         with np.load(path) as file:
             tensors = {name: torch.from_numpy(file[name]).to(device) for name in file.files if not name.startswith("arr_")}
@@ -203,6 +204,6 @@ def read_statistics(path: Path, device: torch.device) -> Statistics:
             tensors.get("radii"),
             {c: (tensors["mu_c"][i], tensors["sigma_c"][i]) for i, c in enumerate(conditions)},
         )
-    # decoders raise nearly anything on damaged bytes
+    # decoders raise almost any error on damaged bytes
     except Exception as error:
         raise UserError(f"{path} is no readable .npz of mu and sigma ({error}): copy it again, or remove it") from error

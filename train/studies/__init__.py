@@ -1,4 +1,4 @@
-"""The tour, and what objectives are compared with.
+"""The tour: it compares fine-tuning with guidance, and reports.
 
 It may import kernels, mclr, models, configs, and of train: planning, bench and the rooms below them.
 """

@@ -1,4 +1,4 @@
-"""The report of a tour: tables, a figure per model, one page that holds all of it."""
+"""The report of a tour: tables, a figure per model, and one page with all of it."""
 
 import base64
 import json
@@ -31,16 +31,16 @@ METRICS = [
     ("forwards_per_image", "forwards per image ↓", "g"),
 ]
 HEADINGS = ["model", *(heading for _, heading, _ in METRICS), "images/s ↑"]
-# Okabe and Ito's blue and vermilion, which every kind of colour vision tells apart; the markers differ as well
+# Okabe and Ito's blue and vermilion, which colour-blind readers can tell apart; the markers differ as well
 STYLES = {"cfg": ("#0072B2", "o"), "mclr": ("#D55E00", "s"), "base": ("#6B7280", "D"), "control": ("#6B7280", "^")}
 INK = "#1F2937"
-LEGEND = """Values are mean ± standard deviation over repeated sampling, speeds the median with the range of the runs; – is not
-measured. <em>base</em>: the model that fine-tuning starts from. <em>control</em>: base fine-tuned by plain maximum likelihood
-with the compute that MCLR took, which is enough for more images. <em>CFG</em>: the control, sampled with classifier-free guidance
-of extra weight γ. <em>MCLR</em>: base fine-tuned with contrast weight λ, sampled without guidance. FD is the Fréchet distance to
-real images in the judge's features, class-wise FD its mean over the conditions; precision and density say how real the samples
-are, recall and coverage how much of the real data they reach. In the figures, the points of both curves are of sampling seed 0
-alone, base and control the means of their rows."""
+LEGEND = """Values are mean ± standard deviation over the sampling seeds; speeds are the median and the range of the runs; – means
+not measured. <em>base</em>: the model before fine-tuning. <em>control</em>: base fine-tuned by plain maximum likelihood, with the
+compute of MCLR (so it sees more images). <em>CFG</em>: the control, sampled with classifier-free guidance of extra weight γ.
+<em>MCLR</em>: base fine-tuned with contrast weight λ, sampled without guidance. FD is the Fréchet distance to real images in the
+features of the judge; class-wise FD is its mean over the conditions. Precision and density tell how real the samples are, recall
+and coverage how much of the real data they cover. In the figures, both curves use sampling seed 0; base and control are the means
+of their rows."""
 CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1F2937; max-width: 1160px; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.7rem } h2 { font-size: 1.3rem; margin-top: 2.5rem; border-bottom: 1px solid #D1D5DB } h3 { font-size: 1.05rem }
@@ -55,7 +55,7 @@ figure img { width: 100%; image-rendering: pixelated } figcaption { font-size: .
 
 
 def load_results(folder: Path) -> dict[str, Any]:
-    """results.json of a tour. Raises UserError when it is missing, unreadable or without scores."""
+    """results.json of a tour. Raises UserError if it is missing, unreadable or without scores."""
     path = folder / "results.json"
     try:
         results = json.loads(regular(path).read_text(encoding="utf-8"))
@@ -69,14 +69,14 @@ def load_results(folder: Path) -> dict[str, Any]:
 
 
 def models(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The entries that hold rows of scores, by name, in the order of the file."""
+    """The entries with rows of scores, by name, in the order of the file."""
     return {name: entry for name, entry in results.items() if isinstance(entry, dict) and ROWS.keys() & entry.keys()}
 
 
 def write_report(results: dict[str, Any], tour: Path, out: Path) -> Path:
-    """Write OUT/figures/MODEL-curves.png and OUT/report.html, and return the page's path. tour: the folder of the sample grids.
+    """Write OUT/figures/MODEL-curves.png and OUT/report.html, and return the path of the page. tour: the folder of the sample grids.
 
-    Raises UserError where results are not as a tour writes them, with nothing written, and where `out` cannot be written.
+    Raises UserError if results are not as a tour writes them (then nothing is written), or if `out` cannot be written.
     """
     try:
         figures = {name: curves_figure(name, model) for name, model in models(results).items() if model.get("sweep")}
@@ -111,7 +111,7 @@ def _damaged(error: Exception) -> UserError:
 
 
 def table_rows(model: dict[str, Any]) -> Iterator[list[str]]:
-    """The cells of one row after the other. A dash stands for a number that the tour does not have."""
+    """The cells of each row. A dash stands for a number that the tour does not have."""
     for row, label in ROWS.items():
         if row in model:
             scores = model[row]
@@ -126,7 +126,7 @@ def table_rows(model: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def gap_sentence(model: dict[str, Any]) -> str:
-    """How much of CFG's gain MCLR reaches."""
+    """The sentence that says how much of CFG's gain MCLR reaches."""
     if "gap_closed" not in model:
         return "Gap closed: not measured in this run."
     if model["gap_closed"] is None:
@@ -137,7 +137,7 @@ def gap_sentence(model: dict[str, Any]) -> str:
 
 
 def html_page(results: dict[str, Any], tour: Path, figures: dict[str, bytes]) -> str:
-    """The whole page. Its pictures lie inside it, so that the file alone can be mailed and opened anywhere."""
+    """The whole page, with the pictures inside: one file that can be mailed and opened anywhere."""
     title = escape(f"MCLR report: {tour.resolve().name}")
     judge = "".join(f"<dt>{escape(key)}</dt><dd>{escape(text)}</dd>" for key, text in _facts(results.get("judge", {})))
     body = [f"<h1>{title}</h1>", f"<p>{LEGEND}</p>", f"<h2>The judge</h2><dl>{judge}</dl>" if judge else ""]
@@ -164,7 +164,7 @@ def html_page(results: dict[str, Any], tour: Path, figures: dict[str, bytes]) ->
 
 
 def _phases(phases: list[dict[str, Any]]) -> str:
-    """Where the time went: seconds and share of each phase, and their sum."""
+    """A table of the phases: seconds and share of each, and the sum."""
     total = sum(phase["seconds"] for phase in phases)
     rows = [[phase["name"], f"{phase['seconds']:,.1f}", f"{phase['seconds'] / max(total, 1e-9):.0%}"] for phase in phases]
     return _table(["phase", "seconds", "share"], [*rows, ["total", f"{total:,.1f}", ""]])
@@ -172,7 +172,7 @@ def _phases(phases: list[dict[str, Any]]) -> str:
 
 def _table(headings: list[str], rows: Iterable[list[str]]) -> str:
     lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
-    # the arrow of a heading is tied to its last word
+    # no line break before the arrow of a heading
     head = "".join(f"<th>{escape(heading).replace(' ↑', '&nbsp;↑').replace(' ↓', '&nbsp;↓')}</th>" for heading in headings)
     return f'<div class="wide"><table><tr>{head}</tr>\n' + "\n".join(f"<tr>{line}</tr>" for line in lines) + "\n</table></div>"
 
@@ -194,7 +194,7 @@ def curves_figure(name: str, model: dict[str, Any]) -> bytes:
 
 
 def _draw_curves(axes: Axes, model: dict[str, Any], metric: str) -> None:
-    """One line per sweep, each point with its weight; base and control as single points. A score that is not finite is left out."""
+    """Draw a line per sweep, with the weight at each point, and a point each for base and control. Leave out scores that are not finite."""
     for row, (colour, marker) in STYLES.items():
         if row in WEIGHTS:
             key, symbol = WEIGHTS[row]
@@ -206,7 +206,7 @@ def _draw_curves(axes: Axes, model: dict[str, Any], metric: str) -> None:
         points = [point for point in points if math.isfinite(point[1]) and math.isfinite(point[2])]
         axes.plot([x for _, x, _ in points], [y for *_, y in points], color=colour, marker=marker, linewidth=1.8, label=label)
         for weight, x, y in points if row in WEIGHTS else []:
-            # the two lines often meet: each has its weights on a side of its own, on a white ground
+            # the two lines often meet: the weights of one are below it, those of the other above, on white
             side = (0, -14) if row == "mclr" else (0, 8)
             note = axes.annotate(f"{weight:g}", (x, y), side, textcoords="offset points", color=colour, fontsize=9, ha="center")
             note.set_path_effects([withStroke(linewidth=3, foreground="white")])
@@ -225,7 +225,7 @@ def _mean(value: float | dict[str, float]) -> float:
 
 
 def score_cell(value: float | dict[str, float] | None, form: str | None) -> str:
-    """A number, or {mean, std} as "mean ± std" with as many decimals; a dash for None."""
+    """A number, or {mean, std} as "mean ± std" with the same decimals; a dash for None."""
     if value is None:
         return "–"
     form = form or f".{_decimals(_mean(value), least=1)}f"
@@ -241,16 +241,16 @@ def _speed(value: dict[str, Any] | None) -> str:
 
 
 def _facts(values: dict[str, Any]) -> Iterator[list[str]]:
-    """[name, value] of free-form entries as text."""
+    """[name, value] of free entries, as text."""
     for name, value in values.items():
         yield [name.replace("_", " "), _digits(value) if isinstance(value, int | float) else str(value)]
 
 
 def _digits(value: float) -> str:
-    """Whole numbers in full, others to three significant digits; thousands separated, no exponent."""
+    """Whole numbers in full, others with three significant digits; commas between thousands, no exponent."""
     return f"{value:,}" if isinstance(value, int) else f"{value:,.{_decimals(value, least=0)}f}"
 
 
 def _decimals(value: float, least: int) -> int:
-    """Digits after the point that show three significant ones, up to six."""
+    """Digits after the point that show three significant digits; at most six."""
     return min(6, max(least, 2 - math.floor(math.log10(abs(value))))) if value and math.isfinite(value) else least

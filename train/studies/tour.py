@@ -31,7 +31,7 @@ from mclr.train.weights.folder import find_weights, load_net, sha256
 
 # the five guidance weights of the sweep, around the best one of each control
 GAMMAS = {"edm2-digits": (0.2, 0.35, 0.5, 0.65, 0.8), "var-digits": (0.25, 0.5, 0.75, 1.0, 1.5)}
-# the lam of the preset is the mclr row; these multiples of it draw the curve
+# the mclr row uses the lam of the preset; the curve uses these multiples of it
 LAM_MULTIPLES = (0.5, 1.0, 2.0)
 LAM_MULTIPLES_FULL = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 SEEDS, SEEDS_FULL = 3, 10
@@ -45,27 +45,27 @@ ABOUT = {
     "guidance weight of the cfg row": "best of 5 by class-wise FD on sampling seed 0",
     "sampling seeds of the rows": "1 and up: means and standard deviations",
     "lam of the mclr row": "fixed in the preset beforehand",
-    "equal compute": "forward and backward FLOPs of fine-tuning, the posterior classifier's included; the control trains on more images",
-    "not counted": "the bundled posterior classifier was fitted once beforehand, at the cost of some 68,000 images of maximum likelihood",
+    "equal compute": "forward and backward FLOPs of fine-tuning, with the posterior classifier's; so the control sees more images",
+    "not counted": "fitting the bundled posterior classifier, which costs as much as maximum likelihood on about 68,000 images",
     "rounding": ROUNDING,
 }
 
 
 @dataclass(frozen=True)
 class DigitsJudge:
-    """The judge of the tour, and what it saw of all real digits. c_N: their conditions, which samples are drawn for."""
+    """The judge of the tour, and its statistics of all real digits. c_N: their conditions; samples are drawn for the same ones."""
 
     judge: Judge
     real: Statistics
     c_N: torch.Tensor
 
     def scores(self, images_N: torch.Tensor) -> dict[str, float]:
-        """Of samples [N, C, H, W] uint8 under the conditions c_N."""
+        """The scores of samples [N, C, H, W] uint8, drawn for the conditions c_N."""
         return score(self.judge, self.real, measure(self.judge, in_memory_images(images_N, self.c_N), with_prob=True))
 
 
 def digits_judge() -> DigitsJudge:
-    """The bundled classifier of the digits; prepares the digits where they are missing."""
+    """The bundled classifier of the digits. Prepares the digits if they are missing."""
     prepare_digits("data/digits")
     images, conditions = zip(*(load_split("data/digits", name) for name in ("train", "val")), strict=True)
     classifier = load_net(JUDGE_WEIGHTS, "image_classifier")
@@ -75,7 +75,7 @@ def digits_judge() -> DigitsJudge:
 
 
 class Arm:
-    """One way to sample: weights and the settings config.sample, as `mclr sample WEIGHTS sample.gamma=...` would."""
+    """One way to sample: weights and config.sample, as in `mclr sample WEIGHTS sample.gamma=...`."""
 
     def __init__(self, config: RunConfig, weights: Path):
         self.config, self.weights = config, weights
@@ -85,7 +85,7 @@ class Arm:
         return self.model.draw(c_N, range(first_seed, first_seed + len(c_N)))
 
     def judged(self, judge: DigitsJudge, seed: int) -> dict[str, float]:
-        """The judge's scores of as many samples as it has real images, of this sampling seed, and the forwards an image took."""
+        """Scores of one sample per real image, for this sampling seed; and the network forwards per image."""
         self.model.net.work = 0
         x_N = self.draw(judge.c_N, seed * 1_000_000)
         batch = self.config.sample.batch
@@ -113,7 +113,7 @@ class Tour:
 
     @property
     def seeds(self) -> range:
-        """Sampling seeds of the rows; seed 0 is left out, since it chose the guidance weight."""
+        """Sampling seeds of the rows. Seed 0 is left out: it chose the guidance weight."""
         return range(1, 1 + (SEEDS_FULL if self.full else SEEDS))
 
     @contextmanager
@@ -121,7 +121,7 @@ class Tour:
         print(f"== {name}", flush=True)
         path = self.out / "phases.json"
         phases = json.loads(path.read_text()) if path.exists() else {}
-        # what an interrupted tour spent counts; going through a finished phase again does not
+        # the time of an interrupted tour counts; repeating a finished phase does not
         spent, done = phases.get(name, (0.0, False))
         started = time.perf_counter()
         try:
@@ -136,8 +136,8 @@ class Tour:
         print(f"== {name}: {self.phases[name]} s", flush=True)
 
     def scores(self, name: str, arm: Arm, seed: int) -> dict[str, float]:
-        """The scores of an arm; read back where the tour has them already."""
-        # kept under what decides them, so that a changed tour never reads old ones
+        """The scores of an arm. Reads them back if the tour has them already."""
+        # the file's name holds all that decides the scores, so that a changed tour never reads old ones
         gamma = arm.config.sample.gamma
         settings = json.dumps(arm.config.sample.model_dump(), sort_keys=True) + sha256(arm.weights)
         key = f"{arm.config.model.name}-{name}-{gamma:g}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}-{seed}"
@@ -165,9 +165,9 @@ class Tour:
 
 
 def speeds(arms: dict[str, Arm], rounds: int = 5) -> dict[str, dict[str, Any]]:
-    """images/s of the sampler loop alone, the arms taking turns so that a slow minute of the machine hits all of them."""
+    """images/s of the sampler's loop. The arms take turns, so that a slow minute of the machine hits all of them."""
     runs: dict[str, list[float]] = {name: [] for name in arms}
-    # one full micro-batch: a part of one would be padded, and the padding paid for but not counted
+    # one full micro-batch: padding would cost time without being counted
     c_N = torch.arange(next(iter(arms.values())).config.sample.batch) % 10
     for _ in range(rounds):
         for name, arm in arms.items():
@@ -178,7 +178,7 @@ def speeds(arms: dict[str, Arm], rounds: int = 5) -> dict[str, dict[str, Any]]:
 
 
 def fine_tune(folder: Path, model: str, objective: str, overrides: list[str]) -> dict[str, Any]:
-    """Train in this run folder, or go on, or find the run finished. Returns the last line of its metrics."""
+    """Train in this run folder; go on if it is unfinished. Returns the last line of its metrics."""
     config = load(model, objective, "digits", "local", overrides)
     command = ["mclr", "train", "--model", model, "--objective", objective, "--engine", "local", "--out", str(folder), *overrides]
     if status := start(config, folder, micro_batch_of(config, ranks=1), shlex.join(command)):
@@ -187,23 +187,23 @@ def fine_tune(folder: Path, model: str, objective: str, overrides: list[str]) ->
 
 
 def mean_std(values: list[float]) -> float | dict[str, float] | None:
-    """As the cells of report.py take it; None where there are no values."""
+    """The mean and standard deviation as report.py takes them; a single value alone; None without values."""
     if len(values) < 2:
         return values[0] if values else None
     return {"mean": statistics.mean(values), "std": statistics.stdev(values)}
 
 
 def gap_closed(control: Sequence[float], cfg: Sequence[float], method: Sequence[float]) -> float | None:
-    """The share of cfg's gain in class-wise FD over the control that a method reaches; None where cfg gains nothing.
+    """The share of cfg's gain in class-wise FD over the control that a method reaches; None if cfg gains nothing.
 
-    Of the means over the seeds: where the gain is small, the share of a single seed is noise.
+    It uses the means over the seeds: if the gain is small, the share of a single seed is noise.
     """
     from_, to, reached = (statistics.mean(values) for values in (control, cfg, method))
     return (from_ - reached) / (from_ - to) if to < from_ else None
 
 
 def guided(config: RunConfig, gamma: float) -> RunConfig:
-    """The same with guidance weight gamma."""
+    """The same settings with guidance weight gamma."""
     return config.model_copy(update={"sample": config.sample.model_copy(update={"gamma": gamma})})
 
 
