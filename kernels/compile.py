@@ -23,14 +23,7 @@ from mclr.kernels.timing import Parser
 
 # GPU architecture -> bytes of shared memory that one block may use (A100, H100, B200)
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-TYPES = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.bool: "*i1",
-}
+TYPES = {dtype: f"*{name}" for name, dtype in DTYPES.items()} | {torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1"}
 
 
 @dataclass(frozen=True)

@@ -69,10 +69,10 @@ def test_a_step_waits_for_what_its_readers_have_not_finished(clock):
     # 4 samples a step: .4 s of reading beside a step of .3 s, or of .25 s and .05 s of copying
     for sleep, copy in ((0.3, 0.0), (0.25, 0.05)):
         source = Slow(clock, 0.1, copy)
-        waits = simulate(source, first=8, steps=3, batch=4, sleep=sleep)
-        assert waits.waiting == pytest.approx([0.1] * 3) and waits.copying == pytest.approx([copy] * 3)
+        waiting, copying = zip(*simulate(source, first=8, steps=3, batch=4, sleep=sleep), strict=True)
+        assert waiting == pytest.approx([0.1] * 3) and copying == pytest.approx([copy] * 3)
         assert source.asked == [8, 12, 16, 20]
-    assert simulate(Slow(clock, 0.1), 0, 3, batch=4, sleep=0.4).waiting == pytest.approx([0.0] * 3)
+    assert all(waiting == pytest.approx(0.0) for waiting, _ in simulate(Slow(clock, 0.1), 0, 3, batch=4, sleep=0.4))
 
 
 def test_rates_and_shares_are_those_of_the_steps_after_the_first(clock):

@@ -180,8 +180,6 @@ def test_a_folder_that_is_no_dataset_is_refused(text, problem, tmp_path):
         # unknown keys
         ("objective.lamda=1", "unknown key objective.lamda; did you mean objective.lam?"),
         ("train.lam=1", "unknown key train.lam; did you mean objective.lam?"),
-        ("model.lr=1", "unknown key model.lr; did you mean train.lr?"),
-        ("lam=1", "unknown key lam; did you mean objective.lam?"),
         ("objectiv.lam=1", "unknown key objectiv; did you mean objective?"),
         ("model.net.model_chanels=8", "unknown key model.net.model_chanels; did you mean model.net.model_channels?"),
         ("engine.foo=1", "unknown key engine.foo; known in engine: kind, zero, offload, precision, gradient_clipping, "
@@ -191,15 +189,12 @@ def test_a_folder_that_is_no_dataset_is_refused(text, problem, tmp_path):
         # types
         ("train.lr=fast", 'train.lr="fast": expected a number'),
         ("train.lr=true", "train.lr=true: expected a number"),
-        ("train.lr=", "train.lr=null: expected a number"),
         ("train.lr=.inf", "train.lr=Infinity: expected a finite number"),
         ("train.lr.low=1", 'train.lr={"low": 1}: expected a number'),
-        ("train.batch=6.4", "train.batch=6.4: expected an integer"),
         ("train.batch='64'", 'train.batch="64": expected an integer'),
         ("train.micro_batch=x", 'train.micro_batch="x": expected an integer or null'),
         ("engine.compile=1", "engine.compile=1: expected true or false"),
         ("model.name=3", "model.name=3: expected text"),
-        ("model.net.channel_mult=2", "model.net.channel_mult=2: expected a list of integers"),
         ("model.net.channel_mult=[]", "model.net.channel_mult=[]: expected more entries"),
         ("model.net.channel_mult=[1, x]", 'model.net.channel_mult[1]="x": expected an integer'),
         ("train.betas=[0.9]", "train.betas=[0.9]: expected more entries"),
@@ -214,14 +209,8 @@ def test_a_folder_that_is_no_dataset_is_refused(text, problem, tmp_path):
         # ranges
         ("train.lr=0", "train.lr=0 is out of range: must be > 0"),
         ("train.seed=-1", "train.seed=-1 is out of range: must be >= 0 and < 9223372036854775808"),
-        ("train.micro_batch=0", "train.micro_batch=0 is out of range: must be > 0"),
         ("train.betas=[0.9, 1.0]", "train.betas[1]=1.0 is out of range: must be >= 0 and < 1"),
-        ("train.drop_condition=1.5", "train.drop_condition=1.5 is out of range: must be >= 0 and <= 1"),
         ("train.ema_std=0.5", "train.ema_std=0.5 is out of range: must be 0 (no average), or >= 0.01 and <= 0.25"),
-        ("engine.zero=4", "engine.zero=4 is out of range: must be >= 0 and <= 3"),
-        ("objective.truncate=0.5", "objective.truncate=0.5 is out of range: must be >= 0 and < 0.5"),
-        ("objective.bound=0", "objective.bound=0 is out of range: must be > 0"),
-        ("sample.top_p=0", "sample.top_p=0 is out of range: must be > 0 and <= 1"),
         ("data.channels=2", "data.channels=2: expected 1 or 3"),
         # two keys of one section
         ("engine.zero=1", "engine.zero=1 needs engine.kind=deepspeed or auto"),
@@ -233,7 +222,6 @@ def test_a_folder_that_is_no_dataset_is_refused(text, problem, tmp_path):
         ("engine.reference=whole", "engine.reference=whole needs objective.name=cc_dpo, cca or ddo"),
         ("sample.sigma_min=90", "sample.sigma_min=90.0 must be below sample.sigma_max=80.0"),
         ("sample.schedule.low=0.3", "sample.schedule.low=0.3 needs sample.schedule.kind=interval"),
-        ("model.posterior.backbone=5", "model.posterior.backbone=5: expected text or null"),
         # two sections
         ("objective.contrast=none",
          "objective.contrast=none is not for objective.name=mclr: expected posterior or null or weighted or uniform"),
@@ -243,7 +231,6 @@ def test_a_folder_that_is_no_dataset_is_refused(text, problem, tmp_path):
          "objective.bound=3.0 needs mclr, a next_scale model and the contrast uniform, weighted or posterior"),
         ("objective.beta=1", "objective.beta=1.0 has no effect with objective.name=mclr; only cc_dpo, cca, ddo have it"),
         ("objective.generated=x", "objective.generated=x needs objective.name=ddo"),
-        ("train.mle_images=0", "train.mle_images=0 is out of range: must be > 0"),
         ("objective.schedule.kind=negative_window",
          "objective.schedule.below=1.0 is out of range: must be > 0 and < 1 in training"),
         ("sample.top_k=5", "sample.top_k=5 needs a next_scale model; edm2-digits is a diffusion model"),
@@ -309,7 +296,6 @@ def test_an_override_is_refused_in_one_line(override, message):
          "choose a --model for 64-pixel images, latents of side 8, or set that key"),
         (["sample.steps=9"], {"model": "var-digits"},
          "sample.steps=9 needs a diffusion model; var-digits is a next_scale model"),
-        (["model.net.depth=x"], {"model": "var-d16"}, 'model.net.depth="x": expected an integer'),
         (["model.net.num_heads=7"], {"model": "var-d16"}, "model.net.embed_dim=1024 must be a multiple of model.net.num_heads=7"),
         (["model.net.num_blocks=7"], {"model": "var-d16"}, "unknown key model.net.num_blocks; only networks of kind edm2 have it"),
         ([], {"model": "edm2-digit"},

@@ -94,18 +94,6 @@ def test_large_rows_in_torch(op, indexed):
 
 
 @both
-@per_op
-def test_token_0_of_a_sample_is_not_read(op, kernels):
-    inputs = drawn(op, indexed=1, R=6)
-    with using(kernels):
-        clean = results(op.run, inputs)
-        spoilt = results(
-            op.run, with_tokens(inputs, lambda t: torch.where(torch.arange(5)[:, None] > 0, t, torch.nan) if t.ndim == 3 else t)
-        )
-    assert all(torch.equal(clean[name], spoilt[name]) for name in clean)
-
-
-@both
 @pytest.mark.parametrize("indexed", [0, 1])
 @pytest.mark.parametrize("output", [0, 1])
 def test_one_gradient_alone(output, indexed, kernels):

@@ -91,12 +91,6 @@ def test_an_almost_certain_token_keeps_its_gradient_in_half_precision(monkeypatc
     assert grad[0].item() == pytest.approx(1 - torch.sigmoid(torch.tensor(7.0)).item(), rel=4e-3)
 
 
-@both
-@pytest.mark.parametrize("index", [[2], [1, 1, 0, 1], [0, 2, 1, 2, 2, 0]])
-def test_rows_name_their_samples(kernels, index):
-    assert good(drawn(R=len(index)) | {"index_R": torch.tensor(index)}, kernels)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_hidden_states_with_a_linear_of_either_dtype(dtype):
     for linear in (dtype, torch.float32):

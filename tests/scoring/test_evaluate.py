@@ -79,6 +79,17 @@ def evaluate_(*argv):
     return run(evaluate.main, [str(arg) for arg in argv])
 
 
+def written_by(folder):
+    """What the last evaluation of a folder wrote."""
+    (path,) = folder.glob("evaluation*.json")
+    return json.loads(path.read_text())
+
+
+def scored(folder, *argv):
+    assert evaluate_(folder, *argv) == 0
+    return written_by(folder)
+
+
 @pytest.fixture(scope="module")
 def classifier(real):
     torch.manual_seed(0)
@@ -119,12 +130,6 @@ def test_noise_is_far_from_everything(classifier, real):
     assert far["fd"] > 100 * max(near["fd"], 1e-9) and far["precision"] < 0.1 and far["coverage"] < 0.1
 
 
-def test_the_number_of_images_per_forward_does_not_matter(classifier, real, monkeypatch):
-    scores = score_images(classifier, *real, *real)
-    monkeypatch.setattr(judges, "BATCH", 7)
-    assert score_images(classifier, *real, *real) == pytest.approx(scores, abs=1e-4)
-
-
 def test_a_folder_and_an_npz_of_the_same_images_score_the_same(home, real, tmp_path, capsys):
     folder = write_samples(tmp_path / "folder", real[0].flip(-1), real[1])
     np.savez(tmp_path / "s.npz", real[0].flip(-1).permute(0, 2, 3, 1).numpy(), real[1].numpy())
@@ -154,8 +159,7 @@ def test_a_folder_and_an_npz_of_the_same_images_score_the_same(home, real, tmp_p
 @pytest.mark.parametrize(("split", "count"), [("train", 42), ("val", 18), ("all", 60)])
 def test_the_reference_is_a_choice(split, count, home, real, tmp_path):
     folder = write_samples(tmp_path, *real)
-    assert evaluate_(folder, "--reference", home / "data", "--judge", home / "judge", "--real", split) == 0
-    assert json.loads((folder / "evaluation.json").read_text())["real"]["count"] == count
+    assert scored(folder, "--reference", home / "data", "--judge", home / "judge", "--real", split)["real"]["count"] == count
 
 
 def test_a_run_is_sampled_once_and_scored(home, capsys):
@@ -165,14 +169,13 @@ def test_a_run_is_sampled_once_and_scored(home, capsys):
     assert f"{folder}: 60 images drawn, 1 network forwards per image, no guidance" in out
     assert f"samples    60 images of {folder}, guidance weight 0.0, seeds 0..59" in out
     assert "rounding   round(127.5 x + 127.5), half to even" in out
-    result = json.loads((folder / "evaluation.json").read_text())
+    result = written_by(folder)
     assert result["samples"]["made"]["sample.steps"] == 1 and result["samples"]["count"] == 60
     assert f"| fd | {result['scores']['fd']:.4g} |" in (home / "run/weights/README.md").read_text()
     assert evaluate_(home / "run", "--judge", home / "judge") == 0
     assert "is complete: 60 images" in capsys.readouterr().out
     # the samples say which data their model was for
-    assert evaluate_(folder, "--judge", home / "judge") == 0
-    assert json.loads((folder / "evaluation.json").read_text()) == result
+    assert scored(folder, "--judge", home / "judge") == result
 
 
 def test_misuse_is_one_line_and_writes_nothing(home, real, tmp_path, capsys):
@@ -237,9 +240,8 @@ def test_misuse_is_one_line_and_writes_nothing(home, real, tmp_path, capsys):
 def test_scores_are_over_the_conditions_that_were_drawn(home, real, tmp_path, capsys):
     images, c = real
     folder = write_samples(tmp_path / "one", images[c == 2], c[c == 2])
-    assert evaluate_(folder, "--reference", home / "data", "--judge", home / "judge") == 0
+    scores = scored(folder, "--reference", home / "data", "--judge", home / "judge")["scores"]
     assert "the samples are of 1 conditions, the reference of 3" in capsys.readouterr().out
-    scores = json.loads((folder / "evaluation.json").read_text())["scores"]
     # the same images: nothing within the condition differs, but all real images are more than they
     assert scores["cfd"] == pytest.approx(0, abs=1e-9) and scores["fd"] > 0.01
 
@@ -255,8 +257,7 @@ def test_enough_of_every_condition_may_be_too_few_in_all(home, real, tmp_path, c
 def test_images_are_read_a_batch_at_a_time(home, real, tmp_path, monkeypatch, cache):
     folder = write_samples(tmp_path / "samples", real[0].flip(-1), real[1])
     options = ("--reference", home / "data", "--judge", home / "judge")
-    assert evaluate_(folder, *options) == 0
-    expected = json.loads((folder / "evaluation.json").read_text())
+    expected = scored(folder, *options)
     sizes = []
     original = ImageClassifier.features
 
@@ -277,9 +278,8 @@ def test_images_are_read_a_batch_at_a_time(home, real, tmp_path, monkeypatch, ca
             return read(*args)
 
         monkeypatch.setattr(owner, name, small)
-    assert evaluate_(folder, *options) == 0
+    assert scored(folder, *options)["scores"] == pytest.approx(expected["scores"], abs=1e-4)
     assert sizes == 2 * [16, 16, 16, 12]
-    assert json.loads((folder / "evaluation.json").read_text())["scores"] == pytest.approx(expected["scores"], abs=1e-4)
 
 
 def test_neighbours_are_looked_for_among_a_limited_number_of_real_images(home, real, tmp_path, monkeypatch):
@@ -292,9 +292,8 @@ def test_neighbours_are_looked_for_among_a_limited_number_of_real_images(home, r
 
     monkeypatch.setattr(scores, "neighbour_scores", watched)
     monkeypatch.setattr(references, "MOST", 25)
-    assert evaluate_(folder, "--reference", home / "data", "--judge", home / "judge") == 0
+    written = scored(folder, "--reference", home / "data", "--judge", home / "judge")["real"]
     assert seen == [(25, 25)]
-    written = json.loads((folder / "evaluation.json").read_text())["real"]
     assert (written["count"], written["neighbours"]) == (60, 25)
 
 
@@ -325,10 +324,6 @@ def write_plain(folder, images, suffix="png"):
     return folder
 
 
-def written_by(path, name="inception"):
-    return json.loads((path / f"evaluation-{name}.json").read_text())
-
-
 def covariance(rows):
     return np.cov(rows, rowvar=False)
 
@@ -352,14 +347,8 @@ def test_images_without_conditions_are_scored_as_by_hand(inception, real, tmp_pa
     near = neighbour_scores(torch.from_numpy(a), torch.from_numpy(b))
     assert {name: result["scores"][name] for name in near} == pytest.approx(near)
     assert result["judge"] == {"name": "inception", "sha256": "0123", "features": "projections", "fd": "FID"}
-    assert result["real"] | {"sha256": ""} == {
-        "data": str(reference),
-        "path": str(reference),
-        "splits": None,
-        "count": 60,
-        "sha256": "",
-        "neighbours": 60,
-    }
+    about = {"data": str(reference), "path": str(reference), "splits": None}
+    assert result["real"] == {**about, "count": 60, "neighbours": 60, "sha256": result["real"]["sha256"]}
     assert "between all samples and all real images: FID\n" in out and "note" not in out
     # ADM's layout, images alone
     np.savez(tmp_path / "s.npz", other.permute(0, 2, 3, 1).numpy())
@@ -371,22 +360,19 @@ def test_images_without_conditions_are_scored_as_by_hand(inception, real, tmp_pa
 
 def test_a_classifier_without_conditions_leaves_class_scores_out(home, real, tmp_path):
     folder = write_plain(tmp_path / "fake", real[0])
-    assert evaluate_(folder, "--reference", home / "data", "--judge", home / "judge") == 0
-    result = json.loads((folder / "evaluation.json").read_text())
+    result = scored(folder, "--reference", home / "data", "--judge", home / "judge")
     assert list(result["scores"]) == ["fd", "precision", "recall", "density", "coverage"]
     assert result["scores"]["fd"] == pytest.approx(0, abs=1e-9) and result["notes"][0].startswith("accuracy and cfd are left out")
     # accuracy takes no real image, class-wise FD does
     named = write_samples(tmp_path / "named", *real)
-    assert evaluate_(named, "--reference", folder, "--judge", home / "judge") == 0
-    result = json.loads((named / "evaluation.json").read_text())
+    result = scored(named, "--reference", folder, "--judge", home / "judge")
     assert "accuracy" in result["scores"] and "cfd" not in result["scores"]
     assert result["notes"][0].startswith("cfd is left out: the images of the reference")
 
 
 def test_stored_statistics_allow_fd_alone(inception, real, tmp_path, capsys):
     folder = write_plain(tmp_path / "fake", real[0].flip(-1))
-    assert evaluate_(folder, "--reference", write_plain(tmp_path / "real", real[0]), *inception) == 0
-    expected = written_by(folder)["scores"]
+    expected = scored(folder, "--reference", write_plain(tmp_path / "real", real[0]), *inception)["scores"]
     features, spatial, _ = published()(real[0])
     stored = {
         "mu": features.mean(0),
@@ -404,12 +390,10 @@ def test_stored_statistics_allow_fd_alone(inception, real, tmp_path, capsys):
     ]
     assert "reference  unknown number of images" in out and result["real"]["count"] is result["real"]["neighbours"] is None
     np.savez(tmp_path / "edm2.npz", mu=stored["mu"], sigma=stored["sigma"])
-    assert evaluate_(folder, "--reference", tmp_path / "edm2.npz", *inception) == 0
-    assert list(written_by(folder)["scores"]) == ["fd", "is"]
+    assert list(scored(folder, "--reference", tmp_path / "edm2.npz", *inception)["scores"]) == ["fd", "is"]
     # ADM's reference files hold some of the images beside the statistics of all: neighbours come from the images
     np.savez(tmp_path / "both.npz", real[0][:30].permute(0, 2, 3, 1).numpy(), **stored)
-    assert evaluate_(folder, "--reference", tmp_path / "both.npz", *inception) == 0
-    both = written_by(folder)
+    both = scored(folder, "--reference", tmp_path / "both.npz", *inception)
     assert both["scores"]["fd"] == result["scores"]["fd"] and both["scores"]["recall"] != expected["recall"]
     assert both["real"]["neighbours"] == 30
 
@@ -420,8 +404,7 @@ def test_statistics_of_another_judge_do_not_count(inception, real, tmp_path, cap
     assert evaluate_(folder, "--reference", tmp_path / "r.npz", *inception) == 2
     assert "9 and 5 features; they need the same judge" in capsys.readouterr().err
     np.savez(tmp_path / "r.npz", real[0].permute(0, 2, 3, 1).numpy(), mu=np.zeros(9), sigma=np.eye(9))
-    assert evaluate_(folder, "--reference", tmp_path / "r.npz", *inception) == 0
-    assert written_by(folder)["real"]["neighbours"] == 60
+    assert scored(folder, "--reference", tmp_path / "r.npz", *inception)["real"]["neighbours"] == 60
 
 
 def test_what_the_judge_saw_of_a_reference_is_kept(inception, home, real, tmp_path, monkeypatch, capsys, cache):
@@ -434,16 +417,14 @@ def test_what_the_judge_saw_of_a_reference_is_kept(inception, home, real, tmp_pa
     seen = []
     original = judges.Judge.__call__
     monkeypatch.setattr(judges.Judge, "__call__", lambda self, image: seen.append(len(image)) or original(self, image))
-    assert evaluate_(folder, *options) == 0
-    assert sum(seen) == 60 and written_by(folder) == first
+    assert scored(folder, *options) == first and sum(seen) == 60
     assert f"statistics of the reference: reused from {kept}" in capsys.readouterr().out
     with np.load(kept) as file:
         torch.testing.assert_close(
             torch.from_numpy(file["radii"]), neighbour_radii(torch.from_numpy(file["near"])), rtol=0, atol=0
         )
     # what was kept is itself a reference, as others store them
-    assert evaluate_(folder, "--reference", kept, *inception) == 0
-    assert written_by(folder)["scores"] == first["scores"]
+    assert scored(folder, "--reference", kept, *inception)["scores"] == first["scores"]
     # another image, or another judge, is another reference
     Image.fromarray(255 - real[0][0, 0].numpy()).save(reference / "00/cat_0000.png")
     assert evaluate_(folder, *options) == 0
@@ -476,10 +457,7 @@ def test_neighbours_among_the_real_images_are_looked_for_once(inception, real, t
 
 def test_a_kept_reference_of_a_classifier_scores_the_same(home, real, tmp_path):
     folder = write_samples(tmp_path / "s", real[0].flip(-1), real[1])
-    results = []
-    for _ in range(2):
-        assert evaluate_(folder, "--reference", home / "data", "--judge", home / "judge") == 0
-        results.append(json.loads((folder / "evaluation.json").read_text()))
+    results = [scored(folder, "--reference", home / "data", "--judge", home / "judge") for _ in range(2)]
     assert results[0] == results[1] and "cfd" in results[1]["scores"]
 
 
@@ -492,8 +470,7 @@ def test_ranges_of_seeds_are_scored_apart(inception, real, tmp_path, capsys):
     apart = []
     for i in range(3):
         part = write_plain(tmp_path / f"part{i}", others[20 * i : 20 * i + 20])
-        assert evaluate_(part, *reference, *inception) == 0
-        apart.append(written_by(part)["scores"])
+        apart.append(scored(part, *reference, *inception)["scores"])
     assert [one["scores"] for one in result["ranges"]] == [pytest.approx(scores, rel=1e-5) for scores in apart]
     least, mean = min(one["fd"] for one in apart), sum(one["fd"] for one in apart) / 3
     assert (result["scores"]["fd_min"], result["scores"]["fd"]) == pytest.approx((least, mean), rel=1e-5)
@@ -516,13 +493,11 @@ def test_a_run_is_sampled_for_every_range(home, capsys):
 def test_doubtful_scores_say_so(inception, real, tmp_path, capsys, monkeypatch):
     folder, reference = write_plain(tmp_path / "fake", real[0][:20], "jpg"), write_plain(tmp_path / "real", real[0])
     monkeypatch.setattr(evaluation, "open_judge", lambda name, weights: published(name, D=30))
-    assert evaluate_(folder, "--reference", reference, *inception) == 0
-    notes = written_by(folder)["notes"]
+    notes = scored(folder, "--reference", reference, *inception)["notes"]
     assert notes[0].startswith("the 20 images of the samples cannot span the 30 features") and "biased upwards" in notes[0]
     assert notes[1].startswith("some images are JPEG files") and len(notes) == 2
     same = write_plain(tmp_path / "same", real[0][:1].repeat(20, 1, 1, 1))
-    assert evaluate_(same, "--reference", reference, *inception) == 0
-    assert "all images of the samples have the same features" in written_by(same)["notes"][1]
+    assert "all images of the samples have the same features" in scored(same, "--reference", reference, *inception)["notes"][1]
     monkeypatch.setattr(evaluation, "open_judge", lambda name, weights: published(name, broken=True))
     capsys.readouterr()
     assert evaluate_(folder, "--reference", reference, *inception) == 2
@@ -537,8 +512,9 @@ def test_smoothed_samples_are_not_comparable(inception, home, real, tmp_path):
     record = json.loads((folder / "sample.json").read_text())
     record["settings"]["sample.more_smooth"] = True
     (folder / "sample.json").write_text(json.dumps(record))
-    assert evaluate_(folder, *inception) == 0
-    assert any("sample.more_smooth=true: scores of smoothed samples are not comparable" in n for n in written_by(folder)["notes"])
+    assert any(
+        "sample.more_smooth=true: scores of smoothed samples are not comparable" in n for n in scored(folder, *inception)["notes"]
+    )
 
 
 def test_misused_references_are_one_line(inception, home, real, tmp_path, capsys):
@@ -600,12 +576,6 @@ def test_the_digits_are_prepared_on_first_use(home, real, tmp_path, monkeypatch,
         path.rename(path.with_name(f"{i:06d}-{i % 10}.png"))
     assert evaluate_(folder, "--reference", "digits", "--real", "val") == 0
     assert "297 images of digits, val" in capsys.readouterr().out and (tmp_path / "data/digits/dataset.json").is_file()
-
-
-def test_help_shows_an_example(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        evaluate.main(["--help"])
-    assert exit_.value.code == 0 and "mclr evaluate samples/mine --reference digits" in capsys.readouterr().out
 
 
 def test_a_folder_of_real_images_is_what_the_user_sees(tmp_path):

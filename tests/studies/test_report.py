@@ -17,7 +17,7 @@ from PIL import Image
 from mclr.train import cli
 from mclr.train.data.images import image_grid
 from mclr.train.report import main
-from mclr.train.studies.report import curves_figure, load_results, markdown_table
+from mclr.train.studies.report import curves_figure, markdown_table
 
 
 def row(start: float, **weight: float) -> dict:
@@ -194,10 +194,6 @@ def test_unusable_out_is_one_line(tmp_path, capsys):
     folder = run_folder(tmp_path / "run", RESULTS)
     assert cli.main(["report", str(folder), "--out", str(folder / "results.json")]) == 2
     assert "choose another --out" in capsys.readouterr().err
-
-
-def test_load_results(tmp_path):
-    assert load_results(run_folder(tmp_path / "run", RESULTS)) == RESULTS
 
 
 def test_image_grid_places_and_enlarges():

@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,17 +51,12 @@ def open_sources(args: argparse.Namespace) -> Iterator[tuple[str, Source]]:
     yield cache.key.what, cached
 
 
-@dataclass(frozen=True)
-class Waits:
-    """Of every step, the seconds until its last sample is read, and the seconds to copy the samples into a batch."""
+def simulate(source: Source, first: int, steps: int, batch: int, sleep: float) -> list[tuple[float, float]]:
+    """Of every step: (seconds until its last sample is read, seconds to copy its samples into a batch).
 
-    waiting: list[float]
-    copying: list[float]
-
-
-def simulate(source: Source, first: int, steps: int, batch: int, sleep: float) -> Waits:
-    """Read for steps of `batch` samples from position `first` on; each step then sleeps. Leave out the first, which nothing was read ahead for."""
-    waits = Waits([], [])
+    A step takes `batch` samples, from position `first` on, and then sleeps. The first step is left out: it was not read ahead.
+    """
+    waits = []
     for positions in (range(start, start + batch) for start in range(first, first + (steps + 1) * batch, batch)):
         # this step's samples too, since nobody asked for those of the first step
         source.prefetch(range(positions.start, positions.stop + batch))
@@ -72,10 +66,9 @@ def simulate(source: Source, first: int, steps: int, batch: int, sleep: float) -
                 coming[i].exception()
         read = time.perf_counter()
         source.batch(positions.start, batch)
-        waits.waiting.append(read - asked)
-        waits.copying.append(time.perf_counter() - read)
+        waits.append((read - asked, time.perf_counter() - read))
         time.sleep(sleep)
-    return Waits(waits.waiting[1:], waits.copying[1:])
+    return waits[1:]
 
 
 def measure(sources: dict[str, Source], args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -88,10 +81,10 @@ def measure(sources: dict[str, Source], args: argparse.Namespace) -> list[dict[s
         for readers, rate in [*((readers, math.inf) for readers in args.readers), *((READERS, rate) for rate in args.rate)]:
             source.split.readers = ThreadPoolExecutor(readers)
             waits = simulate(source, next(place), args.steps, args.batch, args.batch / rate)
-            waiting, copying = sum(waits.waiting), sum(waits.copying)
+            waiting, copying = map(sum, zip(*waits, strict=True))
             whole = waiting + copying + args.steps * args.batch / rate
             row = {"source": name, "readers": readers, "rate": rate, "per_second": args.steps * args.batch / whole}
-            rows.append(row | {"waiting": waiting / whole, "copying": copying / whole, "worst": max(waits.waiting)})
+            rows.append(row | {"waiting": waiting / whole, "copying": copying / whole, "worst": max(waits)[0]})
     return rows
 
 

@@ -164,15 +164,11 @@ def measure_training(built: dict[str, tuple[Task, RunConfig]], precisions: list[
     spent, memory = {key: RunState() for key in tasks}, dict.fromkeys(tasks, 0.0)
     device = next(iter(tasks.values())).device
 
-    def turn(key: tuple[str, str, str]) -> Turn:
-        task, train = tasks[key], built[key[0]][1].train
+    def step(key: tuple[str, str, str], i: int) -> None:
+        train = built[key[0]][1].train
+        train_step(tasks[key], range(i * train.batch, (i + 1) * train.batch), train.batch, train.lr, lambda: False)
 
-        def step(i: int) -> None:
-            train_step(task, range(i * train.batch, (i + 1) * train.batch), train.batch, train.lr, lambda: False)
-
-        return Turn(step, rounds, ARMS[key[2]][0], warm_up=WARM_UP)
-
-    turns = {key: turn(key) for key in tasks}
+    turns = {key: Turn(partial(step, key), rounds, ARMS[key[2]][0], warm_up=WARM_UP) for key in tasks}
 
     def count(key: tuple[str, str, str]) -> None:
         memory[key] = max(memory[key], peak_memory(reset=True))

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from mclr.errors import UserError
+from mclr.kernels.timing import table
 from mclr.train.system.files import in_memory, regular, write_file, write_text
 
 # row -> its name in the tables
@@ -98,9 +99,7 @@ def markdown_table(results: dict[str, Any]) -> str:
     parts = []
     try:
         for name, model in models(results).items():
-            rows = [HEADINGS, ["---", *["---:"] * (len(HEADINGS) - 1)], *table_rows(model)]
-            table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
-            parts.append(f"**{name}**\n\n{table}\n\n{gap_sentence(model)}")
+            parts.append(f"**{name}**\n\n{table(HEADINGS, table_rows(model))}\n\n{gap_sentence(model)}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(error) from error
     return "\n\n".join(parts)

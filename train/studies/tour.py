@@ -35,7 +35,6 @@ GAMMAS = {"edm2-digits": (0.2, 0.35, 0.5, 0.65, 0.8), "var-digits": (0.25, 0.5, 
 LAM_MULTIPLES = (0.5, 1.0, 2.0)
 LAM_MULTIPLES_FULL = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 SEEDS, SEEDS_FULL = 3, 10
-JUDGE_WEIGHTS = "digits-classifier"
 ABOUT = {
     "reference": "all 1,797 scans",
     "samples": "1,797, with the class counts of the scans",
@@ -68,7 +67,7 @@ def digits_judge() -> DigitsJudge:
     """The bundled classifier of the digits. Prepares the digits if they are missing."""
     prepare_digits("data/digits")
     images, conditions = zip(*(load_split("data/digits", name) for name in ("train", "val")), strict=True)
-    classifier = load_net(JUDGE_WEIGHTS, "image_classifier")
+    classifier = load_net("digits-classifier", "image_classifier")
     assert isinstance(classifier, ImageClassifier)
     judge, c_N = classifier_judge(classifier), torch.cat(conditions)
     return DigitsJudge(judge, measure(judge, in_memory_images(torch.cat(images), c_N)), c_N)
@@ -153,7 +152,10 @@ class Tour:
     def row(self, name: str, arm: Arm) -> dict[str, Any]:
         """Mean and standard deviation over the sampling seeds."""
         runs = [self.scores(name, arm, seed) for seed in self.seeds]
-        row: dict[str, Any] = {key: mean_std([r[key] for r in runs]) for key in runs[0] if key != "forwards_per_image"}
+        row: dict[str, Any] = {}
+        for key in runs[0]:
+            values = [run[key] for run in runs]
+            row[key] = {"mean": statistics.mean(values), "std": statistics.stdev(values)}
         return row | {"forwards_per_image": runs[0]["forwards_per_image"]}
 
     def grid(self, row: str, arm: Arm) -> str:
@@ -164,12 +166,12 @@ class Tour:
         return str(path)
 
 
-def speeds(arms: dict[str, Arm], rounds: int = 5) -> dict[str, dict[str, Any]]:
+def speeds(arms: dict[str, Arm]) -> dict[str, dict[str, Any]]:
     """images/s of the sampler's loop. The arms take turns, so that a slow minute of the machine hits all of them."""
     runs: dict[str, list[float]] = {name: [] for name in arms}
     # one full micro-batch: padding would cost time without being counted
     c_N = torch.arange(next(iter(arms.values())).config.sample.batch) % 10
-    for _ in range(rounds):
+    for _ in range(5):
         for name, arm in arms.items():
             started = time.perf_counter()
             arm.draw(c_N, 0)
@@ -184,13 +186,6 @@ def fine_tune(folder: Path, model: str, objective: str, overrides: list[str]) ->
     if status := start(config, folder, micro_batch_of(config, ranks=1), shlex.join(command)):
         raise SystemExit(status)
     return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-
-
-def mean_std(values: list[float]) -> float | dict[str, float] | None:
-    """The mean and standard deviation as report.py takes them; a single value alone; None without values."""
-    if len(values) < 2:
-        return values[0] if values else None
-    return {"mean": statistics.mean(values), "std": statistics.stdev(values)}
 
 
 def gap_closed(control: Sequence[float], cfg: Sequence[float], method: Sequence[float]) -> float | None:
