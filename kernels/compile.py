@@ -4,7 +4,6 @@ Registers and spills come from the ptxas that Triton brings, shared memory from 
 registers or needs more shared memory than the GPU has.
 """
 
-import os
 import re
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mclr.kernels.choice import interpreting
 from mclr.kernels.op import DTYPES, Launch, triton
 from mclr.kernels.registry import OPS
 from mclr.kernels.timing import Parser
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="of the activations (default: all)")
     parser.add_argument("--only", choices=OPS, nargs="+", default=list(OPS), help="operations (default: all)")
     args = parser.parse_args(argv)
-    if triton is None or os.environ.get("TRITON_INTERPRET") == "1":
+    if triton is None or interpreting():
         parser.error("triton is not installed" if triton is None else "TRITON_INTERPRET=1 replaces the compiler: unset it")
     print(
         "| op | kernel | constants | dtype | sm | warps | registers | spilled | shared |\n" + "| --- " * 5 + "| ---: " * 4 + "|"

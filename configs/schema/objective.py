@@ -8,11 +8,7 @@ from mclr.configs.schema.section import Fraction, Positive, Section, setting
 
 
 class Schedule(Section):
-    """The shape of a weight over progress (mclr/schedule.py).
-
-    Progress is 0 at pure noise or the coarsest scale and 1 at the data or the finest scale. It is (4.382 - ln sigma) / 10.597 for
-    diffusion (mclr/diffusion.py) and k / (K - 1) for scale k of K.
-    """
+    """The shape of a weight over progress (mclr/schedule.py). configs/README.md says what progress is."""
 
     kind: Literal["constant", "ramp", "interval", "negative_window"] = setting(
         "constant", "Shape: the same everywhere; rising from 0; 0 outside an interval; negative from some progress on"

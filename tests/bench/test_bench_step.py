@@ -141,6 +141,8 @@ def test_sampling_is_measured_with_and_without_guidance(model, monkeypatch):
         counts.append(len(forwards))
     handle.remove()
     assert counts[1] == 2 * counts[0] and x_B.shape == ((2, 680) if model == "var-d16" else (2, 3, 64, 64))
+    if model == "var-d16":
+        assert x_B.min() >= 0 and x_B.max() < 4096
 
 
 def test_a_full_size_takes_one_sample_per_step_on_a_cpu(capsys, monkeypatch, quick):
@@ -185,11 +187,3 @@ def test_a_pair_at_full_size(model):
     after = loss_of(task, 1, precision="bf16")
     assert math.isfinite(after) and after != half
     assert peak_memory() < 12
-
-
-@pytest.mark.slow
-def test_var_samples_at_full_size_with_and_without_guidance():
-    task, _ = build("var-d16", PAIR, ["train.batch=1"], CPU)
-    for gamma in (NONE, Schedule("ramp", 1.5)):
-        tokens_BL = draw(task, gamma, "bf16", 1)
-        assert tokens_BL.shape == (1, 680) and tokens_BL.min() >= 0 and tokens_BL.max() < 4096

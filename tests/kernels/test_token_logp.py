@@ -129,20 +129,6 @@ def test_a_guided_row_in_every_precision(kernels, dtype):
     assert good(guided(dtype), kernels, dtype)
 
 
-def test_the_linear_of_a_mixture_has_another_gradient():
-    """The guide's logits hold the weight still: without that its gradient would be of the mixture."""
-    inputs = doubled(guided())
-    expected = results(by_two_logits, inputs)
-
-    def naive(hidden_RLD, guide_RLD, mix_RL, **others):
-        return token_logp(hidden_RLD + mix_RL[..., None] * (hidden_RLD - guide_RLD), **others)
-
-    found = results(naive, inputs)
-    for name in ("output 0", "gradient of hidden_RLD"):
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-12)
-    assert not torch.allclose(found["gradient of weight_VD"], expected["gradient of weight_VD"], rtol=0.1)
-
-
 @both
 def test_a_guide_gets_no_gradient(kernels):
     inputs = guided()

@@ -579,7 +579,7 @@ def test_the_digits_are_prepared_on_first_use(home, real, tmp_path, monkeypatch,
 
 
 def test_a_folder_of_real_images_is_what_the_user_sees(tmp_path):
-    """Links are followed, files of Jupyter, macOS and network drives are not images of the user, and photos are upright."""
+    """Links are followed; files of Jupyter and macOS are not the user's images."""
     plain = write_plain(
         tmp_path / "plain", torch.randint(0, 256, (20, 1, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
     )
@@ -589,13 +589,6 @@ def test_a_folder_of_real_images_is_what_the_user_sees(tmp_path):
     (linked / "below").symlink_to(plain)
     for name in (".ipynb_checkpoints/0.png", "._0.png"):
         (linked / name).write_bytes(b"junk")
-    exif = Image.Exif()
-    exif[0x0112] = 3
-    for path in sorted((plain / "00").iterdir()):
-        turned = Image.open(path).transpose(Image.Transpose.ROTATE_180)
-        (tmp_path / "turned").mkdir(exist_ok=True)
-        turned.save(tmp_path / "turned" / path.name, exif=exif)
-    for folder in (linked, tmp_path / "turned"):
-        images = image_sets.open_folder(folder, False)
-        assert torch.equal(images.read(0, 20), expected) and images.found.startswith(f"{folder}: 20 images (20 PNG)")
-    assert "; skipped 2 hidden (like ." in image_sets.open_folder(linked, False).found
+    images = image_sets.open_folder(linked, False)
+    assert torch.equal(images.read(0, 20), expected) and images.found.startswith(f"{linked}: 20 images (20 PNG)")
+    assert "; skipped 2 hidden (like ." in images.found

@@ -87,14 +87,10 @@ class Separate(nn.Module):
         return tuple(torch.cat(each) if isinstance(each[0], Tensor) else each[0] for each in zip(*answers, strict=True))
 
 
-def itself(net: nn.Module) -> nn.Module:
-    return net
-
-
 # arm -> (mode of the kernels, what wraps the network)
-ARMS: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
-    "eager": ("torch", itself),
-    "ours": ("triton", itself),
+ARMS: dict[str, tuple[str, Callable[[nn.Module], Any] | None]] = {
+    "eager": ("torch", None),
+    "ours": ("triton", None),
     "compiled": ("torch", lambda net: torch.compile(net)),
     "separate": ("torch", Separate),
 }
@@ -125,15 +121,16 @@ def build(model: str, objective: str, overrides: list[str], device: torch.device
 def as_run_by(task: Task, arm: str, precision: str) -> Task:
     """The same task, on the same weights and optimizer state, as an arm runs it. ARMS holds the mode of its kernels."""
 
-    def copied(engine: Any, wrap: Callable[[nn.Module], Any] = itself) -> Any:
+    def copied(engine: Any, wrap: Callable[[nn.Module], Any] | None = None) -> Any:
         found = copy(engine)
         if engine is not None:
-            found.net, found.autocast = wrap(engine.net), autocast_of(engine.net, precision == "bf16")
+            found.net = wrap(engine.net) if wrap else engine.net
+            found.autocast = autocast_of(engine.net, precision == "bf16")
         return found
 
     engine = copied(task.engine, ARMS[arm][1])
     # a run compiles the classifier too, but not the reference
-    posterior_engine = copied(task.posterior_engine, ARMS[arm][1] if arm == "compiled" else itself)
+    posterior_engine = copied(task.posterior_engine, ARMS[arm][1] if arm == "compiled" else None)
     loss = replace(task.loss, posterior=posterior_engine, reference=copied(task.loss.reference))
     return replace(task, loss=loss, engine=engine, posterior_engine=posterior_engine)
 

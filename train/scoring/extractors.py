@@ -76,7 +76,7 @@ def open_judge(name: str, weights: Path | None) -> Judge:
         path = weights or _fetch_dinov2()
         net = dinov2(read_state_dict(path), path)
         features = "class token after the last norm; 224 pixels, bicubic with antialiasing, ImageNet's mean and deviation"
-        return Judge(name, features, "FD_DINOv2", checksum(path), net, _dinov2_answer, batch=32)
+        return Judge(name, features, "FD_DINOv2", checksum(path), net, lambda net, x: Answer(net(dinov2_input(x))), batch=32)
     if name == "inception":
         if weights is None:
             file = INCEPTION_FILE.rpartition("/")[2]
@@ -84,7 +84,7 @@ def open_judge(name: str, weights: Path | None) -> Judge:
         net = Inception()
         _fill(net.net, read_state_dict(weights), weights)
         features = "pool 3 of the 2015 Inception; 299 pixels, bilinear as TensorFlow 1, (u - 128) / 128"
-        return Judge(name, features, "FID", checksum(weights), net.eval(), _inception_answer, batch=64)
+        return Judge(name, features, "FID", checksum(weights), net.eval(), lambda net, x: Answer(*net(_rgb(x))), batch=64)
     if weights is not None:
         raise UserError(
             f"--judge-weights is for the judges dinov2 and inception: give the folder of a classifier by --judge {weights}"
@@ -125,14 +125,6 @@ def dinov2_input(image_BCHW: Tensor) -> Tensor:
     x_BCHW = F.interpolate(_rgb(image_BCHW).float(), size=(224, 224), mode="bicubic", antialias=True) / 255
     mean_C11, std_C11 = (torch.tensor(values, device=x_BCHW.device)[:, None, None] for values in (MEAN, STD))
     return (x_BCHW - mean_C11) / std_C11
-
-
-def _dinov2_answer(net: nn.Module, image_BCHW: Tensor) -> Answer:
-    return Answer(net(dinov2_input(image_BCHW)))
-
-
-def _inception_answer(net: nn.Module, image_BCHW: Tensor) -> Answer:
-    return Answer(*net(_rgb(image_BCHW)))
 
 
 def _classifier_answer(net: nn.Module, image_BCHW: Tensor) -> Answer:
