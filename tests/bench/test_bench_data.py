@@ -1,4 +1,4 @@
-"""train/bench/data.py: its arithmetic on a clock that only the test moves, its tables, its bad arguments."""
+"""train/bench/data.py: arithmetic with a clock that only the test moves, tables, bad arguments."""
 
 import shutil
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from mclr.train.system.console import run
 
 
 class Clock:
-    """In place of the module `time`: it goes on when somebody sleeps."""
+    """In place of the module `time`: its time passes in sleep() alone."""
 
     def __init__(self):
         self.now = 0.0
@@ -25,7 +25,7 @@ class Clock:
 
 
 class Coming:
-    """A sample that is there at a time, and waited for until then."""
+    """A sample that is ready at a certain time; exception() waits for it."""
 
     def __init__(self, clock, ready):
         self.clock, self.ready = clock, ready
@@ -35,7 +35,7 @@ class Coming:
 
 
 class Slow:
-    """Samples that one reader makes one after the other, in so many seconds each; a batch of them is copied in `copy` seconds."""
+    """Samples that one reader reads one after the other, each in `seconds`; copying a batch takes `copy` seconds."""
 
     def __init__(self, clock, seconds, copy=0.0):
         self.clock, self.seconds, self.copy = clock, seconds, copy

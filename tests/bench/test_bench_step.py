@@ -1,4 +1,4 @@
-"""train/bench/step.py, train/bench/synthetic.py: every row takes its turns, its work is what its rows say, and no arm changes the loss."""
+"""train/bench/step.py, train/bench/synthetic.py: rows of the table, the work they count, and arms that do not change the loss."""
 
 import math
 from dataclasses import replace
@@ -49,7 +49,7 @@ def test_the_table_says_what_each_objective_costs(model, digits, tokenizer, caps
     assert table.keys() == {(objective, *EAGER) for objective in OBJECTIVES}
     work = {objective: row["work"] for (objective, _, _), row in table.items()}
     assert work["mle"] == 1 and work["mclr uniform"] == 2
-    # the first two scales are 5 of the 21 tokens of a contrast row; of the noise levels chance decides
+    # the first two scales are 5 of the 21 tokens of a contrast row; for noise levels it depends on the draws
     cut = work["mclr uniform, progress <= 0.5"]
     assert cut == pytest.approx(1 + 5 / 21) if model == "var-digits" else 1 < cut < 2
     # the ramp is 0 at the first scale alone
@@ -95,7 +95,7 @@ def test_what_is_compiled_gives_the_same_loss(digits, monkeypatch):
 
 
 def test_an_arm_reaches_the_posterior_and_the_reference(digits):
-    """Of tokens the posterior is the network itself; a reference answers in the precision of its arm."""
+    """For tokens the posterior is the network itself. A reference runs in the precision of its arm."""
     settings = [f"data.path={digits}", "train.batch=4"]
     task, _ = build("var-digits", "mclr posterior", settings, CPU)
     arm = as_run_by(task, "separate", "bf16")

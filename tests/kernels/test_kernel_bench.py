@@ -1,4 +1,4 @@
-"""The bench: turns, rows that can be gone on with, no time for what is wrong, winners that only times decide."""
+"""The bench: turns, going on with the rows of a file, no times for wrong results, winners, publishing."""
 
 import json
 import re
@@ -99,7 +99,7 @@ def test_copies_exceed_the_cache_by_their_inputs(monkeypatch):
 
 @pytest.mark.parametrize(("factor", "says"), [(1.01, "from the first arm's"), (torch.nan, "nan from"), ("crash", "TypeError")])
 def test_what_is_wrong_has_a_reason_and_no_time(capsys, monkeypatch, factor, says):
-    """Ours by a percent: RED, and the exit status is 1. Others may be that far off, and fail, without a fault of ours."""
+    """Ours is a percent off: RED, exit status 1. Others may be that far off, or fail, without a fault of ours."""
     wrong = Arm(lambda **inputs: RIGHT.run(**inputs) * factor)
     half = Arm(lambda **inputs: RIGHT.definition(**inputs) / 2)
     made = {"eager": Arm(RIGHT.definition), "theirs": wrong, "half": half, "absent": None, "ours/torch": wrong}
@@ -144,7 +144,7 @@ def test_force_weights_is_timed_in_place_and_compared_on_fresh_weights(monkeypat
     expected = op.definition(weights)
     found = arms.arms(op, gpu=False)["ours/torch"].call(weights=weights)
     assert all(a is b and torch.allclose(a, c, rtol=1e-5) for a, b, c in zip(found, weights, expected, strict=True))
-    # what another arm has forced before would be a percent off where rows had a magnitude of .01
+    # weights that another arm had forced before would be a percent off in rows of magnitude .01
     monkeypatch.setattr(bench, "arms", lambda op, gpu: arms.arms(op, gpu) | {"again": Arm(arms.forced)})
     rows = bench.measure(op, shape, torch.float32, CPU, RATES)
     assert [(row["pass"], row["why"]) for row in rows] == [("forward", "")] * 3 and all(row["apart"] < 1e-6 for row in rows[1:])
@@ -155,7 +155,7 @@ def test_what_others_would_run_is_the_definition():
     sizes = {"B": 2, "R": 3, "L": 5, "D": 6, "V": 7}
     inputs = op.draw(sizes, torch.float32, torch.Generator().manual_seed(0))
     true = results(op.definition, inputs)
-    # half activations beside an fp32 weight, as drawn; the definition as a network under autocast computes it
+    # half activations beside an fp32 weight, as in a network under autocast
     half = op.draw(sizes, torch.bfloat16, torch.Generator().manual_seed(0))
     forms = (arms.cross_entropy, lambda **given: arms.cross_entropy(**given, chunk=4))
     for form in forms:
@@ -218,7 +218,7 @@ def test_bad_arguments_are_one_line_before_any_work(argv, says, capsys, monkeypa
 
 
 def made_up(of=(), **changes):
-    """A GPU's rows of two operations, the first of which wins; changes: of the rows that are as `of` says."""
+    """Rows of a GPU for two operations, of which the first wins. changes: entries of the rows that match `of`."""
     where = {"device": "GPU", "family": "sm_90", "driver": "1", "torch": "2", "triton": "3", "liger": "", "source": "here"}
     found = {"red": False, "why": "", "p20": 1.0, "p80": 3.0, "host_ms": 0.5, "floor_ms": 0.5}
     rows = []

@@ -16,7 +16,7 @@ from mclr.train.training.compute import forward_flops
 from mclr.train.training.step import train_step
 
 CPU = torch.device("cpu")
-# of both paradigms, and of the contrasts those that reach an operation in another way
+# both paradigms, with the contrasts that reach an operation in different ways
 STEPS = {
     "edm2-digits, posterior": ("edm2-digits", ()),
     "edm2-digits, null": ("edm2-digits", ("objective.contrast=null",)),
@@ -27,7 +27,7 @@ USED = {
     "edm2-digits": {"used_weights", "force_weights", "norm_silu", "scale_silu", "sum_clip"},
     "var-digits": {"modulated_norm", "gated_norm", "token_logp"},
 }
-# (module, kernel, whether it is the one of two forms that has a residual add or is in place)
+# (module, kernel, whether it is the form with a residual add, or in place)
 LAUNCHED = {
     "edm2-digits": {
         *((op, f"_{which}", False) for op in ("norm_silu", "scale_silu", "sum_clip") for which in ("forward", "backward")),

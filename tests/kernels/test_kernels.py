@@ -148,7 +148,7 @@ def test_auto_runs_the_winners_of_this_gpu_and_nothing_else(monkeypatch):
     [({"sm_90": ["attention"]}, "unknown operation attention for sm_90"), ({"hopper": ["sum_clip"]}, "hopper is no GPU family")],
 )
 def test_winners_that_do_not_exist_are_refused(winners, says, tmp_path):
-    """When kernels are imported, from the file that stands there."""
+    """The import of kernels reads the file and refuses them."""
     with pytest.raises(ValueError, match=says):
         refuse_unknown(winners)
     refuse_unknown({"sm_90": list(OPS), "sm_120": []})
@@ -176,7 +176,7 @@ def test_published_winners_are_of_this_code():
 
 
 def test_auto_is_traced(monkeypatch):
-    """What decides between Triton and torch on a GPU is no file and no cache, which torch.compile cannot trace."""
+    """torch.compile can trace the choice between Triton and torch: it reads no file and no cache."""
     monkeypatch.setattr(choice, "WINNERS", {"sm_90": ["won"]})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     on_a_gpu = SimpleNamespace(device=torch.device("cuda", 0))

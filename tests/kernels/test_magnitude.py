@@ -68,7 +68,7 @@ def test_a_single_channel_is_its_sign(kernels):
     torch.testing.assert_close(n, x.detach() / (EPS + x.detach().abs()))
     h = n.detach().double().requires_grad_()
     (slope,) = torch.autograd.grad((torch.nn.functional.silu(h) / SILU).sum(), h)
-    # of 1 + slope next to nothing is left: the sign does not move
+    # almost nothing of 1 + slope is left, since the sign does not change
     torch.testing.assert_close(dx, ((1 + slope) * EPS / (EPS + x.detach().abs()) ** 2).float(), rtol=0, atol=1e-5)
 
 

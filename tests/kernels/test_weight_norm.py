@@ -105,7 +105,7 @@ def test_the_listed_shapes_are_those_of_the_network(name, width, channels):
 
 
 def test_tables_of_rows_are_made_once():
-    """More lists of shapes than any network has; to make one again the host would wait for the GPU."""
+    """More lists of shapes than any network has. Making a table again would make the host wait for the GPU."""
     module._rows.cache_clear()
     lists = [drawn([(n, 3)]) for n in range(1, 41)]
     with using("triton"):

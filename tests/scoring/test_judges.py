@@ -1,4 +1,4 @@
-"""train/scoring/extractors.py and models/inception.py: what a network gets to see, which files it takes, and how Inception pools.
+"""train/scoring/extractors.py and models/inception.py: the input of a network, the files it takes, and how Inception pools.
 
 The weights are random: no published score is checked here.
 """
@@ -27,7 +27,7 @@ def inception():
     torch.manual_seed(0)
     net = Inception().eval()
     for module in net.modules():
-        # as it comes the untrained network forgets its input on the way
+        # with torch's default weights the output would hardly depend on the input
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(module.weight)
     return net
