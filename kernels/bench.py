@@ -16,8 +16,8 @@ the cache. `forward` keeps what backward needs.
             in this run. Above 100 % the machine was slower while these rates were measured
   *         the host took about as long to launch the call: a faster kernel would not show
   peak MiB  memory above the inputs, of the last pass
-  apart     relative RMS difference from the first arm, the largest of outputs and gradients. An arm has no time above 0.05, ours above 4
-            times the tolerance of the dtype
+  apart     relative RMS difference from the first arm, the largest of outputs and gradients. An arm that is more than 0.05 apart (ours:
+            4 times the tolerance of the dtype) gets no time
   RED       ours is wrong: the reason is shown, the operation has no times, the exit status is 1
 """
 
