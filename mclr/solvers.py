@@ -52,6 +52,7 @@ def churned_heun(
     """Heun's method whose steps begin with noise added to x (EDM, algorithm 2: S_churn, S_min, S_max, S_noise).
 
     A step from sigma in [churn_min, churn_max] begins at (1 + min(churn / steps, sqrt(2) - 1)) sigma. Nothing is drawn elsewhere.
+    Many parameters: those of every solver, and EDM's four.
     """
     rise = min(churn / (len(sigmas) - 1), math.sqrt(2) - 1)
     for sigma, following in zip(sigmas, sigmas[1:], strict=False):
