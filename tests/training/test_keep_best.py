@@ -115,3 +115,11 @@ def test_a_loss_without_a_lowest_value_ranks_nothing():
         with pytest.raises(UserError, match=r"^train.keep_best=true needs a loss that has a lowest value"):
             load("edm2-digits", objective, "digits", "local", ["train.keep_best=true", *more])
     load("var-digits", "mclr", "digits", "local", ["train.keep_best=true", "objective.contrast=uniform", "objective.bound=3.0"])
+
+
+def test_every_batch_of_the_ranking_is_a_sign_of_life(digits, monkeypatch):
+    """2,048 draws may take longer than the watchdog waits."""
+    monkeypatch.setattr(held_out, "RANKING", 192)
+    task, beats = task_of("edm2-digits", "mclr", digits, "objective.contrast=null"), []
+    HeldOut(task, readers_of(task.source.info)["val"], None).loss(lambda: beats.append(1))
+    assert len(beats) == 192 // held_out.BATCH

@@ -4,7 +4,7 @@ B images of a forward; P = B, or 2B where the objective takes generated samples 
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +20,7 @@ from mclr.objective import Objective
 from mclr.train.data.dataset import Batch, DatasetInfo, SplitReader
 from mclr.train.data.source import permutation
 from mclr.train.engine.base import Engine, eval_mode
+from mclr.train.system.files import ignore
 from mclr.train.training.step import Task
 
 DRAWS = 640  # of a reading of the monitor: of so many images, or of fewer in turn
@@ -68,9 +69,9 @@ def with_weights(engine: Engine, given: Mapping[str, Tensor]) -> Iterator[None]:
             own[name].copy_(w)
 
 
-def mle_loss(task: Task, reader: SplitReader) -> float:
+def mle_loss(task: Task, reader: SplitReader, beat: Callable[[], None] = ignore) -> float:
     """The loss of plain maximum likelihood, every image under its own condition, without dropout or mirroring."""
-    return _mean(_metrics(task, Loss(task.loss.paradigm, Objective()), task.engine.net, reader, DRAWS), "loss")
+    return _mean(_metrics(task, Loss(task.loss.paradigm, Objective()), task.engine.net, reader, DRAWS, beat), "loss")
 
 
 class WithoutU:
@@ -95,8 +96,9 @@ class HeldOut:
     reader: SplitReader
     classifier: nn.Module | None
 
-    def loss(self) -> float:
-        """The run's own objective: lowest is best; it may be negative.
+    def loss(self, beat: Callable[[], None] = ignore) -> float:
+        """The run's own objective: lowest is best; it may be negative. beat: called after every batch, so that no watchdog takes this
+        for a hang.
 
         mle: mle_loss. Else it is phi of mclr/objective.py alone, and for diffusion with the learned log-variance u set to 0:
         null: (1 + lam) times the loss of maximum likelihood of the inversely guided network, whose lowest value depends on data alone.
@@ -108,7 +110,7 @@ class HeldOut:
         """
         loss, engine = self.task.loss, self.task.engine
         if loss.objective.contrast == "none":
-            return mle_loss(self.task, self.reader)
+            return mle_loss(self.task, self.reader, beat)
         trained = self.task.posterior_engine
         classifier = self.classifier if trained is None or self.classifier is not None else trained.net
         reference = None if loss.reference is None else loss.reference.net
@@ -116,13 +118,15 @@ class HeldOut:
             if net is not None:
                 net.eval()
         loss = replace(loss, posterior=classifier, reference=reference)
-        found = list(_metrics(self.task, loss, WithoutU(engine), self.reader, RANKING))
+        found = list(_metrics(self.task, loss, WithoutU(engine), self.reader, RANKING, beat))
         return _mean(found, "loss") - _mean(found, "aux")
 
 
 @torch.no_grad()
-def _metrics(task: Task, loss: Loss, net: Any, reader: SplitReader, count: int) -> Iterator[dict[str, Tensor]]:
-    """What a loss tells of every batch of `count` samples."""
+def _metrics(
+    task: Task, loss: Loss, net: Any, reader: SplitReader, count: int, beat: Callable[[], None] = ignore
+) -> Iterator[dict[str, Tensor]]:
+    """The metrics of a loss on every batch of `count` samples."""
     for positions, batch in fixed(reader, count):
         keys, batches = list(positions), [batch]
         if loss.objective.needs_generated and task.generated is not None:
@@ -133,6 +137,7 @@ def _metrics(task: Task, loss: Loss, net: Any, reader: SplitReader, count: int) 
         x_P = task.encoder.draw(torch.cat([task.encode(each) for each in batches]), draws)
         with eval_mode(task.engine.net, task.bf16):
             yield loss.per_sample(net, x_P, c_P, c_P, draws, first=loss.warmup)[2]
+        beat()
 
 
 def _mean(metrics: Iterable[dict[str, Tensor]], name: str) -> float:

@@ -158,11 +158,12 @@ class Keeper:
         given = {} if average is None else average.average if engine.lockstep else engine.gather(average.average)
         # ranks that share the network, or its reference, run it together
         together = engine.lockstep or isinstance(self.task.loss.reference, Sharded)
-        with collective():
+        with collective(self.beat) as working:
             if self.held_out is None or not (together or world()[0] == 0):
                 return None
+            # where all ranks work, rank 0 must not talk to the others in between: each beats for itself
             with with_weights(engine, given):
-                return self.held_out.loss()
+                return self.held_out.loss(self.beat if together else working)
 
     def export(self, state: RunState) -> None:
         """Write RUN/weights of a finished run, with notes and the last line of its metrics, unless they are there.
