@@ -23,7 +23,9 @@ class Draws:
     """
 
     def __init__(self, seed: int, positions: list[int], device: torch.device | str = "cpu"):
-        self.streams = [np.random.Generator(np.random.Philox(key=[seed, position])) for position in positions]
+        # as uint64: numpy makes floats of a list with integers on both sides of 2^63, and rounds neighbouring keys to one
+        keys = np.array([(seed, position) for position in positions], np.uint64)
+        self.streams = [np.random.Generator(np.random.Philox(key=key)) for key in keys]
         self.device = device
 
     def normal(self, *shape: int) -> Tensor:

@@ -30,8 +30,9 @@ def test_a_sample_draws_the_same_whatever_its_batch():
 
 
 def test_positions_seeds_and_calls_differ():
-    table = torch.cat([numbers(seed, [0, 1, 2, 3]) for seed in (0, 1, 2)])
+    table = torch.cat([numbers(seed, [0, 1, 2, 3]) for seed in (0, 1, 2, 2**63 - 1, 2**63, 2**63 + 1, 2**63 + 4)])
     assert len(table.flatten().unique()) == table.numel()
+    assert not torch.equal(numbers(2**63, [2**60]), numbers(2**63, [2**60 + 1]))  # no rounding to floats
     # swapping seed and position is another stream as well
     assert not torch.equal(numbers(0, [1]), numbers(1, [0]))
 

@@ -1,14 +1,20 @@
 """mclr.load and Model: the same images as `mclr sample`, few images at the cost of few, saved weights that load again."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 import mclr
+from mclr.likelihood import Draws
 from mclr.train import sample
+from mclr.train.data.encoders import Latents
 from mclr.train.data.images import image_paths, read_images
-from mclr.train.sampling.generate import parse_classes
+from mclr.train.sampling.generate import SAMPLING, parse_classes
 from mclr.train.system.console import run
+from mclr.train.training import held_out, memorisation
 from mclr.train.weights.folder import read_tensors
 
 MODELS = ("edm2-digits", "var-digits")
@@ -96,6 +102,36 @@ def test_encode_takes_bytes_and_floats_and_decode_goes_back(name):
             model.encode(wrong)
 
 
+class FlatVAE:
+    """Stands for a VAE: its posterior is N(0, 1) for every image."""
+
+    device = torch.device("cpu")
+
+    def eval(self):
+        return self
+
+    def requires_grad_(self, _):
+        return self
+
+    def encode(self, image):
+        mean = torch.zeros(len(image), 4, image.shape[2] // 8, image.shape[3] // 8)
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, std=torch.ones_like(mean)))
+
+
+def test_latents_have_random_numbers_of_their_own():
+    """Those of a position: not those of a loss, of sampling or of measurements, so that noise and latents are independent."""
+    model = replace(loaded("edm2-digits"), encoder=Latents(FlatVAE()), image_shape=(3, 64, 64))
+    images = torch.zeros(4, 3, 64, 64)
+    x_N = model.encode(images, first=8)
+    assert torch.equal(model.encode(images[2:], first=10), x_N[2:]) and not torch.equal(model.encode(images, first=0), x_N)
+    stored_N = model.encoder.encode(images)
+    for seed in (0, 1, SAMPLING, held_out.LOSS, memorisation.VIEWS, memorisation.PROJECTION):
+        assert not torch.equal(model.encoder.draw(stored_N, Draws(seed, [8, 9, 10, 11])), x_N)
+    for first in (None, -1, 1.5):
+        with pytest.raises(ValueError, match="first="):
+            model.encode(images, first=first)
+
+
 def test_weights_that_generate_nothing_load_as_frozen_networks():
     posterior = mclr.load("digits-posterior", device="cpu")
     assert posterior(torch.zeros(2, 1, 8, 8), torch.ones(2)).shape == (2, 10)
@@ -137,7 +173,7 @@ def test_the_loop_of_the_documentation_trains(name):
     optimizer = torch.optim.Adam(model.net.parameters(), 1e-3)
     values = []
     for step in range(4):
-        value, metrics = loss(model.net, model.encode(images), c, first=step * len(c))
+        value, metrics = loss(model.net, model.encode(images, first=step * len(c)), c, first=step * len(c))
         values.append(metrics["loss"].item())
         value.backward()
         optimizer.step()

@@ -1,5 +1,6 @@
 """mclr.load: a model out of weights or of a run, and images out of a model. Every random number of an image comes from its seed."""
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from mclr.guidance import Guidance
 from mclr.likelihood import Draws
 from mclr.models.registry import NETWORKS, fold
 from mclr.schedule import Schedule
-from mclr.train.data.encoders import Encoder, from_uint8, to_uint8
+from mclr.train.data.encoders import Encoder, Latents, from_uint8, to_uint8
 from mclr.train.engine.base import rows_in
 from mclr.train.system.ranks import own_device
 from mclr.train.training.build import choose_kernels
@@ -24,6 +25,18 @@ from mclr.train.training.networks import build_encoder, build_guidance, build_gu
 from mclr.train.weights.folder import find_weights, load_into, load_net, presets_of, read_config, save_weights
 
 SAMPLING = 2**63  # seed of all sampling: beyond those of training, whose random numbers no image must repeat
+ENCODING = 2**63 + 4  # seed of the latents that Model.encode draws: none of the loss, of sampling or of other measurements
+
+
+def whole(name: str, value: Any, least: int = 0) -> int:
+    """The integer that was given. Raises ValueError for what is no whole number from `least` to 2^63 - 1."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = -1
+    if not least <= number < 2**63:
+        raise ValueError(f"{name}={value} must be a whole number from {least} to 2^63 - 1")
+    return number
 
 
 class WorkCounter:
@@ -72,18 +85,23 @@ class Model:
     notes: dict[str, Any]
     device: torch.device
 
-    def encode(self, images: Tensor, first: int = 0) -> Tensor:
+    def encode(self, images: Tensor, first: int | None = None) -> Tensor:
         """Images [N, C, H, W], uint8 or floats in [-1, 1] -> samples x: images, latents, or tokens [N, L].
 
-        first: position of the first image in training. Latents of a VAE are random, and positions decide their random numbers.
-        Raises ValueError for images of another shape or type.
+        first: position of the first image in training, as in Loss. Latents of a VAE need it: they are random, and positions decide
+        their random numbers. Raises ValueError for images of another shape or type, and for latents without a position.
         """
+        if first is None and isinstance(self.encoder, Latents):
+            raise ValueError(
+                "latents of a VAE are random: give first=, the position of the first image in training, as to the loss"
+            )
+        first = whole("first", first or 0)
         if images.shape[1:] != self.image_shape or not (images.dtype == torch.uint8 or images.is_floating_point()):
             shape = ", ".join(map(str, self.image_shape))
             raise ValueError(f"images must be uint8 or floats [N, {shape}], not {images.dtype} {list(images.shape)}")
         images = images.to(self.device)
         stored_N = self.encoder.encode(from_uint8(images) if images.dtype == torch.uint8 else images)
-        return self.encoder.draw(stored_N, Draws(0, list(range(first, first + len(images))), self.device))
+        return self.encoder.draw(stored_N, Draws(ENCODING, list(range(first, first + len(images))), self.device))
 
     def decode(self, x_N: Tensor) -> Tensor:
         """Samples x -> images [N, C, H, W] in [-1, 1]."""
