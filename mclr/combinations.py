@@ -19,11 +19,14 @@ CONTRASTS = {
 WITH_REFERENCE = ("cc_dpo", "cca", "ddo")
 
 
-def objective_conflicts(objective: Any, lam: float, schedule: Any, prefix: str = "", diffusion: bool = False) -> Iterator[str]:
+def objective_conflicts(
+    objective: Any, lam: float, schedule: Any, prefix: str = "", diffusion: bool = False, conditions: int | None = None
+) -> Iterator[str]:
     """What is wrong with the settings of an objective, one line each.
 
     objective: has name, contrast, bound, beta and truncate. lam: the weight of `schedule`, which has kind and below.
     prefix: stands before the names of settings, as in objective.lam. diffusion: whether the model is a diffusion model.
+    conditions: their number, without the null condition; None: not known yet.
     """
     name, contrast, bound, beta = objective.name, objective.contrast, objective.bound, objective.beta
     if name not in CONTRASTS:
@@ -31,6 +34,8 @@ def objective_conflicts(objective: Any, lam: float, schedule: Any, prefix: str =
         return
     if contrast not in CONTRASTS[name]:
         yield f"{prefix}contrast={contrast} is not for {prefix}name={name}: expected {' or '.join(CONTRASTS[name])}"
+    if name != "mle" and conditions is not None and conditions < 2:
+        yield f"objective {name} needs two conditions or more; {'data.num_classes' if prefix else 'null'}={conditions}"
     if not math.isfinite(lam):
         yield f"{prefix}lam={lam} is not finite"
     if name == "mle" and lam != 0:

@@ -44,7 +44,9 @@ class Loss:
 
     def __post_init__(self) -> None:
         objective, diffusion = self.objective, isinstance(self.paradigm, Diffusion)
-        for fault in objective_conflicts(objective, objective.schedule.weight, objective.schedule, diffusion=diffusion):
+        for fault in objective_conflicts(
+            objective, objective.schedule.weight, objective.schedule, diffusion=diffusion, conditions=self.paradigm.null
+        ):
             raise ValueError(fault)
         if not 0 <= self.drop_condition <= 1:
             raise ValueError(f"drop_condition={self.drop_condition} is out of range: must be >= 0 and <= 1")
@@ -55,10 +57,12 @@ class Loss:
             raise ValueError(f"objective {objective.name} {how} the network before fine-tuning")
         if not objective.needs_posterior and self.posterior is not None:
             raise ValueError(f"posterior= has no effect with contrast={objective.contrast}: leave it out")
+        if not diffusion and self.posterior is not None:
+            raise ValueError("posterior= has no effect with tokens, whose posterior comes from the network itself: leave it out")
         if objective.needs_posterior and diffusion and self.posterior is None:
             raise ValueError(f"contrast={objective.contrast} needs posterior=, a network classifier(noisy, sigma) -> logits")
-        if self.posterior is not None and not isinstance(self.posterior, NoisyPosterior | PrefixPosterior):
-            object.__setattr__(self, "posterior", NoisyPosterior(self.posterior))
+        if self.warmup != 0 and not objective.needs_posterior:
+            raise ValueError(f"warmup={self.warmup} is for a posterior that learns; contrast={objective.contrast} has none")
         if objective.contrast == "marginal":
             object.__setattr__(self, "objective", replace(objective, null_share=self.drop_condition))
 
@@ -110,8 +114,10 @@ class Loss:
         probe = self.paradigm.probe(x_P, draws)
         posterior_BTK, posterior_loss_B = None, None
         if self.objective.needs_posterior:
-            posterior = self.posterior or PrefixPosterior(self.paradigm, net)
-            posterior_BTK, posterior_loss_B = posterior(probe, true_c_P)
+            if self.posterior is None:
+                posterior_BTK, posterior_loss_B = PrefixPosterior(self.paradigm, net)(probe, true_c_P)
+            else:
+                posterior_BTK, posterior_loss_B = NoisyPosterior(self.posterior, self.paradigm.null)(probe, true_c_P)
         # A classifier that knows nothing yet draws any condition: that ratio has no bound, and the network would not recover.
         objective = self.objective if first >= self.warmup else replace(self.objective, lam=0.0)
         rows = objective.rows(probe, c_P, self.paradigm.null, draws, posterior_BTK)

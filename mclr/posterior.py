@@ -16,16 +16,20 @@ BINS, BIN = 10, "posterior_bin_"
 
 @dataclass(frozen=True)
 class NoisyPosterior:
-    """p(c | x_t) from classifier(noisy_BCHW, sigma_B) -> logits_BK, trained in the same job on the same probes."""
+    """p(c | x_t) from classifier(noisy_BCHW, sigma_B) -> logits_BK, trained in the same job on the same probes. conditions: K."""
 
     classifier: Net
+    conditions: int
 
     def __call__(self, probe: Probe, c_B: Tensor) -> tuple[Tensor, Tensor]:
         """(posterior [B, 1, K] without gradient, cross-entropy [B] with the true conditions c_B), from one forward.
 
-        No label smoothing: an under-confident posterior unbounds MCLR.
+        No label smoothing: an under-confident posterior unbounds MCLR. Raises ValueError for logits of another shape.
         """
         logits_BK = self.classifier(probe.inputs["noisy"], probe.inputs["sigma"]).float()
+        if logits_BK.shape != (len(c_B), self.conditions):
+            wanted = f"[{len(c_B)}, {self.conditions}], one per condition"
+            raise ValueError(f"the posterior's logits are {list(logits_BK.shape)}: must be {wanted}")
         return logits_BK.detach().softmax(-1)[:, None], cross_entropy(logits_BK, c_B, reduction="none")
 
 

@@ -69,9 +69,7 @@ def _order(config: RunConfig) -> Iterator[str]:
 
 def _objective(config: RunConfig) -> Iterator[str]:
     objective, diffusion = config.objective, config.model.paradigm == "diffusion"
-    yield from objective_conflicts(objective, objective.lam, objective.schedule, "objective.", diffusion)
-    if objective.name != "mle" and config.data.num_classes < 2:
-        yield f"objective {objective.name} needs two conditions or more; data.num_classes={config.data.num_classes}"
+    yield from objective_conflicts(objective, objective.lam, objective.schedule, "objective.", diffusion, config.data.num_classes)
     if objective.name == "ddo" and objective.generated is None:
         yield "missing key objective.generated; objective ddo needs a dataset folder made by `mclr sample --dataset`"
 

@@ -97,5 +97,5 @@ def test_it_is_a_denoiser_and_a_classifier_of_the_paradigm():
         torch.allclose(denoised.double(), oracle.denoisers(noisy, sigma_B)[torch.arange(4), c_B], atol=1e-6)
         and logvar.eq(0).all()
     )
-    posterior_B1K, _ = NoisyPosterior(oracle.log_joint)(probe, c_B.clamp(max=2))
+    posterior_B1K, _ = NoisyPosterior(oracle.log_joint, 3)(probe, c_B.clamp(max=2))
     assert torch.allclose(posterior_B1K[:, 0].double(), oracle.posterior(noisy, sigma_B), atol=1e-6)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from toy import GENERATED, KINDS, K, toy
 
+from mclr.diffusion import Diffusion
 from mclr.loss import GENERATED as BEYOND
 from mclr.loss import Loss, project
 from mclr.objective import Objective
@@ -33,9 +34,10 @@ def loss_of(kind, objective, **settings):
     parts = {
         "posterior": case.posterior.classifier if diffusion else None,
         "reference": case.reference if objective.needs_reference else None,
+        "paradigm": case.paradigm,
     }
     more = {"generated": (case.generated_B, GENERATED)} if objective.needs_generated else {}
-    return Loss(case.paradigm, objective, **parts | settings), case, more
+    return Loss(objective=objective, **parts | settings), case, more
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -69,7 +71,7 @@ def test_a_trainable_posterior_learns_and_a_frozen_one_does_not():
     gradients = []
     for trainable in (True, False):
         loss, case, _ = loss_of("diffusion", OBJECTIVES["posterior"])
-        classifier = loss.posterior.classifier.requires_grad_(trainable)
+        classifier = loss.posterior.requires_grad_(trainable)
         value, metrics = loss(case.net, case.x_B, TRUE, first=0)
         value.backward()
         assert (classifier.weight.grad is not None) == trainable and metrics["posterior_loss"] > 0
@@ -92,14 +94,29 @@ WRONG_PARTS = {
     "a reference for nothing": ("null", {"reference": torch.nn.Linear(2, 2)}, "takes no reference="),
     "untrained null": ("null", {"drop_condition": 0.0}, "drop_condition=0 leaves untrained"),
     "share": ("mle", {"drop_condition": -0.1}, "drop_condition=-0.1 is out of range"),
+    "a warm-up for nothing": ("null", {"warmup": 8}, "warmup=8 is for a posterior that learns; contrast=null has none"),
+    "a warm-up of a reference": ("cca", {"warmup": 8}, "warmup=8 is for a posterior that learns"),
+    "one condition": ("uniform", {"paradigm": Diffusion((1, 2, 2), 1)}, "objective mclr needs two conditions or more; null=1"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", WRONG_PARTS)
 def test_parts_that_do_not_fit_are_refused(case):
     name, settings, message = WRONG_PARTS[case]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         loss_of("diffusion", OBJECTIVES[name], **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_tokens_take_no_posterior():
+    with pytest.raises(ValueError, match="posterior= has no effect with tokens"):
+        loss_of("tokens", OBJECTIVES["posterior"], posterior=torch.nn.Linear(2, 2))
+
+
+def test_a_posterior_of_other_conditions_is_refused():
+    loss, case, _ = loss_of("diffusion", OBJECTIVES["posterior"], posterior=lambda noisy, sigma: torch.zeros(len(noisy), K - 1))
+    with pytest.raises(ValueError, match=r"the posterior's logits are \[8, 2\]: must be \[8, 3\]"):
+        loss(case.net, case.x_B, TRUE, first=0)
 
 
 def test_a_bound_needs_tokens():

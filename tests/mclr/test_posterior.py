@@ -73,7 +73,7 @@ def test_noisy_posterior_is_the_classifier_at_the_noisy_point():
     x, noisy, sigma = wave(6, 1, 2, 2).float(), wave(6, 1, 2, 2, phase=1).float(), torch.linspace(0.5, 2, 6)
     true_c_B = torch.tensor([0, 1, 2, 0, 1, 2])
     probe = Probe({"x": x, "noisy": noisy, "sigma": sigma}, torch.zeros(6, 1))
-    posterior_B1K, loss_B = NoisyPosterior(counted)(probe, true_c_B)
+    posterior_B1K, loss_B = NoisyPosterior(counted, 3)(probe, true_c_B)
     assert len(asked) == 1 and asked[0][0] is noisy and asked[0][1] is sigma
     logits = classifier(noisy, sigma)
     assert not posterior_B1K.requires_grad and torch.equal(posterior_B1K, logits.softmax(-1).detach()[:, None])

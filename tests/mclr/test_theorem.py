@@ -569,7 +569,7 @@ def test_training_internalises_the_guided_sampler(kind):
         Objective("mclr", "posterior", schedule, truncate=0.0),
     )
     torch.manual_seed(0)
-    net, posterior = SmallDenoiser(oracle, schedule), NoisyPosterior(oracle.log_joint)
+    net, posterior = SmallDenoiser(oracle, schedule), NoisyPosterior(oracle.log_joint, K)
     optimizer, steps, draws = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99)), 1500, QuasiRandom(5, 512)
     for i in range(steps):
         optimizer.param_groups[0]["lr"] = 0.03 * min(1, i / 100) * (1 - i / steps)

@@ -18,7 +18,6 @@ from mclr.kernels.choice import using
 from mclr.likelihood import Draws
 from mclr.next_scale import scale_progress
 from mclr.objective import Objective
-from mclr.posterior import NoisyPosterior
 from mclr.train.engine.base import Engine
 from mclr.train.training.step import Task
 
@@ -112,7 +111,7 @@ def forward_flops(task: Task) -> dict[str, int]:
         task.loss.paradigm.log_likelihood(prediction, probe, index)
 
     counted = {"net": flops_of(value), "posterior": 0}
-    if isinstance(task.loss.posterior, NoisyPosterior) and task.posterior_engine is not None:
+    if task.posterior_engine is not None:
         classifier = task.posterior_engine.net
         counted["posterior"] = flops_of(lambda: classifier(probe.inputs["noisy"], probe.inputs["sigma"]))
     return counted
