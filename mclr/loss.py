@@ -78,21 +78,24 @@ class Loss:
         if self.objective.needs_generated != (generated is not None):
             how = "needs generated=(x, c), samples of the reference" if generated is None else "takes no generated="
             raise ValueError(f"objective {self.objective.name} {how}")
-        for name, (x_B, c_B) in {"": (x, c), "generated ": generated or (x, c)}.items():
+        given = {"": (x, c)} if generated is None else {"": (x, c), "generated ": generated}
+        for name, (x_B, c_B) in given.items():
             self.paradigm.check(x_B)
-            if c_B.dtype != torch.int64 or c_B.shape != x.shape[:1] or len(x_B) != len(x) or len(x) == 0:
+            if len(x_B) != len(x) or len(x) == 0:
+                raise ValueError(f"{name}x has {len(x_B)} samples: must be {len(x) or '1 or more'}")
+            if c_B.dtype != torch.int64 or c_B.shape != x.shape[:1]:
                 raise ValueError(f"{name}c must be int64 of shape [{len(x)}], like x, not {c_B.dtype} {list(c_B.shape)}")
             if c_B.min() < 0 or c_B.max() >= self.paradigm.null:
                 raise ValueError(f"{name}c has conditions {c_B.min()} .. {c_B.max()}: must be 0 .. {self.paradigm.null - 1}")
         if first < 0:
             raise ValueError(f"first={first} is a position: must be >= 0")
-        keys, count = list(range(first, first + len(x))), len(x)
+        keys = list(range(first, first + len(x)))
         if generated is not None:
             keys += [GENERATED + position for position in keys]
-            x, c = torch.cat([x, generated[0]]), torch.cat([c, generated[1]])
-        c, draws = c.to(x.device), Draws(self.seed, keys, x.device)
-        dropped_c = self.drop(c, draws, count)
-        loss_B, posterior_loss_B, metrics = self.per_sample(net, x, dropped_c, c, draws, first)
+        x_P, c_P = (torch.cat([part.to(x.device) for part in parts]) for parts in zip(*given.values(), strict=True))
+        draws = Draws(self.seed, keys, x.device)
+        dropped_c_P = self.drop(c_P, draws, len(x))
+        loss_B, posterior_loss_B, metrics = self.per_sample(net, x_P, dropped_c_P, c_P, draws, first)
         value = loss_B.mean()
         if posterior_loss_B is not None and posterior_loss_B.requires_grad:
             value = value + posterior_loss_B.mean()
@@ -107,8 +110,9 @@ class Loss:
     def per_sample(
         self, net: Net, x_P: Tensor, c_P: Tensor, true_c_P: Tensor, draws: Draws, first: int
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """(loss [B], the posterior's cross-entropy [B] or None, metrics): unreduced, fp32. Nothing is checked, nothing waits.
+        """(loss [B], the posterior's cross-entropy [B] or None, metrics): unreduced, fp32.
 
+        Only the posterior's logits are checked. Waits for the device unless the contrast is none: the number of rows depends on draws.
         c_P: conditions, null where dropped; true_c_P: before that. net: with lockstep=True it runs equally often on all ranks.
         """
         probe = self.paradigm.probe(x_P, draws)

@@ -130,7 +130,7 @@ WRONG_CALLS = {
     "x of bytes": ("diffusion", {"x": torch.zeros(8, 1, 2, 2, dtype=torch.uint8)}, r"not torch.uint8"),
     "tokens of another length": ("tokens", {"x": torch.zeros(8, 3, dtype=torch.int64)}, r"int64 tokens \[B, 14\]"),
     "tokens of floats": ("tokens", {"x": torch.zeros(8, 14)}, r"not torch.float32"),
-    "no samples": ("diffusion", {"x": torch.zeros(0, 1, 2, 2), "c": TRUE[:0]}, r"shape \[0\]"),
+    "no samples": ("diffusion", {"x": torch.zeros(0, 1, 2, 2), "c": TRUE[:0]}, "x has 0 samples: must be 1 or more"),
     "too few conditions": ("diffusion", {"c": TRUE[:7]}, r"c must be int64 of shape \[8\]"),
     "conditions of floats": ("diffusion", {"c": TRUE.float()}, r"c must be int64"),
     "a condition too many": ("diffusion", {"c": TRUE + 1}, "c has conditions 1 .. 3: must be 0 .. 2"),
@@ -150,9 +150,40 @@ def test_samples_that_do_not_fit_are_refused(name):
 
 def test_ddo_needs_as_many_generated_samples():
     loss, case, more = loss_of("diffusion", OBJECTIVES["ddo"])
-    for generated in (None, tuple(each[:4] for each in more["generated"])):
-        with pytest.raises(ValueError, match="generated"):
+    x, c = more["generated"]
+    for generated, message in (
+        (None, r"needs generated=\(x, c\)"),
+        ((x[:4], c), "generated x has 4 samples: must be 8"),
+        ((x, c[:4]), r"generated c must be int64 of shape \[8\]"),
+        ((x, c + 1), "generated c has conditions 1 .. 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
             loss(case.net, case.x_B, TRUE, first=0, generated=generated)
+
+
+class Elsewhere(torch.Tensor):
+    """Joins other tensors only after .to(device), like one on another device."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        assert func is not torch.cat, "tensors on two devices"
+        answer = super().__torch_function__(func, types, args, kwargs)
+        return answer.as_subclass(torch.Tensor) if func is torch.Tensor.to else answer
+
+
+def test_generated_samples_move_to_the_device_of_x():
+    loss, case, more = loss_of("diffusion", OBJECTIVES["ddo"])
+    elsewhere = tuple(each.as_subclass(Elsewhere) for each in more["generated"])
+    values = [loss(case.net, case.x_B, TRUE, first=0, generated=each)[0] for each in (more["generated"], elsewhere)]
+    assert torch.equal(*values)
+
+
+def test_every_sample_is_checked_once(monkeypatch):
+    loss, case, _ = loss_of("diffusion", OBJECTIVES["mle"])
+    checked = []
+    monkeypatch.setattr(Diffusion, "check", lambda self, x_B: checked.append(x_B))
+    loss(case.net, case.x_B, TRUE, first=0)
+    assert len(checked) == 1
 
 
 def test_project_brings_forced_weights_to_unit_magnitude_wherever_they_are():
