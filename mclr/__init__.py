@@ -1,6 +1,6 @@
 """MCLR: fine-tune class-conditional image generators so that they need no guidance. README.md beside this file shows how.
 
-The names are looked up when they are first used: `import mclr` costs no more than torch, and mclr.load alone reaches into train/.
+The names are looked up when they are first used: `import mclr` costs no more than torch. Only load and Model reach into train/.
 """
 
 import importlib
@@ -14,23 +14,27 @@ if TYPE_CHECKING:
     from mclr.diffusion import Diffusion as Diffusion
     from mclr.errors import UserError as UserError
     from mclr.guidance import Guidance as Guidance
+    from mclr.likelihood import Draws as Draws
     from mclr.likelihood import score as score
     from mclr.loss import Loss as Loss
     from mclr.loss import project as project
     from mclr.next_scale import NextScale as NextScale
     from mclr.objective import Objective as Objective
     from mclr.schedule import Schedule as Schedule
+    from mclr.train.sampling.generate import Model as Model
     from mclr.train.sampling.generate import load as load
 
 # public name -> the module that defines it
 PUBLIC = {
     "load": "mclr.train.sampling.generate",
+    "Model": "mclr.train.sampling.generate",
     "Loss": "mclr.loss",
     "Objective": "mclr.objective",
     "Diffusion": "mclr.diffusion",
     "NextScale": "mclr.next_scale",
     "Schedule": "mclr.schedule",
     "Guidance": "mclr.guidance",
+    "Draws": "mclr.likelihood",
     "from_denoiser": "mclr.adapters",
     "from_logits": "mclr.adapters",
     "PlainSequence": "mclr.adapters",

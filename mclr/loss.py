@@ -36,8 +36,8 @@ class Loss:
 
     paradigm: Paradigm
     objective: Objective
-    posterior: Any = None
-    reference: Any = None
+    posterior: Net | None = None
+    reference: Net | None = None
     drop_condition: float = 0.1
     seed: int = 0
     warmup: int = 0

@@ -63,7 +63,9 @@ def test_the_wheel_holds_every_file_under_mclr_alone(wheel):
         f"mclr/{path.relative_to(ROOT).as_posix()}".replace("mclr/mclr/", "mclr/")
         for room in ("mclr", "kernels", "models", "configs", "train")
         for path in (ROOT / room).rglob("*")
-        if path.is_file() and path.suffix in (".py", ".yaml", ".json", ".safetensors", ".example") and "family" not in path.parts
+        if path.is_file()
+        and path.suffix in (".py", ".typed", ".yaml", ".json", ".safetensors", ".example")
+        and "family" not in path.parts
     }
     assert {name for name in wanted - names} == set()
     assert {name.split("/")[0] for name in names} == {"mclr"}

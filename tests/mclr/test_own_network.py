@@ -1,4 +1,4 @@
-"""Networks that are not ours reach the guided optimum, with nothing but `import mclr`: a plain denoiser, and logits of a sequence."""
+"""Networks that are not ours reach the guided optimum, with `import mclr` alone: a plain denoiser, and logits of a sequence."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ from torch import nn
 
 import mclr
 from mclr.analytic import Mixture
-from mclr.likelihood import Draws
 
 K, LAM = 3, 0.7
 ORACLE = Mixture(torch.tensor([0.4, 0.35, 0.25]), torch.tensor([[-1.0], [0.3], [1.2]]), torch.tensor([[0.2], [0.3], [0.15]]))
@@ -35,7 +34,7 @@ def trained(denoiser, objective, posterior, steps=1100, batch=128):
     optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99))
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 0.02 * min(1, step / 50) * (1 - step / steps)
-        x, c = ORACLE.sample(Draws(1, list(range(step * batch, (step + 1) * batch))))
+        x, c = ORACLE.sample(mclr.Draws(1, list(range(step * batch, (step + 1) * batch))))
         value, _ = loss(net, x, c, first=step * batch)
         value.backward()
         optimizer.step()
@@ -50,7 +49,7 @@ def test_a_plain_denoiser_reaches_the_guided_optimum():
     objective = mclr.Objective("mclr", contrast="posterior", lam=LAM, truncate=0.0)
     net, paradigm = trained(denoiser, objective, ORACLE.log_joint)
     assert {id(p) for p in net.parameters()} == {id(p) for p in denoiser.parameters()}
-    draws = Draws(2, list(range(4000)))
+    draws = mclr.Draws(2, list(range(4000)))
     x, c = ORACLE.sample(draws)
     inputs = paradigm.probe(x, draws).inputs
     noisy, sigma = inputs["noisy"], inputs["sigma"]
@@ -64,7 +63,7 @@ def test_a_plain_denoiser_reaches_the_guided_optimum():
 
     assert off(mine) < 0.05 and off(conditional) > 0.2, (off(mine), off(conditional))
     samples = paradigm.sample(
-        net, torch.tensor([0, 1, 2, K]), mclr.Guidance(mclr.Schedule("constant", 0.5)), Draws(3, [0, 1, 2, 3])
+        net, torch.tensor([0, 1, 2, K]), mclr.Guidance(mclr.Schedule("constant", 0.5)), mclr.Draws(3, [0, 1, 2, 3])
     )
     assert samples.shape == (4, 1, 1, 1) and samples.isfinite().all()
 
@@ -116,8 +115,8 @@ def test_logits_of_ones_own_are_sampled_and_guided(spoken):
         return 1.8 * language(previous, c) - 0.8 * language(previous, torch.full_like(c, K))
 
     guidance = mclr.Guidance(mclr.Schedule("constant", 0.8))
-    guided = paradigm.sample(net, c, guidance, Draws(0, seeds))
-    plain = paradigm.sample(mclr.from_logits(mixed), c, mclr.Guidance(), Draws(0, seeds))
+    guided = paradigm.sample(net, c, guidance, mclr.Draws(0, seeds))
+    plain = paradigm.sample(mclr.from_logits(mixed), c, mclr.Guidance(), mclr.Draws(0, seeds))
     assert guided.shape == (600, L) and (guided == plain).all(1).float().mean() >= 0.99
     # and they follow the logits: first token, by condition
     share = torch.stack([torch.bincount(plain[c == k, 0], minlength=V) / 200 for k in range(K)])

@@ -18,7 +18,7 @@ from mclr.kernels.choice import using
 from mclr.likelihood import Draws
 from mclr.next_scale import scale_progress
 from mclr.objective import Objective
-from mclr.train.engine.base import Engine
+from mclr.train.engine.base import Engine, Frozen
 from mclr.train.training.step import Task
 
 
@@ -89,7 +89,7 @@ def rows_of(task: Task) -> dict[str, float]:
     if task.posterior_engine is not None:
         rows["posterior_rows"] = task.posterior_engine.rows["grad"]
         engines.append(task.posterior_engine)
-    if task.loss.reference is not None:
+    if isinstance(task.loss.reference, Frozen):
         rows["rows_no_grad"] += task.loss.reference.rows["no_grad"]
         task.loss.reference.rows.update(no_grad=0)
     for engine in engines:

@@ -19,7 +19,7 @@ from mclr.loss import GENERATED, Loss
 from mclr.objective import Objective
 from mclr.train.data.dataset import Batch, DatasetInfo, SplitReader
 from mclr.train.data.source import permutation
-from mclr.train.engine.base import Engine, eval_mode
+from mclr.train.engine.base import Engine, Frozen, eval_mode
 from mclr.train.system.files import ignore
 from mclr.train.training.step import Task
 
@@ -113,7 +113,7 @@ class HeldOut:
             return mle_loss(self.task, self.reader, beat)
         trained = self.task.posterior_engine
         classifier = self.classifier if trained is None or self.classifier is not None else trained.net
-        reference = None if loss.reference is None else loss.reference.net
+        reference = loss.reference.net if isinstance(loss.reference, Frozen) else None
         for net in (classifier, reference):
             if net is not None:
                 net.eval()
