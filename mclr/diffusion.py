@@ -76,6 +76,7 @@ class Diffusion:
     churn_noise: float = 1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "shape", tuple(self.shape))  # a list would equal no shape of a tensor
         assert not self.churn or self.solver == "heun"
 
     @property

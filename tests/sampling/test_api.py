@@ -1,5 +1,6 @@
 """mclr.load and Model: the same images as `mclr sample`, few images at the cost of few, saved weights that load again."""
 
+import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -32,10 +33,14 @@ def test_exact_images_are_those_of_the_command(name, gamma, tmp_path):
     argv = [name, "--out", str(tmp_path), "--count", "13", "--seed", "10", *SETTINGS[name], f"sample.gamma={gamma}"]
     assert run(sample.main, argv) == 0
     expected = read_images(image_paths(tmp_path))
-    shape = "ramp" if name == "var-digits" else "constant"
     classes = [seed % 10 for seed in range(10, 23)]
-    images = loaded(name).sample(classes, seed=10, gamma=mclr.Schedule(shape, gamma), exact=True)
+    images = loaded(name).sample(classes, seed=10, gamma=gamma, exact=True)
     assert images.dtype == torch.uint8 and np.array_equal(images.numpy(), expected)
+    # without gamma the settings decide, as they do for the command; a Schedule is taken as it is
+    model = mclr.load(name, device="cpu", settings=[*SETTINGS[name], f"sample.gamma={gamma}"])
+    shape = {"edm2-digits": "constant", "var-digits": "ramp"}[name]
+    for given in (None, mclr.Schedule(shape, gamma)):
+        assert np.array_equal(model.sample(classes, seed=10, gamma=given, exact=True).numpy(), expected)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -70,8 +75,34 @@ def test_a_training_network_samples_without_dropout_and_trains_on(tmp_path):
     assert torch.equal(model.sample([4], seed=2), before) and model.net.training
     assert all(p.requires_grad and p.grad is None for p in model.net.parameters())
     assert not torch.equal(model.sample([4], seed=3), before) and not torch.equal(model.sample([4], seed=2, steps=2), before)
-    guide = loaded("edm2-digits")
-    assert torch.equal(model.sample([4], seed=2, gamma=1.0, guide=guide), before)
+    guide = mclr.load("edm2-digits", device="cpu", settings=["model.net.dropout=0.5"])
+    guide.net.train()
+    assert torch.equal(model.sample([4], seed=2, gamma=1.0, guide=guide), before) and guide.net.training
+
+
+def test_a_guide_of_other_samples_is_refused():
+    diffusion, tokens = map(loaded, MODELS)
+    other = loaded("var-digits")
+    with torch.no_grad():
+        next(other.encoder.tokenizer.parameters()).add_(1)
+    with_three, louder, larger = (copy.deepcopy(diffusion.net) for _ in range(3))
+    with_three.config = replace(with_three.config, num_classes=3)
+    louder.config = replace(louder.config, sigma_data=1.0)
+    larger.config = replace(larger.config, img_resolution=16)
+    for model, guide, message in [
+        (diffusion, tokens, "is no generator of the paradigm diffusion"),
+        (diffusion, tokens.net, "is no generator of the paradigm diffusion"),
+        (tokens, diffusion, "is no generator of the paradigm next_scale"),
+        (diffusion, mclr.load("digits-posterior", device="cpu"), "is no generator"),
+        (diffusion, "edm2-digits", "is no generator"),
+        (diffusion, with_three, "has num_classes 3, the model has 10"),
+        (diffusion, louder, "has sigma_data 1.0, the model has 0.5"),
+        (diffusion, larger, "has img_resolution 16, the model has 8"),
+        (diffusion, mclr.from_denoiser(lambda noisy, sigma, c: noisy, sigma_data=1.0), "has sigma_data 1.0"),
+        (tokens, other, "is of another tokenizer"),
+    ]:
+        with pytest.raises(ValueError, match=f"guide= {message}"):
+            model.sample([1], gamma=1.0, guide=guide)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -145,9 +176,13 @@ def test_weights_that_generate_nothing_load_as_frozen_networks():
     [
         ({"classes": [10]}, "class 10 is out of range: must be 0 .. 9"),
         ({"classes": ["cat"]}, "no class is named 'cat'"),
-        ({"classes": []}, "0 images from seed 0"),
-        ({"classes": [1], "seed": -1}, "seeds start at 0"),
-        ({"classes": [1], "steps": 0}, "steps=0 must be at least 1"),
+        ({"classes": [1.7]}, "class=1.7 must be a whole number"),
+        ({"classes": [-1]}, "class=-1 must be a whole number from 0"),
+        ({"classes": []}, "there are no classes"),
+        ({"classes": [1], "seed": -1}, "seed=-1 must be a whole number from 0"),
+        ({"classes": [1], "seed": 2**63}, "seed=9223372036854775808 must be a whole number from 0"),
+        ({"classes": [1], "steps": 0}, "steps=0 must be a whole number from 1"),
+        ({"classes": [1], "steps": 2.5}, "steps=2.5 must be a whole number from 1"),
     ],
 )
 def test_what_cannot_be_sampled_is_refused(arguments, message):
@@ -182,3 +217,7 @@ def test_the_loop_of_the_documentation_trains(name):
     again = loaded(name)
     assert loss(again.net, again.encode(images), c, first=0)[1]["loss"].item() == values[0]
     assert loss(model.net, model.encode(images), c, first=0)[1]["loss"].item() != values[0]
+
+
+def test_a_shape_may_be_a_list():
+    mclr.Diffusion(shape=[1, 8, 8], null=10).check(torch.zeros(2, 1, 8, 8))

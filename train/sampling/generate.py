@@ -17,11 +17,11 @@ from mclr.guidance import Guidance
 from mclr.likelihood import Draws
 from mclr.models.registry import NETWORKS, fold
 from mclr.schedule import Schedule
-from mclr.train.data.encoders import Encoder, Latents, from_uint8, to_uint8
+from mclr.train.data.encoders import Encoder, Latents, Tokens, from_uint8, to_uint8
 from mclr.train.engine.base import rows_in
 from mclr.train.system.ranks import own_device
 from mclr.train.training.build import choose_kernels
-from mclr.train.training.networks import build_encoder, build_guidance, build_guide, build_net, build_paradigm
+from mclr.train.training.networks import build_encoder, build_guidance, build_guide, build_net, build_paradigm, guide_misfit
 from mclr.train.weights.folder import find_weights, load_into, load_net, presets_of, read_config, save_weights
 
 SAMPLING = 2**63  # seed of all sampling: beyond those of training, whose random numbers no image must repeat
@@ -111,28 +111,33 @@ class Model:
         self,
         classes: Iterable[int | str],
         seed: int = 0,
-        gamma: float | Schedule = 0.0,
+        gamma: float | Schedule | None = None,
         steps: int | None = None,
         guide: Any = None,
         exact: bool = False,
     ) -> Tensor:
         """Images of these conditions (numbers, or names where the weights record them), uint8 [N, C, H, W], in host memory.
 
-        seed: image i has the seed `seed + i`, which decides all its random numbers. gamma: extra weight of guidance.
-        steps: of a diffusion model's sampler. guide: the network, or Model, that guides; None: the null condition.
+        seed: image i has the seed `seed + i`, which decides all its random numbers. gamma: extra weight of guidance, over
+        the progress that the settings say; a Schedule says its own; None: the guidance of the settings. steps: of a diffusion model's
+        sampler. guide: the network, or Model, that guides; None: that of the settings, by default the null condition.
         exact: the same bits as `mclr sample`, at the cost of full micro-batches. Otherwise few images take a short batch, which
         rounds otherwise: diffusion differs by less than 1e-4 before it becomes uint8, and rarely a token differs.
         Raises ValueError for conditions or settings that the model does not have.
         """
-        conditions, paradigm = self.conditions(classes), self.paradigm
-        if seed < 0 or not conditions:
-            raise ValueError(f"{len(conditions)} images from seed {seed}: there must be at least one, and seeds start at 0")
+        conditions, paradigm, guidance = self.conditions(classes), self.paradigm, self.guidance
+        seed = whole("seed", seed)
+        if not conditions:
+            raise ValueError("there are no classes: give one for every image")
         if steps is not None:
-            if not isinstance(paradigm, Diffusion) or steps < 1:
-                raise ValueError(f"steps={steps} must be at least 1, of a diffusion model")
-            paradigm = replace(paradigm, steps=steps)
-        schedule = gamma if isinstance(gamma, Schedule) else Schedule("constant", gamma)
-        guidance = Guidance(schedule, guide.net if isinstance(guide, Model) else guide)
+            if not isinstance(paradigm, Diffusion):
+                raise ValueError(f"steps={steps} has no effect on tokens: leave it out")
+            paradigm = replace(paradigm, steps=whole("steps", steps, least=1))
+        if gamma is not None:
+            gamma = gamma if isinstance(gamma, Schedule) else replace(guidance.gamma, weight=gamma)
+            guidance = replace(guidance, gamma=gamma)
+        if guide is not None:
+            guidance = replace(guidance, guide=self.fitting(guide))
         this = replace(self, paradigm=paradigm, guidance=guidance)
         # `mclr sample` draws full micro-batches, in which the image of a seed has the place seed % batch.
         before = seed % self.batch if exact else 0
@@ -141,6 +146,17 @@ class Model:
         x_N = this.draw(torch.tensor(conditions[:1] * before + conditions + conditions[:1] * after), seeds, short=not exact)
         return this.images(x_N)[before : before + len(conditions)]
 
+    def fitting(self, guide: Any) -> Any:
+        """The network of a guide. Raises ValueError for one of other samples."""
+        net = guide.net if isinstance(guide, Model) else guide
+        if misfit := guide_misfit(self.net, net, "diffusion" if isinstance(self.paradigm, Diffusion) else "next_scale"):
+            raise ValueError(f"guide= {misfit}: give a guide for the same samples")
+        if isinstance(guide, Model) and isinstance(self.encoder, Tokens) and isinstance(guide.encoder, Tokens):
+            here, there = (encoder.tokenizer.state_dict() for encoder in (self.encoder, guide.encoder))
+            if here.keys() != there.keys() or any(not torch.equal(here[k], there[k].to(here[k])) for k in here):
+                raise ValueError("guide= is of another tokenizer: give a guide for the same tokens")
+        return net
+
     def conditions(self, classes: Iterable[int | str]) -> list[int]:
         """Numbers of conditions, for their numbers or names. Raises ValueError for what the model does not have."""
         found = []
@@ -148,8 +164,8 @@ class Model:
             named = isinstance(each, str)
             if named and each not in self.class_names:
                 raise ValueError(f"no class is named {each!r}; these weights know {', '.join(self.class_names) or 'no names'}")
-            found.append(self.class_names.index(each) if isinstance(each, str) else int(each))
-            if not 0 <= found[-1] < self.paradigm.null:
+            found.append(self.class_names.index(each) if isinstance(each, str) else whole("class", each))
+            if not found[-1] < self.paradigm.null:
                 raise ValueError(f"class {each} is out of range: must be 0 .. {self.paradigm.null - 1}")
         return found
 
@@ -160,9 +176,11 @@ class Model:
         short: padded to a power of two instead, where fewer samples are left.
         """
         drawn = []
-        training = self.net.training
-        self.net.eval()
+        nets: list[Any] = [self.net, self.guidance.guide]
+        modes = [(net, net.training) for net in nets if hasattr(net, "training")]
         try:
+            for net, _ in modes:
+                net.eval()
             for first in range(0, len(seeds), self.batch):
                 left = min(self.batch, len(seeds) - first)
                 width = min(1 << (left - 1).bit_length(), self.batch) if short else self.batch
@@ -172,7 +190,8 @@ class Model:
                     x = self.paradigm.sample(self.net, c_N[index].to(self.device), self.guidance, draws)
                 drawn.append(x[:left])
         finally:
-            self.net.train(training)
+            for net, training in modes:
+                net.train(training)
         return torch.cat(drawn)
 
     def images(self, x_N: Tensor) -> Tensor:

@@ -151,13 +151,8 @@ def build_guide(config: RunConfig, net: nn.Module) -> nn.Module | None:
     if name is None:
         return None
     guide = load_net(name, *kinds_of(model.paradigm))
-    # answers are mixed before they become images, so both need the same sigma_data
-    for key in GIVEN[model.paradigm]:
-        here = getattr(net.config, key, None)
-        there = getattr(guide.config, key, here)
-        # an unconditional diffusion network guides any, as EDM2's guidance does
-        if there != here and not (model.paradigm == "diffusion" and key == "num_classes" and there == 0):
-            raise UserError(f"sample.guide={name} has {key} {there}, {model.name} has {here}: give a guide for the same samples")
+    if misfit := guide_misfit(net, guide, model.paradigm):
+        raise UserError(f"sample.guide={name} {misfit}: give a guide for the same samples")
     if isinstance(model, NextScaleModel):
         # published weights do not record their tokenizer
         there = read_config(find_weights(name)).get("inputs", {}).get("model.tokenizer")
@@ -166,6 +161,24 @@ def build_guide(config: RunConfig, net: nn.Module) -> nn.Module | None:
                 f"sample.guide={name} is of another tokenizer than {model.tokenizer}: give a guide for the same tokens"
             )
     return guide
+
+
+def guide_misfit(net: Any, guide: Any, paradigm: str) -> str | None:
+    """What keeps a network from guiding another one, in words; None where nothing does. paradigm: of net, a key of GIVEN."""
+    # a network of a user's own has no options, and at most a sigma_data
+    ours, theirs = (getattr(each, "config", each) for each in (net, guide))
+    registered = [network.paradigm for network in NETWORKS.values() if network.config is type(theirs)]
+    tokens = hasattr(guide, "new_cache")
+    if not callable(guide) or paradigm not in (registered or [paradigm]) or tokens != (paradigm == "next_scale"):
+        return f"is no generator of the paradigm {paradigm}"
+    # answers are mixed before they become images, so both need the same sigma_data
+    for key in GIVEN[paradigm]:
+        here = getattr(ours, key, None)
+        there = getattr(theirs, key, here)
+        # an unconditional diffusion network guides any, as EDM2's guidance does
+        if there != here and not (paradigm == "diffusion" and key == "num_classes" and there == 0):
+            return f"has {key} {there}, the model has {here}"
+    return None
 
 
 def build_schedule(schedule: ScheduleConfig, weight: float) -> Schedule:
