@@ -56,9 +56,12 @@ def denoising_value(
 
 @dataclass(frozen=True)
 class Diffusion:
-    """shape: (C, H, W) of a sample. null: index of the null condition. ln sigma ~ N(noise_mean, noise_std^2) in training (EDM2,
+    """The paradigm of denoisers: how images are noised, scored and sampled. Raises ValueError for settings that do not fit.
+
+    shape: (C, H, W) of a sample. null: index of the null condition. ln sigma ~ N(noise_mean, noise_std^2) in training (EDM2,
     arXiv 2312.02696, section 2); sigma_data: standard deviation of the data; the rest belongs to sampling (EDM, table 1; churn:
-    algorithm 2, 0 for none)."""
+    algorithm 2, 0 for none).
+    """
 
     shape: tuple[int, int, int]
     null: int
@@ -77,7 +80,10 @@ class Diffusion:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))  # a list would equal no shape of a tensor
-        assert not self.churn or self.solver == "heun"
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver={self.solver} is unknown: expected {', '.join(SOLVERS)}")
+        if self.churn and self.solver != "heun":
+            raise ValueError(f"churn={self.churn} needs solver=heun, not {self.solver}")
 
     @property
     def dims(self) -> int:

@@ -22,8 +22,11 @@ def mix(pred: Tensor, guide: Tensor, weight: Tensor | float) -> Tensor:
 
 @dataclass(frozen=True)
 class Guidance:
-    """gamma: extra weight over progress; where it is 0 the second forward is skipped. guide: another network, of the same
-    sigma_data, given the same condition (autoguidance, arXiv 2406.02507); None = the same network under the null condition."""
+    """How strongly samples are guided, and by which network.
+
+    gamma: extra weight over progress; where it is 0 the second forward is skipped. guide: another network, of the same sigma_data,
+    given the same condition (autoguidance, arXiv 2406.02507); None: the same network under the null condition.
+    """
 
     gamma: Schedule = NONE
     guide: Callable[..., Any] | None = None

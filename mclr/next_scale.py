@@ -64,9 +64,12 @@ def blend(logits_BlV: Tensor, uniform_BlV: Tensor, top_k: int, top_p: float, pro
 
 @dataclass(frozen=True)
 class NextScale:
-    """scales: side of each token map, coarse to fine. null: index of the null condition. tokenizer: teacher(tokens_BL), start(B)
+    """The paradigm of token networks: how tokens are scored and sampled. Raises ValueError for settings out of range.
+
+    scales: side of each token map, coarse to fine. null: index of the null condition. tokenizer: teacher(tokens_BL), start(B)
     and advance(f_hat, tokens_Bl or shares_BlV, scale) of a multi-scale tokenizer. top_k, top_p: of sampling (VAR, arXiv 2404.02905).
-    more_smooth: sample blends of codes, for pictures."""
+    more_smooth: sample blends of codes, for pictures.
+    """
 
     scales: tuple[int, ...]
     null: int
@@ -74,6 +77,16 @@ class NextScale:
     top_k: int = 0
     top_p: float = 1.0
     more_smooth: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.scales or min(self.scales) < 1:
+            raise ValueError(f"scales={self.scales}: must be one or more sides >= 1")
+        if self.null < 1:
+            raise ValueError(f"null={self.null} is out of range: must be >= 1, the number of conditions")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} is out of range: must be >= 0")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} is out of range: must be > 0 and <= 1")
 
     @property
     def dims(self) -> int:

@@ -187,3 +187,15 @@ def test_a_denoising_value_is_edms_and_keeps_its_digits_at_extreme_noise(sigma):
     gradients = (torch.autograd.grad(value, of, upstream.to(value))[0] for value, of in ((true, wide), (found, narrow)))
     for exact, other in ((true, found), tuple(gradients)):
         assert (other.double() - exact).norm() < 5e-7 * exact.norm()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"solver": "dpm"}, "solver=dpm is unknown: expected euler, heun, sde"),
+        ({"solver": "sde", "churn": 3.0}, "churn=3.0 needs solver=heun, not sde"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Diffusion(SHAPE, K, **settings)

@@ -360,3 +360,19 @@ def test_unguided_samples_follow_the_likelihood(real):
     error = 5 * (prob * (1 - prob) / N).sqrt() + 1 / N
     assert ((first.bincount(minlength=16) / N - prob).abs() < error).all()
     assert math.isclose(prob.sum().item(), 1, rel_tol=1e-5) and prob.max() < 0.95
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scales": ()}, r"scales=\(\): must be one or more sides"),
+        ({"scales": (1, 0)}, r"scales=\(1, 0\): must be"),
+        ({"null": 0}, "null=0 is out of range"),
+        ({"top_k": -1}, "top_k=-1 is out of range"),
+        ({"top_p": 0.0}, "top_p=0.0 is out of range"),
+        ({"top_p": 1.5}, "top_p=1.5 is out of range"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        NextScale(**{"scales": SCALES, "null": K, "tokenizer": None} | settings)
