@@ -80,9 +80,9 @@ def own_logits(
 def from_logits(logits: Callable[..., Tensor]) -> nn.Module:
     """A network for mclr.NextScale out of one that gives logits: a module (whose parameters stay reachable) or a function.
 
-    logits: (teacher inputs, c [R]) -> logits [R, l + 1, V]. The teacher inputs are what the tokenizer makes of the tokens: [R, l, E]
-    of a multi-scale one, the tokens before, [R, l] int64, of PlainSequence. The logits of a token may depend on the inputs of coarser
-    scales and of its own alone. Sampling runs the network on all inputs so far at every scale: no cache is needed.
+    logits: (teacher inputs, c [R]) -> logits [R, l + 1, V]. The tokenizer makes the teacher inputs from the tokens. A multi-scale one
+    gives [R, l, E]. PlainSequence gives the tokens before each token, [R, l] int64. The logits of a token may depend on the
+    inputs of coarser scales and of its own alone. Sampling runs the network on all inputs so far at every scale: no cache is needed.
     """
     return FromLogits(logits)
 

@@ -119,7 +119,8 @@ class Paradigm(Protocol):
     def check(self, x_B: Tensor) -> None:
         """Raises ValueError, in one line, for samples of another shape or type."""
 
-    def probe(self, x_B: Tensor, draws: Draws) -> Probe: ...
+    def probe(self, x_B: Tensor, draws: Draws) -> Probe:
+        """Draw the inputs on which these samples are scored."""
 
     def predict(self, net: Net, probe: Probe, index_R: Tensor, c_R: Tensor, terms: int | None = None) -> tuple[Tensor, Any]:
         """(answer, rest) of the network for these rows. Guidance mixes answers, so only affine steps may follow.
@@ -143,7 +144,8 @@ class Paradigm(Protocol):
     def compared(self, value_RT: Tensor, prediction: tuple[Tensor, Any], frozen: tuple[Tensor, Any]) -> Tensor:
         """The values of a prediction under the reference's uncertainty, so that both can be compared. frozen: its prediction."""
 
-    def sample(self, net: Net, c_B: Tensor, guidance: Any, draws: Draws) -> Tensor: ...
+    def sample(self, net: Net, c_B: Tensor, guidance: Any, draws: Draws) -> Tensor:
+        """Draw one sample per condition, guided as mclr.Guidance says."""
 
 
 def score(paradigm: Paradigm, net: Net, probe: Probe, rows: Rows, reference: Net | None = None, lockstep: bool = False) -> Scores:

@@ -63,8 +63,6 @@ class Loss:
             raise ValueError(f"contrast={objective.contrast} needs posterior=, a network classifier(noisy, sigma) -> logits")
         if self.warmup != 0 and not objective.needs_posterior:
             raise ValueError(f"warmup={self.warmup} is for a posterior that learns; contrast={objective.contrast} has none")
-        if objective.contrast == "marginal":
-            object.__setattr__(self, "objective", replace(objective, null_share=self.drop_condition))
 
     def __call__(
         self, net: Net, x: Tensor, c: Tensor, *, first: int, generated: tuple[Tensor, Tensor] | None = None
@@ -124,7 +122,7 @@ class Loss:
                 posterior_BTK, posterior_loss_B = NoisyPosterior(self.posterior, self.paradigm.null)(probe, true_c_P)
         # A classifier that knows nothing yet draws any condition: that ratio has no bound, and the network would not recover.
         objective = self.objective if first >= self.warmup else replace(self.objective, lam=0.0)
-        rows = objective.rows(probe, c_P, self.paradigm.null, draws, posterior_BTK)
+        rows = objective.rows(probe, c_P, self.paradigm.null, draws, posterior_BTK, self.drop_condition)
         lockstep = getattr(net, "lockstep", False)
         loss_B, metrics = objective(score(self.paradigm, net, probe, rows, self.reference, lockstep), rows)
         metrics["loss"] = loss_B.detach().mean()

@@ -6,7 +6,7 @@ B samples; T terms per sample (1 for diffusion, L tokens); R scored rows; K clas
 
 v is the value of each term (mle, mclr, unlearn), or beta times the log-likelihood ratio to a frozen reference, one term per sample
 (cc_dpo, cca, ddo). lam(progress) is the strength; where lam = 0 the loss is plain maximum likelihood, -l+ + aux, in every objective,
-and so it is for samples whose condition was dropped (but in cca). s = log sigmoid. Instances:
+and so it is for samples whose condition was dropped (not in cca). s = log sigmoid. Instances:
 
 | name    | phi                                     | contrast (c~ and its weight w)       | source                            |
 | mle     | -v+                                     | none                                 |                                   |
@@ -49,22 +49,27 @@ from mclr.schedule import Schedule
 
 
 def mclr(plus: Tensor, minus: Tensor, lam: Tensor, weight: Tensor) -> Tensor:
+    """phi of mclr, and at lam = 0 of mle. plus, minus: v+ and v-, of each term; so for all of PHI."""
     return -(1 + lam) * plus + lam * weight * minus
 
 
 def unlearn(plus: Tensor, minus: Tensor, lam: Tensor, weight: Tensor) -> Tensor:
+    """phi of unlearn: maximum likelihood, and less of the contrast."""
     return -plus + lam / (1 + lam) * weight * minus
 
 
 def cc_dpo(plus: Tensor, minus: Tensor, lam: Tensor, weight: Tensor) -> Tensor:
+    """phi of cc_dpo: which of the two conditions is the matched one."""
     return -lam * logsigmoid(plus - minus)
 
 
 def ddo(plus: Tensor, minus: Tensor, lam: Tensor, weight: Tensor) -> Tensor:
+    """phi of ddo: real samples against generated ones."""
     return -logsigmoid(plus) - lam * logsigmoid(-minus)
 
 
 def cca(plus: Tensor, minus: Tensor, lam: Tensor, weight: Tensor) -> Tensor:
+    """phi of cca: matched pairs against mismatched ones. weight -1 marks a contrast that counts as matched."""
     strength = torch.where(weight < 0, 1.0, lam)
     return (-logsigmoid(plus) - strength * logsigmoid(-weight * minus)) / lam.clamp(min=1)
 
@@ -78,8 +83,7 @@ class Objective:
 
     name: one of PHI. contrast: one of those above; without one, the only one that the objective has (mclr has four: name one).
     lam: strength, a number or a Schedule over progress. bound: in nats, for tokens. truncate: share of the posterior, its least
-    likely classes, that is never drawn. beta: scale of the ratio to the reference, for cc_dpo, cca and ddo. null_share: share of
-    dropped conditions in training, which `marginal` repeats.
+    likely classes, that is never drawn. beta: scale of the ratio to the reference, for cc_dpo, cca and ddo.
     """
 
     name: str = "mle"
@@ -88,15 +92,12 @@ class Objective:
     bound: float | None = None
     truncate: float = 0.02
     beta: float | None = None
-    null_share: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.contrast and len(CONTRASTS.get(self.name, ())) == 1:
             object.__setattr__(self, "contrast", CONTRASTS[self.name][0])
         for fault in objective_conflicts(self, self.schedule.weight, self.schedule):
             raise ValueError(fault)
-        if not 0 <= self.null_share <= 1:
-            raise ValueError(f"null_share={self.null_share} is out of range: must be >= 0 and <= 1")
 
     @property
     def schedule(self) -> Schedule:
@@ -105,26 +106,32 @@ class Objective:
 
     @property
     def needs_posterior(self) -> bool:
+        """Whether the contrast depends on p(c|x_t)."""
         return self.contrast in ("weighted", "posterior")
 
     @property
     def needs_reference(self) -> bool:
+        """Whether values are ratios to a frozen network."""
         return self.beta is not None
 
     @property
     def needs_generated(self) -> bool:
+        """Whether the contrast is with samples of the reference."""
         return self.contrast == "generated"
 
-    def rows(self, probe: Probe, c_B: Tensor, null: int, draws: Draws, posterior_BTK: Tensor | None) -> Rows:
+    def rows(
+        self, probe: Probe, c_B: Tensor, null: int, draws: Draws, posterior_BTK: Tensor | None, null_share: float = 0.0
+    ) -> Rows:
         """What has to be scored for these samples. c_B: int64, null where the condition was dropped: those samples get lam = 0.
 
         With `generated`, probe and c_B hold as many generated samples after the real ones. posterior_BTK: p(c | what the network
-        sees when it scores the term); needed by `weighted` and `posterior`.
+        sees when it scores the term); needed by `weighted` and `posterior`. null_share: share of dropped conditions in training, which
+        `marginal` repeats.
         """
         uniform_B = draws.uniform()
         lam_BT = self.schedule(probe.progress_BT)
         if self.contrast == "marginal":
-            other_B1 = draw_marginal(uniform_B, null, self.null_share)
+            other_B1 = draw_marginal(uniform_B, null, null_share)
             weight_BT = torch.where((other_B1 == null) | (other_B1 == c_B[:, None]), -1.0, torch.ones_like(lam_BT))
             return paired_rows(c_B, other_B1, null, lam_BT, weight_BT)
         lam_BT = lam_BT * (c_B != null)[:, None]

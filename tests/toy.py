@@ -168,7 +168,7 @@ class Toy:
         draws = self.draws(seed, list(range(len(c_B))))
         probe = self.paradigm.probe(x_B, draws)
         posterior_BTK = self.posterior(probe, c_B % K)[0] if objective.needs_posterior else None
-        return probe, objective.rows(probe, c_B, K, draws, posterior_BTK)
+        return probe, objective.rows(probe, c_B, K, draws, posterior_BTK, null_share=0.25)
 
     def score_rows(self, probe: Probe, rows: Rows, objective: Objective) -> Scores:
         return score(self.paradigm, self.net, probe, rows, self.reference if objective.needs_reference else None)

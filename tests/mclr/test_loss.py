@@ -43,7 +43,7 @@ def loss_of(kind, objective, **settings):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_it_is_the_mean_of_the_objective_and_the_posteriors_loss(name, kind):
-    """From draws that belong to the positions: first the dropped conditions, then the probe, then the rows."""
+    """From draws that belong to the positions: first the dropped conditions, then the probe, then the rows, with that share."""
     loss, case, more = loss_of(kind, OBJECTIVES[name], drop_condition=0.4, seed=3)
     value, metrics = loss(case.net, case.x_B, TRUE, first=16, **more)
     x, c = case.x_B, TRUE
@@ -57,13 +57,12 @@ def test_it_is_the_mean_of_the_objective_and_the_posteriors_loss(name, kind):
     case.x_B, case.c_B = x, torch.where(dropped, K, c)
     probe = case.paradigm.probe(x, draws)
     posterior_BTK, extra = case.posterior(probe, c) if loss.objective.needs_posterior else (None, None)
-    rows = loss.objective.rows(probe, case.c_B, K, draws, posterior_BTK)
+    rows = loss.objective.rows(probe, case.c_B, K, draws, posterior_BTK, null_share=0.4)
     loss_B, expected = loss.objective(case.score_rows(probe, rows, loss.objective), rows)
     assert metrics["loss"] == loss_B.mean() and metrics["value"] == expected["value"]
     assert torch.equal(value, loss_B.mean() if extra is None else loss_B.mean() + extra.mean())
     assert value.ndim == 0 and value.requires_grad
     assert all(each.ndim == 0 and not each.requires_grad for each in metrics.values())
-    assert loss.objective.null_share == (0.4 if name == "cca" else 0.0)
 
 
 def test_a_trainable_posterior_learns_and_a_frozen_one_does_not():

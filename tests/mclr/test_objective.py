@@ -46,7 +46,7 @@ MLE = Objective()
 FAMILY = {
     "unlearn": Objective("unlearn", lam=Schedule("ramp", 0.7)),
     "cc_dpo": Objective("cc_dpo", lam=1.0, beta=0.3),
-    "cca": Objective("cca", lam=2.5, beta=0.3, null_share=0.25),
+    "cca": Objective("cca", lam=2.5, beta=0.3),
     "ddo": Objective("ddo", lam=2.5, beta=0.3),
 }
 TINY = 1e-12
@@ -80,7 +80,6 @@ WRONG = {
     "null at -1": ({"name": "mclr", "contrast": "null", "lam": -1.0}, "must be > -1 with contrast=null"),
     "no number": ({"name": "mclr", "contrast": "null", "lam": float("nan")}, "not finite"),
     "truncate": ({"name": "mclr", "contrast": "posterior", "truncate": 0.5}, "truncate=0.5 is out of range"),
-    "null_share": ({"name": "cca", "beta": 0.1, "lam": 1.0, "null_share": 1.5}, "null_share=1.5 is out of range"),
 }  # fmt: skip
 
 

@@ -134,7 +134,6 @@ def build_objective(config: RunConfig) -> Objective:
         bound=objective.bound,
         truncate=objective.truncate,
         beta=objective.beta,
-        null_share=config.train.drop_condition,
     )
 
 
