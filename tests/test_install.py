@@ -93,6 +93,8 @@ def test_an_installation_trains_samples_and_converts_in_a_folder_of_the_users(wh
         "assert main(['convert', 'run/weights', 'half', '--half']) == 0\n"
         "import mclr\n"
         "assert mclr.load('half', device='cpu').sample([3], steps=2).shape == (1, 1, 8, 8)\n"
+        "import mclr.train.bench.ranks\n"
+        f"assert {str(site / 'mclr')!r} not in sys.path, sys.path\n"  # `import models` would give ours
         f"report({str(site / 'mclr')!r}); report({str(work)!r}); report({str(ROOT)!r})\n"
     )
     ran = subprocess.run([python, "-c", program], cwd=work, capture_output=True, text=True, timeout=240)

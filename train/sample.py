@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-# The checkout comes first: other installed packages may be named `models` or `kernels`.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:
+    # Run as a file: the repository's root takes the place of train/ (train/run.py says why).
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from mclr.configs.schema import NextScaleModel
 from mclr.errors import UserError

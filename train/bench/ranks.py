@@ -18,7 +18,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+if not __package__:
+    # Run as a file: the checkout comes first, since other installed packages may be named `models` or `kernels`.
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
