@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the first image (default: %(default)s)")
     parser.add_argument("--model", help="preset of the weights (default: the one of their name); a run has its own")
     parser.add_argument(
-        "--data", help="preset or dataset folder the weights were trained on (default: digits); a run has its own"
+        "--data",
+        help="preset or dataset folder the weights were trained on (default: images as the weights make them); a run has its own",
     )
     parser.add_argument("--npz", action="store_true", help="also write DIR/samples.npz (arr_0: uint8 NHWC, arr_1: conditions)")
     parser.add_argument("--dataset", action="store_true", help="also write DIR/dataset, a dataset folder for objective.generated")

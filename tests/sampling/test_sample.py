@@ -418,6 +418,27 @@ def test_weights_go_with_a_preset(diffusion_run, tmp_path, monkeypatch):
     assert record(tmp_path / "c")["data"] == {"name": "digits", "path": "data/digits"}
 
 
+@pytest.mark.parametrize("name", ["mine", None])
+def test_weights_say_which_images_they_make(name, tmp_path, capsys):
+    """For the command as for mclr.load. Without a recorded name nothing else is taken for their data."""
+    config = load("edm2-digits", "mle", "digits", "local", ["data.num_classes=5", "data.channels=3"])
+    save_random(tmp_path / "five", config)
+    net = load_net(str(tmp_path / "five"))
+    save_weights(tmp_path / "five", net, replace=True, **({"data": name} if name else {}))
+    few = ["sample.steps=2", "sample.batch=5"]
+    assert sample_(tmp_path / "five", "--out", tmp_path / "s", "--count", 5, *few) == 0
+    drawn = generator.load(tmp_path / "five", device="cpu", settings=few).sample(range(5), exact=True)
+    assert np.array_equal(image_files.read_images(image_files.image_paths(tmp_path / "s")), drawn.numpy())
+    assert record(tmp_path / "s")["data"] == {"name": name or "unknown", "path": f"data/{name or 'unknown'}"}
+    # what is given goes first
+    assert sample_(tmp_path / "five", "--out", tmp_path / "d", "--data", "digits", "--count", 5, *few) == 2
+    assert "five have img_channels 3, this run has 1" in capsys.readouterr().err
+    for other in ("digits-tokenizer", "digits-posterior"):
+        assert sample_(other, "--model", "edm2-digits", "--out", tmp_path / "d", "--count", 5, *few) == 2
+    assert sample_("var-digits", "--model", "edm2-digits", "--out", tmp_path / "d", "--count", 5, *few) == 2
+    assert capsys.readouterr().err.count("hold a network of kind") == 3
+
+
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
@@ -447,7 +468,10 @@ def test_images_of_other_settings_are_never_mixed(argv, line, diffusion_run, tmp
         (["--classes", "1,10"], "--classes 1,10: give different conditions of 0..9"),
         (["--classes", "1,1"], "give different conditions of 0..9"),
         (["sample.step=3"], "unknown key sample.step; did you mean sample.steps?"),
-        (["--model", "edm2-digits"], "is a run, its settings say which model and data"),
+        (
+            ["--model", "edm2-digits"],
+            "is a run, its settings say which model and data: leave out --model and --data (in Python, model=",
+        ),
     ],
 )
 def test_bad_arguments_are_one_line_and_write_nothing(argv, line, diffusion_run, tmp_path, capsys):
@@ -469,7 +493,7 @@ def test_bad_sources_and_folders_are_one_line(diffusion_run, tmp_path, capsys):
     for source, out, extra, line in [
         (tmp_path / "unfinished", "s", [], "has no weights: it has not finished; repeat its `mclr train` command"),
         (tmp_path / "nothing", "s", [], "no weights at"),
-        (weights, "s", [], "say by --model which one they belong to"),
+        (weights, "s", [], "say by --model (in Python, model=) which one they belong to"),
         (weights, "s", ["--model", "edm2-digits"], "have model_channels 8, this run has 16"),
         (weights, "s", ["--model", "nonsense"], "unknown model nonsense"),
         (diffusion_run, "file", [], "choose another folder with --out"),

@@ -114,7 +114,9 @@ def test_sampling_from_a_published_file_says_which_preset_fits(tmp_path, capsys)
     file = tmp_path / "net.pth"
     assert run(convert.main, ["var-digits", str(file)]) == 0
     assert run(sample.main, [str(file), "--out", str(tmp_path / "s")]) == 2
-    assert capsys.readouterr().err.endswith("say by --model which one they belong to (var-digits, by their size)\n")
+    assert capsys.readouterr().err.endswith(
+        "say by --model (in Python, model=) which one they belong to (var-digits, by their size)\n"
+    )
     for source in (str(file), "var-digits"):
         out = tmp_path / Path(source).stem
         assert run(sample.main, [source, "--model", "var-digits", "--out", str(out), "--count", "2"]) == 0

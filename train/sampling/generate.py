@@ -1,5 +1,6 @@
 """mclr.load: a model out of weights or of a run, and images out of a model. Every random number of an image comes from its seed."""
 
+import json
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mclr.configs.schema import FILE, PRESETS, VAE_FACTOR, RunConfig, read_preset
+from mclr.configs.schema import FILE, PRESETS, VAE_FACTOR, RunConfig, kind_of_model, read_preset
 from mclr.configs.schema import load as load_config
 from mclr.diffusion import Diffusion
 from mclr.errors import UserError
@@ -235,17 +236,16 @@ def load(
     name: a bundled name, a weights folder, a run folder, a published file, hf://ORG/REPO[/FILE][@REV] of either. device: default,
     a GPU where there is one. model: preset whose settings of sampling are used; default: the one that the weights record, or of their
     size. data: preset or dataset folder; default: images as the weights make them. settings: further ones, like "sample.solver=sde".
+    Loading a generator sets switches of the whole process: no TF32 in cuDNN, so that fp32 means fp32, and the choice of kernels
+    (engine.kernels).
     Raises UserError, in one line, where there are no such weights or something does not fit.
     """
     where = own_device() if device is None else torch.device(device)
     if not (Path(name) / FILE).is_file():
         weights = find_weights(str(name))
-        description = read_config(weights)
-        if NETWORKS[description["kind"]].paradigm is None:
-            return load_net(str(weights), description["kind"]).to(where).requires_grad_(False)
-        model = model or preset_of(str(name), description)
-        if data is None:
-            settings = [*images_of(description, model, settings), *settings]
+        kind = read_config(weights)["kind"]
+        if NETWORKS[kind].paradigm is None:
+            return load_net(str(weights), kind).to(where).requires_grad_(False)
     return load_generator(*find_generator(str(name), model, data, settings), where)
 
 
@@ -254,14 +254,19 @@ def find_generator(source: str, model: str | None, data: str | None, overrides: 
     settings = Path(source) / FILE
     if settings.is_file():
         if model or data:
-            raise UserError(f"{source} is a run, its settings say which model and data: leave out --model and --data")
+            raise UserError(
+                f"{source} is a run, its settings say which model and data: leave out --model and --data (in Python, model= and data=)"
+            )
         if not (Path(source) / "weights").is_dir():
             raise UserError(f"run {source} has no weights: it has not finished; repeat its `mclr train` command, which goes on")
         resolved = str(settings)  # in place of all four presets, so that overrides go on top
         return load_config(resolved, resolved, resolved, resolved, list(overrides)), Path(source) / "weights"
     weights = find_weights(source)
+    description = read_config(weights)
+    chosen = model or preset_of(source, description)
+    if data is None:
+        overrides = [*data_of(description, chosen, overrides), *overrides]
     # The objective says nothing about sampling.
-    chosen = model or preset_of(source, read_config(weights))
     return load_config(chosen, "mle", data or "digits", "auto", list(overrides)), weights
 
 
@@ -274,12 +279,32 @@ def preset_of(source: str, description: Mapping[str, Any]) -> str:
     if len(presets) == 1:
         return presets[0]
     fitting = f" ({' or '.join(presets)}, by their size)" if presets else ""
-    raise UserError(f"no preset is named like the weights {source}: say by --model which one they belong to{fitting}")
+    raise UserError(
+        f"no preset is named like the weights {source}: say by --model (in Python, model=) which one they belong to{fitting}"
+    )
 
 
-def images_of(description: Mapping[str, Any], model: str, settings: Sequence[str]) -> list[str]:
-    """The settings of data.* for the images that these weights make, where the weights say so."""
-    net, preset = description["config"], read_preset("model", model)["model"]
+def data_of(description: Mapping[str, Any], model: str, settings: Sequence[str]) -> list[str]:
+    """The settings of data.* that differ from the digits: images as these weights make them, under the name that the weights record.
+
+    None where weights and preset do not go together, or one of them is damaged: loading says which.
+    """
+    preset = read_preset("model", model).get("model", {})
+    if kind_of_model(preset) != description["kind"]:
+        return []
+    digits = read_preset("data", "digits")["data"]
+    try:
+        found = images_of(description["config"], preset, settings)
+    except (LookupError, TypeError, ValueError, AttributeError):
+        return []
+    if name := description.get("data") or ("unknown" if any(digits[key] != value for key, value in found.items()) else None):
+        # A name is that of a dataset, whose folder is data/NAME unless somebody chose another: it is opened by `mclr evaluate` alone.
+        found |= {"name": str(name), "path": f"data/{name}"}
+    return [f"data.{key}={json.dumps(value)}" for key, value in found.items() if digits[key] != value]
+
+
+def images_of(net: Mapping[str, Any], preset: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """num_classes, resolution and channels of the images that a network with these options makes."""
     found = {"num_classes": net["num_classes"]}
     if "img_resolution" in net:
         latents = bool(preset.get("vae"))
@@ -291,7 +316,7 @@ def images_of(description: Mapping[str, Any], model: str, settings: Sequence[str
         given = [text.partition("=")[2] for text in settings if text.startswith("model.tokenizer=")]
         tokens = read_config(find_weights((given or [preset["tokenizer"]])[-1]))["config"]
         found |= {"resolution": tokens["scales"][-1] << (len(tokens["ch_mult"]) - 1), "channels": tokens["img_channels"]}
-    return [f"data.{key}={value}" for key, value in found.items()]
+    return found
 
 
 def load_generator(config: RunConfig, weights: Path, device: torch.device) -> Model:

@@ -40,7 +40,7 @@ BUNDLED = Path(mclr.models.__file__).parent / "weights"
 OWN = ("kind", "config", "parameters")  # entries of config.json that describe the network; all others are notes
 WEIGHTS = ("model.weights", "model.tokenizer", "model.posterior.weights", "sample.guide")  # settings that name weights
 MOST = 3  # differences that an error names
-IMAGES = "give data of their images by --data"
+IMAGES = "give data of their images by --data (in Python, data=)"
 TOKENS = "give the tokenizer that they were trained with, model.tokenizer=WEIGHTS"
 # options that the preset does not set -> what to do when they differ
 WAYS_OUT = {
@@ -295,4 +295,4 @@ def refuse_misfit(net: nn.Module, folder: Path, any_conditions: bool) -> None:
 
 def _preset_to_give(described: Mapping[str, Any]) -> str | None:
     presets = presets_of(described)
-    return f"these look like {' or '.join(presets)}, give --model {presets[0]}" if presets else None
+    return f"these look like {' or '.join(presets)}, give --model {presets[0]} (in Python, model=)" if presets else None
