@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mclr.configs.schema import FILE, PRESETS, VAE_FACTOR, RunConfig, kind_of_model, read_preset
+from mclr.configs.schema import FILE, PRESETS, RunConfig, kind_of_model, read_preset
 from mclr.configs.schema import load as load_config
 from mclr.diffusion import Diffusion
 from mclr.errors import UserError
@@ -23,7 +23,7 @@ from mclr.train.engine.base import rows_in
 from mclr.train.system.ranks import own_device
 from mclr.train.training.build import choose_kernels
 from mclr.train.training.networks import build_encoder, build_guidance, build_guide, build_net, build_paradigm, guide_misfit
-from mclr.train.weights.folder import find_weights, load_into, load_net, presets_of, read_config, save_weights
+from mclr.train.weights.folder import find_weights, images_of, load_into, load_net, presets_of, read_config, save_weights
 
 SAMPLING = 2**63  # seed of all sampling: beyond those of training, whose random numbers no image must repeat
 ENCODING = 2**63 + 4  # seed of the latents that Model.encode draws: none of the loss, of sampling or of other measurements
@@ -301,22 +301,6 @@ def data_of(description: Mapping[str, Any], model: str, settings: Sequence[str])
         # A name is that of a dataset, whose folder is data/NAME unless somebody chose another: it is opened by `mclr evaluate` alone.
         found |= {"name": str(name), "path": f"data/{name}"}
     return [f"data.{key}={json.dumps(value)}" for key, value in found.items() if digits[key] != value]
-
-
-def images_of(net: Mapping[str, Any], preset: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
-    """num_classes, resolution and channels of the images that a network with these options makes."""
-    found = {"num_classes": net["num_classes"]}
-    if "img_resolution" in net:
-        latents = bool(preset.get("vae"))
-        found |= {
-            "resolution": net["img_resolution"] * (VAE_FACTOR if latents else 1),
-            "channels": 3 if latents else net["img_channels"],
-        }
-    else:
-        given = [text.partition("=")[2] for text in settings if text.startswith("model.tokenizer=")]
-        tokens = read_config(find_weights((given or [preset["tokenizer"]])[-1]))["config"]
-        found |= {"resolution": tokens["scales"][-1] << (len(tokens["ch_mult"]) - 1), "channels": tokens["img_channels"]}
-    return found
 
 
 def load_generator(config: RunConfig, weights: Path, device: torch.device) -> Model:

@@ -226,6 +226,22 @@ def presets_of(description: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def images_of(net: Mapping[str, Any], preset: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """num_classes, resolution and channels of the images that a network with these options makes."""
+    found = {"num_classes": net["num_classes"]}
+    if "img_resolution" in net:
+        latents = bool(preset.get("vae"))
+        found |= {
+            "resolution": net["img_resolution"] * (schema.VAE_FACTOR if latents else 1),
+            "channels": 3 if latents else net["img_channels"],
+        }
+    else:
+        given = [text.partition("=")[2] for text in settings if text.startswith("model.tokenizer=")]
+        tokens = read_config(find_weights((given or [preset["tokenizer"]])[-1]))["config"]
+        found |= {"resolution": tokens["scales"][-1] << (len(tokens["ch_mult"]) - 1), "channels": tokens["img_channels"]}
+    return found
+
+
 def load_net(name: str, *kinds: str) -> nn.Module:
     """The network of a weights folder (or bundled name), in evaluation mode. kinds: those that are expected, keys of NETWORKS.
 
