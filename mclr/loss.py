@@ -87,17 +87,19 @@ class Loss:
                 raise ValueError(f"{name}c has conditions {c_B.min()} .. {c_B.max()}: must be 0 .. {self.paradigm.null - 1}")
         if first < 0:
             raise ValueError(f"first={first} is a position: must be >= 0")
-        keys = list(range(first, first + len(x)))
-        if generated is not None:
-            keys += [GENERATED + position for position in keys]
         x_P, c_P = (torch.cat([part.to(x.device) for part in parts]) for parts in zip(*given.values(), strict=True))
-        draws = Draws(self.seed, keys, x.device)
+        draws = self.draws(range(first, first + len(x)), x.device)
         dropped_c_P = self.drop(c_P, draws, len(x))
         loss_B, posterior_loss_B, metrics = self.per_sample(net, x_P, dropped_c_P, c_P, draws, first)
         value = loss_B.mean()
         if posterior_loss_B is not None and posterior_loss_B.requires_grad:
             value = value + posterior_loss_B.mean()
         return value, metrics
+
+    def draws(self, positions: range, device: torch.device) -> Draws:
+        """Random numbers of the samples at these positions, and then of as many generated ones where the objective needs them."""
+        generated = [GENERATED + position for position in positions] if self.objective.needs_generated else []
+        return Draws(self.seed, [*positions, *generated], device)
 
     def drop(self, c_P: Tensor, draws: Draws, real: int) -> Tensor:
         """The conditions, null for a share of the first `real` samples. A generated sample keeps the condition it was drawn for."""

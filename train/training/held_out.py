@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from mclr.configs.schema import Train
 from mclr.errors import UserError
-from mclr.likelihood import Draws
-from mclr.loss import GENERATED, Loss
+from mclr.loss import Loss
 from mclr.objective import Objective
 from mclr.train.data.dataset import Batch, DatasetInfo, SplitReader
 from mclr.train.data.source import permutation
@@ -128,11 +127,10 @@ def _metrics(
 ) -> Iterator[dict[str, Tensor]]:
     """The metrics of a loss on every batch of `count` samples."""
     for positions, batch in fixed(reader, count):
-        keys, batches = list(positions), [batch]
+        batches = [batch]
         if loss.objective.needs_generated and task.generated is not None:
-            keys += [GENERATED + position for position in positions]
             batches.append(task.generated.batch(positions.start, len(positions)))
-        draws = Draws(LOSS, keys, task.device)
+        draws = replace(loss, seed=LOSS).draws(positions, task.device)
         c_P = torch.cat([each.c_B for each in batches]).to(task.device)
         x_P = task.encoder.draw(torch.cat([task.encode(each) for each in batches]), draws)
         with eval_mode(task.engine.net, task.bf16):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mclr.likelihood import Draws
-from mclr.loss import GENERATED, Loss
+from mclr.loss import Loss
 from mclr.train.data.dataset import Batch
 from mclr.train.data.encoders import Encoder, from_uint8, mirrored
 from mclr.train.data.source import Source
@@ -44,12 +44,11 @@ class Task:
         P = B samples, or 2B where the objective asks for generated ones: as many of those after the real ones.
         """
         enter("data")
-        keys, batches = list(range(first, first + count)), [self.source.batch(first, count)]
+        batches = [self.source.batch(first, count)]
         if self.generated is not None:
-            keys += [GENERATED + position for position in keys]
             batches.append(self.generated.batch(first, count))
         enter("compute")
-        draws = Draws(self.loss.seed, keys, self.device)
+        draws = self.loss.draws(range(first, first + count), self.device)
         flips = (draws.uniform() < 0.5).split(count) if self.flip else [None] * len(batches)
         stored_P = torch.cat([self.encode(*each) for each in zip(batches, flips, strict=True)])
         true_c_P = torch.cat([batch.c_B for batch in batches]).to(self.device)
