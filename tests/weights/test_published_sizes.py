@@ -74,7 +74,9 @@ def argv_of(vae, tokenizers, tmp_path):
 
     def argv(model: str) -> list[str]:
         resolution = resolution_of(model)
-        described = {"name": "imagenet", "resolution": resolution, "channels": 3, "num_classes": 1000}
+        described = {"name": "imagenet", "resolution": resolution, "channels": 3, "num_classes": 1000, "source": "", "seed": 0}
+        described |= {"class_names": [str(c) for c in range(1000)]}
+        described |= {"splits": {split: {"count": 0, "shards": []} for split in ("train", "val")}}
         (tmp_path / "dataset.json").write_text(json.dumps(described))
         found = [f"model.vae={vae}"] if "img512" in model else []
         if model.startswith("var"):

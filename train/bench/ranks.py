@@ -23,6 +23,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
+from torch._subclasses import FakeTensor
 
 from mclr.configs.schema import load
 from mclr.errors import UserError
@@ -46,8 +47,8 @@ def live_bytes() -> int:
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        # isinstance would ask deprecated objects for their class, and they warn
-        if issubclass(type(thing), torch.Tensor):
+        # issubclass: deprecated objects warn when isinstance asks for their class. Fake tensors have no memory and no address.
+        if issubclass(type(thing), torch.Tensor) and not issubclass(type(thing), FakeTensor):
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
