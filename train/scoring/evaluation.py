@@ -18,8 +18,7 @@ from mclr.train.scoring.image_readers import ImageSet, find_images, open_folder,
 from mclr.train.scoring.scores import Range, score, table
 from mclr.train.scoring.statistics import MOST, RealSet, Statistics, measure, open_real, real_statistics
 from mclr.train.system.files import write_json
-from mclr.train.training import memorisation
-from mclr.train.training.held_out import DRAWS, readers_of
+from mclr.train.training import held_out, memorisation
 from mclr.train.training.networks import build_encoder
 from mclr.train.weights.folder import find_weights, load_net
 from mclr.train.weights.model_card import add_scores
@@ -178,9 +177,9 @@ def contamination(evaluation: Evaluation, device: torch.device) -> dict[str, Any
         raise UserError(
             f"--icr looks into the middle of a network, and one of kind {config.model.kind} does not say where: leave it out"
         )
-    images = readers_of(evaluation.real_set.info)
+    images = held_out.readers_of(evaluation.real_set.info)
     found = memorisation.measure(net, build_encoder(config, device), images, config.data.flip)
-    return found | {"sigma": memorisation.SIGMA, "pairs": DRAWS}
+    return found | {"sigma": memorisation.SIGMA, "pairs": held_out.DRAWS}
 
 
 def _default_judge(real_set: RealSet) -> str:
