@@ -20,7 +20,9 @@ def report(place):
     files = {}
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if file and os.path.isfile(file) and os.path.realpath(file).startswith(os.path.realpath(place)):
+        below = file and os.path.isfile(file) and os.path.relpath(os.path.realpath(file), os.path.realpath(place))
+        # a checkout may hold the environment that runs it
+        if below and not below.startswith("..") and "site-packages" not in below:
             files.setdefault(os.path.realpath(file), set()).add(id(module))
     print("twice:", sorted(file for file, found in files.items() if len(found) > 1))
     print("files:", len(files))
