@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 Net = Callable[..., Any]
+# Seeds of Draws beyond those of training, one per purpose: no image and no measurement repeats the random numbers of training.
+# A measurement takes the same draws every time, so that their noise does not move its curve.
+SAMPLING, VIEWS, PROJECTION, LOSS, ENCODING = (2**63 + n for n in range(5))
 
 
 class Draws:

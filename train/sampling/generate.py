@@ -15,7 +15,7 @@ from mclr.configs.schema import load as load_config
 from mclr.diffusion import Diffusion
 from mclr.errors import UserError
 from mclr.guidance import Guidance
-from mclr.likelihood import Draws
+from mclr.likelihood import ENCODING, SAMPLING, Draws
 from mclr.models.registry import NETWORKS, fold
 from mclr.schedule import Schedule
 from mclr.train.data.encoders import Encoder, Latents, Tokens, from_uint8, to_uint8
@@ -24,9 +24,6 @@ from mclr.train.system.ranks import own_device
 from mclr.train.training.build import choose_kernels
 from mclr.train.training.networks import build_encoder, build_guidance, build_guide, build_net, build_paradigm, guide_misfit
 from mclr.train.weights.folder import find_weights, images_of, load_into, load_net, presets_of, read_config, save_weights
-
-SAMPLING = 2**63  # seed of all sampling: beyond those of training, whose random numbers no image must repeat
-ENCODING = 2**63 + 4  # seed of the latents that Model.encode draws: none of the loss, of sampling or of other measurements
 
 
 def whole(name: str, value: Any, least: int = 0) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mclr.configs.schema import Train
 from mclr.errors import UserError
+from mclr.likelihood import LOSS
 from mclr.loss import Loss
 from mclr.objective import Objective
 from mclr.train.data.dataset import Batch, DatasetInfo, SplitReader
@@ -25,7 +26,6 @@ from mclr.train.training.step import Task
 DRAWS = 640  # of a reading of the monitor: of so many images, or of fewer in turn
 RANKING = 2048  # of the loss that ranks checkpoints: with a contrast it is noisier, by .03 on the digits with 640 draws
 BATCH = 64  # images of a forward
-LOSS = 2**63 + 3  # seed of the loss; training does not use it
 
 
 def readers_of(info: DatasetInfo, tolerated: float = 0.0) -> dict[str, SplitReader]:

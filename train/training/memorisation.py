@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mclr.errors import UserError
-from mclr.likelihood import Draws
+from mclr.likelihood import PROJECTION, VIEWS, Draws
 from mclr.metrics import icr
 from mclr.train.data.dataset import SplitReader
 from mclr.train.data.encoders import Encoder, from_uint8, mirrored
@@ -29,8 +29,6 @@ from mclr.train.training.step import Task
 
 SIGMA = 0.29  # noise of a view; the paper's choice
 WIDTH = 32  # features; those of wider blocks are projected at random
-# seeds that training does not use; the same draws at every reading, so that their noise does not move the curve
-VIEWS, PROJECTION = 2**63 + 1, 2**63 + 2
 NAMES = {"train": "{}", "val": "{}_val"}  # split -> column of a reading
 
 

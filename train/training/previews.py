@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mclr.errors import UserError
 from mclr.guidance import Guidance
-from mclr.likelihood import Draws
+from mclr.likelihood import SAMPLING, Draws
 from mclr.train.data.encoders import to_uint8
 from mclr.train.data.images import image_grid
 from mclr.train.engine.base import eval_mode
@@ -19,7 +19,6 @@ from mclr.train.training.log import RunFolder
 from mclr.train.training.step import Task
 
 COLUMNS, ROWS = 10, 4
-SAMPLING = 2**63  # of train/sampling/generate.py: a preview shows what `mclr sample` draws for seeds from 0
 
 
 def columns(num_classes: int) -> list[int]:
