@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from mclr.train.bench import ranks as bench_ranks
-from mclr.train.bench.ranks import live_bytes, main, ranks_table
+from mclr.train.bench.ranks import bytes_of, live_bytes, main, ranks_table
 from mclr.train.system.console import run
 
 
@@ -19,11 +20,13 @@ def test_times_are_told_against_the_first_engine_of_as_many_ranks():
     ]
 
 
-def test_a_storage_counts_once():
-    before = live_bytes()
+def test_a_storage_counts_once_and_a_fake_one_not_at_all():
     kept = torch.zeros(1000)
-    views = [kept[:10], kept.view(10, 100), kept.detach()]
-    assert live_bytes() - before == 4000 and len(views) == 3
+    with FakeTensorMode():
+        fake = torch.zeros(500)
+    things = [kept, kept[:10], "no tensor", torch.Tensor, kept.view(10, 100), torch.nn.Parameter(kept), fake, torch.zeros(7)]
+    assert bytes_of(things) == 4028
+    assert live_bytes() >= 4028
 
 
 @pytest.mark.parametrize(

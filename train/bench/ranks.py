@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +43,21 @@ KINDS = ("local", "zero0", "zero1", "zero2", "zero3")
 Row = dict[str, Any]
 
 
-def live_bytes() -> int:
-    """Bytes of all tensors in this process; each storage counts once."""
-    gc.collect()
+def bytes_of(things: Iterable[Any]) -> int:
+    """Bytes of the tensors among these objects; each storage counts once."""
     storages = {}
-    for thing in gc.get_objects():
+    for thing in things:
         # issubclass: deprecated objects warn when isinstance asks for their class. Fake tensors have no memory and no address.
         if issubclass(type(thing), torch.Tensor) and not issubclass(type(thing), FakeTensor):
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors in this process."""
+    gc.collect()
+    return bytes_of(gc.get_objects())
 
 
 class Trained:
