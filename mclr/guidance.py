@@ -26,7 +26,12 @@ class Guidance:
 
     gamma: extra weight over progress; where it is 0 the second forward is skipped. guide: another network, of the same sigma_data,
     given the same condition (autoguidance, arXiv 2406.02507); None: the same network under the null condition.
+    Raises ValueError for a guide without gamma.
     """
 
     gamma: Schedule = NONE
     guide: Callable[..., Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.guide is not None and self.gamma.is_zero:
+            raise ValueError("guide= has no effect without gamma: give gamma=, the extra weight of guidance")

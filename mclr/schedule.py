@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -30,8 +31,8 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"schedule kind {self.kind!r} is not one of {', '.join(KINDS)}")
-        if not math.isfinite(self.weight):
-            raise ValueError(f"weight={self.weight} of a schedule is not finite")
+        if not isinstance(self.weight, Real) or not math.isfinite(self.weight):
+            raise ValueError(f"weight={self.weight!r} of a schedule is no finite number")
         if not (0 <= self.low <= self.high <= 1 and 0 <= self.turn <= 1 and 0 < self.below <= 1):
             raise ValueError(f"{self} is out of range: needs 0 <= low <= high <= 1, 0 <= turn <= 1 and 0 < below <= 1")
 

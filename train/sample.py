@@ -5,9 +5,11 @@ the number of ranks.
 """
 
 import argparse
+import re
 import signal
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +21,7 @@ if not __package__:
 from mclr.configs.schema import NextScaleModel
 from mclr.errors import UserError
 from mclr.train.sampling.folder import draw, write_dataset, write_npz
-from mclr.train.sampling.generate import find_generator, parse_classes
+from mclr.train.sampling.generate import conditions_of, find_generator, load_generator, record_of
 from mclr.train.system.console import Parser, run_and_exit
 from mclr.train.system.ranks import group, launched, on_signals, report_once, world
 from mclr.train.weights.folder import read_config
@@ -62,19 +64,28 @@ def main(argv: list[str] | None = None) -> int:
         with report_once():
             args = parser.parse_intermixed_args(argv)
             config, weights = find_generator(args.source, args.model, args.data, args.overrides)
-            conditions = parse_classes(args.classes, config.data.num_classes, read_config(weights).get("classes", ()))
-            keep_tokens = args.dataset and isinstance(config.model, NextScaleModel)
+            record, K, names = record_of(config, weights), config.data.num_classes, read_config(weights).get("classes", ())
+            conditions = list(range(K))
+            if args.classes is not None:
+                try:
+                    conditions = conditions_of(re.split(" *, *", args.classes), K, names)
+                except ValueError as error:
+                    raise UserError(f"--classes {args.classes}: {error}") from None
+            if len(set(conditions)) < len(conditions):
+                raise UserError(f"--classes {args.classes}: give different conditions")
+            tokens = isinstance(config.model, NextScaleModel)
             if args.dataset and config.sample.more_smooth:
                 raise UserError("sample.more_smooth=true makes pictures of no tokens: leave out --dataset, or set it to false")
         count = args.per_class * len(conditions) if args.per_class is not None else 100 if args.count is None else args.count
         # In a program whose ranks have met already, one of them calls this.
         shared = launched() and not torch.distributed.is_initialized()
         with group(shared), report_once():
-            draw(config, weights, args.out, conditions, range(args.seed, args.seed + count), keep_tokens, shared=shared)
+            seeds = range(args.seed, args.seed + count)
+            draw(partial(load_generator, config, weights), record, args.out, conditions, seeds, args.dataset and tokens, shared)
             if rank == 0 and args.npz:
                 write_npz(args.out)
             if rank == 0 and args.dataset:
-                write_dataset(args.out, config)
+                write_dataset(args.out, config.data, tokens)
     return 0
 
 

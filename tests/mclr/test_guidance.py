@@ -45,3 +45,5 @@ def test_special_weights():
 
 def test_no_guidance_is_the_default():
     assert Guidance() == Guidance(NONE, None) and Guidance().gamma.at(0.5) == 0
+    with pytest.raises(ValueError, match="guide= has no effect without gamma"):
+        Guidance(guide=mix)

@@ -211,7 +211,7 @@ def test_a_complete_set_says_so_and_loads_nothing(diffusion_run, tmp_path, capsy
     argv = (diffusion_run, "--out", tmp_path / "s", "--count", 12)
     assert sample_(*argv) == 0
     before = record(tmp_path / "s")
-    monkeypatch.setattr(samples_folder, "load_generator", None)
+    monkeypatch.setattr(sample, "load_generator", pytest.fail)
     capsys.readouterr()
     assert sample_(*argv) == 0
     assert capsys.readouterr().out == f"{tmp_path / 's'} is complete: 12 images of these settings; nothing to draw\n"
@@ -464,13 +464,13 @@ def test_images_of_other_settings_are_never_mixed(argv, line, diffusion_run, tmp
         (["--count", 0], "0 images from seed 0: there must be at least one"),
         (["--per-class", -1], "-10 images from seed 0"),
         (["--seed", -1], "100 images from seed -1: there must be at least one, and seeds start at 0"),
-        (["--classes", "1,x"], "--classes 1,x: give conditions separated by commas"),
-        (["--classes", "1,10"], "--classes 1,10: give different conditions of 0..9"),
-        (["--classes", "1,1"], "give different conditions of 0..9"),
+        (["--classes", "1,x"], "--classes 1,x: no class is named 'x': give numbers"),
+        (["--classes", "1,10"], "--classes 1,10: class 10 is out of range: must be 0 .. 9"),
+        (["--classes", "1,1"], "--classes 1,1: give different conditions"),
         (["sample.step=3"], "unknown key sample.step; did you mean sample.steps?"),
         (
             ["--model", "edm2-digits"],
-            "is a run, its settings say which model and data: leave out --model and --data (in Python, model=",
+            "is a run with a model and data of its own: leave out --model and --data (in Python, model=",
         ),
     ],
 )
@@ -496,7 +496,7 @@ def test_bad_sources_and_folders_are_one_line(diffusion_run, tmp_path, capsys):
         (weights, "s", [], "say by --model (in Python, model=) which one they belong to"),
         (weights, "s", ["--model", "edm2-digits"], "have model_channels 8, this run has 16"),
         (weights, "s", ["--model", "nonsense"], "unknown model nonsense"),
-        (diffusion_run, "file", [], "choose another folder with --out"),
+        (diffusion_run, "file", [], "it lies below a regular file): choose another place"),
         (diffusion_run, "foreign", [], "holds files of unknown origin"),
         (diffusion_run, "damaged", [], "is no record of samples"),
     ]:
@@ -504,6 +504,18 @@ def test_bad_sources_and_folders_are_one_line(diffusion_run, tmp_path, capsys):
         err = capsys.readouterr().err
         assert err.count("\n") == 1 and line in err, err
         assert not (tmp_path / "s").exists()
+
+
+def test_ctrl_c_says_what_stands_and_that_the_command_goes_on(diffusion_run, tmp_path, capsys, monkeypatch):
+    bar = MagicMock()
+    bar().__enter__().update.side_effect = KeyboardInterrupt
+    argv = (diffusion_run, "--out", tmp_path / "s", "--count", 12)
+    with monkeypatch.context() as patch:
+        patch.setattr(samples_folder, "progress_bar", bar)
+        assert sample_(*argv) == 130
+    err = capsys.readouterr().err
+    assert err == f"interrupted: {tmp_path / 's'} holds 8 of 12 images; the same command draws the rest\n"
+    assert sample_(*argv) == 0 and "4 images drawn" in capsys.readouterr().out
 
 
 def test_help_shows_an_example(capsys):

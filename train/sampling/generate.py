@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mclr.configs.schema import FILE, PRESETS, RunConfig, kind_of_model, read_preset
+from mclr.configs.schema import FILE, PRESETS, NextScaleModel, RunConfig, kind_of_model, read_preset
 from mclr.configs.schema import load as load_config
 from mclr.diffusion import Diffusion
 from mclr.errors import UserError
@@ -18,12 +18,13 @@ from mclr.guidance import Guidance
 from mclr.likelihood import ENCODING, SAMPLING, Draws
 from mclr.models.registry import NETWORKS, fold
 from mclr.schedule import Schedule
-from mclr.train.data.encoders import Encoder, Latents, Tokens, from_uint8, to_uint8
+from mclr.train.data.encoders import ROUNDING, VAE_WEIGHTS, Encoder, Latents, Tokens, find_vae, from_uint8, to_uint8
 from mclr.train.engine.base import rows_in
+from mclr.train.system.files import checksum
 from mclr.train.system.ranks import own_device
 from mclr.train.training.build import choose_kernels
 from mclr.train.training.networks import build_encoder, build_guidance, build_guide, build_net, build_paradigm, guide_misfit
-from mclr.train.weights.folder import find_weights, images_of, load_into, load_net, presets_of, read_config, save_weights
+from mclr.train.weights.folder import find_weights, images_of, load_into, load_net, presets_of, read_config, save_weights, sha256
 
 
 def whole(name: str, value: Any, least: int = 0) -> int:
@@ -33,8 +34,24 @@ def whole(name: str, value: Any, least: int = 0) -> int:
     except TypeError:
         number = -1
     if not least <= number < 2**63:
-        raise ValueError(f"{name}={value} must be a whole number from {least} to 2^63 - 1")
+        raise ValueError(f"{name}={value!r} must be a whole number from {least} to 2^63 - 1")
     return number
+
+
+def conditions_of(classes: Iterable[int | str], count: int, names: Sequence[str] = ()) -> list[int]:
+    """The numbers of conditions that are given by number or name. count: of all, without the null condition. Raises ValueError."""
+    if isinstance(classes, str) or not isinstance(classes, Iterable):
+        raise ValueError(f"classes={classes!r} is no list: give a list of conditions, as in [3]")
+    found = []
+    for each in classes:
+        if isinstance(each, str) and each in names:
+            each = names.index(each)
+        elif isinstance(each, str) and not each.isdecimal():
+            raise ValueError(f"no class is named {each!r}: give numbers{f', or names like {names[0]}' if names else ''}")
+        found.append(whole("class", int(each) if isinstance(each, str) else each))
+        if found[-1] >= count:
+            raise ValueError(f"class {each} is out of range: must be 0 .. {count - 1}")
+    return found
 
 
 class WorkCounter:
@@ -51,14 +68,8 @@ class WorkCounter:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.net, name)
 
-    def parameter_count(self) -> int:
-        return sum(p.numel() for p in self.net.parameters())
-
     def per_image(self, count: int) -> float:
-        """Forwards per image; the scales of a token model are shares of one.
-
-        count: images, including those that only fill up a micro-batch. A forward of a guide counts as one, whatever its size.
-        """
+        """Forwards per image, of a guide too; the scales of a token model are shares of one. count: images, padding included."""
         return round(self.work / count, 9)
 
 
@@ -84,21 +95,18 @@ class Model:
     device: torch.device
 
     def encode(self, images: Tensor, first: int | None = None) -> Tensor:
-        """Images [N, C, H, W], uint8 or floats in [-1, 1] -> samples x: images, latents, or tokens [N, L].
+        """Images, uint8 [N, C, H, W] -> samples x: images in [-1, 1], latents, or tokens [N, L].
 
         first: position of the first image in training, as in Loss. Latents of a VAE need it: they are random, and positions decide
         their random numbers. Raises ValueError for images of another shape or type, and for latents without a position.
         """
         if first is None and isinstance(self.encoder, Latents):
-            raise ValueError(
-                "latents of a VAE are random: give first=, the position of the first image in training, as to the loss"
-            )
+            raise ValueError("latents of a VAE are random: give first=, the position of the first image, as to the loss")
         first = whole("first", first or 0)
-        if images.shape[1:] != self.image_shape or not (images.dtype == torch.uint8 or images.is_floating_point()):
-            shape = ", ".join(map(str, self.image_shape))
-            raise ValueError(f"images must be uint8 or floats [N, {shape}], not {images.dtype} {list(images.shape)}")
-        images = images.to(self.device)
-        stored_N = self.encoder.encode(from_uint8(images) if images.dtype == torch.uint8 else images)
+        if not isinstance(images, Tensor) or images.dtype != torch.uint8 or images.shape[1:] != self.image_shape:
+            found = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"images must be a tensor, uint8 [N, {', '.join(map(str, self.image_shape))}], not {found}")
+        stored_N = self.encoder.encode(from_uint8(images.to(self.device)))
         return self.encoder.draw(stored_N, Draws(ENCODING, list(range(first, first + len(images))), self.device))
 
     def decode(self, x_N: Tensor) -> Tensor:
@@ -121,22 +129,24 @@ class Model:
         sampler. guide: the network, or Model, that guides; None: that of the settings, by default the null condition.
         exact: the same bits as `mclr sample`, at the cost of full micro-batches. Otherwise few images take a short batch, which
         rounds otherwise: diffusion differs by less than 1e-4 before it becomes uint8, and rarely a token differs.
-        Raises ValueError for conditions or settings that the model does not have.
+        Raises ValueError for conditions or settings that the model does not have, and for a guide without gamma.
         """
-        conditions, paradigm, guidance = self.conditions(classes), self.paradigm, self.guidance
-        seed = whole("seed", seed)
+        paradigm, seed = self.paradigm, whole("seed", seed)
+        conditions = conditions_of(classes, paradigm.null, self.class_names)
         if not conditions:
             raise ValueError("there are no classes: give one for every image")
         if steps is not None:
             if not isinstance(paradigm, Diffusion):
                 raise ValueError(f"steps={steps} has no effect on tokens: leave it out")
             paradigm = replace(paradigm, steps=whole("steps", steps, least=1))
-        if gamma is not None:
-            gamma = gamma if isinstance(gamma, Schedule) else replace(guidance.gamma, weight=gamma)
-            guidance = replace(guidance, gamma=gamma)
+        gamma = self.guidance.gamma if gamma is None else gamma
+        if not isinstance(gamma, Schedule):
+            gamma = replace(self.guidance.gamma, weight=gamma)
         if guide is not None:
-            guidance = replace(guidance, guide=self.fitting(guide))
-        this = replace(self, paradigm=paradigm, guidance=guidance)
+            guide = self.fitting(guide)
+        elif not gamma.is_zero:
+            guide = self.guidance.guide
+        this = replace(self, paradigm=paradigm, guidance=Guidance(gamma, guide))
         # `mclr sample` draws full micro-batches, in which the image of a seed has the place seed % batch.
         before = seed % self.batch if exact else 0
         after = -(before + len(conditions)) % self.batch if exact else 0
@@ -155,18 +165,6 @@ class Model:
                 raise ValueError("guide= is of another tokenizer: give a guide for the same tokens")
         return net
 
-    def conditions(self, classes: Iterable[int | str]) -> list[int]:
-        """Numbers of conditions, for their numbers or names. Raises ValueError for what the model does not have."""
-        found = []
-        for each in classes:
-            named = isinstance(each, str)
-            if named and each not in self.class_names:
-                raise ValueError(f"no class is named {each!r}; these weights know {', '.join(self.class_names) or 'no names'}")
-            found.append(self.class_names.index(each) if isinstance(each, str) else whole("class", each))
-            if not found[-1] < self.paradigm.null:
-                raise ValueError(f"class {each} is out of range: must be 0 .. {self.paradigm.null - 1}")
-        return found
-
     @torch.no_grad()
     def draw(self, c_N: Tensor, seeds: Sequence[int], short: bool = False) -> Tensor:
         """Samples x [N, ...] of these conditions, in micro-batches of one shape: the last one is padded.
@@ -174,10 +172,9 @@ class Model:
         short: padded to a power of two instead, where fewer samples are left.
         """
         drawn = []
-        nets: list[Any] = [self.net, self.guidance.guide]
-        modes = [(net, net.training) for net in nets if hasattr(net, "training")]
+        nets: list[Any] = [net for net in (self.net, self.guidance.guide) if getattr(net, "training", False)]
         try:
-            for net, _ in modes:
+            for net in nets:
                 net.eval()
             for first in range(0, len(seeds), self.batch):
                 left = min(self.batch, len(seeds) - first)
@@ -188,8 +185,8 @@ class Model:
                     x = self.paradigm.sample(self.net, c_N[index].to(self.device), self.guidance, draws)
                 drawn.append(x[:left])
         finally:
-            for net, training in modes:
-                net.train(training)
+            for net in nets:
+                net.train()
         return torch.cat(drawn)
 
     def images(self, x_N: Tensor) -> Tensor:
@@ -212,13 +209,13 @@ class Model:
 
     def counted(self) -> "Model":
         """The same model for sampling alone: constants are folded, and `net` is a WorkCounter that counts the guide's work, too."""
-        net, guide = self.net, self.guidance.guide
-        for module in filter(None, (net, guide)):
+        guidance, counter = self.guidance, WorkCounter(self.net)
+        for module in filter(None, (self.net, guidance.guide)):
             module.requires_grad_(False)
             fold(module)
-        counter = WorkCounter(net)
-        counted_guide = None if guide is None else WorkCounter(guide, sums=counter)
-        return replace(self, net=counter, guidance=replace(self.guidance, guide=counted_guide))
+        if guidance.guide is not None:
+            guidance = replace(guidance, guide=WorkCounter(guidance.guide, sums=counter))
+        return replace(self, net=counter, guidance=guidance)
 
 
 def load(
@@ -233,17 +230,15 @@ def load(
     name: a bundled name, a weights folder, a run folder, a published file, hf://ORG/REPO[/FILE][@REV] of either. device: default,
     a GPU where there is one. model: preset whose settings of sampling are used; default: the one that the weights record, or of their
     size. data: preset or dataset folder; default: images as the weights make them. settings: further ones, like "sample.solver=sde".
-    Loading a generator sets switches of the whole process: no TF32 in cuDNN, so that fp32 means fp32, and the choice of kernels
-    (engine.kernels).
-    Raises UserError, in one line, where there are no such weights or something does not fit.
+    A generator sets switches of the whole process: no TF32 in cuDNN, and the choice of kernels (engine.kernels).
+    Raises UserError where there are no such weights or something does not fit.
     """
-    where = own_device() if device is None else torch.device(device)
     if not (Path(name) / FILE).is_file():
         weights = find_weights(str(name))
         kind = read_config(weights)["kind"]
         if NETWORKS[kind].paradigm is None:
-            return load_net(str(weights), kind).to(where).requires_grad_(False)
-    return load_generator(*find_generator(str(name), model, data, settings), where)
+            return load_net(str(weights), kind).to(device or own_device()).requires_grad_(False)
+    return load_generator(*find_generator(str(name), model, data, settings), device)
 
 
 def find_generator(source: str, model: str | None, data: str | None, overrides: Sequence[str]) -> tuple[RunConfig, Path]:
@@ -252,7 +247,7 @@ def find_generator(source: str, model: str | None, data: str | None, overrides: 
     if settings.is_file():
         if model or data:
             raise UserError(
-                f"{source} is a run, its settings say which model and data: leave out --model and --data (in Python, model= and data=)"
+                f"{source} is a run with a model and data of its own: leave out --model and --data (in Python, model=, data=)"
             )
         if not (Path(source) / "weights").is_dir():
             raise UserError(f"run {source} has no weights: it has not finished; repeat its `mclr train` command, which goes on")
@@ -284,7 +279,7 @@ def preset_of(source: str, description: Mapping[str, Any]) -> str:
 def data_of(description: Mapping[str, Any], model: str, settings: Sequence[str]) -> list[str]:
     """The settings of data.* that differ from the digits: images as these weights make them, under the name that the weights record.
 
-    None where weights and preset do not go together, or one of them is damaged: loading says which.
+    Empty where weights and preset do not go together, or one of them is damaged: loading says which.
     """
     preset = read_preset("model", model).get("model", {})
     if kind_of_model(preset) != description["kind"]:
@@ -300,8 +295,36 @@ def data_of(description: Mapping[str, Any], model: str, settings: Sequence[str])
     return [f"data.{key}={json.dumps(value)}" for key, value in found.items() if digits[key] != value]
 
 
-def load_generator(config: RunConfig, weights: Path, device: torch.device) -> Model:
+def record_of(config: RunConfig, weights: Path) -> dict[str, Any]:
+    """What sample.json says of a generator before it draws. settings: all that decides the image of a seed and a condition."""
+    guide = find_weights(config.sample.guide) if config.sample.guide else None
+    tokenizer = vae = None
+    if isinstance(config.model, NextScaleModel):
+        tokenizer = sha256(find_weights(config.model.tokenizer))
+    elif config.model.vae:
+        vae = checksum(find_vae(config.model.vae) / VAE_WEIGHTS)
+    return {
+        "settings": {
+            "weights": sha256(weights),
+            "tokenizer": tokenizer,
+            "vae": vae,
+            **{f"sample.{key}": value for key, value in config.sample.model_dump(mode="json").items()},
+            "sample.guide": guide and sha256(guide),
+            "precision": config.engine.precision,
+            "rounding": ROUNDING,
+        },
+        "model": config.model.name,
+        "from": str(weights),
+        "guide": guide and str(guide),
+        "guide_size": None,  # its parameters as a share of the model's
+        "data": {"name": config.data.name, "path": config.data.path},
+        "forwards_per_image": None,
+    }
+
+
+def load_generator(config: RunConfig, weights: Path, device: torch.device | str | None = None) -> Model:
     """The model that samples as config.sample says. Raises UserError where weights or guide do not fit the config."""
+    device = own_device() if device is None else torch.device(device)
     choose_kernels(config, device)
     encoder = build_encoder(config, device)
     net = build_net(config, encoder)
@@ -323,18 +346,3 @@ def load_generator(config: RunConfig, weights: Path, device: torch.device) -> Mo
         notes={"init": str(weights), "model": config.model.name, "data": config.data.name} | recorded,
         device=device,
     )
-
-
-def parse_classes(text: str | None, num_classes: int, names: Sequence[str] = ()) -> list[int]:
-    """ "0,3,7", or names of classes -> conditions; None: all of them. Raises UserError for others."""
-    if text is None:
-        return list(range(num_classes))
-    parts = [part.strip() for part in text.split(",")]
-    try:
-        conditions = [names.index(part) if part in names else int(part) for part in parts]
-    except ValueError:
-        known = f", or names like {names[0]}" if names else ""
-        raise UserError(f"--classes {text}: give conditions separated by commas, as in 0,3,7{known}") from None
-    if len(set(conditions)) < len(conditions) or not all(0 <= c < num_classes for c in conditions):
-        raise UserError(f"--classes {text}: give different conditions of 0..{num_classes - 1}")
-    return conditions

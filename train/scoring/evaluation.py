@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from mclr.errors import UserError
 from mclr.models.features import ImageClassifier
 from mclr.models.registry import kinds_of
 from mclr.train.sampling.folder import draw, read_record
-from mclr.train.sampling.generate import find_generator, parse_classes
+from mclr.train.sampling.generate import find_generator, load_generator, record_of
 from mclr.train.scoring.extractors import PUBLISHED, Judge, open_judge
 from mclr.train.scoring.image_readers import ImageSet, find_images, open_folder, open_npz
 from mclr.train.scoring.scores import Range, score, table
@@ -110,7 +111,8 @@ def draw_samples(evaluation: Evaluation) -> Path:
     there = read_record(folder)
     # keep what an earlier call drew beyond that
     count = max(_wanted(evaluation.request, real_set), there["count"] if there else 0)
-    draw(config, weights, folder, parse_classes(None, config.data.num_classes), range(count))
+    load, classes = partial(load_generator, config, weights), list(range(config.data.num_classes))
+    draw(load, record_of(config, weights), folder, classes, range(count))
     return folder
 
 

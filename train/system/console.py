@@ -108,8 +108,8 @@ def run(main: Main, argv: list[str] | None = None) -> int:
         # a message may contain line breaks of others
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print("interrupted", *stop.args, sep=": ", file=sys.stderr)
         return 130
     finally:
         out.flush()
