@@ -61,10 +61,10 @@ def test_bf16_runs_at_every_stage_as_it_does_on_one_rank(results, model, zero):
     assert results[f"{model} zero{zero} bf16"]["weights"] <= 2e-3
 
 
-@pytest.mark.parametrize("precision", ("fp32", "bf16"))
-@pytest.mark.parametrize("zero", STAGES)
-def test_forced_weights_keep_their_magnitude_at_every_stage(results, zero, precision):
-    assert results[f"zero{zero} {precision} rows"] <= 2e-4
+@pytest.mark.parametrize("name", [f"edm2-digits zero{zero}{precision}" for zero in STAGES for precision in ("", " bf16")])
+def test_forced_weights_keep_their_magnitude_at_every_stage(results, name):
+    """The projection leaves rounding alone: more than nothing, so that a stage without it (1e-3 a step) would show."""
+    assert 0 < results[name]["rows"] <= 2e-4
 
 
 @pytest.mark.parametrize("model", MODELS)
