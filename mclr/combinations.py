@@ -1,4 +1,4 @@
-"""Which contrast, strength, bound and beta go with which objective: one table for mclr.Objective and for the configuration.
+"""The names of objectives, contrasts and schedules, and which settings go together: for mclr.Objective and for the configuration.
 
 This file imports no torch, so that the configuration can be checked at once.
 """
@@ -17,6 +17,7 @@ CONTRASTS = {
     "ddo": ("generated",),
 }
 WITH_REFERENCE = ("cc_dpo", "cca", "ddo")
+SCHEDULES = ("constant", "ramp", "interval", "negative_window")  # kinds, which mclr/schedule.py computes
 
 
 def objective_conflicts(

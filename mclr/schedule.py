@@ -7,7 +7,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-KINDS = ("constant", "ramp", "interval", "negative_window")
+from mclr.combinations import SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Schedule:
     below: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"schedule kind {self.kind!r} is not one of {', '.join(KINDS)}")
+        if self.kind not in SCHEDULES:
+            raise ValueError(f"schedule kind {self.kind!r} is not one of {', '.join(SCHEDULES)}")
         if not isinstance(self.weight, Real) or not math.isfinite(self.weight):
             raise ValueError(f"weight={self.weight!r} of a schedule is no finite number")
         if not (0 <= self.low <= self.high <= 1 and 0 <= self.turn <= 1 and 0 < self.below <= 1):

@@ -1,38 +1,24 @@
-"""The options of every network, with their ranges. Without torch, so that a configuration is checked before anything heavy is imported.
+"""The options of every network, with their ranges. Without torch and pydantic, so that importing them costs nothing.
 
 What a run decides by its data and its encoder (GIVEN, below) comes first in each class; a preset sets the rest as model.net.
 """
 
 # ruff: noqa: RUF009  option() makes constants
-import math
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from dataclasses import MISSING, dataclass, field
+from functools import partial
+from typing import Annotated, Any, get_origin, get_type_hints
 
 
-@dataclass(frozen=True)
 class Within:
-    """The range of a number, or the length of a list. pydantic reads it through __get_pydantic_core_schema__."""
+    """The range of a number, or the length of a list: gt, ge, lt, le, min_length, max_length. pydantic reads it (configs/schema)."""
 
-    gt: float | None = None
-    ge: float | None = None
-    lt: float | None = None
-    le: float | None = None
-    min_length: int | None = None
-    max_length: int | None = None
+    def __init__(self, **limits: float):
+        self.limits = limits
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> dict[str, Any]:
         # a list in YAML is a tuple here, also where types are strict
-        strict = {"strict": False} if get_origin(source) is tuple else {}
-        return handler(source) | strict | {name: bound for name, bound in vars(self).items() if bound is not None}
-
-    def holds(self, value: Any) -> bool:
-        """Whether a number, or the length of a tuple, is in the range."""
-        if isinstance(value, tuple):
-            return (self.min_length or 0) <= len(value) <= (math.inf if self.max_length is None else self.max_length)
-        low = (self.gt is None or value > self.gt) and (self.ge is None or value >= self.ge)
-        return low and (self.lt is None or value < self.lt) and (self.le is None or value <= self.le)
+        return handler(source) | self.limits | ({"strict": False} if get_origin(source) is tuple else {})
 
 
 Size = Annotated[int, Within(gt=0, le=2**16)]  # of images and layers
@@ -42,7 +28,7 @@ Positive = Annotated[float, Within(gt=0)]
 Fraction = Annotated[float, Within(ge=0, le=1)]
 Dropout = Annotated[float, Within(ge=0, lt=1)]
 Sizes = Annotated[tuple[Size, ...], Within(min_length=1, max_length=16)]
-MaybeSizes = Annotated[tuple[Size, ...], Within(max_length=16)]
+MaybeSizes = Annotated[tuple[Size, ...], Within(min_length=0, max_length=16)]
 
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # sides of the published token maps
 SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
@@ -75,24 +61,8 @@ class Options:
         yield from ()
 
 
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a value, lists as tuples, is of the type and in the range that an option declares."""
-    kind, *rest = get_args(hint) or (hint,)
-    if get_origin(hint) is Annotated:
-        return fits(value, kind) and (value is None or all(each.holds(value) for each in rest))
-    if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(fits(entry, kind) for entry in value)
-    if rest:
-        return any(fits(value, each) for each in (kind, *rest))
-    if hint is float:
-        return type(value) in (int, float) and abs(value) <= sys.float_info.max
-    return type(value) is hint
-
-
-def hints_of(options: type) -> dict[str, Any]:
-    """Name -> type with its range, of every option."""
-    hints = get_type_hints(options, include_extras=True)
-    return {each.name: hints[each.name] for each in fields(options)}
+# name -> type with its range, of every option of a config
+hints_of = partial(get_type_hints, include_extras=True)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 
 from mclr.combinations import WITH_REFERENCE, objective_conflicts
-from mclr.configs.schema.config import RunConfig, fields_of, flatten
+from mclr.configs.schema.config import RunConfig, flatten, settings_of
 from mclr.configs.schema.model import VAE_FACTOR, DiffusionModel
 from mclr.models.options import TRAINING
 from mclr.models.registry import NETWORKS
@@ -46,10 +46,10 @@ def _needs(config: RunConfig) -> Iterator[str]:
     for key, schedule in (("objective.schedule", objective.schedule), ("sample.schedule", sample.schedule)):
         for kind, names in (("interval", ("low", "high")), ("negative_window", ("turn", "below"))):
             rows.append((" ".join(f"{key}.{name}" for name in names), f"{key}.kind={kind}", schedule.kind == kind))
-    values, fields = flatten(config), fields_of(model.kind)
+    values, settings = flatten(config), settings_of(NETWORKS[model.kind])
     for keys, needed, there in rows:
         for key in keys.split() if not there else ():
-            if key in values and values[key] != fields[key].default:
+            if key in values and values[key] != settings[key].get("default"):
                 value = values[key] if isinstance(values[key], str) else json.dumps(values[key])
                 yield f"{key}={value} needs {needed}"
 

@@ -23,7 +23,7 @@ class Data(Section):
     flip: bool = setting(False, "Mirror half of the images, at random")
     balanced: bool = setting(False, "Draw every condition equally often; else every image")
     label: str = setting(
-        "cls", "Of a stream: the kind of file that holds the condition; or json.NAME, an entry of the .json", pattern=LABEL
+        "cls", "Streams: ending of the file that holds the condition, or json.NAME for an entry of the .json file", pattern=LABEL
     )
     damaged: Fraction = setting(0.001, "Largest share of unreadable images that training passes over; more end the run")
 

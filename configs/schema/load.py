@@ -8,9 +8,10 @@ from pydantic import ValidationError
 
 from mclr.combinations import CONTRASTS
 from mclr.configs.schema.checks import conflicts
-from mclr.configs.schema.config import RunConfig, config_class, kind_of_model
+from mclr.configs.schema.config import RunConfig, config_class
 from mclr.configs.schema.data import Data
 from mclr.configs.schema.messages import invalid, user_error
+from mclr.configs.schema.model import kind_of_model
 from mclr.configs.schema.presets import merge, parse_override, read_preset, read_yaml
 from mclr.configs.schema.strict_yaml import Dumper
 from mclr.models.registry import NETWORKS
@@ -34,11 +35,11 @@ def load(model: str, objective: str, data: str, engine: str, overrides: list[str
 
 def from_dict(sections: dict[str, Any]) -> RunConfig:
     """A validated config. For mclr the contrast `auto` becomes posterior (diffusion) or null (next_scale)."""
-    kind = kind_of_model(sections.get("model"))
+    network = NETWORKS[kind_of_model(sections.get("model"))]
     try:
-        config: RunConfig = config_class(NETWORKS[kind]).model_validate(sections)
+        config: RunConfig = config_class(network).model_validate(sections)
     except ValidationError as error:
-        raise invalid(error, kind) from None
+        raise invalid(error, network) from None
     if config.objective.contrast == "auto":
         tokens = config.objective.name == "mclr" and config.model.paradigm == "next_scale"
         contrast = "null" if tokens else CONTRASTS[config.objective.name][0]
@@ -64,4 +65,4 @@ def load_data(name: str) -> Data:
     try:
         return Data.model_validate(read_preset("data", name).get("data", {}))
     except ValidationError as error:
-        raise invalid(error, "edm2", ("data",)) from None
+        raise invalid(error, NETWORKS["edm2"], ("data",)) from None

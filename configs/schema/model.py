@@ -1,13 +1,15 @@
 """The model section, one class per paradigm: the network, its weights, and its encoder."""
 
+import json
 from dataclasses import MISSING, fields
 from typing import Any, Literal
 
-from pydantic import Field, create_model
+from pydantic import Field, TypeAdapter, ValidationError, create_model
 
 from mclr.configs.schema.section import Positive, Section, Size, Whole, setting
+from mclr.errors import UserError
 from mclr.models.options import GIVEN, hints_of
-from mclr.models.registry import Network
+from mclr.models.registry import Network, kinds_of
 
 VAE_FACTOR = 8  # pixels per latent along a side (train/data/encoders.py, Latents)
 
@@ -25,6 +27,15 @@ def net_section(network: Network) -> type[Section]:
     return create_model(network.config.__name__, __base__=Section, __doc__=network.config.__doc__, **sections)
 
 
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value, lists as tuples, is of the type and in the range of an option (models/options.py)."""
+    try:
+        TypeAdapter(hint, config=Section.model_config).validate_python(value)
+    except ValidationError:
+        return False
+    return True
+
+
 class Posterior(Section):
     """The noise-conditional classifier p(c | x_t) of the contrasts posterior and weighted."""
 
@@ -37,6 +48,10 @@ class Posterior(Section):
     )
 
 
+PARADIGM = "diffusion: denoises pixels or latents; next_scale: predicts tokens, scale by scale"
+KIND = "edm2 (diffusion), var (next_scale), or one of your own in models/registry.py; not given: edm2 or var"
+
+
 class _Model(Section):
     """The settings that all models share."""
 
@@ -46,16 +61,19 @@ class _Model(Section):
     )
     class_map: str | None = setting(
         None,
-        "Classes of the weights: JSON file {class here: condition there, or null}, `fresh` or `same`; null: other classes are refused",
+        "Conditions of model.weights. same: those of the data; fresh: all start anew; or a JSON file {class here: condition there, or "
+        "null}; null: the same number is taken as the same, any other is refused",
     )
+    paradigm: str = setting(..., PARADIGM)
+    kind: str = setting(..., KIND)
+    net: Any = setting(..., "Options of the network")  # its net_section()
 
 
 class DiffusionModel(_Model):
     """A diffusion model, on pixels or latents."""
 
-    paradigm: Literal["diffusion"] = setting(..., "Kind of model")
-    kind: str = setting("edm2", "Kind of network in models/registry.py; not given: edm2 for diffusion, var for next_scale")
-    net: Any = setting(..., "Options of the network")  # its net_section()
+    paradigm: Literal["diffusion"] = setting(..., PARADIGM)
+    kind: str = setting("edm2", KIND)
     vae: str | None = setting(None, "Encoder of latents: folder of a diffusers AutoencoderKL or hf://ORG/REPO; null: pixels")
     noise_mean: float = setting(-0.4, "Mean of ln sigma in training")
     noise_std: Positive = setting(1.0, "Standard deviation of ln sigma in training")
@@ -66,10 +84,25 @@ class DiffusionModel(_Model):
 class NextScaleModel(_Model):
     """A next-scale model, on tokens."""
 
-    paradigm: Literal["next_scale"] = setting(..., "Kind of model")
-    kind: str = setting("var", "Kind of network in models/registry.py; not given: edm2 for diffusion, var for next_scale")
-    net: Any = setting(..., "Options of the network")  # its net_section()
+    paradigm: Literal["next_scale"] = setting(..., PARADIGM)
+    kind: str = setting("var", KIND)
     tokenizer: str = setting(..., "Weights of the tokenizer: a folder, bundled name or published file")
 
 
 MODELS: dict[str, type[Section]] = {"diffusion": DiffusionModel, "next_scale": NextScaleModel}
+
+
+def kind_of_model(model: Any) -> str:
+    """The kind of network that an unchecked model section names, or the default of its paradigm.
+
+    Raises UserError for an unknown paradigm, or a kind that the paradigm does not have.
+    """
+    # other faults of the section are found when its settings are validated
+    given = model if isinstance(model, dict) else {"paradigm": "diffusion"}
+    paradigm = given.get("paradigm")
+    if paradigm not in list(MODELS):
+        raise UserError(f"model.paradigm={json.dumps(paradigm, default=str)}: expected {' or '.join(MODELS)}")
+    kind, kinds = given.get("kind", MODELS[paradigm].model_fields["kind"].default), kinds_of(paradigm)
+    if kind not in kinds:
+        raise UserError(f"model.kind={json.dumps(kind, default=str)}: expected {' or '.join(kinds)}")
+    return kind

@@ -1,40 +1,63 @@
 """The objective section, and the schedule of a weight (objective.lam, sample.gamma)."""
 
-from typing import Annotated, Literal
+from itertools import chain
+from typing import Annotated
 
 from pydantic import BeforeValidator
 
-from mclr.configs.schema.section import Fraction, Positive, Section, setting
+from mclr.combinations import CONTRASTS, SCHEDULES
+from mclr.configs.schema.section import Fraction, OneOf, Positive, Section, setting
 
 
 class Schedule(Section):
     """The shape of a weight over progress (mclr/schedule.py). configs/README.md says what progress is."""
 
-    kind: Literal["constant", "ramp", "interval", "negative_window"] = setting(
-        "constant", "Shape: the same everywhere; rising from 0; 0 outside an interval; negative from some progress on"
+    kind: Annotated[str, OneOf(SCHEDULES)] = setting(
+        "constant",
+        "constant: the weight everywhere; ramp: weight x progress; interval: the weight from low to high, else 0; "
+        "negative_window: the weight before turn, minus below from turn on",
     )
-    low: Fraction = setting(0.0, "Of interval: progress at which the weight begins")
-    high: Fraction = setting(1.0, "Of interval: progress at which the weight ends")
-    turn: Fraction = setting(0.5, "Of negative_window: progress from which the weight is negative")
-    below: float = setting(1.0, "Of negative_window: from there on the weight is minus this", gt=0, le=1)
-
-
-Contrast = Literal["auto", "uniform", "weighted", "posterior", "null", "none", "marginal", "generated"]
+    low: Fraction = setting(0.0, "interval: progress at which the weight begins")
+    high: Fraction = setting(1.0, "interval: progress at which the weight ends")
+    turn: Fraction = setting(0.5, "negative_window: progress from which the weight is negative")
+    below: float = setting(1.0, "negative_window: size of the negative weight; in training less than 1", gt=0, le=1)
 
 
 class Objective(Section):
     """What training minimises (mclr/objective.py); mclr/combinations.py says which settings go together."""
 
-    name: Literal["mle", "mclr", "unlearn", "cc_dpo", "cca", "ddo"] = setting(..., "Objective, as mclr/README.md explains it")
-    # YAML reads the word null as nothing.
-    contrast: Annotated[Contrast, BeforeValidator(lambda value: "null" if value is None else value)] = setting(
-        "auto", "What the matched condition is compared with; auto: for mclr posterior (diffusion) or null (next_scale)"
+    name: Annotated[str, OneOf(CONTRASTS)] = setting(
+        ...,
+        "mle: maximum likelihood, plain training; mclr: likelihood under the sample's own condition against that under a contrast; "
+        "unlearn: plain training, and less likelihood under the contrast; cc_dpo, cca, ddo: likelihood ratios to the reference, a frozen "
+        "copy of the weights at the start. Formulas: mclr/README.md",
     )
-    lam: float = setting(..., "Strength; mclr's optimum is guidance of total weight 1 + lam; of ddo: its alpha")
+    # YAML reads the word null as nothing.
+    contrast: Annotated[
+        str,
+        OneOf(dict.fromkeys(chain(["auto"], *CONTRASTS.values()))),
+        BeforeValidator(lambda value: "null" if value is None else value),
+    ] = setting(
+        "auto",
+        "What the sample's own condition is compared with. auto: the only one of the objective; of mclr posterior (diffusion) or null "
+        "(next_scale). posterior: a condition drawn from p(c given the noisy sample); weighted: any condition, weighted by that; "
+        "uniform: another condition at random; null: the null condition; none: nothing (mle); marginal: a condition as in training "
+        "(cca); generated: samples of the reference (ddo)",
+    )
+    lam: float = setting(
+        ..., "Strength: of mclr, training aims at guidance of total weight 1 + lam; 0: plain training (mle); of ddo: its alpha"
+    )
     schedule: Schedule = Schedule()
     bound: Positive | None = setting(
-        None, "Of mclr on tokens: ratio in nats beyond which the contrast has no gradient; null: none"
+        None,
+        "mclr of a next_scale model, not with contrast null: ratio in nats beyond which the contrast has no gradient; null: no bound",
     )
-    beta: Positive | None = setting(None, "Of cc_dpo, cca, ddo: scale of the log-likelihood ratio to the reference")
-    generated: str | None = setting(None, "Of ddo: dataset folder of samples of the reference, made by `mclr sample --dataset`")
-    truncate: float = setting(0.02, "Share of the posterior, its least likely classes, that is never drawn", ge=0, lt=0.5)
+    beta: Positive | None = setting(
+        None, "cc_dpo, cca, ddo (required there): factor of the log-likelihood ratio to the reference; else null"
+    )
+    generated: str | None = setting(
+        None, "ddo (required there): dataset folder of samples of the reference, made by `mclr sample --dataset`; else null"
+    )
+    truncate: float = setting(
+        0.02, "posterior: total probability of the least likely conditions, which are never drawn", ge=0, lt=0.5
+    )

@@ -12,6 +12,7 @@ from mclr.configs.schema.strict_yaml import MOST_LEVELS, parse_yaml
 from mclr.errors import UserError
 
 PRESETS = Path(__file__).parent.parent
+ENDINGS = (".yaml", ".yml")
 
 
 def merge(base: dict[str, Any], patch: dict[str, Any]) -> None:
@@ -42,25 +43,26 @@ def parse_override(override: str) -> dict[str, Any]:
 
 
 def read_preset(kind: str, name: str) -> dict[str, Any]:
-    """The sections of a preset in configs/<kind>, of a YAML file, or (data) of a prepared folder, merged with those of its base."""
-    presets = {path.stem: path for path in sorted((PRESETS / kind).glob("*.yaml"))}
-    file = Path(name) if name.endswith((".yaml", ".yml")) else presets.get(name)
-    if file is not None:
-        sections = read_yaml(file)
-        return _on_base(kind, file, sections) if "base" in sections else sections
-    if kind == "data" and Path(name).is_dir():
+    """The sections of a preset in configs/<kind>, of a YAML file, or (data) of a prepared folder, merged over those of its base.
+
+    base: a preset, a recipe, or a YAML file, whose path is relative to the file that names it.
+    """
+    presets, recipes = (
+        {path.stem: path for path in sorted((PRESETS / folder).glob("*.yaml"))} for folder in (kind, f"{kind}/recipes")
+    )
+    file = Path(name) if name.endswith(ENDINGS) else presets.get(name)
+    if file is None and kind == "data" and Path(name).is_dir():
         return {"data": _read_dataset(Path(name))}
-    close = difflib.get_close_matches(name, presets, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
-    other = "a folder made by `mclr prepare`" if kind == "data" else "the path of a YAML file"
-    raise UserError(f"unknown {kind} {name}{hint} (known: {', '.join(presets)}; or {other})")
-
-
-def _on_base(kind: str, file: Path, sections: dict[str, Any]) -> dict[str, Any]:
-    """Merge the sections of a file over those of its base: a recipe, a preset, or a YAML file (its path is relative to this file)."""
-    base = str(sections.pop("base"))
-    known = {path.stem: path for folder in ("recipes", "") for path in sorted((PRESETS / kind / folder).glob("*.yaml"))}
-    found = file.parent / base if base.endswith((".yaml", ".yml")) else known.get(base)
+    if file is None:
+        close = difflib.get_close_matches(name, presets, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        other = "a folder made by `mclr prepare`" if kind == "data" else "the path of a YAML file"
+        raise UserError(f"unknown {kind} {name}{hint} (known: {', '.join(presets)}; or {other})")
+    sections = read_yaml(file)
+    if "base" not in sections:
+        return sections
+    base, known = str(sections.pop("base")), recipes | presets
+    found = file.parent / base if base.endswith(ENDINGS) else known.get(base)
     if found is None:
         raise UserError(f"{file}: unknown base {base} (known: {', '.join(known)}; or the path of a YAML file)")
     merged = read_yaml(found)

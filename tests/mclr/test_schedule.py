@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mclr.schedule import KINDS, NONE, Schedule
+from mclr.combinations import SCHEDULES
+from mclr.schedule import NONE, Schedule
 
 PROGRESS = [0.0, 0.2, 0.5, 0.8, 1.0]
 WEIGHTS = [
@@ -38,7 +39,7 @@ def test_it_jumps_at_its_bounds_alone_and_knows_when_it_is_zero(schedule):
 
 
 def test_every_kind_is_covered():
-    assert {schedule.kind for schedule, _ in WEIGHTS} == set(KINDS)
+    assert {schedule.kind for schedule, _ in WEIGHTS} == set(SCHEDULES)
 
 
 @pytest.mark.parametrize(

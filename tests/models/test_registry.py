@@ -12,8 +12,9 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 
+from mclr.configs.schema import fits
 from mclr.models.conditions import map_rows
-from mclr.models.options import Conditions, Options, Size, Sizes, fits, hints_of, option
+from mclr.models.options import Conditions, Options, Size, Sizes, hints_of, option
 from mclr.models.registry import NETWORKS, Network, fold, share_of
 from mclr.models.var import Head
 from mclr.train import convert, run, sample
@@ -133,7 +134,7 @@ def test_a_wrong_option_of_ones_own_network_is_one_line(tmp_path, monkeypatch, c
     (tmp_path / "tiny.yaml").write_text(preset("diffusion"))
     argv = ["--model", str(tmp_path / "tiny.yaml"), "--objective", "mclr", "--data", "digits", "--dry-run"]
     for setting, line in (
-        ("model.net.width=0", "model.net.width=0 is out of range: must be > 0 and <= 65536"),
+        ("model.net.width=0", "model.net.width=0: expected an integer > 0 and <= 65536"),
         ("model.net.widht=4", "unknown key model.net.widht; did you mean model.net.width?"),
         ("model.net.model_channels=4", "unknown key model.net.model_channels; only networks of kind edm2 have it"),
         (

@@ -7,7 +7,8 @@ which they carry too, is never looked at.
 from collections.abc import Iterator
 from typing import Any
 
-from mclr.models.options import EDM2Config, fits, hints_of
+from mclr.configs.schema import fits
+from mclr.models.options import EDM2Config, hints_of
 from mclr.train.weights.unpickler import Module, View, refuse
 
 LONGEST = 200  # letters of an entry's name; EDM2's have 36

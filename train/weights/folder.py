@@ -18,7 +18,7 @@ from mclr.configs import schema
 from mclr.errors import UserError
 from mclr.models.conditions import Sources, map_conditions
 from mclr.models.convert import misfits
-from mclr.models.options import TRAINING, fits, hints_of
+from mclr.models.options import TRAINING, hints_of
 from mclr.models.registry import NETWORKS, kind_of
 from mclr.train.system.files import (
     cache_folder,
@@ -256,7 +256,7 @@ def load_net(name: str, *kinds: str) -> nn.Module:
     hints, settings = hints_of(config_class), settings_of(described)
     try:
         for key, value in settings.items():
-            if key in hints and not fits(value, hints[key]):
+            if key in hints and not schema.fits(value, hints[key]):
                 raise ValueError(f"{key} {value!r:.40}")
         tensors = read_tensors(folder)
         # first without memory: options may ask for any size
