@@ -1,7 +1,7 @@
-"""`python -m kernels.bench`: times every operation in plain torch, compiled, in other people's code and in ours; tables and a plot.
+"""`python -m kernels.bench`: times every operation in plain torch, compiled, in other people's code and in ours.
 
 examples:
-  python -m kernels.bench --json gpu.json --plot plots
+  python -m kernels.bench --json gpu.json
   python -m kernels.bench --json gpu.json --only token_logp --shapes d30
   python -m kernels.bench --publish gpu.json
 
@@ -23,32 +23,45 @@ the cache. `forward` keeps what backward needs.
 
 import argparse
 import importlib.util
+import re
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
-from mclr.kernels.arms import Arm, arms, sized
 from mclr.kernels.choice import using
-from mclr.kernels.op import DTYPES, TOLERANCE, Cost, Op, Shape, as_tuple, cdiv, check, flat, leaves, moved
+from mclr.kernels.op import DTYPES, TOLERANCE, Op, Shape, as_tuple, cdiv, check, leaves, moved, triton
 from mclr.kernels.registry import OPS
-from mclr.kernels.results import PASSES, Row, dump, load, machine, plot, publish, tables, write
+from mclr.kernels.results import PASSES, Row, dump, load, machine, publish, tables, write
 from mclr.kernels.timing import Parser, Turn, above_0, brief, rates, spread, take_turns
 
 # milliseconds of a round, of the warm-up, of all rounds; most calls of a round; fewest and most rounds
-BATCH_MS, WARM_UP_MS, ROW_MS, MOST_CALLS, LEAST_ROUNDS, ROUNDS = 2.0, 50.0, {"cuda": 1000.0, "cpu": 300.0}, 200, 3, 20
+BATCH_MS, WARM_UP_MS, ARM_MS, MOST_CALLS, LEAST_ROUNDS, ROUNDS = 2.0, 50.0, {"cuda": 1000.0, "cpu": 300.0}, 200, 3, 20
 SAME = 0.05
 CPU_CACHE = 32 << 20
 
 
 @dataclass(frozen=True)
+class Arm:
+    """One way to compute an operation. kernels: the mode in which it runs (choice.using). allowed: how far from the first arm it may be."""
+
+    call: Callable[..., Any]
+    kernels: str = "torch"
+    allowed: float = SAME
+
+
+@dataclass(frozen=True)
 class Sample:
-    """Inputs of one call, those of them that get gradients, and the upstream gradients (empty if nothing gets gradients)."""
+    """Inputs of one call, those of them that get gradients, and the upstream gradients."""
 
     inputs: dict[str, Any]
     wanted: list[Tensor]
@@ -58,43 +71,87 @@ class Sample:
         inputs = moved(self.inputs, torch.clone)
         return Sample(inputs, list(leaves(inputs).values()), [t.clone() for t in self.upstream])
 
-
-@dataclass
-class Entry:
-    """The forward of one arm, or its forward and backward. turn.failed: why there is no time. apart, peak: columns of the table."""
-
-    name: str
-    arm: Arm
-    backward: bool
-    turn: Turn
-    apart: float | None = None
-    peak: int | None = None
-
-    def call(self, sample: Sample) -> list[Tensor]:
-        outputs = as_tuple(self.arm.call(**sample.inputs))
-        return [*outputs, *(torch.autograd.grad(outputs, sample.wanted, sample.upstream) if self.backward else ())]
+    def pass_through(self, arm: Arm, backward: bool) -> list[Tensor]:
+        """The outputs of the arm and, with `backward`, the gradients."""
+        outputs = as_tuple(arm.call(**self.inputs))
+        return [*outputs, *(torch.autograd.grad(outputs, self.wanted, self.upstream) if backward else ())]
 
 
-def is_ours(arm: str) -> bool:
-    return arm.startswith("ours/")
+def liger() -> Arm | None:
+    """Liger's fused Linear and cross-entropy, with a value per token; None if Liger is not installed."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return None
+    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="none")
+
+    def call(hidden_RLD: Tensor, weight_VD: Tensor, bias_V: Tensor, tokens_BL: Tensor, index_R: Tensor) -> Tensor:
+        tokens_RL = tokens_BL[index_R]
+        weight, bias = weight_VD.to(hidden_RLD.dtype), bias_V.to(hidden_RLD.dtype)
+        return -loss(weight, hidden_RLD.flatten(0, 1), tokens_RL.flatten(), bias).view(tokens_RL.shape)
+
+    return Arm(call)
+
+
+def arms(op: Op, dtype: torch.dtype, gpu: bool) -> dict[str, Arm | None]:
+    """Arms by name. The first is the definition; None: not installed. Make them anew for every shape, so that each is compiled for it."""
+    near = 4 * TOLERANCE[dtype]
+    found: dict[str, Arm | None] = {"eager": Arm(op.definition)}
+    if gpu:
+        found["torch.compile"] = Arm(torch.compile(op.definition, dynamic=False))
+    if gpu and op.name == "token_logp":
+        found["Liger"] = liger()
+    found["ours/torch"] = Arm(op.run, "torch", near)
+    if gpu:
+        found["ours/triton"] = Arm(op.run, "triton", near) if triton else None
+    return found
+
+
+def sized(op: Op, gpu: bool) -> dict[str, Shape]:
+    """The shapes to time, by name. On a CPU their sizes in `narrow` are cut, and equal shapes are timed once."""
+    if gpu:
+        return op.shapes
+    cut: dict[str, Shape] = {}
+    for name, shape in op.shapes.items():
+        if shape | op.narrow not in cut.values():
+            sizes = " ".join(f"{size}={n}" for size, n in op.narrow.items())
+            cut[f"{re.sub(', [0-9]+ pairs', '', name)}, cut to {sizes}"] = shape | op.narrow
+    return cut
 
 
 def draw(op: Op, device: torch.device, dtype: torch.dtype, shape: Shape) -> Sample:
     inputs = moved(op.draw(shape, dtype, torch.Generator().manual_seed(0)), lambda t: t.to(device))
-    wanted = list(leaves(inputs).values())
     with using("torch"):
-        upstream = [torch.randn_like(out) for out in as_tuple(op.run(**inputs))] if wanted else []
-    return Sample(inputs, wanted, upstream)
+        upstream = [torch.randn_like(out) for out in as_tuple(op.run(**moved(inputs, torch.clone)))]
+    return Sample(inputs, list(leaves(inputs).values()), upstream)
+
+
+def size(values: Any) -> int:
+    """Bytes of the tensors among these values."""
+    return sum(t.nbytes for t in tree_leaves(values) if isinstance(t, Tensor))
 
 
 def copies_of(sample: Sample, device: torch.device) -> list[Sample]:
     """Copies to time. Their inputs together are three times as large as the cache."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else CPU_CACHE
-    size = sum(t.nbytes for t in flat(sample.inputs).values() if isinstance(t, Tensor))
-    return [sample.copy() for _ in range(min(max(2, cdiv(3 * cache, size)), 256))]
+    return [sample.copy() for _ in range(min(max(2, cdiv(3 * cache, size(sample.inputs))), 256))]
 
 
-def distance(found: list[Tensor], true: list[Tensor]) -> float:
+def least_work(op: Op, sample: Sample) -> list[dict[str, int]]:
+    """Of each pass: the bytes of its inputs and results, each read or written once, and the FLOPs of its matrix products."""
+    meta = moved(sample.inputs, lambda t: t.to("meta"))
+    wanted, read, results = list(leaves(meta).values()), size(meta), size(sample.upstream)
+    with FlopCounterMode(display=False) as counter:
+        outputs = as_tuple(op.definition(**meta))
+        found = [{"bytes": read + results, "flops": counter.get_total_flops()}]
+        if wanted:
+            torch.autograd.grad(outputs, wanted, [torch.empty_like(out) for out in outputs])
+            again = results + read * op.rereads + size(wanted)
+            found.append({"bytes": found[0]["bytes"] + again, "flops": counter.get_total_flops()})
+    return found
+
+
+def distance(found: Iterable[Tensor], true: Iterable[Tensor]) -> float:
     """The largest relative RMS difference of a result; NaN if one is NaN."""
 
     def one(f: Tensor, t: Tensor) -> Tensor:
@@ -104,107 +161,88 @@ def distance(found: list[Tensor], true: list[Tensor]) -> float:
     return torch.stack([one(f, t) for f, t in zip(found, true, strict=True)]).max().item()
 
 
-def prepare(
-    entry: Entry, first: list[Tensor] | None, allowed: float, drawn: Sample, copies: list[Sample], device: torch.device
-) -> list[Tensor]:
-    """Warm an entry up, set its apart, peak and turn, and return its results. first: the results of the first arm.
-
-    allowed: how large apart may be.
-    """
-    # a copy, since an arm may work in place
-    sample = drawn.copy()
-    with using(entry.arm.kernels):
-        results = [t.detach() for t in entry.call(sample)]
-        if first is not None:
-            entry.apart = distance(results, first)
-            if not entry.apart <= allowed:
-                entry.turn.failed = f"a result is {entry.apart:.2g} from the first arm's"
-                return results
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-            entry.call(sample)
-            entry.peak = torch.cuda.max_memory_allocated(device) - before
-    entry.turn = Turn(lambda i: entry.call(copies[i % len(copies)]), 1, entry.arm.kernels)
+def turn_of(arm: Arm, backward: bool, copies: list[Sample], device: torch.device) -> Turn:
+    """Warm up one pass of an arm, and choose how many calls and rounds of it are timed."""
+    turn = Turn(lambda i: copies[i % len(copies)].pass_through(arm, backward), 1, arm.kernels)
     began = time.perf_counter()
-    while not entry.turn.times or 1000 * (time.perf_counter() - began) < WARM_UP_MS:
-        entry.turn.take(device)
-        entry.turn.calls = 5
-    ms = min(entry.turn.times)
+    while not turn.times or 1000 * (time.perf_counter() - began) < WARM_UP_MS:
+        turn.take(device)
+        turn.calls = 5
+    ms = min(turn.times)
     calls = min(max(1, round(BATCH_MS / ms)), MOST_CALLS)
-    rounds = min(ROUNDS, max(LEAST_ROUNDS, int(ROW_MS[device.type] / (calls * ms))))
-    entry.turn = replace(entry.turn, calls=calls, rounds=rounds, done=0, times=[], host=[])
-    return results
+    rounds = min(ROUNDS, max(LEAST_ROUNDS, int(ARM_MS[device.type] / (calls * ms))))
+    return Turn(turn.work, rounds, arm.kernels, calls)
 
 
 def wrong_when_tiny(op: Op, device: torch.device) -> str:
     """Check ours on this device, at the sizes of the tests, in fp32, fp16 and bf16. Returns what is wrong, or an empty text."""
-    ours = {name: arm for name, arm in arms(op, device.type == "cuda").items() if arm and is_ours(name)}
+    ours = {name: arm for name, arm in arms(op, torch.float32, device.type == "cuda").items() if arm and name.startswith("ours/")}
     cases = [(name, arm, *each, *dtype) for name, arm in ours.items() for each in op.tiny.items() for dtype in DTYPES.items()]
     for name, arm, at, shape, word, dtype in cases:
         try:
-            errors = check(replace(op, run=arm.call), device, dtype, shape, arm.kernels)
-            says = next((f"{e.name} is {e.relative:.2g} off, allowed {e.allowed:.2g}" for e in errors if not e.ok), "")
+            wrong = check(replace(op, run=arm.call), device, dtype, shape, arm.kernels)
         except Exception as error:
-            says = brief(error)
-        if says:
-            return f"{name}: {at}, {word}: {says}"
+            wrong = [brief(error)]
+        if wrong:
+            return f"{name}: {at}, {word}: {wrong[0]}"
     return ""
 
 
-def measure(
-    op: Op, shape: Shape, dtype: torch.dtype, device: torch.device, reached: dict[str, float], red: str = ""
-) -> list[Row]:
-    """Time every arm of an operation at one shape if its results are near those of the first arm. Returns a row per arm and pass.
+def untimed(arm: str, why: str, red: bool = False) -> Row:
+    return {"arm": arm, "why": why, "red": red, "apart": None, "peak_bytes": None, "passes": {}}
 
-    red: what is wrong with ours, if that is known; then there are no times.
-    """
+
+def measure(op: Op, shape: Shape, dtype: torch.dtype, device: torch.device, reached: dict[str, float]) -> list[Row]:
+    """A row per arm at one shape: the times of its passes, if their results are near those of the first arm, else the reason."""
     # forget what was compiled at other shapes: torch would compile with dynamic sizes now
     torch.compiler.reset()
-    made = arms(op, device.type == "cuda")
-    present = {name: arm for name, arm in made.items() if arm}
-    why, copies = red, list[Sample]()
     try:
-        if not red:
-            drawn = draw(op, device, dtype, shape)
-            copies = copies_of(drawn, device)
+        drawn = draw(op, device, dtype, shape)
+        copies = copies_of(drawn, device)
     except torch.OutOfMemoryError as error:
-        why = brief(error)
-    entries: list[Entry] = []
-    for backward in (False, True) if not copies or drawn.wanted else (False,):
-        first = None
-        for name, arm in present.items():
-            entry = Entry(name, arm, backward, Turn(lambda i: None, 0, failed=why))
-            entries.append(entry)
+        return [untimed("eager", brief(error))]
+    work = least_work(op, drawn)
+    rows, turns, first = {}, dict[Any, Turn](), dict[bool, list[Tensor]]()
+    for name, arm in arms(op, dtype, device.type == "cuda").items():
+        row = rows[name] = untimed(name, "" if arm else "not installed")
+        for backward in (False, True)[: len(work) if arm else 0]:
             try:
-                if not why:
-                    results = prepare(entry, first, 4 * TOLERANCE[dtype] if is_ours(name) else SAME, drawn, copies, device)
-                    first = results if name == next(iter(present)) else first
+                assert arm is not None
+                # a copy, since an arm may work in place
+                sample = drawn.copy()
+                with using(arm.kernels):
+                    results = [t.detach() for t in sample.pass_through(arm, backward)]
+                    row["apart"] = distance(results, first.setdefault(backward, results))
+                    if not row["apart"] <= arm.allowed:
+                        raise ArithmeticError(f"a result is {row['apart']:.2g} from the first arm's")
+                    if device.type == "cuda":
+                        torch.cuda.reset_peak_memory_stats(device)
+                        before = torch.cuda.memory_allocated(device)
+                        sample.pass_through(arm, backward)
+                        row["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
+                turns[name, backward] = turn_of(arm, backward, copies, device)
             except Exception as error:
-                entry.turn.failed = brief(error)
-    take_turns({i: entry.turn for i, entry in enumerate(entries)}, device)
-    absent = [{"arm": name, "pass": PASSES[0], "why": "not installed", "red": False} for name in made if name not in present]
-    return [row | reached for row in [*(row_of(entry, op.cost(shape, dtype), reached) for entry in entries), *absent]]
-
-
-def row_of(entry: Entry, cost: Cost, reached: dict[str, float]) -> Row:
-    turn, why = entry.turn, entry.turn.failed
-    least, flops = cost.forward_bytes, cost.forward_flops
-    if entry.backward:
-        least, flops = least + cost.backward_bytes, flops + cost.backward_flops
-    row: Row = {"arm": entry.name, "pass": PASSES[entry.backward], "why": why, "bytes": least, "flops": flops}
-    # too little memory is no fault of ours
-    row["red"] = is_ours(entry.name) and bool(why) and "OutOfMemoryError" not in why
-    row["floor_ms"] = max(least / reached["copy_gbs"] / 1e6, flops / reached["product_tflops"] / 1e9)
-    row |= {"apart": entry.apart, "peak_bytes": entry.peak}
-    if not why:
-        row |= spread(turn.times) | {"host_ms": spread(turn.host)["ms"], "rounds": turn.rounds, "calls": turn.calls}
-    return row
+                row["why"] = brief(error)
+                break
+    take_turns(turns, device)
+    for (name, backward), turn in turns.items():
+        floor = max(
+            work[backward]["bytes"] / reached["copy_gbs"] / 1e6, work[backward]["flops"] / reached["product_tflops"] / 1e9
+        )
+        if turn.failed:
+            rows[name]["why"] = turn.failed
+        else:
+            times = spread(turn.times) | {"host_ms": spread(turn.host)["ms"], "floor_ms": floor}
+            rows[name]["passes"][PASSES[backward]] = times | work[backward]
+    for name, row in rows.items():
+        # too little memory is no fault of ours
+        row["red"] = name.startswith("ours/") and row["why"] not in ("", "not installed") and "OutOfMemoryError" not in row["why"]
+    return [row | reached for row in rows.values()]
 
 
 def measure_all(todo: list[tuple[Op, str, Shape]], held: list[Row], args: argparse.Namespace, device: torch.device) -> list[Row]:
     """The rows of all shapes in `todo`. Rows in `held` are not measured again; new ones go to args.json, shape by shape."""
-    facts, until = machine(device) | {"dtype": args.dtype}, time.perf_counter() + 60 * args.minutes
+    facts, until, dtype = machine(device) | {"dtype": args.dtype}, time.perf_counter() + 60 * args.minutes, DTYPES[args.dtype]
     reached: dict[str, float] = {}
     rows: list[Row] = []
     # on a CPU the tests check ours
@@ -216,10 +254,11 @@ def measure_all(todo: list[tuple[Op, str, Shape]], held: list[Row], args: argpar
         if not found and start > until:
             left += 1
         elif not found:
-            new, reached = new + 1, reached or rates(device, DTYPES[args.dtype])
+            new, reached = new + 1, reached or rates(device, dtype)
             if op.name not in tiny:
                 tiny[op.name] = wrong_when_tiny(op, device)
-            found = [same | row for row in measure(op, shape, DTYPES[args.dtype], device, reached, tiny[op.name])]
+            red = [untimed("ours", tiny[op.name], red=True) | reached] if tiny[op.name] else []
+            found = [same | row for row in red or measure(op, shape, dtype, device, reached)]
             held += found
             if args.json:
                 write(args.json, dump(held))
@@ -231,41 +270,20 @@ def measure_all(todo: list[tuple[Op, str, Shape]], held: list[Row], args: argpar
     return rows
 
 
-def held_rows(args: argparse.Namespace) -> list[Row]:
-    """The rows in args.json. Makes the folder args.plot. Raises ValueError if one of them cannot be written."""
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--plot: matplotlib is not installed")
-    held = load(args.json) if args.json else []
-    makers = {args.json: lambda path: write(path, dump(held)), args.plot: lambda path: path.mkdir(parents=True, exist_ok=True)}
-    for path, make in makers.items():
-        try:
-            if path:
-                make(path)
-        except OSError as error:
-            raise ValueError(f"{path} cannot be written ({error.strerror})") from None
-    return held
-
-
 def main(argv: list[str] | None = None) -> int:
     gpu = torch.cuda.is_available()
     parser = Parser("python -m kernels.bench", description=__doc__)
-    add, dtype, names = parser.add_argument, "bf16" if gpu else "fp32", list(OPS)
-    add("--only", nargs="+", choices=names, default=names, metavar="OP", help="of %(choices)s (default: all)")
-    add("--dtype", choices=["bf16", "fp32"], default=dtype, help="of the activations (default here: %(default)s)")
-    add("--shapes", default="", metavar="TEXT", help="only shapes that have TEXT in their names")
-    add(
-        "--minutes",
-        type=above_0(float),
-        default=7.0 if gpu else 2.5,
-        help="begin no shape later than this (default here: %(default)s)",
-    )
+    add, names = partial(parser.add_argument, default=None), list(OPS)
+    add("--only", nargs="+", choices=names, metavar="OP", help="of %(choices)s (default: all)")
+    add("--dtype", choices=["bf16", "fp32"], help="of the activations (default: bf16 on a GPU, else fp32)")
+    add("--shapes", metavar="TEXT", help="only shapes that have TEXT in their names")
+    add("--minutes", type=above_0(float), help="begin no shape later than this (default: 7 on a GPU, else 2.5)")
     add(
         "--json",
         type=Path,
         metavar="FILE",
-        help="keep the rows there; what this machine and code have measured is not measured again",
+        help="keep the rows there; what is there from this machine and code is not measured again",
     )
-    add("--plot", type=Path, metavar="FOLDER", help="draw roofline.png there: every time against its floor")
     add(
         "--publish",
         type=Path,
@@ -273,25 +291,28 @@ def main(argv: list[str] | None = None) -> int:
         help="measure nothing; put the GPU rows of FILE into kernels/RESULTS.json and RESULTS.md",
     )
     args = parser.parse_args(argv)
-    ops = [OPS[name] for name in dict.fromkeys(args.only)]
-    todo = [(op, name, shape) for op in ops for name, shape in sized(op, gpu).items() if args.shapes in name]
+    given = [f"--{name}" for name, value in vars(args).items() if name != "publish" and value is not None]
+    args.dtype, args.minutes = args.dtype or ("bf16" if gpu else "fp32"), args.minutes or (7.0 if gpu else 2.5)
+    ops = [op for name, op in OPS.items() if not args.only or name in args.only]
+    todo = [(op, name, shape) for op in ops for name, shape in sized(op, gpu).items() if (args.shapes or "") in name]
     try:
         if args.publish:
-            given = [f"--{name}" for name, value in vars(args).items() if name != "publish" and value != parser.get_default(name)]
             if given:
                 raise ValueError(f"--publish measures nothing: leave {', '.join(given)} out")
             publish(args.publish)
             return 0
         if not todo:
             raise ValueError(f"--shapes {args.shapes}: no shape has this in its name")
-        held = held_rows(args)
+        held = load(args.json) if args.json else []
+        if args.json:
+            write(args.json, dump(held))
         if not gpu:
             print("No GPU here: the times below are of a CPU, and say nothing about a GPU.\n", flush=True)
         rows = measure_all(todo, held, args, torch.device("cuda" if gpu else "cpu"))
         print(tables(rows))
-        if args.plot and rows:
-            print(f"wrote {plot(rows, args.plot)}", file=sys.stderr)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        parser.error(f"cannot use {error.filename} ({error.strerror})")
+    except ValueError as error:
         parser.error(str(error))
     return 1 if any(row["red"] for row in rows) else 0
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mclr.kernels.op import Cost, Shape, jit, power_of_2, tl, wide
+from mclr.kernels.op import Shape, jit, power_of_2, tl, wide
 
 EPS = 1e-4  # added to every RMS; published weights were trained with it
 SILU = 0.596  # RMS of silu(x) for unit normal x
@@ -116,11 +116,6 @@ def tile(first, pixel, N, P, stride_n, stride_p, BLOCK_N: tl.constexpr):
 def draw_activation(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     x = torch.randn(shape["R"], shape["N"], shape["H"], shape["W"], generator=generator).to(dtype)
     return x.contiguous(memory_format=torch.channels_last if shape["last"] else torch.contiguous_format).requires_grad_()
-
-
-def per_element(shape: Shape, forward: int, backward: int) -> Cost:
-    elements = shape["R"] * shape["N"] * shape["H"] * shape["W"]
-    return Cost(elements * forward, elements * backward)
 
 
 # channels_last, as in the network

@@ -13,22 +13,10 @@ R rows; N channels; H W image; P = H W pixels.
 import torch
 from torch import Tensor
 
+from mclr.kernels import magnitude
 from mclr.kernels.choice import runs_triton
-from mclr.kernels.magnitude import (
-    EPS,
-    SIZES,
-    blocks,
-    dense,
-    draw_activation,
-    empty,
-    mp_silu,
-    normalize,
-    per_element,
-    planes,
-    silu,
-    tile,
-)
-from mclr.kernels.op import Cost, Op, Shape, cdiv, fit, floats, jit, launch, power_of_2, tl
+from mclr.kernels.magnitude import EPS, SIZES, blocks, dense, empty, mp_silu, planes, silu, tile
+from mclr.kernels.op import Op, Shape, cdiv, fit, floats, jit, launch, power_of_2, tl
 
 
 def definition(x_RNHW: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,19 +129,14 @@ def norm_silu(x_RNHW: Tensor) -> tuple[Tensor, Tensor]:
     triton = runs_triton("norm_silu", x_RNHW)
     fit(floats(triton), x=(x_RNHW, "RNHW"))
     if not triton:
-        n_RNHW = normalize(x_RNHW, dim=1)
+        n_RNHW = magnitude.normalize(x_RNHW, dim=1)
         return n_RNHW, mp_silu(n_RNHW)
     n_RNHW, s_RNHW, _ = _run(x_RNHW)
     return n_RNHW, s_RNHW
 
 
 def draw(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> dict:
-    return {"x_RNHW": draw_activation(shape, dtype, generator)}
+    return {"x_RNHW": magnitude.draw_activation(shape, dtype, generator)}
 
 
-def cost(shape: Shape, dtype: torch.dtype) -> Cost:
-    element, rms = per_element(shape, 3 * dtype.itemsize, 4 * dtype.itemsize), 4 * shape["R"] * shape["H"] * shape["W"]
-    return Cost(element.forward_bytes + rms, element.backward_bytes + rms)
-
-
-OP = Op("norm_silu", norm_silu, definition, draw, cost=cost, **SIZES)
+OP = Op("norm_silu", norm_silu, definition, draw, **SIZES)

@@ -6,11 +6,12 @@ function, and an Op. Tests, compile report and bench read the Op.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from mclr.kernels.choice import interpreting, using
 
@@ -21,8 +22,8 @@ except ImportError:  # macOS and Windows have no builds; every operation runs in
     triton = tl = None
 
 Shape = dict[str, int]
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FLOATS = tuple(DTYPES.values())
 # allowed relative RMS error of outputs against fp64; twice that for gradients
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
@@ -104,13 +105,13 @@ def refuse(name: str, says: str) -> NoReturn:
 INDICES = ("index", "tokens")
 
 
-def fit(dtypes: Sequence[torch.dtype], **arguments: tuple[Tensor | None, str]) -> dict[str, int]:
+def fit(dtypes: Sequence[torch.dtype], **arguments: tuple[Tensor | None, Sequence[Any]]) -> dict[Any, int]:
     """Sizes by letter. An argument comes with a letter per dimension, as x=(x_RLD, "RLD"); None is left out.
 
     Raises ValueError that names an argument if it is empty, if its sizes or its device differ from those of the arguments before it, or
     if its dtype is not one of `dtypes`. refuse_index checks the dtype of INDICES.
     """
-    sizes: dict[str, int] = {}
+    sizes: dict[Any, int] = {}
     given = {name: (t, letters) for name, (t, letters) in arguments.items() if t is not None}
     first, device = next((name, t.device) for name, (t, _) in given.items())
     for name, (t, letters) in given.items():
@@ -147,23 +148,13 @@ def refuse_index(name: str, index: Tensor, limit: int) -> None:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """The least work of one call: bytes read and written, FLOPs of matrix products."""
-
-    forward_bytes: int
-    backward_bytes: int
-    forward_flops: int = 0
-    backward_flops: int = 0
-
-
-@dataclass(frozen=True)
 class Op:
     """An operation as tests, compile report and bench see it.
 
     run: the public function. definition: the formula in plain torch. Both take the results of `draw` by name and return a tensor, or a
-    tuple or list of tensors. draw: (sizes, dtype of the activations, generator) -> inputs on the CPU; checks compare the gradients of
-    inputs that require gradient. shapes: sizes of full-sized networks, by name. tiny: sizes of the tests. narrow: small values of the
-    sizes that compiled kernels do not depend on.
+    tuple or list of tensors; None among them is left out. draw: (sizes, dtype of the activations, generator) -> inputs on the CPU; checks
+    compare the gradients of inputs that require gradient. shapes: sizes of full-sized networks, by name. tiny: sizes of the tests.
+    narrow: small values of the sizes that compiled kernels do not depend on. rereads: whether the backward pass needs the inputs.
     """
 
     name: str
@@ -172,8 +163,8 @@ class Op:
     draw: Callable[[Shape, torch.dtype, torch.Generator], dict[str, Any]]
     shapes: dict[str, Shape]
     tiny: dict[str, Shape]
-    cost: Callable[[Shape, torch.dtype], Cost]
-    narrow: Shape = field(default_factory=dict)
+    narrow: Shape
+    rereads: bool = True
 
     def launches(self, shape: Shape, dtype: torch.dtype) -> list[Launch]:
         """Record the kernel launches of one forward and backward."""
@@ -185,97 +176,64 @@ class Op:
         return launches
 
 
-@dataclass(frozen=True)
-class Error:
-    """How far one output or gradient is from the definition in fp64. relative: RMS of the difference over RMS of the definition."""
-
-    name: str
-    relative: float
-    allowed: float
-
-    @property
-    def ok(self) -> bool:
-        return self.relative <= self.allowed  # false for NaN
-
-
 def as_tuple(outputs: Any) -> tuple[Tensor, ...]:
-    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(out for out in outputs if out is not None)
 
 
 def moved(inputs: dict[str, Any], convert: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """The same inputs, with every tensor converted to a new leaf that requires gradient if the old one did."""
-
-    def one(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return [one(each) for each in value]
-        if not isinstance(value, Tensor):
-            return value
-        return convert(value.detach()).requires_grad_(value.requires_grad)
-
-    return {name: one(value) for name, value in inputs.items()}
-
-
-def flat(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs by name; the entries of a list get numbers."""
-    found: dict[str, Any] = {}
-    for name, value in inputs.items():
-        found |= {f"{name}[{i}]": each for i, each in enumerate(value)} if isinstance(value, list) else {name: value}
-    return found
+    return tree_map_only(Tensor, lambda t: convert(t.detach()).requires_grad_(t.requires_grad), inputs)
 
 
 def leaves(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors that require gradient, by name."""
-    return {name: t for name, t in flat(inputs).items() if isinstance(t, Tensor) and t.requires_grad}
+    """The tensors that require gradient, by name; the entries of a list get numbers."""
+    found: dict[str, Any] = {}
+    for name, value in inputs.items():
+        found |= {f"{name}[{i}]": each for i, each in enumerate(value)} if isinstance(value, list) else {name: value}
+    return {name: t for name, t in found.items() if isinstance(t, Tensor) and t.requires_grad}
 
 
 def results(function: Callable[..., Any], inputs: dict[str, Any], seed: int = 1) -> dict[str, Tensor]:
     """Outputs, and gradients of all leaves for random upstream gradients: by name, in fp64, on the CPU."""
-    outputs = as_tuple(function(**inputs))
+    outputs, wanted = as_tuple(function(**inputs)), leaves(inputs)
     generator = torch.Generator().manual_seed(seed)
     upstream = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out) for out in outputs]
+    grads = torch.autograd.grad(outputs, list(wanted.values()), upstream) if wanted else ()
     found = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
-    wanted = leaves(inputs)
-    if wanted:
-        grads = torch.autograd.grad(outputs, list(wanted.values()), upstream)
-        found |= {f"gradient of {name}": grad for name, grad in zip(wanted, grads, strict=True)}
+    found |= {f"gradient of {name}": grad for name, grad in zip(wanted, grads, strict=True)}
     return {name: t.double().cpu() for name, t in found.items()}
 
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Fill new memory with NaN: an element that is never written, or read before it is written, then shows."""
-    memory: Any = torch.utils.deterministic
-    deterministic, fill = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
-    warn = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    memory.fill_uninitialized_memory = True
+    """Fill new memory with NaN, as torch's deterministic mode does: memory that is read before it is written then shows."""
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn)
-        memory.fill_uninitialized_memory = fill
+        torch.set_deterministic_debug_mode(before)
 
 
-def compare(op: Op, inputs: dict[str, Any], dtype: torch.dtype, kernels: str = "triton") -> list[Error]:
-    """Compare op.run in the mode `kernels` with the definition in fp64 on the same inputs: an Error per output and gradient.
+def compare(op: Op, inputs: dict[str, Any], dtype: torch.dtype, kernels: str = "triton") -> list[str]:
+    """Compare op.run in the mode `kernels` with the definition in fp64: a line for every output and gradient that is wrong.
 
-    dtype: selects the tolerances.
+    dtype: selects the tolerance. Errors are relative: RMS of the difference over RMS of the definition.
     """
-    wide = moved(inputs, lambda t: t.cpu().double() if t.is_floating_point() else t.cpu())
-    expected = results(op.definition, wide)
+    expected = results(op.definition, moved(inputs, lambda t: t.cpu().double() if t.is_floating_point() else t.cpu()))
     with using(kernels), poisoned():
         found = results(op.run, inputs)
-    errors = []
+    wrong = []
     for name, true in expected.items():
-        difference = found[name] - true
-        scale = true.square().mean().sqrt()
-        relative = (difference.square().mean().sqrt() / scale).item() if scale > 0 else float(difference.abs().max() > 0)
+        off, scale = (found[name] - true).square().mean().sqrt().item(), true.square().mean().sqrt().item()
         allowed = TOLERANCE[dtype] * (1 if name.startswith("output") else 2)
-        errors.append(Error(name, relative, allowed))
-    return errors
+        # in this form NaN is wrong
+        if not off <= allowed * scale:
+            wrong.append(f"{name} is {off / scale if scale else off:.2g} off, allowed {allowed:.2g}")
+    return wrong
 
 
-def check(op: Op, device: torch.device | str, dtype: torch.dtype, shape: Shape, kernels: str = "triton") -> list[Error]:
+def check(op: Op, device: torch.device | str, dtype: torch.dtype, shape: Shape, kernels: str = "triton") -> list[str]:
     """compare() on random inputs of these sizes. Tests do this in the interpreter, the bench on the GPU before it times anything."""
     inputs = moved(op.draw(shape, dtype, torch.Generator().manual_seed(0)), lambda t: t.to(device))
     return compare(op, inputs, dtype, kernels)

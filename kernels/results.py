@@ -1,17 +1,16 @@
-"""The rows of the bench: their file, tables and plot, kernels/RESULTS.*, and the operations that `auto` runs as Triton kernels.
+"""The rows of the bench: their file, tables, kernels/RESULTS.*, and the operations that `auto` runs as Triton kernels.
 
-A row is a dict: one pass of one arm at one shape.
-What was measured: op, shape, sizes, dtype, arm, pass. Where: device, family, driver, torch, triton, liger, threads, source.
-why: the reason if there is no time, else empty. red: whether that is a fault of ours.
-ms: the median of the rounds; p20, p80: percentiles; host_ms: until everything was launched; rounds; calls: of a round.
-bytes, flops: the least work. floor_ms: the time it needs at the rates copy_gbs and product_tflops of the same run.
+A row is a dict: one arm at one shape.
+What was measured: op, shape, sizes, dtype, arm. Where: device, family, driver, torch, triton, liger, threads, source.
+why: the reason if a pass has no time, else empty. red: whether that is a fault of ours.
 peak_bytes: memory above the inputs. apart: relative RMS difference from the results of the first arm.
+passes: by name, the times of each pass in ms. ms: the median of the rounds; p20, p80: percentiles; host_ms: until everything was launched.
+In them also bytes, flops: the least work; floor_ms: the time it needs at the rates copy_gbs and product_tflops of the same run.
 """
 
 import hashlib
 import importlib.metadata
 import importlib.util
-import io
 import json
 import math
 import os
@@ -33,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PASSES = ("forward", "forward+backward")
 Row = dict[str, Any]
 # the keys that every row has
-NEEDED = {"op", "shape", "dtype", "arm", "pass", "device", "family", "source", "why", "red"}
+NEEDED = {"op", "shape", "dtype", "arm", "device", "family", "source", "why", "red", "passes"}
 
 
 def write(path: Path, data: bytes) -> None:
@@ -50,13 +49,11 @@ def dump(rows: list[Row], **more: Any) -> bytes:
 
 
 def load(path: Path) -> list[Row]:
-    """The rows of a file, none if there is no file. Raises ValueError if it cannot be read, or holds something else."""
+    """The rows of a file, none if there is no file. Raises ValueError if it holds something else, OSError if it cannot be read."""
     try:
-        rows = json.loads(path.read_text())["rows"] if path.exists() else []
+        rows = json.loads(path.read_bytes())["rows"] if path.exists() else []
         if all(row.keys() >= NEEDED for row in rows):
             return rows
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
     raise ValueError(f"{path} holds no rows of this bench: choose another file")
@@ -97,44 +94,35 @@ HEAD = ["operation", "shape", "arm", *(cell for name in PASSES for cell in (f"{n
 HEAD += ["peak MiB", "apart"]
 
 
-def cells(row: Row | None) -> list[str]:
+def cells(row: Row, name: str) -> list[str]:
     """(the time of one pass, the floor's share of it). *: the host took about as long to launch everything."""
-    if row is None or row["why"]:
-        return [("RED: " if row["red"] else "") + row["why"].replace("|", "/") if row else "", ""]
-    mark = "*" if row["family"] != "cpu" and row["host_ms"] > 0.9 * row["ms"] else ""
-    return [time_cell(row, mark), f"{100 * row['floor_ms'] / row['ms']:.0f} %"]
+    if name not in row["passes"]:
+        return [("RED: " if row["red"] else "") + row["why"].replace("|", "/"), ""]
+    times = row["passes"][name]
+    mark = "*" if row["family"] != "cpu" and times["host_ms"] > 0.9 * times["ms"] else ""
+    return [time_cell(times, mark), f"{100 * times['floor_ms'] / times['ms']:.0f} %"]
 
 
 def tables(rows: list[Row]) -> str:
     """Markdown: a table per dtype, a line per operation, shape and arm. A line names operation and shape where they change."""
     parts = []
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        passes: dict[tuple[str, str, str], dict[str, Row]] = {}
-        for row in (each for each in rows if each["dtype"] == dtype):
-            passes.setdefault((row["op"], row["shape"], row["arm"]), {})[row["pass"]] = row
-        facts = ", ".join(f"{name} {row[name]}" for name in FACTS if row.get(name))
-        reached = f"a copy reaches {number(row['copy_gbs'])} GB/s, a matrix product {number(row['product_tflops'])} TFLOP/s"
         lines, above = [], ("", "")
-        for (op, shape, arm), found in passes.items():
-            last = next((row for row in reversed(found.values()) if not row["why"]), {})
-            peak, apart = last.get("peak_bytes"), last.get("apart")
-            line = ["" if op == above[0] else op, "" if (op, shape) == above else shape, arm]
-            line += [cell for name in PASSES for cell in cells(found.get(name))]
-            line.append("" if peak is None else f"{peak / 2**20:.0f}")
-            lines.append([*line, "" if apart is None else f"{apart:.1g}"])
-            above = (op, shape)
+        for row in (each for each in rows if each["dtype"] == dtype):
+            at, peak, apart = (row["op"], row["shape"]), row["peak_bytes"], row["apart"]
+            line = ["" if row["op"] == above[0] else row["op"], "" if at == above else row["shape"], row["arm"]]
+            line += [cell for name in PASSES for cell in cells(row, name)]
+            lines.append([*line, "" if peak is None else f"{peak / 2**20:.0f}", "" if apart is None else f"{apart:.1g}"])
+            above, last = at, row
+        facts = ", ".join(f"{name} {last[name]}" for name in FACTS if last.get(name))
+        reached = f"a copy reaches {number(last['copy_gbs'])} GB/s, a matrix product {number(last['product_tflops'])} TFLOP/s"
         parts.append(f"**{dtype}**, {facts}; {reached}\n\n{table(HEAD, lines, left=3)}\n")
     return "\n".join(parts)
 
 
-def last_pass(rows: list[Row]) -> str:
-    """The pass that decides: forward and backward, or forward if the operation has no backward."""
-    return PASSES[any(row["pass"] == PASSES[1] for row in rows)]
-
-
-def wins(rows: list[Row]) -> bool:
-    """Whether ours/triton and another arm have times, and ours is below all others."""
-    times = {row["arm"]: row["ms"] for row in rows}
+def wins(rows: list[Row], last: str) -> bool:
+    """Whether ours/triton and another arm have times of the pass `last`, and ours is below all others."""
+    times = {row["arm"]: row["passes"][last]["ms"] for row in rows if last in row["passes"]}
     ours = times.pop("ours/triton", math.inf)
     return ours < min(times.values(), default=0)
 
@@ -142,15 +130,16 @@ def wins(rows: list[Row]) -> bool:
 def winners(rows: list[Row]) -> dict[str, list[str]]:
     """GPU family -> the operations that `auto` runs as Triton kernels there.
 
-    Such an operation has the lowest median of all arms in the last pass: in bf16, at every shape, on every measured GPU of the family.
+    Such an operation has the lowest median of all arms: in its last pass, in bf16, at every shape, on every measured GPU of the family.
     """
     found: dict[str, list[str]] = {}
     for gpu in dict.fromkeys(row["family"] for row in rows):
         for name, op in OPS.items():
             of = [row for row in rows if (row["family"], row["op"], row["dtype"]) == (gpu, name, "bf16")]
-            timed = [row for row in of if row["pass"] == last_pass(of) and not row["why"]]
+            # forward decides only if the operation has no backward
+            last = PASSES[any(PASSES[1] in row["passes"] for row in of)]
             places = product({row["device"] for row in of}, op.shapes)
-            if of and all(wins([row for row in timed if (row["device"], row["shape"]) == place]) for place in places):
+            if of and all(wins([row for row in of if (row["device"], row["shape"]) == place], last) for place in places):
                 found.setdefault(gpu, []).append(name)
     return found
 
@@ -160,14 +149,9 @@ def publish(file: Path) -> None:
 
     Raises ValueError if there are none, if one is red, or if the code that they measured is not committed.
     """
-    if not file.exists():
-        raise ValueError(f"--publish {file}: no such file")
-    of_gpus = [row for row in load(file) if row["family"] != "cpu"]
-    if not of_gpus:
-        raise ValueError(f"--publish: {file} holds no rows of a GPU: measure on one")
-    fresh = [row for row in of_gpus if row["source"] == source()]
+    fresh = [row for row in load(file) if row["family"] != "cpu" and row["source"] == source()]
     if not fresh:
-        raise ValueError(f"--publish: the rows of {file} were measured with other code than this: measure again")
+        raise ValueError(f"--publish: {file} holds no rows of a GPU that were measured with this code: measure again")
     if red := [row for row in fresh if row["red"]]:
         raise ValueError(f"--publish: {len(red)} rows are red, first {red[0]['op']} at {red[0]['shape']}: {red[0]['why']}")
     # the files that this function writes do not count
@@ -187,31 +171,3 @@ def publish(file: Path) -> None:
     before, after = re.split(r"(?ms)^## GPU\n.*?(?=^## |\Z)", page.read_text())
     write(page, "\n".join([f"{before}## GPU", *body, after]).encode())
     write(RESULTS, dump(rows, winners=won))
-
-
-def plot(rows: list[Row], folder: Path) -> Path:
-    """Draw roofline.png: every time against its floor."""
-    from matplotlib.figure import Figure
-
-    timed = [row for row in rows if not row["why"]]
-    figure = Figure(figsize=(9, 6.5), layout="constrained")
-    axes = figure.subplots()
-    for i, name in enumerate(dict.fromkeys(row["arm"] for row in timed)):
-        for kind, marker, label in zip(PASSES, "os", (name, None), strict=True):
-            of = [row for row in timed if (row["arm"], row["pass"]) == (name, kind)]
-            points = [row["floor_ms"] for row in of], [row["ms"] for row in of]
-            axes.plot(*points, marker, color=f"C{i}", markersize=5, alpha=0.8, label=label)
-    for op in dict.fromkeys(row["op"] for row in timed):
-        slowest = max((row for row in timed if row["op"] == op), key=lambda row: row["ms"])
-        at = slowest["floor_ms"], slowest["ms"]
-        axes.annotate(op, at, xytext=(-5, 4), textcoords="offset points", ha="right", fontsize=7)
-    axes.set(xscale="log", yscale="log", ylabel="measured, ms")
-    axes.set_xlabel("floor, ms: the larger of bytes / copy rate and FLOPs / product rate")
-    axes.axline((1, 1), (10, 10), color="black", linewidth=1)
-    where = f"{'CPU, cut shapes: ' if rows[0]['family'] == 'cpu' else ''}{rows[0]['device']}, {rows[0]['dtype']}"
-    axes.set_title(f"Distance from the roofline (line); ○ forward, □ forward+backward\n{where}", fontsize=10)
-    axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    write(folder / "roofline.png", buffer.getvalue())
-    return folder / "roofline.png"

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mclr.kernels.choice import runs_triton
-from mclr.kernels.magnitude import SIZES, blocks, dense, draw_activation, empty, mp_silu, per_element, planes, silu, tile
-from mclr.kernels.op import Cost, Op, Shape, cdiv, fit, floats, jit, launch, tl
+from mclr.kernels.magnitude import SIZES, blocks, dense, draw_activation, empty, mp_silu, planes, silu, tile
+from mclr.kernels.op import Op, Shape, cdiv, fit, floats, jit, launch, tl
 
 
 def definition(x_RNHW: Tensor, scale_RN: Tensor) -> Tensor:
@@ -31,17 +31,7 @@ def _forward(x_ptr, scale_ptr, out_ptr, N, P, stride_n, stride_p, BLOCK_N: tl.co
 
 @jit
 def _backward(
-    x_ptr,
-    scale_ptr,
-    upstream_ptr,
-    dx_ptr,
-    part_ptr,
-    N,
-    P,
-    stride_n,
-    stride_p,
-    BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    x_ptr, scale_ptr, upstream_ptr, dx_ptr, part_ptr, N, P, stride_n, stride_p, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr
 ):
     """part: sums over the pixels of one program, [R, programs along P, N]."""
     row = tl.program_id(2).to(tl.int64)
@@ -110,9 +100,4 @@ def draw(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> dict:
     return {"x_RNHW": draw_activation(shape, dtype, generator), "scale_RN": scale}
 
 
-def cost(shape: Shape, dtype: torch.dtype) -> Cost:
-    element, scale = per_element(shape, 2 * dtype.itemsize, 3 * dtype.itemsize), shape["R"] * shape["N"] * dtype.itemsize
-    return Cost(element.forward_bytes + scale, element.backward_bytes + 2 * scale)
-
-
-OP = Op("scale_silu", scale_silu, definition, draw, cost=cost, **SIZES)
+OP = Op("scale_silu", scale_silu, definition, draw, **SIZES)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mclr.kernels.choice import runs_triton
-from mclr.kernels.magnitude import SIZES, dense, draw_activation, empty, layout, mp_sum, per_element
-from mclr.kernels.op import Cost, Op, Shape, cdiv, fit, floats, jit, launch, power_of_2, refuse, tl
+from mclr.kernels.magnitude import SIZES, dense, draw_activation, empty, layout, mp_sum
+from mclr.kernels.op import Op, Shape, cdiv, fit, floats, jit, launch, power_of_2, refuse, tl
 
 
 def definition(a_RNHW: Tensor, b_RNHW: Tensor, t: float, clip: float) -> Tensor:
@@ -144,8 +144,4 @@ def draw(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> dict:
     return {"a_RNHW": a, "b_RNHW": b, "t": 0.3, "clip": 1.5}
 
 
-def cost(shape: Shape, dtype: torch.dtype) -> Cost:
-    return per_element(shape, 3 * dtype.itemsize + 1, 3 * dtype.itemsize + 1)
-
-
-OP = Op("sum_clip", sum_clip, definition, draw, cost=cost, **SIZES)
+OP = Op("sum_clip", sum_clip, definition, draw, rereads=False, **SIZES)

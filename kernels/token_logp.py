@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mclr.kernels.choice import runs_triton
-from mclr.kernels.op import Cost, Op, Shape, cdiv, fit, floats, jit, launch, power_of_2, refuse, refuse_index, tl, wide
+from mclr.kernels.op import Op, Shape, cdiv, fit, floats, jit, launch, power_of_2, refuse, refuse_index, tl, wide
 
 # logits (or their gradients) in memory at a time: as many as a CPU's cache holds; 8,192 rows of 4,096 codes, which fill a GPU
 CPU_LOGITS, GPU_LOGITS = 1 << 21, 1 << 25
@@ -314,31 +314,12 @@ def draw(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> dict:
     return {"hidden_RLD": hidden, "weight_VD": weight, "bias_V": bias, "tokens_BL": tokens, "index_R": index}
 
 
-def cost(shape: Shape, dtype: torch.dtype) -> Cost:
-    B, R, L, D, V = (shape[name] for name in "BRLDV")
-    hidden, linear, value = R * L * D * dtype.itemsize, (V * D + V) * 4, R * L * 4
-    read, flops = hidden + linear + B * L * 8, 2 * R * L * D * V
-    # backward needs two products; our kernel's third one is not counted
-    return Cost(read + value, read + value + hidden + linear, flops, 2 * flops)
-
-
 NETWORKS = {"d16": {"L": 680, "D": 1024, "V": 4096}, "d30": {"L": 680, "D": 1920, "V": 4096}}
-OP = Op(
-    name="token_logp",
-    run=token_logp,
-    definition=definition,
-    draw=draw,
-    shapes={
-        f"var-{size}, {pairs} pairs": {"B": pairs, "R": 2 * pairs} | shape
-        for size, shape in NETWORKS.items()
-        for pairs in (8, 32)
-    },
-    tiny={
-        "pairs": {"B": 3, "R": 5, "L": 3, "D": 12, "V": 7},
-        "one row": {"B": 1, "R": 1, "L": 4, "D": 16, "V": 2},
-        "several blocks": {"B": 2, "R": 3, "L": 50, "D": 70, "V": 300},
-    },
-    cost=cost,
-    # below 128 tokens the blocks shrink; with 640 tokens the logits exceed a CPU's cache
-    narrow={"B": 1, "R": 1, "L": 640},
-)
+SHAPES = {f"var-{size}, {B} pairs": {"B": B, "R": 2 * B} | shape for size, shape in NETWORKS.items() for B in (8, 32)}
+TINY = {
+    "pairs": {"B": 3, "R": 5, "L": 3, "D": 12, "V": 7},
+    "one row": {"B": 1, "R": 1, "L": 4, "D": 16, "V": 2},
+    "several blocks": {"B": 2, "R": 3, "L": 50, "D": 70, "V": 300},
+}
+# below 128 tokens the blocks of the kernel shrink; with 640 tokens the logits exceed a CPU's cache
+OP = Op("token_logp", token_logp, definition, draw, shapes=SHAPES, tiny=TINY, narrow={"B": 1, "R": 1, "L": 640})

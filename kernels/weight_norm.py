@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mclr.kernels.choice import runs_triton
 from mclr.kernels.magnitude import EPS, dense, empty, layout
-from mclr.kernels.op import FLOATS, Cost, Op, Shape, jit, launch, refuse, result_dtype, tl
+from mclr.kernels.op import FLOATS, Op, Shape, fit, jit, launch, refuse, result_dtype, tl
 
 BLOCK = 2048
 
@@ -233,18 +233,11 @@ def _admit(op: str, weights: Sequence[Tensor]) -> bool:
     """Whether `op` runs as a Triton kernel. Raises ValueError unless these are non-empty weights of one dtype on one device."""
     if not weights:
         refuse("weights", "there are none")
-    triton, device, dtype = runs_triton(op, weights[0]), weights[0].device, weights[0].dtype
-    if dtype != torch.float32 and (triton or dtype != torch.float64):
-        refuse("weights[0]", f"dtype {dtype}, not torch.float32")
-    for i, w in enumerate(weights):
-        if w.ndim not in (2, 4):
-            refuse(f"weights[{i}]", f"{w.ndim} dimensions, not 2 or 4")
-        if w.numel() == 0:
-            refuse(f"weights[{i}]", f"shape {tuple(w.shape)} holds nothing")
-        if w.device != device:
-            refuse(f"weights[{i}]", f"on {w.device}, not on {device} as weights[0]")
-        if w.dtype != dtype:
-            refuse(f"weights[{i}]", f"dtype {w.dtype}, not {dtype} as weights[0]")
+    triton = runs_triton(op, weights[0])
+    dtype = torch.float64 if weights[0].dtype == torch.float64 and not triton else torch.float32
+    # every dimension has a size of its own
+    named = {f"weights[{i}]": (w, [(i, d) for d in range(4 if w.ndim > 2 else 2)]) for i, w in enumerate(weights)}
+    fit((dtype,), **named)
     return triton
 
 
@@ -300,20 +293,10 @@ def draw_used(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> d
     return {"weights": weights, "dtype": dtype}
 
 
-def force_copies(weights: list[Tensor]) -> list[Tensor]:
-    """force_weights of copies."""
-    copies = [w.detach().clone(memory_format=torch.contiguous_format) for w in weights]
-    force_weights(copies)
-    return copies
-
-
-def cost_used(shape: Shape, dtype: torch.dtype) -> Cost:
-    elements = sum(map(math.prod, block(shape)))
-    return Cost(elements * (4 + dtype.itemsize), elements * (8 + dtype.itemsize))
-
-
-def cost_forced(shape: Shape, dtype: torch.dtype) -> Cost:
-    return Cost(8 * sum(map(math.prod, block(shape))), 0)
+def forced(weights: list[Tensor]) -> list[Tensor]:
+    """The weights themselves, after force_weights."""
+    force_weights(weights)
+    return weights
 
 
 SHAPES = {
@@ -324,7 +307,7 @@ SIZES: dict[str, Any] = {
     "tiny": {"one block": {"width": 2, "source": 5, "embedding": 3, "blocks": 1}},
     "narrow": {"width": 4, "source": 8, "embedding": 8},
 }
-USED_WEIGHTS = Op("used_weights", used_weights, used_weights_definition, draw_used, cost=cost_used, shapes=SHAPES, **SIZES)
+USED_WEIGHTS = Op("used_weights", used_weights, used_weights_definition, draw_used, shapes=SHAPES, **SIZES)
 # all weights of a network in one launch: they have as many elements as 14 of these blocks
 FORCED = {name: shape | {"blocks": 14} for name, shape in SHAPES.items()}
-FORCE_WEIGHTS = Op("force_weights", force_copies, force_weights_definition, draw_forced, cost=cost_forced, shapes=FORCED, **SIZES)
+FORCE_WEIGHTS = Op("force_weights", forced, force_weights_definition, draw_forced, shapes=FORCED, **SIZES)

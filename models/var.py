@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mclr.kernels.modulated_norm import gated_norm, modulated_norm
+from mclr.kernels.modulated_norm import modulated_norm
 from mclr.kernels.token_logp import token_logp, wide_linear
 from mclr.models.blocks import running, trunk_dtype
 from mclr.models.conditions import map_rows
@@ -65,11 +65,9 @@ class Stream(NamedTuple):
 
     def norm(self, scale_RD: Tensor, shift_RD: Tensor, eps: float, dtype: torch.dtype) -> tuple["Stream", Tensor]:
         """(the stream, its tokens normalised, scaled and shifted, [R, l, D] in `dtype`)."""
-        x, index_R, first_RD, y_RlD, gate_RD = self
-        if y_RlD is None or gate_RD is None:
-            return self, modulated_norm(x, scale_RD, shift_RD, eps, dtype, index_R, first_RD)
-        x_RlD, h_RlD = gated_norm(x, y_RlD, gate_RD, scale_RD, shift_RD, eps, dtype, index_R, first_RD)
-        return Stream(x_RlD), h_RlD
+        x, *added = self
+        x_RlD, h_RlD = modulated_norm(x, scale_RD, shift_RD, eps, dtype, *added)
+        return self if x_RlD is None else Stream(x_RlD), h_RlD
 
     def plus(self, y_RlD: Tensor, gate_RD: Tensor) -> "Stream":
         return self._replace(y_RlD=y_RlD, gate_RD=gate_RD)

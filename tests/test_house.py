@@ -40,8 +40,8 @@ OUTSIDE = {
     "models": {"torch", "numpy", "einops", "timm", "torchvision", "safetensors"},
     "configs": {"pydantic", "yaml"},
 }
-# the bench times what others wrote, and draws plots
-OUTSIDE_BESIDE = {"liger_kernel": "kernels", "matplotlib": "kernels"}
+# the bench times what others wrote
+OUTSIDE_BESIDE = {"liger_kernel": "kernels"}
 FORBIDDEN_IN_TRAIN = {"pydantic", "tests"}
 HEAVY = ("deepspeed", "pydantic", "webdataset", "yaml", "huggingface_hub", "tqdm", "sklearn", "matplotlib", "PIL", "timm")
 LINES, FILES_OF_A_ROOM, FUNCTION_LINES, PARAMETERS = 350, 16, 60, 7

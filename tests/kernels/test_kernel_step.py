@@ -25,7 +25,7 @@ STEPS = {
 }
 USED = {
     "edm2-digits": {"used_weights", "force_weights", "norm_silu", "scale_silu", "sum_clip"},
-    "var-digits": {"modulated_norm", "gated_norm", "token_logp"},
+    "var-digits": {"modulated_norm", "token_logp"},
 }
 # (module, kernel, whether it is the form with a residual add, or in place)
 LAUNCHED = {
@@ -36,7 +36,7 @@ LAUNCHED = {
         ("weight_norm", "_backward", False),
     },
     "var-digits": {
-        *(("modulated_norm_triton", f"_{which}", gated) for which in ("forward", "backward") for gated in (False, True)),
+        *(("modulated_norm", f"_{which}", gated) for which in ("forward", "backward") for gated in (False, True)),
         *(("token_logp", f"_{which}", False) for which in ("forward", "merge", "backward")),
     },
 }
@@ -88,7 +88,7 @@ def test_every_operation_is_used_by_a_paradigm():
     assert set.union(*USED.values()) == OPS.keys()
     for model, operations in USED.items():
         modules = {OPS[op].run.__module__.removeprefix("mclr.kernels.") for op in operations}
-        assert {module.removesuffix("_triton") for module, *_ in LAUNCHED[model]} == modules
+        assert {module for module, *_ in LAUNCHED[model]} == modules
 
 
 @pytest.mark.parametrize("model", USED)

@@ -55,8 +55,7 @@ def test_small_and_large_numbers(op, scale, kernels):
     }
     if "clip" in inputs:
         inputs["clip"] = math.inf
-    errors = compare(op, inputs, torch.float32, kernels)
-    assert all(error.ok for error in errors), errors
+    assert not compare(op, inputs, torch.float32, kernels)
 
 
 @both

@@ -1,19 +1,20 @@
-"""modulated_norm and gated_norm: extreme tokens, rows that share a sample's tokens, one gradient alone, refusals."""
+"""modulated_norm: extreme tokens, rows that share a sample's tokens, one gradient alone, refusals."""
 
 import pytest
 import torch
 
 from mclr.kernels.choice import using
-from mclr.kernels.modulated_norm import GATED_NORM, MODULATED_NORM, gated_norm
+from mclr.kernels.modulated_norm import OP, modulated_norm
 from mclr.kernels.op import as_tuple, compare, leaves, moved, results
 
 both = pytest.mark.parametrize("kernels", ["torch", "triton"])
-per_op = pytest.mark.parametrize("op", [MODULATED_NORM, GATED_NORM], ids=lambda op: op.name)
+both_forms = pytest.mark.parametrize("gated", [False, True], ids=["alone", "gated"])
 
 
-def drawn(op, dtype=torch.float32, indexed=0, **shape):
-    shape = {"B": 3, "R": 3, "L": 5, "D": 6} | ({"indexed": 1} if indexed else {}) | shape
-    return op.draw(shape, dtype, torch.Generator().manual_seed(0))
+def drawn(gated, dtype=torch.float32, indexed=0, **shape):
+    form = {"indexed": 1} if indexed else {}
+    shape = {"B": 3, "R": 3, "L": 5, "D": 6} | form | ({"gated": 1} if gated else {}) | shape
+    return OP.draw(shape, dtype, torch.Generator().manual_seed(0))
 
 
 def with_tokens(inputs, change):
@@ -26,38 +27,33 @@ def double(inputs):
     return moved(inputs, lambda t: t.double() if t.is_floating_point() else t)
 
 
-def equal(op, inputs, kernels, dtype=torch.float32):
-    errors = compare(op, inputs, dtype, kernels)
-    return all(error.ok for error in errors) or errors
-
-
 @both
-@per_op
-def test_a_constant_token_becomes_the_shift(op, kernels):
-    inputs = with_tokens(drawn(op, D=7), lambda t: torch.full_like(t, 3.0))
-    if op is GATED_NORM:
+@both_forms
+def test_a_constant_token_becomes_the_shift(gated, kernels):
+    inputs = with_tokens(drawn(gated, D=7), lambda t: torch.full_like(t, 3.0))
+    if gated:
         inputs["y_RLD"] = torch.zeros_like(inputs["y_RLD"]).requires_grad_()
-    assert equal(op, inputs, kernels) is True
+    assert not compare(OP, inputs, torch.float32, kernels)
     with using(kernels):
-        h = as_tuple(op.run(**inputs))[-1]
+        h = as_tuple(OP.run(**inputs))[-1]
     assert torch.equal(h, inputs["shift_RD"][:, None].expand_as(h))
 
 
 @both
 @pytest.mark.parametrize("factor", [1e4, 1e-4])
-@per_op
-def test_large_and_small_tokens(op, factor, kernels):
-    inputs = with_tokens(drawn(op, indexed=1, R=6, D=33), lambda t: t * factor)
-    assert equal(op, inputs, kernels) is True
+@both_forms
+def test_large_and_small_tokens(gated, factor, kernels):
+    inputs = with_tokens(drawn(gated, indexed=1, R=6, D=33), lambda t: t * factor)
+    assert not compare(OP, inputs, torch.float32, kernels)
 
 
 @both
 @pytest.mark.parametrize(("offset", "spread"), [(1e4, 1.0), (1e-4, 1e-8), (-300.0, 0.01)])
 def test_tokens_far_from_zero_lose_what_their_mean_rounds_off(offset, spread, kernels):
-    inputs = with_tokens(drawn(MODULATED_NORM, D=50), lambda t: offset + spread * t) | {"eps": 1e-30}
-    expected = results(MODULATED_NORM.definition, double(inputs))
+    inputs = with_tokens(drawn(False, D=50), lambda t: offset + spread * t) | {"eps": 1e-30}
+    expected = results(OP.definition, double(inputs))
     with using(kernels):
-        found = results(MODULATED_NORM.run, inputs)
+        found = results(OP.run, inputs)
     for name, true in expected.items():
         lost = 4 * 2**-24 * abs(offset) / spread
         assert (found[name] - true).norm() <= lost * true.norm(), name
@@ -66,15 +62,15 @@ def test_tokens_far_from_zero_lose_what_their_mean_rounds_off(offset, spread, ke
 @both
 @pytest.mark.parametrize("index", [[0, 1, 2, 0, 1, 2], [2, 0, 2, 2, 0], [1], [1, 1, 1, 1]], ids=str)
 @pytest.mark.parametrize("sizes", [{"L": 1}, {"D": 1}, {"L": 9, "D": 11}], ids=str)
-@per_op
-def test_rows_read_the_tokens_of_their_sample(op, sizes, index, kernels):
-    inputs = drawn(op, indexed=1, R=len(index), **sizes) | {"index_R": torch.tensor(index)}
-    assert equal(op, inputs, kernels) is True
+@both_forms
+def test_rows_read_the_tokens_of_their_sample(gated, sizes, index, kernels):
+    inputs = drawn(gated, indexed=1, R=len(index), **sizes) | {"index_R": torch.tensor(index)}
+    assert not compare(OP, inputs, torch.float32, kernels)
     gathered = {name: value for name, value in inputs.items() if name not in ("index_R", "first_RD")}
     with using(kernels):
-        shared = results(op.run, inputs)
+        shared = results(OP.run, inputs)
         gathered["x"] = torch.cat((inputs["first_RD"][:, None], inputs["x"][index][:, 1:]), 1).detach().requires_grad_()
-        separate = results(op.run, gathered)
+        separate = results(OP.run, gathered)
     for name, value in separate.items():
         if name == "gradient of x":
             value, x = torch.zeros_like(shared[name]), value
@@ -86,18 +82,18 @@ def test_rows_read_the_tokens_of_their_sample(op, sizes, index, kernels):
 
 
 @pytest.mark.parametrize("indexed", [0, 1])
-@per_op
-def test_large_rows_in_torch(op, indexed):
-    inputs = drawn(op, torch.bfloat16, indexed=indexed, B=2, R=2, L=40, D=1024)
-    assert equal(op, inputs, "torch", torch.bfloat16) is True
-    assert equal(op, double(inputs), "torch", torch.float64) is True
+@both_forms
+def test_large_rows_in_torch(gated, indexed):
+    inputs = drawn(gated, torch.bfloat16, indexed=indexed, B=2, R=2, L=40, D=1024)
+    assert not compare(OP, inputs, torch.bfloat16, "torch")
+    assert not compare(OP, double(inputs), torch.float64, "torch")
 
 
 @both
 @pytest.mark.parametrize("indexed", [0, 1])
 @pytest.mark.parametrize("output", [0, 1])
 def test_one_gradient_alone(output, indexed, kernels):
-    inputs = drawn(GATED_NORM, indexed=indexed)
+    inputs = drawn(True, indexed=indexed)
     wide = double(inputs)
 
     def gradients(function, inputs):
@@ -106,10 +102,10 @@ def test_one_gradient_alone(output, indexed, kernels):
         found = torch.autograd.grad(out, list(leaves(inputs).values()), upstream, materialize_grads=True)
         return dict(zip(leaves(inputs), found, strict=True))
 
-    expected = gradients(GATED_NORM.definition, wide)
+    expected = gradients(OP.definition, wide)
     with using(kernels):
-        found = gradients(gated_norm, inputs)
-        outputs = gated_norm(**inputs)
+        found = gradients(modulated_norm, inputs)
+        outputs = modulated_norm(**inputs)
         upstream = [torch.zeros_like(out) for out in outputs]
         upstream[output] = torch.linspace(-1, 2, outputs[output].numel()).view_as(outputs[output])
         beside_zeros = torch.autograd.grad(outputs, list(leaves(inputs).values()), upstream)
@@ -120,34 +116,15 @@ def test_one_gradient_alone(output, indexed, kernels):
 
 @both
 def test_every_tensor_may_have_its_own_dtype(kernels):
-    inputs = drawn(GATED_NORM) | {"dtype": torch.float16}
+    inputs = drawn(True) | {"dtype": torch.float16}
     for name in ("y_RLD", "scale_RD"):
         inputs[name] = inputs[name].detach().half().requires_grad_()
-    assert equal(GATED_NORM, inputs, kernels, torch.float16) is True
+    assert not compare(OP, inputs, torch.float16, kernels)
     with using(kernels):
-        x, h = gated_norm(**inputs)
+        x, h = modulated_norm(**inputs)
         grads = torch.autograd.grad((x.sum(), h.sum()), list(leaves(inputs).values()))
     assert (x.dtype, h.dtype) == (torch.float32, torch.float16)
     assert [grad.dtype for grad in grads] == [t.dtype for t in leaves(inputs).values()]
-
-
-@pytest.mark.parametrize("indexed", [0, 1])
-@per_op
-def test_cost_counts_the_tokens_read_and_written(op, indexed):
-    shape = {"B": 2, "R": 4, "L": 3, "D": 5} | ({"indexed": 1} if indexed else {})
-    inputs = op.draw(shape, torch.float16, torch.Generator())
-    outputs = as_tuple(op.definition(**inputs))
-    gradients = torch.autograd.grad(outputs, inputs["x"], [torch.ones_like(out) for out in outputs])
-    read = [inputs[name] for name in ("x", "y_RLD") if name in inputs]
-
-    def size(*tensors):
-        return sum(t.numel() * t.element_size() for t in tensors)
-
-    cost = op.cost(shape, torch.float16)
-    assert cost.forward_bytes == size(*read, *outputs)
-    # backward reads what was normalised, which is the first output of gated_norm
-    normalised, y = (outputs[0], read[1:] * 2) if op is GATED_NORM else (inputs["x"], [])
-    assert cost.backward_bytes == size(normalised, *outputs, *y, *gradients)
 
 
 INDEX = torch.tensor([0, 1, 2])
@@ -168,9 +145,11 @@ WRONG = {
 
 @both
 @pytest.mark.parametrize("says", WRONG)
-@per_op
-def test_what_does_not_fit_is_refused_by_name(op, says, kernels):
+@both_forms
+def test_what_does_not_fit_is_refused_by_name(gated, says, kernels):
     with using(kernels), pytest.raises(ValueError, match=says):
-        op.run(**drawn(op) | WRONG[says])
+        OP.run(**drawn(gated) | WRONG[says])
     with using(kernels), pytest.raises(ValueError, match=r"y: shape \(3, 4, 6\), not \(3, 5, 6\)"):
-        gated_norm(**drawn(GATED_NORM) | {"y_RLD": torch.zeros(3, 4, 6)})
+        modulated_norm(**drawn(True) | {"y_RLD": torch.zeros(3, 4, 6)})
+    with using(kernels), pytest.raises(ValueError, match="gate: goes with y: both or neither"):
+        modulated_norm(**drawn(False) | {"y_RLD": torch.zeros(3, 5, 6)})

@@ -5,12 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from mclr.kernels import token_logp as module
 from mclr.kernels.choice import using
 from mclr.kernels.op import compare, moved, results
-from mclr.kernels.token_logp import OP, cost, draw, token_logp
+from mclr.kernels.token_logp import OP, draw, token_logp
 
 SHAPE = {"B": 3, "R": 4, "L": 5, "D": 20, "V": 37}
 both = pytest.mark.parametrize("kernels", ["torch", "triton"])
@@ -40,8 +39,7 @@ def doubled(inputs):
 
 
 def good(inputs, kernels, dtype=torch.float32):
-    errors = compare(OP, inputs, dtype, kernels)
-    assert len(errors) == 4 and all(error.ok for error in errors), errors
+    assert not compare(OP, inputs, dtype, kernels)
     return True
 
 
@@ -254,14 +252,3 @@ REFUSALS = {
 def test_refusals(says):
     with pytest.raises(ValueError, match=says):
         token_logp(**drawn() | REFUSALS[says])
-
-
-def test_the_cost_counts_what_is_multiplied():
-    inputs = drawn()
-    with FlopCounterMode(display=False) as forward:
-        value = OP.definition(**inputs)
-    with FlopCounterMode(display=False) as backward:
-        value.sum().backward()
-    counted = cost(SHAPE, torch.float32)
-    assert counted.forward_flops == forward.get_total_flops()
-    assert counted.backward_flops == backward.get_total_flops()
