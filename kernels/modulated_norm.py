@@ -180,7 +180,7 @@ def _warps(block: int) -> int:
     return power_of_2(cdiv(block, 128), most=32)
 
 
-@torch.library.custom_op("mclr::gated_norm", mutates_args=())
+@torch.library.custom_op("mclr::modulated_norm", mutates_args=())
 def _normalised(
     x: Tensor, first: Tensor | None, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor,
     index: Tensor | None, eps: float, dtype: torch.dtype,
@@ -205,7 +205,7 @@ def _results(x, first, y, gate, scale, shift, index, eps, dtype):
     return out, x.new_empty(R, L, D, dtype=dtype), x.new_empty(R, L), x.new_empty(R, L)
 
 
-@torch.library.custom_op("mclr::gated_norm_backward", mutates_args=())
+@torch.library.custom_op("mclr::modulated_norm_backward", mutates_args=())
 def _gradients(
     x: Tensor, first: Tensor | None, y: Tensor | None, gate: Tensor | None, scale: Tensor, index: Tensor | None,
     mean: Tensor, rstd: Tensor, dh: Tensor, dout: Tensor | None, samples: int,
