@@ -5,10 +5,10 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
 
 from mclr.configs.schema import load
 from mclr.errors import UserError
+from mclr.kernels.timing import above_0
 from mclr.train.data.dataset import DatasetInfo
 from mclr.train.data.images import MEGAPIXELS
 from mclr.train.data.write import open_or_prepare, prepare_digits, prepare_images
@@ -27,6 +27,7 @@ labels.csv (file,class), or dataset.json as EDM2's and StyleGAN's tools write it
 their names, or of their numbers where all names are numbers. A .zip is read without unpacking. After an interruption
 the same command goes on at its last finished shard."""
 IMAGES_EXAMPLE = "photos data/photos --resolution 64"
+DIGITS = "The handwritten digits that come with scikit-learn: 8x8 gray, ten classes, 1,500 train and 297 val."
 CACHE = """Encode the images of a dataset once, into DATA/cache: latents of a VAE, tokens of a tokenizer. Runs of that encoder find them
 there. The same command run again goes on where it stopped."""
 CACHE_EXAMPLE = """--model edm2-img512-l --data data/imagenet-512
@@ -41,11 +42,28 @@ def main(argv: list[str] | None = None) -> int:
         epilog=f"example: mclr prepare images {IMAGES_EXAMPLE}\n`mclr prepare WHAT --help` shows the arguments of one.",
     )
     commands = parser.add_subparsers(metavar="WHAT", required=True)
-    _add_images(commands)
-    _add_digits(commands)
-    for kind in NETWORKS:
-        _add_network(commands, kind)
-    cache = _add_cache(commands)
+
+    def add(name: str, program: Callable[[argparse.Namespace], None], example: str, help: str, description: str) -> Parser:
+        example = f"example: mclr prepare {name} {example}"
+        command = commands.add_parser(name, epilog=example, help=help, description=description)
+        command.set_defaults(program=program, kind=name)
+        return command
+
+    _image_options(add("images", _images, IMAGES_EXAMPLE, "a folder or .zip of images, one subfolder per class", IMAGES))
+    digits = add(
+        "digits",
+        lambda args: _show(prepare_digits(args.out)),
+        "data/digits",
+        "scikit-learn's 1,797 scanned digits, no download",
+        DIGITS,
+    )
+    digits.add_argument("out", metavar="OUT", help="dataset folder to make; reused when it holds the digits already")
+    for kind, what in NETWORKS.items():
+        text = f"Fit {what} to a dataset and write a weights folder."
+        _network_options(add(kind, _network, f"weights/{kind} --data digits", what, text))
+    what = "what a model's frozen encoder stores of every image, which training then reads instead"
+    cache = add("cache", _cache, CACHE_EXAMPLE, what, CACHE)
+    _cache_options(cache)
     argv = sys.argv[1:] if argv is None else argv
     # a parser of subcommands does not allow overrides anywhere
     args = cache.parse_intermixed_args(argv[1:]) if argv[:1] == ["cache"] else parser.parse_args(argv)
@@ -54,39 +72,21 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _add(commands: Any, name: str, program: Callable[[argparse.Namespace], None], example: str, **texts: str) -> Parser:
-    """A subcommand, with an example of its arguments."""
-    parser = commands.add_parser(name, epilog=f"example: mclr prepare {name} {example}", **texts)
-    parser.set_defaults(program=program)
-    return parser
-
-
-def _add_images(commands: Any) -> None:
-    short = "a folder or .zip of images, one subfolder per class"
-    option = _add(commands, "images", _images, IMAGES_EXAMPLE, help=short, description=IMAGES).add_argument
+def _image_options(parser: Parser) -> None:
+    option = parser.add_argument
     option("src", metavar="SRC", help="folder or .zip with one subfolder of images per class")
     option("out", metavar="OUT", help="dataset folder to make; reused when it holds these images already")
-    option("--resolution", type=int, required=True, metavar="N", help="pixels per side after crop and resize")
+    option("--resolution", type=above_0(int), required=True, metavar="N", help="pixels per side after crop and resize")
     option("--channels", type=int, default=3, choices=(1, 3), help="1 gray, 3 RGB (default: %(default)s)")
     option("--val-share", type=float, metavar="X", help="share kept for val (default: 0.1, or SRC's own val folder)")
     option("--seed", type=int, default=0, metavar="N", help="of the split into train and val (default: %(default)s)")
-    option("--shard-size", type=int, default=1000, metavar="N", help="images per shard (default: %(default)s)")
+    option("--shard-size", type=above_0(int), default=1000, metavar="N", help="images per shard (default: %(default)s)")
     largest = "largest image read, in 2^20 pixels (default: %(default)g)"
     option("--megapixels", type=float, default=MEGAPIXELS, metavar="M", help=largest)
 
 
-def _add_digits(commands: Any) -> None:
-    short = "scikit-learn's 1,797 scanned digits, no download"
-    text = "The handwritten digits that come with scikit-learn: 8x8 gray, ten classes, 1,500 train and 297 val."
-    digits = _add(commands, "digits", lambda args: _show(prepare_digits(args.out)), "data/digits", help=short, description=text)
-    digits.add_argument("out", metavar="OUT", help="dataset folder to make; reused when it holds the digits already")
-
-
-def _add_network(commands: Any, kind: str) -> None:
-    text = f"Fit {NETWORKS[kind]} to a dataset and write a weights folder."
-    network = _add(commands, kind, _network, f"weights/{kind} --data digits", help=NETWORKS[kind], description=text)
-    network.set_defaults(kind=kind)
-    option = network.add_argument
+def _network_options(parser: Parser) -> None:
+    option = parser.add_argument
     option("out", metavar="OUT", help="weights folder to make")
     option("--data", required=True, metavar="D", help="preset or dataset folder, like digits")
     option("--steps", type=int, default=1000, metavar="N", help="(default: %(default)s)")
@@ -96,16 +96,13 @@ def _add_network(commands: Any, kind: str) -> None:
     option("--half", action="store_true", help="store fp16")
 
 
-def _add_cache(commands: Any) -> Parser:
-    short = "what a model's frozen encoder stores of every image, which training then reads instead"
-    cache = _add(commands, "cache", _cache, CACHE_EXAMPLE, help=short, description=CACHE)
-    option = cache.add_argument
+def _cache_options(parser: Parser) -> None:
+    option = parser.add_argument
     option("--model", required=True, help="preset whose encoder is used, or a YAML path")
     option("--data", required=True, metavar="D", help="preset or dataset folder")
     option("--half", action="store_true", help="latents in fp16: half the disk, 11 bits of every number")
     settings = "as in the run: data.flip=true, model.vae=, model.tokenizer="
     option("overrides", nargs="*", metavar="section.key=value", help=settings)
-    return cache
 
 
 def _images(args: argparse.Namespace) -> None:

@@ -79,7 +79,11 @@ def _read_dataset(folder: Path) -> dict[str, Any]:
         described = json.loads(_bytes_of(path))
         return {key: described[key] for key in ("name", "resolution", "channels", "num_classes")} | {"path": str(folder)}
     except OSError:
-        raise UserError(f"{folder} has no readable dataset.json; make the folder with `mclr prepare`") from None
+        # what train/data/write.py leaves where it was interrupted
+        if (folder / "preparing.json").is_file():
+            raise UserError(f"{folder} is not finished: run its `mclr prepare` command again") from None
+        make = f"`mclr prepare images {folder} OUT --resolution N`"
+        raise UserError(f"{folder} has no readable dataset.json: if it holds your images, run {make} and give OUT") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} does not describe a dataset ({error}); make the folder with `mclr prepare`") from None
 

@@ -40,7 +40,7 @@ class Slow:
     def __init__(self, clock, seconds, copy=0.0):
         self.clock, self.seconds, self.copy = clock, seconds, copy
         self.reader, self.busy, self.asked = SimpleNamespace(coming={}), 0.0, []
-        self.order, self.split = self, SimpleNamespace()
+        self.split = SimpleNamespace()
 
     def indices(self, positions):
         return list(positions)

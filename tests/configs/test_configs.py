@@ -162,7 +162,8 @@ def test_a_prepared_folder_describes_itself(tmp_path):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        (None, "{folder} has no readable dataset.json; make the folder with `mclr prepare`"),
+        (None, "{folder} has no readable dataset.json: if it holds your images, "
+               "run `mclr prepare images {folder} OUT --resolution N` and give OUT"),
         ('{"name": "cats"}', "{folder}/dataset.json does not describe a dataset ('resolution'); make the folder with `mclr prepare`"),
         ("[]", "{folder}/dataset.json does not describe a dataset (list indices must be integers or slices, not str); "
                "make the folder with `mclr prepare`"),

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from launch import RUN, environment, launcher
+from photos import save_tiny_vae
 from PIL import Image
 from safetensors.torch import load_file
-from test_encoders import save_tiny_vae
 
 from mclr.configs.schema import PRESETS
 from mclr.models.options import SCALES_512

@@ -253,13 +253,12 @@ def test_ranks_share_the_files_without_a_word(make, data, vae, monkeypatch):
     assert (folder(data) / "cache.json").read_text() == record
 
 
-def test_a_file_system_without_locks_is_one_line(make, data, monkeypatch):
+def test_a_file_system_without_locks_will_do(make, data, vae, monkeypatch):
     def refuse(file, how):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    status, said = make()
-    assert status == 2 and said.startswith(f"error: cannot lock {folder(data)} (Function not implemented): ")
+    assert make()[0] == 0 and cache_of(cached(data, vae))
 
 
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(make, data, vae, monkeypatch):
@@ -306,20 +305,11 @@ def test_a_stream_has_no_cache(data, vae):
     assert data_line(source, encoder, config.data) == [says]
 
 
-def reshape(place):
-    record = json.loads((place / "cache.json").read_text())
-    (place / "cache.json").write_text(json.dumps(record | {"shape": [8, 8, 4]}))
-
-
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
         (lambda place: os.truncate(place / "000002.npy", 1000), "000002.npy is missing or cut off"),
         (lambda place: (place / "000004.npy").unlink(), "000004.npy is missing or cut off"),
-        (reshape, "cache.json says shape [8, 8, 4], this data and encoder have [8, 8, 8]"),
-        (lambda place: (place / "cache.json").write_text("{"), "Expecting property name"),
-        (lambda place: (place / "cache.json").write_text("[]"), "list indices must be integers"),
-        (lambda place: (place / "cache.json").write_text("{}"), "'what'"),
     ],
 )
 def test_a_damaged_cache_is_refused_when_a_run_starts(damage, says, make, data, vae):
@@ -342,7 +332,7 @@ def test_damage_inside_of_a_file_is_noticed_when_it_is_read(make, data, vae):
     content[-3] ^= 1
     file.write_bytes(content)
     source = cached(data, vae)
-    order = source.order.indices(range(COUNT))
+    order = source.indices(range(COUNT))
     for position, i in enumerate(order):
         if i != 9:
             source.batch(position, 1)

@@ -254,10 +254,14 @@ def test_a_stream_is_no_dataset_folder(path, tmp_path, monkeypatch):
         ("cls", lambda content: b"10", "00000380 has condition 10, outside of 0..9"),
         ("cls", lambda content: b"-1", "00000380 has condition -1, outside of 0..9"),
         ("cls", lambda content: b"seven", "sample 00000380"),
-        ("cls", lambda content: None, "00000380 lacks its .png or its .cls"),
+        ("cls", lambda content: None, "sample 00000380 (its .png or its .cls is missing)"),
         ("png cls", lambda content: None, "holds 374 samples"),
         ("png", lambda content: content[:40] + bytes(20) + content[60:], "the image of sample 00000380 is damaged"),
-        ("png", lambda content: png(np.zeros((1, 8, 9), np.uint8)), "the image of sample 00000380 is L 9x8"),
+        (
+            "png",
+            lambda content: png(np.zeros((1, 8, 9), np.uint8)),
+            "the image of sample 00000380 is damaged (L 9x8, but dataset.json says L 8x8)",
+        ),
     ],
 )
 def test_damaged_samples_are_named(copy, kinds, change, says):
@@ -286,7 +290,7 @@ def test_another_shard_of_the_recorded_size(copy, index):
     content = file.read_bytes()
     place = content.index(b"00000380.cls") + 512
     file.write_bytes(content[:place] + (b"1" if content[place : place + 1] == b"0" else b"0") + content[place + 1 :])
-    with pytest.raises(UserError, match=r"train/000001.tar has sha256 \w{8}..., but dataset.json says"):
+    with pytest.raises(UserError, match=r"train/000001.tar is damaged \(its sha256 is \w{8}..., but dataset.json says"):
         open_images(copy, "train", 0)
     assert not index or (copy / "index.json").read_text() == index
 
@@ -336,7 +340,7 @@ def test_damaged_samples_are_passed_over_alike_everywhere(copy, digits, monkeypa
     alike = whole.split.of_condition[4]
     bad = {int(i) for i in (alike[7], alike[8], alike[-1], 0, 700, 1499)}
     spoil(copy, bad)
-    expected = [stood_for(c_N, i, bad) for i in whole.order.indices(range(1400, 3100))]
+    expected = [stood_for(c_N, i, bad) for i in whole.indices(range(1400, 3100))]
     capsys.readouterr()
     for world in (1, 2):
         ranks = [open_images(copy, "train", 3, balanced, tolerated=0.004) for _ in range(world)]
@@ -471,7 +475,7 @@ def test_balanced_conditions_come_equally_often(uneven):
         assert all(len(set(epoch)) == size for epoch in epochs)
         assert size == 3 or all(one != two for one, two in pairwise(epochs))
         # and no condition in the order of another
-        assert source.order.of_round[c][1].tolist() == permutation(5, 99 // size, size, 2 + c).tolist()
+        assert source.of_round[c][1].tolist() == permutation(5, 99 // size, size, 2 + c).tolist()
     assert open_images(uneven, "train", 5, balanced=True).keys(317, 400) == keys[317:717]
     assert open_images(uneven, "train", 6, balanced=True).keys(0, 1000) != keys
 
@@ -479,7 +483,7 @@ def test_balanced_conditions_come_equally_often(uneven):
 def test_balance_needs_samples_of_every_condition(uneven):
     rewrite_shard(uneven, "train/000000.tar", lambda name, content: b"1" if (name[-3:], content) == ("cls", b"0") else content)
     assert len(open_images(uneven, "train", 0)) > 0
-    with pytest.raises(UserError, match=r"has no samples of 1 classes, like 0: set data.balanced=false"):
+    with pytest.raises(UserError, match=r"has no samples of 1 classes in split train, like 0: set data.balanced=false"):
         open_images(uneven, "train", 0, balanced=True)
 
 

@@ -60,7 +60,9 @@ def test_what_is_no_image_of_the_user_is_skipped_and_counted(pets, tmp_path, cap
     for kind in ("3 hidden", "3 of the system", "2 that are no images"):
         assert f"{kind} (like " in said
     names, skipped = images_below(pets)
-    assert len(names) == 14 and names == [name for name, _ in find_images(pets).files] and skipped == find_images(pets).skipped
+    assert (
+        len(names) == 14 and names == [name for name, _ in find_images(pets).files] and skipped == find_images(pets).tree.skipped
+    )
 
 
 @pytest.mark.parametrize("names, test", [(("train", "val"), False), (("Train", "valid"), True), (("training", "test"), False)])

@@ -1,6 +1,5 @@
 """`mclr prepare`: folders of images become whole datasets or none, and every unusable input gets one line."""
 
-import dataclasses
 import fcntl
 import json
 import os
@@ -13,6 +12,7 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile
 import numpy as np
 import pytest
 import torch
+from photos import read, refused, save
 from PIL import Image
 
 import mclr.train.data.write
@@ -42,14 +42,10 @@ def tree(tmp_path):
     return src
 
 
-def files_below(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_images_become_a_dataset(tree, tmp_path):
     info = prepare_images(tree, tmp_path / "out", resolution=8, val_share=0.25, shard_size=4)
     assert info.class_names == ("blue", "green", "red") and info.num_classes == 3
-    assert (info.name, info.resolution, info.channels, info.seed) == ("src", 8, 3, 0)
+    assert (info.name, info.resolution, info.channels, info.seed) == ("out", 8, 3, 0)
     assert [shard.count for shard in info.splits["train"].shards] == [4, 4, 1] and info.splits["val"].count == 3
     conditions = []
     for split in ("train", "val"):
@@ -63,8 +59,8 @@ def test_images_become_a_dataset(tree, tmp_path):
 
 def test_same_images_give_the_same_bytes_and_another_seed_another_split(tree, tmp_path):
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
-        prepare_images(tree, tmp_path / name, resolution=8, seed=seed)
-    one, two, three = (files_below(tmp_path / name) for name in ("one", "two", "three"))
+        prepare_images(tree, tmp_path / name / "data", resolution=8, seed=seed)
+    one, two, three = (read(tmp_path / name / "data") for name in ("one", "two", "three"))
     assert one == two and one["train/000000.tar"] != three["train/000000.tar"]
 
 
@@ -84,8 +80,7 @@ def test_same_images_give_the_same_bytes_and_another_seed_another_split(tree, tm
     ],
 )
 def test_every_kind_of_pixel(tmp_path, mode, color, expected):
-    (tmp_path / "src" / "only").mkdir(parents=True)
-    Image.new(mode, (8, 8), color).save(tmp_path / "src" / "only" / "1.png")
+    save(tmp_path / "src" / "only" / "1.png", color, mode=mode)
     prepare_images(tmp_path / "src", tmp_path / "out", resolution=4, channels=len(expected), val_share=0)
     image_NCHW, _ = load_split(tmp_path / "out", "train")
     assert torch.equal(image_NCHW, torch.tensor(expected, dtype=torch.uint8).view(1, -1, 1, 1).expand(1, -1, 4, 4))
@@ -103,9 +98,8 @@ def test_crop_keeps_the_centre_and_the_mean():
 
 
 def test_few_unreadable_images_are_named_and_left_out(tmp_path, capsys):
-    (tmp_path / "src" / "only").mkdir(parents=True)
     for i in range(199):
-        Image.new("L", (4, 4), i).save(tmp_path / "src" / "only" / f"{i:03}.png")
+        save(tmp_path / "src" / "only" / f"{i:03}.png", i, (4, 4), "L")
     (tmp_path / "src" / "only" / "bad.png").write_bytes(b"not a PNG")
     info = prepare_images(tmp_path / "src", tmp_path / "out", resolution=4, channels=1)
     assert sum(split.count for split in info.splits.values()) == 199
@@ -126,9 +120,8 @@ def test_few_unreadable_images_are_named_and_left_out(tmp_path, capsys):
 def test_links_that_lead_back_are_refused(tree, tmp_path, capsys, links):
     for link, target in links.items():
         os.symlink(target, tree / link)
-    assert "is a link to a folder that it lies in: remove the link" in fails(
-        ["images", tree, tmp_path / "out", "--resolution", 8], capsys
-    )
+    said = refused(main, ["images", tree, tmp_path / "out", "--resolution", 8], capsys)
+    assert "is a link to a folder that it lies in: remove the link" in said
 
 
 def test_other_links_are_followed(tree, tmp_path):
@@ -138,18 +131,9 @@ def test_other_links_are_followed(tree, tmp_path):
     os.symlink("../red/deeper", tree / "blue" / "more")
     (tree / "blue" / "loop.png").symlink_to("loop.png")
     for number in range(100):
-        Image.new("RGB", (8, 8)).save(tree / "green" / f"{number}.png")
+        save(tree / "green" / f"{number}.png")
     info = prepare_images(tree, tmp_path / "out", resolution=8, val_share=0)
     assert info.splits["train"].count == 113 and "114 images of" in info.source
-
-
-def fails(argv, capsys):
-    """The one line that the program prints before it exits with status 2."""
-    capsys.readouterr()
-    assert run(main, [str(arg) for arg in argv]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.startswith("error: ") and printed.err.count("\n") == 1
-    return printed.err
 
 
 def test_unusable_sources(tmp_path, capsys):
@@ -165,14 +149,14 @@ def test_unusable_sources(tmp_path, capsys):
         ("hollow", "hollow/cats has no images"),
         ("loose", "1 images outside of any class folder (cat.JPG)"),
     ):
-        assert says in fails(["images", tmp_path / src, tmp_path / "out", "--resolution", 8], capsys)
+        assert says in refused(main, ["images", tmp_path / src, tmp_path / "out", "--resolution", 8], capsys)
         assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("out", ["http://x", "new.tar"])
 def test_a_folder_must_not_be_taken_for_a_stream(tree, tmp_path, capsys, monkeypatch, out):
     monkeypatch.chdir(tmp_path)
-    assert f"{out} would be taken for a stream" in fails(["digits", out], capsys)
+    assert f"{out} would be taken for a stream" in refused(main, ["digits", out], capsys)
     assert list(tmp_path.iterdir()) == [tree]
 
 
@@ -180,7 +164,7 @@ def test_unusable_places_and_arguments(tree, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("precious")
-    before = files_below(tmp_path)
+    before = read(tmp_path)
     images = ["images", tree, tmp_path / "out", "--resolution", 8]
     for argv, says in (
         (["digits", tmp_path / "file"], "exists already"),
@@ -189,44 +173,49 @@ def test_unusable_places_and_arguments(tree, tmp_path, capsys):
         (["digits", "/proc/nowhere/out"], "cannot write"),
         (["images", tree, tree / "out", "--resolution", 8], "lies inside the images"),
         (["images", tree, tmp_path / "taken", "--resolution", 8], "exists already"),
-        (["images", tree, tmp_path / "out", "--resolution", 0], "resolution is 0"),
-        ([*images, "--shard-size", 0], "shard size 0"),
+        (["images", tree, tmp_path / "out", "--resolution", 0], "--resolution: 0: a finite number above 0 is needed"),
+        ([*images, "--shard-size", 0], "--shard-size: 0: a finite number above 0 is needed"),
         ([*images, "--val-share", 1], "val share is 1.0"),
         ([*images, "--val-share", 0.99], "leaves none to train on"),
         ([*images, "--seed", -1], "seed -1"),
     ):
-        assert says in fails(argv, capsys)
-    assert files_below(tmp_path) == before
+        assert says in refused(main, argv, capsys)
+    assert read(tmp_path) == before
 
 
 def test_same_dataset_is_reused_and_another_is_refused(tree, tmp_path, capsys, monkeypatch):
     prepare_digits(tmp_path / "digits")
     prepare_images(tree, tmp_path / "images", resolution=8)
-    before = files_below(tmp_path)
+    before = read(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(mclr.train.data.write, "write_split", None)
+        patch.setattr(mclr.train.data.write, "_write_split", None)
         assert prepare_digits(tmp_path / "digits") == open_dataset(tmp_path / "digits")
         assert main(["images", str(tree), str(tmp_path / "images"), "--resolution", "8"]) == 0
     assert "images: 11 train and 1 val images, 8x8 RGB, 3 classes" in capsys.readouterr().out
-    assert "already holds another dataset" in fails(["digits", tmp_path / "images"], capsys)
-    assert "resolution: 8" in fails(["images", tree, tmp_path / "images", "--resolution", 16], capsys)
-    assert files_below(tmp_path) == before
+    assert "already holds another dataset" in refused(main, ["digits", tmp_path / "images"], capsys)
+    assert "resolution: 8" in refused(main, ["images", tree, tmp_path / "images", "--resolution", 16], capsys)
+    assert read(tmp_path) == before
 
-    Image.new("RGB", (8, 8)).save(tree / "red" / "new.png")
-    assert "source: 12 images" in fails(["images", tree, tmp_path / "images", "--resolution", 8], capsys)
+    # a folder that was renamed, and one whose name was once that of its images
+    (tmp_path / "images").rename(tmp_path / "renamed")
+    assert prepare_images(tree, tmp_path / "renamed", resolution=8).name == "images"
+
+    save(tree / "red" / "new.png")
+    assert "source: 12 images" in refused(main, ["images", tree, tmp_path / "renamed", "--resolution", 8], capsys)
     (tmp_path / "digits" / "val" / "000000.tar").unlink()
-    assert "000000.tar is missing" in fails(["digits", tmp_path / "digits"], capsys)
+    assert "000000.tar is missing" in refused(main, ["digits", tmp_path / "digits"], capsys)
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_an_interrupted_run_goes_on_after_its_last_shard(tree, tmp_path, monkeypatch, capsys, interruption):
     (tree / "green" / "bad.png").write_bytes(b"not a PNG")
     for number in range(100):
-        Image.new("RGB", (8, 8), (0, number, 0)).save(tree / "green" / f"{number}.png")
-    whole = prepare_images(tree, tmp_path / "whole", 8, shard_size=10)
-    read = []
+        save(tree / "green" / f"{number}.png", number)
+    whole, out = tmp_path / "whole" / "data", tmp_path / "data"
+    prepare_images(tree, whole, 8, shard_size=10)
+    decoded = []
     decode, replace = mclr.train.data.write.decode, os.replace
-    monkeypatch.setattr(mclr.train.data.write, "decode", lambda data, *rest: (read.append(data), decode(data, *rest))[1])
+    monkeypatch.setattr(mclr.train.data.write, "decode", lambda data, *rest: (decoded.append(data), decode(data, *rest))[1])
 
     def interrupted(source, target):
         if str(target).endswith("000007.tar"):
@@ -236,18 +225,18 @@ def test_an_interrupted_run_goes_on_after_its_last_shard(tree, tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr("os.replace", interrupted)
         with pytest.raises(KeyboardInterrupt if interruption is KeyboardInterrupt else UserError):
-            prepare_images(tree, tmp_path / "out", 8, shard_size=10)
-    assert len(list((tmp_path / "out").rglob("*.tar"))) == 7 and not list(tmp_path.rglob(".tmp-*"))
+            prepare_images(tree, out, 8, shard_size=10)
+    assert len(list(out.rglob("*.tar"))) == 7 and not list(tmp_path.rglob(".tmp-*"))
     # what SIGKILL leaves
-    (tmp_path / "out" / "train" / ".tmp-1").write_bytes(b"half")
-    with pytest.raises(UserError, match="out is not finished: run its `mclr prepare` command again"):
-        open_dataset(tmp_path / "out")
-    read.clear()
+    (out / "train" / ".tmp-1").write_bytes(b"half")
+    with pytest.raises(UserError, match="data is not finished: run its `mclr prepare` command again"):
+        open_dataset(out)
+    decoded.clear()
     capsys.readouterr()
-    assert prepare_images(tree, tmp_path / "out", 8, shard_size=10) == dataclasses.replace(whole, path=tmp_path / "out")
+    prepare_images(tree, out, 8, shard_size=10)
     printed = capsys.readouterr()
     assert "going on after 7 finished shards" in printed.out and "1 of 113 images" in printed.err
-    assert len(read) <= 44 and files_below(tmp_path / "out") == files_below(tmp_path / "whole")
+    assert len(decoded) <= 44 and read(out) == read(whole)
 
 
 def test_an_unfinished_dataset_of_other_settings_is_begun_anew(tree, tmp_path, monkeypatch, capsys):
@@ -257,18 +246,17 @@ def test_an_unfinished_dataset_of_other_settings_is_begun_anew(tree, tmp_path, m
             prepare_images(tree, tmp_path / "out", 8)
     with open(tmp_path / "out" / "lock", "a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert "another process makes" in fails(["images", tree, tmp_path / "out", "--resolution", 16], capsys)
+        assert "another process makes" in refused(main, ["images", tree, tmp_path / "out", "--resolution", 16], capsys)
     assert prepare_images(tree, tmp_path / "out", 16, shard_size=5).splits["train"].count == 11
     assert "it is begun anew" in capsys.readouterr().out
-    prepare_images(tree, tmp_path / "other", 16, shard_size=5)
-    assert files_below(tmp_path / "out") == files_below(tmp_path / "other")
+    prepare_images(tree, tmp_path / "other" / "out", 16, shard_size=5)
+    assert read(tmp_path / "out") == read(tmp_path / "other" / "out")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_signal_leaves_finished_shards_alone(tmp_path, number):
     for i in range(300):
-        (tmp_path / "src" / "only").mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (300, 300), (i % 256, 0, 0)).save(tmp_path / "src" / "only" / f"{i:03}.png")
+        save(tmp_path / "src" / "only" / f"{i:03}.png", i % 256, (300, 300))
     argv = ["images", str(tmp_path / "src"), str(tmp_path / "out"), "--resolution", "256", "--shard-size", "3"]
     with subprocess.Popen([sys.executable, "-m", "mclr.train.prepare", *argv], stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and len(list((tmp_path / "out").rglob("*.tar"))) < 3:
@@ -323,25 +311,24 @@ def labelled(tree, labels):
 
 
 def shards_of(folder):
-    return {name: content for name, content in files_below(folder).items() if name.endswith(".tar")}
+    return {name: content for name, content in read(folder).items() if name.endswith(".tar")}
 
 
 @pytest.mark.parametrize("compression", [ZIP_STORED, ZIP_DEFLATED])
 def test_a_zip_file_gives_the_shards_of_its_folder(tree, tmp_path, compression):
     # sorted by folders, not by characters: "-" and "." come before "/"
     for name in ("red/deeper-a.png", "red/deeper.png", "red-ish/a.png"):
-        (tree / name).parent.mkdir(exist_ok=True)
-        Image.new("RGB", (8, 8), (len(name), 0, 0)).save(tree / name)
+        save(tree / name, len(name))
     (tree / "red" / "bad.png").write_bytes(b"not a PNG")
     for number in range(100):
-        Image.new("RGB", (8, 8), (0, number, 0)).save(tree / "green" / f"{number}.png")
+        save(tree / "green" / f"{number}.png", number)
     archive = zipped(tree, tmp_path / "photos.zip", compression=compression)
     with ZipFile(archive, "a") as more:
         more.writestr("__MACOSX/red/a.png", b"")
     one = prepare_images(tree, tmp_path / "one", resolution=8, shard_size=4)
     two = prepare_images(archive, tmp_path / "two", resolution=8, shard_size=4)
     assert shards_of(tmp_path / "one") == shards_of(tmp_path / "two") and len(one.splits["train"].shards) > 20
-    assert one.class_names == two.class_names == ("blue", "green", "red", "red-ish") and two.name == "photos"
+    assert one.class_names == two.class_names == ("blue", "green", "red", "red-ish")
     # the same images, so the same fingerprint: what differs is where they lie
     assert two.source == one.source.replace(str(tree), str(archive))
     assert prepare_images(archive, tmp_path / "two", resolution=8, shard_size=4) == two
@@ -365,21 +352,18 @@ def test_unusable_labels(tree, tmp_path, capsys):
         (None, "has no labels (null)"),
         ([[0]], "is no list of labels"),
         (7, "is no list of labels"),
-        ([[1, 0], ["zzz", 0]], "is no list of labels (1 is no name of an image)"),
+        ([[1, 0], ["zzz", 0]], "has the label (1, 0): expected a name"),
         (good[1:], "has no label for 1 images (blue/a.png)"),
         ([*good, ["red/z.png", 0]], "has labels for 1 images that are not there (red/z.png)"),
-        ([*good[1:], ["blue/a.png", -1]], "the label of blue/a.png is -1"),
-        ([*good[1:], ["blue/a.png", None]], "the label of blue/a.png is None"),
-        ([*good[1:], ["blue/a.png", True]], "the label of blue/a.png is True"),
-        ([*good[1:], ["blue/a.png", [1.0, 0.0]]], "the label of blue/a.png is [1.0, 0.0]"),
-        ([*good[1:], ["blue/a.png", 2]], "labels go to 2, but no image has 1"),
+        *(([*good[1:], ["blue/a.png", c]], f"has the label ('blue/a.png', {c})") for c in (-1, None, True, [1.0, 0.0])),
+        ([*good[1:], ["blue/a.png", 2]], "has labels up to 2, but no image has 1"),
     ):
         labelled(tree, labels)
         for src in (tree, zipped(tree, tmp_path / "labelled.zip")):
-            assert says in fails(["images", src, tmp_path / "out", "--resolution", 8], capsys)
+            assert says in refused(main, ["images", src, tmp_path / "out", "--resolution", 8], capsys)
     for text in ("{", "[]", '{"splits": {}}', '{"labels": ' + "[" * 100_000):
         (tree / "dataset.json").write_text(text)
-        assert "is no list of labels" in fails(["images", tree, tmp_path / "out", "--resolution", 8], capsys)
+        assert "is no list of labels" in refused(main, ["images", tree, tmp_path / "out", "--resolution", 8], capsys)
     assert not (tmp_path / "out").exists()
 
 
@@ -413,7 +397,7 @@ def test_unusable_zip_files(tree, tmp_path, capsys):
         ("inner", "lies outside of it"),
         ("nowhere", "no folder of images at"),
     ):
-        assert says in fails(["images", tmp_path / f"{name}.zip", tmp_path / "out", "--resolution", 8], capsys)
+        assert says in refused(main, ["images", tmp_path / f"{name}.zip", tmp_path / "out", "--resolution", 8], capsys)
         assert not (tmp_path / "out").exists() and not (tmp_path / "evil").exists()
 
 

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from photos import save_tiny_vae
 from PIL import Image
-from test_encoders import save_tiny_vae
 
 import mclr.train.training.previews
 from mclr.configs.schema import load

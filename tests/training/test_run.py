@@ -117,7 +117,7 @@ DATA = {
     "no shard": (lambda data: (data / "train/000002.tar").unlink(), "train/000002.tar is missing"),
     "a broken shard": (
         lambda data: break_tar(data, "train/000000.tar"),
-        "train/000000.tar: holds 5 samples, but dataset.json says 375",
+        "(it holds 5 samples, but dataset.json says 375)",
     ),
     "a condition out of range": (
         lambda data: rewrite_shard(data, "train/000001.tar", lambda name, content: b"10" if name.endswith(".cls") else content),

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from golden_weights import FOLDER
-from test_encoders import save_tiny_vae
+from photos import save_tiny_vae
 
 from mclr.configs.schema import PRESETS, load
 from mclr.models.convert import published_entries

@@ -20,7 +20,7 @@ import torch
 from mclr.configs.schema import load, load_data
 from mclr.errors import UserError
 from mclr.kernels.timing import above_0, number, table
-from mclr.train.data.cache import cache_of, through_cache
+from mclr.train.data.cache import cache_of, storage, through_cache
 from mclr.train.data.dataset import READERS
 from mclr.train.data.source import Source, open_images
 from mclr.train.system.console import Parser, run
@@ -40,7 +40,7 @@ def open_sources(args: argparse.Namespace) -> Iterator[tuple[str, Source]]:
         return
     config = load(args.model, "mle", args.data, "auto", args.overrides)
     source, encoder = open_source(config), build_encoder(config, torch.device("cpu"))
-    if not encoder.storage(config.data)[1]:
+    if not storage(encoder, config.data)[1]:
         raise UserError(f"{args.model} models pixels, which have no cache: leave out --model")
     cached = through_cache(source, encoder, config.data, config.model)
     cache = cache_of(cached)
@@ -60,7 +60,7 @@ def simulate(source: Source, first: int, steps: int, batch: int, sleep: float) -
     for positions in (range(start, start + batch) for start in range(first, first + (steps + 1) * batch, batch)):
         # this step's samples too, since nobody asked for those of the first step
         source.prefetch(range(positions.start, positions.stop + batch))
-        indices, asked, coming = source.order.indices(positions), time.perf_counter(), source.reader.coming
+        indices, asked, coming = source.indices(positions), time.perf_counter(), source.reader.coming
         for i in indices:
             if i in coming:
                 coming[i].exception()

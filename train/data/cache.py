@@ -12,9 +12,11 @@ import hashlib
 import json
 import zlib
 from concurrent.futures import Future
+from copy import copy
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from io import BytesIO
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ import torch
 from mclr.configs.schema import Data, DiffusionModel, NextScaleModel
 from mclr.errors import UserError
 from mclr.train.data.dataset import Batch, SplitReader
-from mclr.train.data.encoders import VAE_WEIGHTS, Encoder, Latents, find_vae, from_uint8
+from mclr.train.data.encoders import VAE_WEIGHTS, Encoder, Latents, Tokens, find_vae, from_uint8
 from mclr.train.data.source import Source
 from mclr.train.system.console import progress_bar
 from mclr.train.system.files import checksum, lock, write_file, write_json
@@ -54,15 +56,15 @@ class CacheKey:
     chunk: int
 
 
-def cache_key(data: Data, model: Model, encoder: Encoder, source: Source, dtype: str, views: int) -> CacheKey:
-    """The key of the cache of this dataset and encoder."""
-    if isinstance(model, DiffusionModel):
-        assert model.vae is not None
-        what, weights = "latents", checksum(find_vae(model.vae) / VAE_WEIGHTS)
-    else:
-        what, weights = "tokens", sha256(find_weights(model.tokenizer))
-    dataset, shape = checksum(source.info.path / "dataset.json"), encoder.storage(data)[0]
-    return CacheKey(what, weights, dataset, dtype, shape, views, len(source), CHUNK)
+def storage(encoder: Encoder, data: Data) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """(shape of what encode() gives for one image, types that can store it, the exact one first). No types where it is the image."""
+    if isinstance(encoder, Latents):
+        channels, *sides = encoder.shape(data)
+        return (2 * channels, *sides), ("float32", "float16")
+    if isinstance(encoder, Tokens):
+        tokens = encoder.tokenizer.config
+        return (sum(side**2 for side in tokens.scales),), (np.min_scalar_type(tokens.vocab_size - 1).name,)
+    return (), ()
 
 
 class Cache:
@@ -74,19 +76,17 @@ class Cache:
         self.folder = dataset / FOLDER / name
         self.record = np.dtype([("crc", "<u4"), ("x", np.dtype(key.dtype).newbyteorder("<"), key.shape)])
         self.stride = key.views * self.record.itemsize  # bytes of a sample
-        self.files = -(-key.count // key.chunk)
+        self.files = [self.folder / f"{k:06d}.npy" for k in range(-(-key.count // key.chunk))]
         self.complete = (self.folder / RECORD).exists()
 
-    def samples(self, k: int) -> range:
+    def samples(self, k: int) -> list[int]:
         """Those of file k, numbered in shard order."""
-        return range(k * self.key.chunk, min((k + 1) * self.key.chunk, self.key.count))
+        return list(range(k * self.key.chunk, min((k + 1) * self.key.chunk, self.key.count)))
 
-    def finished(self, k: int) -> bool:
-        """Whether file k is there and of its size."""
-        try:
-            return self._file(k).stat().st_size == len(self._header(k)) + len(self.samples(k)) * self.stride
-        except OSError:
-            return False
+    def missing(self) -> list[int]:
+        """The files that are not there, or not of their size."""
+        sizes = [len(self._header(k)) + len(self.samples(k)) * self.stride for k in range(len(self.files))]
+        return [k for k, file in enumerate(self.files) if not file.exists() or file.stat().st_size != sizes[k]]
 
     def write(self, k: int, x_nV: np.ndarray) -> None:
         """Write file k. Raises UserError where the disk is full, or the numbers do not fit the cache's type."""
@@ -94,23 +94,16 @@ class Cache:
         with np.errstate(over="ignore"):
             records_nV["x"] = x_nV
         if not np.isfinite(records_nV["x"]).all():
-            raise UserError(
-                f"the encoder gives numbers that {self.key.dtype} does not hold: give weights that are whole, or no --half"
-            )
+            why = f"the encoder gives numbers that {self.key.dtype} does not hold"
+            raise UserError(f"{why}: give weights that are whole, or no --half")
         for i, records_V in zip(self.samples(k), records_nV, strict=True):
             records_V["crc"] = self._crcs(i, records_V)
-        write_file(self._file(k), self._header(k) + records_nV.tobytes())
+        write_file(self.files[k], self._header(k) + records_nV.tobytes())
 
     def finish(self, command: str) -> bool:
         """Remove what a killed job left, and record that the cache is complete. False where another rank has done so."""
-        # without the lock, one of two jobs could remove a file that the other is writing
-        try:
-            held, _ = lock(self.folder / "lock", wait=True)
-        # an error of a file system without locks has no file name
-        except OSError as error:
-            raise UserError(
-                f"cannot lock {self.folder} ({error.strerror}): make the dataset folder one whose files have locks"
-            ) from error
+        # else one of two jobs could remove the file that the other is writing
+        held, _ = lock(self.folder / "lock", wait=True, none=True)
         with held:
             if (self.folder / RECORD).exists():
                 return False
@@ -120,38 +113,25 @@ class Cache:
         return True
 
     def check(self) -> None:
-        """Raises UserError where cache.json does not fit the key, or a file is missing or cut off."""
-        try:
-            said = json.loads((self.folder / RECORD).read_bytes())
-            for name, value in json.loads(json.dumps(asdict(self.key))).items():
-                if said[name] != value:
-                    raise ValueError(f"{RECORD} says {name} {said[name]}, this data and encoder have {value}")
-            for k in range(self.files):
-                if not self.finished(k):
-                    raise ValueError(f"{self._file(k).name} is missing or cut off")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise self._damaged(error) from error
+        """Raises UserError where a file is missing or cut off."""
+        if missing := self.missing():
+            raise self._damaged(f"{self.files[missing[0]].name} is missing or cut off")
 
     def read(self, i: int) -> np.ndarray:
         """What is stored of sample i, [V, ...]. Raises UserError where it is damaged."""
         k, place = divmod(i, self.key.chunk)
         try:
-            with open(self._file(k), "rb") as file:
+            with open(self.files[k], "rb") as file:
                 file.seek(len(self._header(k)) + place * self.stride)
                 records_V = np.frombuffer(file.read(self.stride), self.record)
             if len(records_V) != self.key.views or (records_V["crc"] != self._crcs(i, records_V)).any():
                 raise ValueError("its checksum differs")
         except (OSError, ValueError) as error:
-            raise self._damaged(f"sample {i} in {self._file(k).name}: {error}") from error
+            raise self._damaged(f"sample {i} in {self.files[k].name}: {error}") from error
         return records_V["x"]
 
-    def _damaged(self, why: object) -> UserError:
-        return UserError(
-            f"{self.folder} is damaged ({why}): remove this folder, and make it again with `mclr prepare cache` if you like"
-        )
-
-    def _file(self, k: int) -> Path:
-        return self.folder / f"{k:06d}.npy"
+    def _damaged(self, why: str) -> UserError:
+        return UserError(f"{self.folder} is damaged ({why}): remove this folder, and make it again with `mclr prepare cache`")
 
     def _header(self, k: int) -> bytes:
         return header(self.record, (len(self.samples(k)), self.key.views))
@@ -169,11 +149,22 @@ def header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
     return buffer.getvalue()
 
 
+def cache_for(source: Source, encoder: Encoder, data: Data, model: Model, dtype: str, views: int) -> Cache:
+    """The cache of this dataset and encoder."""
+    if isinstance(model, DiffusionModel):
+        assert model.vae is not None
+        what, weights = "latents", checksum(find_vae(model.vae) / VAE_WEIGHTS)
+    else:
+        what, weights = "tokens", sha256(find_weights(model.tokenizer))
+    dataset, shape = checksum(source.info.path / "dataset.json"), storage(encoder, data)[0]
+    return Cache(source.info.path, CacheKey(what, weights, dataset, dtype, shape, views, len(source), CHUNK))
+
+
 class CacheReader:
     """Reads a complete cache of a split, and never an image (source.py, Reader)."""
 
     def __init__(self, cache: Cache, split: SplitReader):
-        """Raises UserError as Cache.check does."""
+        """Raises UserError where a file of the cache is missing or cut off."""
         cache.check()
         self.cache, self.split = cache, split
         self.coming: dict[int, Future[np.ndarray]] = {}
@@ -197,13 +188,16 @@ def through_cache(source: Source, encoder: Encoder, data: Data, model: Model) ->
 
     Raises UserError where that cache is damaged.
     """
-    if not _has_caches(source) or source.split.tokens_NL is not None:
+    # a stream has no splits, and no folder
+    if not source.info.splits or not (source.info.path / FOLDER).is_dir() or source.split.tokens_NL is not None:
         return source
-    for dtype in encoder.storage(data)[1]:
+    for dtype in storage(encoder, data)[1]:
         for views in (2,) if data.flip else (1, 2):
-            cache = Cache(source.info.path, cache_key(data, model, encoder, source, dtype, views))
+            cache = cache_for(source, encoder, data, model, dtype, views)
             if cache.complete:
-                return Source(source.order, CacheReader(cache, source.split))
+                cached = copy(source)
+                cached.reader = CacheReader(cache, source.split)
+                return cached
     return source
 
 
@@ -213,22 +207,16 @@ def cache_of(source: Source) -> Cache | None:
     return reader.cache if isinstance(reader, CacheReader) else None
 
 
-def _has_caches(source: Source) -> bool:
-    # a stream has no splits, and no folder
-    return bool(source.info.splits) and (source.info.path / FOLDER).is_dir()
-
-
 def data_line(source: Source, encoder: Encoder, data: Data) -> list[str]:
     """What a run prints about its data at its start: that it streams, which cache it reads, or that no cache fits."""
     if not source.info.splits:
         return ["data       streamed, shards drawn with replacement: a resumed run sees other samples"]
     if cache := cache_of(source):
         return [f"data       {cache.key.what} ({cache.key.dtype}) from {cache.folder}"]
-    if not _has_caches(source) or not encoder.storage(data)[1]:
+    place = source.info.path / FOLDER
+    if not place.is_dir() or not storage(encoder, data)[1]:
         return []
-    return [
-        f"data       nothing in {source.info.path / FOLDER} is complete and fits this run: every image is encoded at every visit"
-    ]
+    return [f"data       nothing in {place} is complete and fits this run: every image is encoded at every visit"]
 
 
 def precision_of(source: Source, encoder: Encoder) -> dict[str, str]:
@@ -251,45 +239,42 @@ def make_cache(
     deviation (root mean square; latents of EDM2's statistics, tests/data/test_cache.py). Raises UserError where there is nothing to
     cache, an image is damaged, or the disk is full.
     """
-    dtypes = encoder.storage(data)[1]
+    dtypes = storage(encoder, data)[1]
     if not dtypes or source.split.tokens_NL is not None:
         why = "models pixels" if not dtypes else "finds the tokens in the data as they were drawn"
         raise UserError(f"{model.name} {why}: there is nothing to cache")
     if half and "float16" not in dtypes:
         raise UserError(f"{model.name} models tokens, which are whole numbers: leave out --half")
     dtype, views = "float16" if half else dtypes[0], 2 if data.flip else 1
-    cache = Cache(source.info.path, cache_key(data, model, encoder, source, dtype, views))
+    cache = cache_for(source, encoder, data, model, dtype, views)
     key, reader, (rank, _, ranks) = cache.key, source.split, world()
-    size = f"{key.dtype}, {key.count * cache.stride / 2**20:,.1f} MiB"
-    content = f"{key.what} of {key.count} images{' and their mirror images' * (key.views - 1)}, {size}"
+    content = f"{key.what} of {key.count} images{' and their mirror images' * (views - 1)}"
+    content += f", {dtype}, {key.count * cache.stride / 2**20:,.1f} MiB"
     if cache.complete:
         cache.check()
         if rank == 0:
             print(f"{cache.folder} is complete: {content}")
         return
-    try:
-        cache.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make {cache.folder} ({error.strerror}): make the dataset folder writable") from error
-    there = sum(len(cache.samples(k)) for k in range(cache.files) if cache.finished(k))
+    cache.folder.mkdir(parents=True, exist_ok=True)
+    missing = cache.missing()
     # dealt by number, not among the missing ones: ranks start at different times and may find different files
-    todo = [k for k in range(rank, cache.files, ranks) if not cache.finished(k)]
-    with progress_bar(key.count, begun=there, quiet=rank != 0) as bar:
-        for k, following in zip(todo, [*todo, None][1:], strict=True):
-            samples = list(cache.samples(k))
-            reader.read_ahead(samples + ([] if following is None else list(cache.samples(following))))
+    todo = [k for k in missing if k % ranks == rank]
+    begun = key.count - sum(len(cache.samples(k)) for k in missing)
+    with progress_bar(key.count, begun, quiet=rank != 0) as bar:
+        for k, following in zip_longest(todo, todo[1:]):
+            samples = cache.samples(k)
+            reader.read_ahead(samples + ([] if following is None else cache.samples(following)))
             encoded = []
             for first in range(0, len(samples), BATCH):
                 image_BCHW = from_uint8(reader.images(samples[first : first + BATCH]).to(device))
-                both = (image_BCHW, image_BCHW.flip(-1))[: key.views]
+                both = (image_BCHW, image_BCHW.flip(-1))[:views]
                 encoded.append(torch.stack([encoder.encode(view) for view in both], dim=1).cpu())
             cache.write(k, torch.cat(encoded).numpy())
             # we assume that the other ranks have done as much
             bar.update(min(len(samples) * ranks, key.count - bar.n))
-    if left := sum(not cache.finished(k) for k in range(cache.files)):
+    if left := len(cache.missing()):
         if rank == 0:
-            print(
-                f"{cache.folder}: {left} of {cache.files} files are still being made elsewhere: run the same command when they are there"
-            )
+            how = "run the same command when they are there"
+            print(f"{cache.folder}: {left} of {len(cache.files)} files are still being made elsewhere: {how}")
     elif cache.finish(command):
         print(f"{cache.folder}: {content}")

@@ -96,54 +96,48 @@ def open_dataset(path: str | Path) -> DatasetInfo:
     try:
         if not path.is_dir():
             raise UserError(f"no dataset folder at {path}: make one with `mclr prepare`")
+        if (path / UNFINISHED).is_file() and not file.is_file():
+            raise UserError(f"{path} is not finished: run its `mclr prepare` command again")
         if not file.is_file():
-            begun = (path / UNFINISHED).is_file()
-            what = "is not finished: run its" if begun else "holds no dataset.json, so it is no dataset folder: make one with"
-            raise UserError(f"{path} {what} `mclr prepare`{' command again' * begun}")
+            make = f"`mclr prepare images {path} OUT --resolution N`"
+            raise UserError(f"{path} holds no dataset.json: if it holds your images, run {make} and give OUT")
         info = _parse(path, json.loads(file.read_bytes()))
         for shard in info.shards:
             tar = path / shard.file
-            if not tar.is_file():
-                raise UserError(f"{tar} is missing: copy it here, or remove the dataset and prepare it again")
-            if (size := tar.stat().st_size) != shard.bytes:
-                differs = f"has {size} bytes, but dataset.json says {shard.bytes}"
+            size = tar.stat().st_size if tar.is_file() else None
+            if size != shard.bytes:
+                differs = "is missing" if size is None else f"has {size} bytes, but dataset.json says {shard.bytes}"
                 raise UserError(f"{tar} {differs}: copy it again, or remove the dataset and prepare it again")
     except OSError as error:
         raise UserError(f"cannot read {error.filename} ({error.strerror}): make it readable") from error
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{file} is damaged ({type(error).__name__}: {error}): remove the dataset and prepare it again"
-        ) from error
+        raise UserError(f"{file} is damaged ({type(error).__name__}: {error}): prepare the dataset again") from error
     return info
 
 
 def _parse(path: Path, record: dict) -> DatasetInfo:
     """DatasetInfo of a parsed dataset.json; raises ValueError, TypeError, KeyError or AttributeError where it is malformed."""
     fields: dict[str, Any] = {name: record.get(name) for name in TYPES}
-    for name, types in TYPES.items():
-        if type(fields[name]) not in types:
-            raise TypeError(f"{name} is {fields[name]!r:.40}")
-    fields["class_names"] = tuple(record["class_names"])
-    fields["splits"] = {
-        name: Split(split["count"], tuple(Shard(**shard) for shard in split["shards"]))
-        for name, split in record["splits"].items()
+    splits = {
+        name: Split(each["count"], tuple(Shard(**shard) for shard in each["shards"])) for name, each in record["splits"].items()
     }
-    info = DatasetInfo(path=path, **fields)
+    info = DatasetInfo(path=path, splits=splits, **fields | {"class_names": tuple(record["class_names"])})
+    typed = [(name, fields[name], types) for name, types in TYPES.items()]
+    typed += [("one of class_names", name, (str,)) for name in info.class_names]
     for shard in info.shards:
-        texts, numbers = (shard.file, shard.sha256), (shard.count, shard.bytes)
-        if {type(text) for text in texts} != {str} or {type(number) for number in numbers} != {int} or shard.count < 0:
-            raise TypeError(f"one of its shards is {shard!r:.200}")
-        if Path(shard.file).is_absolute() or ".." in Path(shard.file).parts:
-            raise ValueError(f"shard {shard.file} is not inside of the folder")
-    if {"train", "val"} - info.splits.keys():
+        typed += [(f"shards.{name}", value, (Shard.__annotations__[name],)) for name, value in vars(shard).items()]
+    for name, value, types in typed:
+        if type(value) not in types:
+            raise TypeError(f"{name} is {value!r:.40}")
+    if any(shard.count < 0 or Path(shard.file).is_absolute() or ".." in Path(shard.file).parts for shard in info.shards):
+        raise ValueError("a shard has a negative count, or is not inside of the folder")
+    if {"train", "val"} - splits.keys():
         raise ValueError("splits must be train and val")
-    for name, split in info.splits.items():
+    for name, split in splits.items():
         if (counts := sum(shard.count for shard in split.shards)) != split.count:
             raise ValueError(f"split {name} counts {split.count} samples, its shards {counts}")
     if info.channels not in (1, 3) or info.resolution < 1:
         raise ValueError(f"channels {info.channels}, resolution {info.resolution}")
-    if not all(isinstance(name, str) for name in info.class_names):
-        raise TypeError("class_names must be texts")
     if len(info.class_names) != info.num_classes:
         raise ValueError(f"num_classes is {info.num_classes}, class_names are {len(info.class_names)}")
     return info
@@ -187,7 +181,7 @@ class SplitReader:
         """Start reading these samples in the background; `images` then finds them."""
         for i in indices:
             if not (i in self.kept or i in self.coming or i in self.damaged):
-                self.coming[i] = self.readers.submit(self._read, i)
+                self.coming[i] = self.readers.submit(read_image, self.info.path, self.samples[i], self.info.image_shape)
 
     def batch(self, indices: list[int]) -> Batch:
         """These samples, or their substitutes."""
@@ -208,26 +202,24 @@ class SplitReader:
         return torch.from_numpy(np.stack([read[i] for i in indices]))
 
     def substitute(self, i: int) -> int:
-        """The sample that stands for sample i: i itself unless it is known to be damaged. Raises UserError where its condition has none
-        left."""
-        first = i
-        while i in self.damaged:
-            alike = self.of_condition[self.samples[i].c]
-            i = int(alike[(np.searchsorted(alike, i) + 1) % len(alike)])
-            if i == first:
-                raise UserError(
-                    f"{self.info.path}: all {len(alike)} samples of condition {self.samples[i].c} in split {self.split} are damaged: "
-                    "copy the shards again, or prepare the dataset again"
-                )
-        return i
+        """The sample that stands for sample i: i itself unless it is known to be damaged. Raises UserError where there is none."""
+        if i not in self.damaged:
+            return i
+        alike = self.of_condition[self.samples[i].c]
+        for j in np.roll(alike, -np.searchsorted(alike, i)).tolist():
+            if j not in self.damaged:
+                return j
+        where = f"condition {self.samples[i].c} in split {self.split}"
+        raise UserError(f"{self.info.path}: all {len(alike)} samples of {where} are damaged: prepare the dataset again")
 
     def _image(self, i: int) -> np.ndarray:
         while True:
             i = self.substitute(i)
             if i in self.kept:
                 return self.kept[i]
+            self.read_ahead([i])
             try:
-                return self.coming.pop(i).result() if i in self.coming else self._read(i)
+                return self.coming.pop(i).result()
             except Damaged as error:
                 if not self.tolerated:
                     raise
@@ -236,13 +228,10 @@ class SplitReader:
                 found, count = len(self.damaged), len(self.samples)
                 # one damaged sample is always tolerated: of few samples it is a large share
                 if found > max(1, self.tolerated * count):
-                    share = f"{found / count:.2%}, more than data.damaged={self.tolerated:g}"
-                    raise UserError(
-                        f"{found} of {count} samples in split {self.split} of {self.info.path} are damaged, {share}; {error}"
-                    ) from error
-
-    def _read(self, i: int) -> np.ndarray:
-        return read_image(self.info.path, self.samples[i], self.info.image_shape)
+                    what = (
+                        f"{found} of {count} samples in split {self.split} of {self.info.path} are damaged, {found / count:.2%}"
+                    )
+                    raise UserError(f"{what}, more than data.damaged={self.tolerated:g}; {error}") from error
 
 
 def read_tokens(info: DatasetInfo) -> Tensor:

@@ -7,7 +7,6 @@ the latents of the mirrored image. So a cache stores what both images give.
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,35 +27,35 @@ class Encoder(Protocol):
     def shape(self, data: Data) -> tuple[int, int, int] | None:
         """(C, H, W) of x for these images; None where x is tokens."""
 
-    def storage(self, data: Data) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        """(shape of what encode() gives for one image, types that can store it, the exact one first). No types where it is the image."""
-
     def encode(self, image_BCHW: Tensor) -> Tensor: ...
-    def draw(self, stored_B: Tensor, draws: Draws) -> Tensor: ...
     def decode(self, x_B: Tensor) -> Tensor: ...
+    def draw(self, stored_B: Tensor, draws: Draws) -> Tensor:
+        return stored_B
 
 
-class RGB:
+class RGB(Encoder):
     """Diffusion in pixels: x is the image itself, in [-1, 1]."""
 
     @staticmethod
     def shape(data: Data) -> tuple[int, int, int]:
         return data.channels, data.resolution, data.resolution
 
-    def storage(self, data: Data) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        return self.shape(data), ()
-
     def encode(self, image_BCHW: Tensor) -> Tensor:
         return image_BCHW
-
-    def draw(self, stored_B: Tensor, draws: Draws) -> Tensor:
-        return stored_B
 
     def decode(self, x_B: Tensor) -> Tensor:
         return x_B.clamp(-1, 1)
 
 
-class Tokens:
+class BareLatents(RGB):
+    """Latents without a VAE: the source gives x itself."""
+
+    @staticmethod
+    def shape(data: Data) -> tuple[int, int, int]:
+        return Latents.CHANNELS, data.resolution // VAE_FACTOR, data.resolution // VAE_FACTOR
+
+
+class Tokens(Encoder):
     """Next-scale models: x is tokens [B, L] of a frozen multi-scale tokenizer."""
 
     def __init__(self, tokenizer: VQVAE):
@@ -66,23 +65,16 @@ class Tokens:
     def shape(data: Data) -> None:
         return None
 
-    def storage(self, data: Data) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        tokens = self.tokenizer.config
-        return (sum(side**2 for side in tokens.scales),), (np.min_scalar_type(tokens.vocab_size - 1).name,)
-
     @torch.no_grad()
     def encode(self, image_BCHW: Tensor) -> Tensor:
         return self.tokenizer.encode(image_BCHW)
-
-    def draw(self, stored_B: Tensor, draws: Draws) -> Tensor:
-        return stored_B
 
     @torch.no_grad()
     def decode(self, x_B: Tensor) -> Tensor:
         return self.tokenizer.decode(x_B)
 
 
-class Latents:
+class Latents(Encoder):
     """Diffusion in the latents of a frozen Stable Diffusion VAE, in fp32: x is [B, 4, H/8, W/8], of mean 0 and standard deviation .5.
 
     Stored are mean and standard deviation of the VAE's posterior, [B, 8, H/8, W/8]; every visit draws x from it. As in EDM2 (arXiv
@@ -100,14 +92,7 @@ class Latents:
         self.vae = vae.eval().requires_grad_(False)
         self.mean_C11, self.std_C11 = (torch.tensor(v, device=vae.device)[:, None, None] for v in (self.MEAN, self.STD))
 
-    @staticmethod
-    def shape(data: Data) -> tuple[int, int, int]:
-        side = data.resolution // VAE_FACTOR
-        return Latents.CHANNELS, side, side
-
-    def storage(self, data: Data) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        channels, height, width = self.shape(data)
-        return (2 * channels, height, width), ("float32", "float16")
+    shape = staticmethod(BareLatents.shape)
 
     @torch.no_grad()
     def encode(self, image_BCHW: Tensor) -> Tensor:
@@ -148,17 +133,15 @@ def load_vae(name: str, device: torch.device) -> Any:
         vae = AutoencoderKL.from_pretrained(folder, **options)
     # diffusers raises nearly anything on damaged files
     except Exception as error:
-        raise UserError(
-            f"model.vae={name} is no readable AutoencoderKL ({type(error).__name__}): copy stabilityai/sd-vae-ft-mse again"
-        ) from error
+        why = f"is no readable AutoencoderKL ({type(error).__name__})"
+        raise UserError(f"model.vae={name} {why}: copy stabilityai/sd-vae-ft-mse again") from error
     config = vae.config
     found = (config.in_channels, config.latent_channels, 2 ** (len(config.block_out_channels) - 1), config.scaling_factor)
     # SDXL's VAE has the same shape but other latents: only its factor tells them apart
     if found != (3, Latents.CHANNELS, VAE_FACTOR, 0.18215):
-        raise UserError(
-            f"model.vae={name} makes {found[1]} channels at 1/{found[2]} of the side, scaling_factor {found[3]}: EDM2's latents are 4 at "
-            f"1/{VAE_FACTOR}, .18215; give stabilityai/sd-vae-ft-mse"
-        )
+        makes = f"{found[1]} channels at 1/{found[2]} of the side, scaling_factor {found[3]}"
+        needed = f"EDM2's latents are 4 at 1/{VAE_FACTOR}, .18215; give stabilityai/sd-vae-ft-mse"
+        raise UserError(f"model.vae={name} makes {makes}: {needed}")
     return vae.to(device)
 
 
@@ -178,9 +161,3 @@ ROUNDING = "round(127.5 x + 127.5), half to even, x in [-1, 1]"
 def to_uint8(image_BCHW: Tensor) -> Tensor:
     """[-1, 1] -> uint8 as ROUNDING says: the inverse of from_uint8 on every u."""
     return (image_BCHW.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-class BareLatents(RGB):
-    """Latents without a VAE: the source gives x itself."""
-
-    shape = staticmethod(Latents.shape)

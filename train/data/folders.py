@@ -5,7 +5,8 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,47 +21,117 @@ SYSTEM = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "@eadir", "#recyc
 SYSTEM |= {"$recycle.bin", "system volume information", "lost+found"}
 LABELS, TABLE = "dataset.json", "labels.csv"
 HEADS = {"file", "filename", "file_name", "image", "path", "name", "id"}  # titles of the first column of TABLE
-TRAIN, VAL, TEST = ("train", "training"), ("val", "valid", "validation"), ("test", "testing")
+TRAIN, VAL, TEST = ("train/", "training/"), ("val/", "valid/", "validation/"), ("test/", "testing/")
 HOW = f"put the images of each class into a folder of their own, as in cats/1.png, dogs/1.png, or list file,class in {TABLE}"
-File = tuple[str, int]  # name below the root, condition
+File = tuple[str, int]  # name, condition
 Kinds = dict[str, list]  # kind -> [how many, the first one's name]
+
+
+class Tree:
+    """A folder, or a zip file, whose names never become paths.
+
+    entries: names of files ("cats/1.png"), and of folders with "/" at the end, sorted. names: without files that are no images.
+    root: the folder in src that all names are relative to; place: its path. skipped: what was not taken, by kind.
+    """
+
+    def __init__(self, src: Path):
+        """Raises UserError where a link leads back, or a zip file holds names outside of it."""
+        self.src, self.root, self.place = src, "", src
+        self.skipped: Kinds = {}
+        self.archive = ZipFile(src) if src.suffix.lower() == ".zip" and src.is_file() else None
+        # the content of a folder stays together
+        self.entries = sorted(
+            self._below() if self.archive is None else self._packed(self.archive), key=lambda name: name.split("/")
+        )
+        self.names = [name for name in self.entries if self._is_taken(name)]
+
+    def enter(self, folder: str) -> None:
+        """Make this folder the root of all names."""
+        self.root, self.place = self.root + folder, self.place / folder
+        inside = slice(len(folder), None)
+        self.entries, self.names = (
+            [name[inside] for name in names if name.startswith(folder) and name != folder] for names in (self.entries, self.names)
+        )
+
+    def read(self, name: str) -> bytes:
+        return regular(self.place / name).read_bytes() if self.archive is None else self.archive.read(self.root + name)
+
+    def size(self, name: str) -> int:
+        if self.archive is not None:
+            return self.archive.getinfo(self.root + name).file_size
+        try:
+            return (self.place / name).stat().st_size
+        except OSError:
+            # a dangling link counts among the unreadable images
+            return -1
+
+    def _below(self) -> Iterator[str]:
+        todo: list[tuple[str, frozenset[str]]] = [("", frozenset())]
+        while todo:
+            prefix, above = todo.pop()
+            here = os.path.realpath(self.src / prefix)
+            if here in above:
+                raise UserError(f"{self.src / prefix} is a link to a folder that it lies in: remove the link")
+            for entry in os.scandir(self.src / prefix):
+                name = prefix + entry.name
+                if self._is_skipped(entry.name, name):
+                    continue
+                # is_dir() of an entry may raise at a link that leads nowhere
+                if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                    name += "/"
+                    todo.append((name, above | {here}))
+                yield name
+
+    def _packed(self, archive: ZipFile) -> set[str]:
+        """What _below would give of the unpacked file."""
+        entries = set()
+        for info in archive.infolist():
+            parts = info.filename.removesuffix("/").split("/")
+            if "" in parts or ".." in parts:
+                raise UserError(f"{self.src} holds {info.filename!r}, which lies outside of it: pack it again")
+            if not any(self._is_skipped(part, info.filename) for part in parts):
+                entries |= {info.filename, *("/".join(parts[:depth]) + "/" for depth in range(1, len(parts)))}
+        return entries
+
+    def _is_skipped(self, part: str, name: str) -> bool:
+        """Whether a part of a name is that of a hidden or system entry, which is counted."""
+        system = part.lower() in SYSTEM
+        if system or part.startswith("."):
+            count(self.skipped, "of the system" if system else "hidden", name)
+            return True
+        return False
+
+    def _is_taken(self, name: str) -> bool:
+        """Whether it is a folder or an image: by its name's ending or, where that is unknown, by its content. Other files are counted."""
+        if name.endswith("/") or os.path.splitext(name)[1].lower() in endings():
+            return True
+        if os.path.basename(name) in (LABELS, TABLE):
+            return False
+        if format_of(self.src / name if self.archive is None else self.archive.open(name)):
+            return True
+        count(self.skipped, "that are no images", name)
+        return False
 
 
 @dataclass(frozen=True)
 class Found:
-    """Images below src/root, sorted by name ("cats/1.png"), each with its condition.
+    """The images of a tree, sorted by name, each with its condition.
 
-    archive: src as a zip file; None for a folder. Its names never become paths. held_out: the images of the val folder; None where src
-    has no splits of its own. files: all other images. skipped: what was not taken, by kind. said: what to tell the user.
+    held_out: the images of the val folder; None where there are no such splits. files: all other images. said: what to tell the user.
     """
 
-    src: Path
-    archive: ZipFile | None
-    root: str
+    tree: Tree
     class_names: tuple[str, ...]
     files: list[File]
     held_out: list[File] | None
-    skipped: Kinds
     said: list[str]
-
-    def read(self, name: str) -> bytes:
-        return _read(self.src, self.archive, self.root + name)
 
     def fingerprint(self) -> str:
         """Short hash of the images' names and sizes: changed images are another dataset."""
         digest = hashlib.sha256()
         for name, _ in [*self.files, *(self.held_out or [])]:
-            digest.update(os.fsencode(name) + b"\0%d\n" % self._size(self.root + name))
+            digest.update(os.fsencode(name) + b"\0%d\n" % self.tree.size(name))
         return digest.hexdigest()[:16]
-
-    def _size(self, name: str) -> int:
-        if self.archive is not None:
-            return self.archive.getinfo(name).file_size
-        try:
-            return (self.src / name).stat().st_size
-        except OSError:
-            # a dangling link counts among the unreadable images
-            return -1
 
 
 def count(kinds: Kinds, kind: str, name: str) -> None:
@@ -84,12 +155,9 @@ def images_below(folder: Path) -> tuple[list[str], Kinds]:
 
     Raises UserError where a link leads back, or the folder cannot be read.
     """
-    skipped: Kinds = {}
-    try:
-        entries = sorted(_entries_below(folder, skipped), key=_order)
-    except OSError as error:
-        raise _unreadable(folder, error) from error
-    return _images(_without_others(folder, None, entries, skipped)), skipped
+    with _readable(folder):
+        tree = Tree(folder)
+        return _level(tree)[1], tree.skipped
 
 
 def find_images(src: Path) -> Found:
@@ -99,182 +167,97 @@ def find_images(src: Path) -> Found:
     they come from class folders. Class folders may lie in train/ and val/, and everything may lie in one outer folder. Raises UserError
     where nothing of this fits, or src cannot be read.
     """
-    skipped: Kinds = {}
-    try:
-        archive = None
-        if src.suffix.lower() == ".zip" and src.is_file():
-            archive = ZipFile(src)
-            entries = sorted(_entries_of_zip(src, archive, skipped), key=_order)
-        elif src.is_dir():
-            entries = sorted(_entries_below(src, skipped), key=_order)
-        else:
+    with _readable(src):
+        if not (src.is_dir() or (src.suffix.lower() == ".zip" and src.is_file())):
             raise UserError(f"no folder of images at {src}, nor a .zip")
-        root, names = "", _without_others(src, archive, entries, skipped)
-        while inner := _only_folder(names, entries, root):
-            root, names = root + inner, _inside(names, inner)
-        said = [f"the classes are in {src / root}, the only folder of {src}"] if root else []
-        images, held_out = _images(names), dict[str, str]()
+        tree = Tree(src)
+        while inner := _only_folder(tree):
+            tree.enter(inner)
+        place, (_, images), held_out = tree.place, _level(tree), dict[str, str]()
+        said = [f"the classes are in {place}, the only folder of {src}"] if tree.root else []
         # a table of labels may lie beside the folder of images
         beside = src.absolute().with_name(TABLE)
-        if root + LABELS in entries:
-            labels = _by_json(src / root / LABELS, images, _read(src, archive, root + LABELS))
-        elif root + TABLE in entries:
-            labels = _by_table(src / root / TABLE, images, _read(src, archive, root + TABLE))
+        if LABELS in tree.entries:
+            labels = _by_json(place / LABELS, images, tree.read(LABELS))
+        elif TABLE in tree.entries:
+            labels = _by_table(place / TABLE, images, tree.read(TABLE))
         elif any("/" not in name for name in images) and beside.is_file():
-            labels = _by_table(beside, images, beside.read_bytes(), src.stem if archive else src.name)
-        elif splits := _splits(names):
-            labels, held_out = _by_splits(src / root, names, *splits)
-            said.append(f"{src / root / splits[0]} is taken as train, {splits[1]} as val; nothing else of {src / root} is used")
+            labels = _by_table(beside, images, beside.read_bytes(), src.stem if tree.archive else src.name)
+        elif splits := _splits(tree):
+            labels, held_out = (_by_folders(tree, split) for split in splits)
+            here, there = (place / split for split in splits)
+            if odd := set(held_out.values()) - set(labels.values()):
+                raise UserError(f"class {min(odd)} is in {there}, but not in {here}: add images there, or remove it")
+            said.append(f"{here} is taken as train, {splits[1]} as val; nothing else of {place} is used")
         else:
-            labels = _by_folders(src / root, names)
-        class_names = ordered(set(labels.values()))
-        condition = {name: c for c, name in enumerate(class_names)}
-        files, val = ([(name, condition[label]) for name, label in split.items()] for split in (labels, held_out))
-        said.append(f"{len(class_names)} classes: {', '.join(_numbered(class_names))}")
-        return Found(src, archive, root, class_names, files, val or None, skipped, said)
+            labels = _by_folders(tree)
+    class_names = _ordered(set(labels.values()))
+    condition = {name: c for c, name in enumerate(class_names)}
+    files, val = ([(name, condition[label]) for name, label in split.items()] for split in (labels, held_out))
+    said.append(f"{len(class_names)} classes: {_numbered(class_names)}")
+    return Found(tree, class_names, files, val or None, said)
+
+
+@contextmanager
+def _readable(src: Path) -> Iterator[None]:
+    """Raises UserError where src cannot be read, or is a damaged zip file."""
+    try:
+        yield
     except OSError as error:
-        raise _unreadable(src, error) from error
-    # zipfile raises these on damaged bytes and on methods that it does not know
-    except (BadZipFile, NotImplementedError, EOFError, ValueError, zlib.error) as error:
+        raise UserError(f"cannot read {error.filename or src} ({error.strerror or error}): make it readable") from error
+    # zipfile raises these on damaged or encrypted bytes and on methods that it does not know
+    except (BadZipFile, RuntimeError, EOFError, ValueError, zlib.error) as error:
         raise UserError(f"{src} is damaged, or no zip file ({error}): copy it again, or unpack it and give the folder") from error
 
 
-def _unreadable(src: Path, error: OSError) -> UserError:
-    return UserError(f"cannot read {error.filename or src} ({error.strerror or error}): make it readable")
+def _level(tree: Tree, folder: str = "") -> tuple[list[str], list[str]]:
+    """(the folders in a folder, the images anywhere below it), by names relative to it."""
+    names = [name.removeprefix(folder) for name in tree.names if name.startswith(folder)]
+    return [name for name in names if name.find("/") == len(name) - 1 >= 0], [
+        name for name in names if name[-1:] not in ("/", "")
+    ]
 
 
-def _left_out(name: str) -> str | None:
-    """The kind of a hidden or system entry; None for others."""
-    if name.lower() in SYSTEM:
-        return "of the system"
-    return "hidden" if name.startswith(".") else None
-
-
-def _entries_below(src: Path, skipped: Kinds) -> Iterator[str]:
-    """Names of all files, and of all folders with "/" at the end. Raises UserError where a link leads back to a folder above it."""
-    todo: list[tuple[str, frozenset[str]]] = [("", frozenset())]
-    while todo:
-        prefix, above = todo.pop()
-        here = os.path.realpath(src / prefix)
-        if here in above:
-            raise UserError(f"{src / prefix} is a link to a folder that it lies in: remove the link")
-        for entry in os.scandir(src / prefix):
-            if kind := _left_out(entry.name):
-                count(skipped, kind, prefix + entry.name)
-            # is_dir() of an entry may raise at a link that leads nowhere
-            elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
-                yield f"{prefix}{entry.name}/"
-                todo.append((f"{prefix}{entry.name}/", above | {here}))
-            else:
-                yield prefix + entry.name
-
-
-def _entries_of_zip(src: Path, archive: ZipFile, skipped: Kinds) -> set[str]:
-    """What _entries_below would give of the unpacked file."""
-    entries = set()
-    for info in archive.infolist():
-        parts = info.filename.removesuffix("/").split("/")
-        if info.flag_bits & 1:
-            raise UserError(f"{src} is encrypted: unpack it with its password and give the folder")
-        if "" in parts or ".." in parts:
-            raise UserError(f"{src} holds {info.filename!r}, which lies outside of it: pack it again")
-        if kind := next(filter(None, map(_left_out, parts)), None):
-            count(skipped, kind, info.filename)
-            continue
-        entries.add(info.filename)
-        entries |= {"/".join(parts[:depth]) + "/" for depth in range(1, len(parts))}
-    return entries
-
-
-def _order(name: str) -> list[str]:
-    """Key for sorting names: the content of a folder stays together."""
-    return name.split("/")
-
-
-def _read(src: Path, archive: ZipFile | None, name: str) -> bytes:
-    return regular(src / name).read_bytes() if archive is None else archive.read(name)
-
-
-def _without_others(src: Path, archive: ZipFile | None, entries: list[str], skipped: Kinds) -> list[str]:
-    """Folders and images among the entries. A file is an image by its name's ending or, where that is unknown, by its content."""
-    names = []
-    for name in entries:
-        if name.endswith("/") or os.path.splitext(name)[1].lower() in endings():
-            names.append(name)
-        elif os.path.basename(name) not in (LABELS, TABLE):
-            if format_of(src / name if archive is None else archive.open(name)):
-                names.append(name)
-            else:
-                count(skipped, "that are no images", name)
-    return names
-
-
-def _images(names: list[str]) -> list[str]:
-    return [name for name in names if not name.endswith("/")]
-
-
-def _inside(names: list[str], folder: str) -> list[str]:
-    """Names below a folder, relative to it."""
-    return [name.removeprefix(folder) for name in names if name.startswith(folder) and name != folder]
-
-
-def _top(names: list[str]) -> list[str]:
-    """The folders that lie in no other one."""
-    return [name for name in names if name.find("/") == len(name) - 1]
-
-
-def _only_folder(names: list[str], entries: list[str], root: str) -> str | None:
+def _only_folder(tree: Tree) -> str | None:
     """The folder around the class folders, if there is one: nothing lies beside it, and no images lie directly in it."""
-    if len(_top(names)) != 1 or root + LABELS in entries or root + TABLE in entries:
-        return None
-    return None if any(name.count("/") < 2 for name in _images(names)) or len(_images(names)) == 0 else _top(names)[0]
+    folders, images = _level(tree)
+    alone = len(folders) == 1 and not {LABELS, TABLE}.intersection(tree.entries)
+    return folders[0] if alone and min((name.count("/") for name in images), default=0) > 1 else None
 
 
-def ordered(names: Iterable[str]) -> tuple[str, ...]:
+def _ordered(names: set[str]) -> tuple[str, ...]:
     """Names of classes in the order of their conditions: numeric if all names are numbers, else alphabetic."""
-    names = sorted(names)
-    return tuple(sorted(names, key=int) if all(name.isdecimal() for name in names) else names)
+    return tuple(sorted(sorted(names), key=int if all(map(str.isdecimal, names)) else None))
 
 
-def _numbered(class_names: tuple[str, ...]) -> list[str]:
+def _numbered(class_names: tuple[str, ...]) -> str:
     """The first classes and the last one, each with its condition."""
     shown = [f"{c} {name}" for c, name in enumerate(class_names)]
     shown[10:-1] = ["..."] if len(shown) > 12 else shown[10:-1]
-    return [*shown[:-1], shown[-1] + " (in numeric order)" * (list(class_names) != sorted(class_names))]
+    return ", ".join(shown) + " (in numeric order)" * (list(class_names) != sorted(class_names))
 
 
-def _by_folders(src: Path, names: list[str]) -> dict[str, str]:
-    """The class of every image: its outermost folder."""
-    labels = {name: name.partition("/")[0] for name in _images(names)}
-    if loose := [name for name in labels if "/" not in name]:
-        raise UserError(f"{src} has {len(loose)} images outside of any class folder ({loose[0]}): {HOW}")
-    folders = {folder[:-1] for folder in _top(names)}
-    if not folders:
-        raise UserError(f"{src} has no class folders: {HOW}")
-    if empty := folders - set(labels.values()):
-        raise UserError(f"class folder {src / min(empty)} has no images: add some or remove it")
-    return labels
-
-
-def _splits(names: list[str]) -> tuple[str, str] | None:
-    """The folders of train and val; None where the folders are classes."""
-    top = {folder[:-1].lower(): folder for folder in _top(names)}
-    train, val, test = (next((top.pop(name) for name in known if name in top), None) for known in (TRAIN, VAL, TEST))
-    held_out = val or test
+def _splits(tree: Tree) -> tuple[str, str] | None:
+    """The folders of train and of val; None where the folders are classes."""
+    folders = {folder.lower(): folder for folder in _level(tree)[0]}
+    train, val, test = (next((folders.pop(name) for name in known if name in folders), "") for known in (TRAIN, VAL, TEST))
     # a folder that holds images directly is a class
-    if top or not train or not held_out or any("/" not in name for name in _images(_inside(names, train))):
+    if folders or not train or not (val or test) or any("/" not in name for name in _level(tree, train)[1]):
         return None
-    return train, held_out
+    return train, val or test
 
 
-def _by_splits(src: Path, names: list[str], train: str, val: str) -> tuple[dict[str, str], dict[str, str]]:
-    """The class of every image of train, and of val."""
-    labels, held_out = (
-        {split + name: label for name, label in _by_folders(src / split, _inside(names, split)).items()} for split in (train, val)
-    )
-    if odd := set(held_out.values()) - set(labels.values()):
-        raise UserError(f"class {min(odd)} is in {src / val}, but not in {src / train}: add images there, or remove it")
-    return labels, held_out
+def _by_folders(tree: Tree, split: str = "") -> dict[str, str]:
+    """The class of every image of a split: its outermost folder."""
+    (folders, images), place = _level(tree, split), tree.place / split
+    if loose := [name for name in images if "/" not in name]:
+        raise UserError(f"{place} has {len(loose)} images outside of any class folder ({loose[0]}): {HOW}")
+    if not folders:
+        raise UserError(f"{place} has no class folders: {HOW}")
+    labels = {split + name: name.partition("/")[0] for name in images}
+    if empty := {folder[:-1] for folder in folders} - set(labels.values()):
+        raise UserError(f"class folder {place / min(empty)} has no images: add some or remove it")
+    return labels
 
 
 def _complete(place: Path, images: list[str], labels: dict[str, Any]) -> dict[str, Any]:
@@ -307,19 +290,15 @@ def _by_json(place: Path, images: list[str], text: bytes) -> dict[str, str]:
     try:
         labels = json.loads(text)["labels"]
         labels = labels if labels is None else dict(labels)
-        if odd := [name for name in labels or () if not isinstance(name, str)]:
-            raise TypeError(f"{odd[0]!r:.40} is no name of an image")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f'{place} is no list of labels ({error}): expected {{"labels": [["a.png", 0], ...]}}') from error
     if labels is None:
         raise UserError(f"{place} has no labels (null): conditions are learned from them; {HOW}, and remove dataset.json")
-    labels = _complete(place, images, labels)
-    if wrong := [name for name in images if type(labels[name]) is not int or labels[name] < 0]:
-        raise UserError(f"{place}: the label of {wrong[0]} is {labels[wrong[0]]!r:.40}: expected a whole number from 0 on")
-    known = sorted(set(labels.values()))
-    if known[-1] >= len(known):
-        gap = next(c for c, label in enumerate(known) if c != label)
+    if wrong := [item for item in labels.items() if type(item[0]) is not str or type(item[1]) is not int or item[1] < 0]:
         raise UserError(
-            f"{place}: labels go to {known[-1]}, but no image has {gap}: number the classes 0, 1, 2, ... without gaps"
+            f'{place} has the label {wrong[0]!r:.60}: expected a name and a whole number from 0 on, as in ["a.png", 0]'
         )
+    labels, known = _complete(place, images, labels), sorted(set(labels.values()))
+    if gap := [c for c, label in enumerate(known) if c != label]:
+        raise UserError(f"{place} has labels up to {known[-1]}, but no image has {gap[0]}: number the classes 0, 1, 2, ...")
     return {name: str(label) for name, label in labels.items()}

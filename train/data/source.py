@@ -26,8 +26,8 @@ class Reader(Protocol):
     def batch(self, indices: list[int]) -> Batch: ...
 
 
-class Order:
-    """The place of every sample in an endless stream. It depends on the seed alone, so there is no state to save.
+class Source:
+    """An endless stream of training samples. The order depends on the seed alone, so there is no state to save.
 
     Position p is in epoch p // N and holds sample permutation(seed, p // N, N)[p % N]. Every epoch shows each sample once. Batches run
     across epochs. Neither the number of ranks nor a resume changes the order.
@@ -38,41 +38,31 @@ class Order:
 
     def __init__(self, split: SplitReader, seed: int, balanced: bool = False):
         """balanced: show every condition equally often, not every sample. Raises UserError where a condition then has no samples."""
-        self.split, self.seed, self.balanced = split, seed, balanced
+        self.split, self.info, self.seed, self.balanced = split, split.info, seed, balanced
+        self.reader: Reader = split
         self.of_round: dict[int, tuple[int, np.ndarray]] = {}
         empty = [name for name, alike in zip(split.info.class_names, split.of_condition, strict=True) if not len(alike)]
         if balanced and empty:
-            raise UserError(
-                f"split {split.split} of {split.info.path} has no samples of {len(empty)} classes, like {empty[0]}: set "
-                "data.balanced=false, or prepare the dataset without them"
-            )
+            says = f"{self.info.path} has no samples of {len(empty)} classes in split {split.split}, like {empty[0]}"
+            raise UserError(f"{says}: set data.balanced=false, or prepare the dataset without them")
 
     def indices(self, positions: range) -> list[int]:
         """The samples at these global positions."""
         return [self._balanced(p) if self.balanced else self._any(p) for p in positions]
 
     def _any(self, p: int) -> int:
-        epoch, place = divmod(p, len(self.split.samples))
-        return int(permutation(self.seed, epoch, len(self.split.samples))[place])
+        epoch, place = divmod(p, len(self))
+        return int(permutation(self.seed, epoch, len(self))[place])
 
     def _balanced(self, p: int) -> int:
-        num_classes = self.split.info.num_classes
-        visit, place = divmod(p, num_classes)
-        c = int(permutation(self.seed, visit, num_classes, ROUND)[place])
+        visit, place = divmod(p, self.info.num_classes)
+        c = int(permutation(self.seed, visit, self.info.num_classes, ROUND)[place])
         alike = self.split.of_condition[c]
         epoch, place = divmod(visit, len(alike))
         # one order is kept for each condition: together they are as long as the split
         if c not in self.of_round or self.of_round[c][0] != epoch:
             self.of_round[c] = epoch, permutation(self.seed, epoch, len(alike), WITHIN + c)
         return int(alike[self.of_round[c][1][place]])
-
-
-class Source:
-    """An endless stream of training samples: an order, and a reader of the samples it names."""
-
-    def __init__(self, order: Order, reader: Reader):
-        self.order, self.reader = order, reader
-        self.split, self.info = order.split, order.split.info
 
     def __len__(self) -> int:
         """N, the samples of an epoch."""
@@ -85,16 +75,16 @@ class Source:
 
     def batch(self, first: int, count: int) -> Batch:
         """The samples at global positions first .. first + count - 1."""
-        return self.reader.batch(self.order.indices(range(first, first + count)))
+        return self.reader.batch(self.indices(range(first, first + count)))
 
     def keys(self, first: int, count: int) -> list[str]:
         """SHARD:KEY of the samples that these global positions gave."""
-        samples = [self.split.samples[self.split.substitute(i)] for i in self.order.indices(range(first, first + count))]
+        samples = [self.split.samples[self.split.substitute(i)] for i in self.indices(range(first, first + count))]
         return [f"{sample.file}:{sample.key}" for sample in samples]
 
     def prefetch(self, positions: range) -> None:
         """Start reading the samples at these global positions in the background."""
-        self.reader.read_ahead(self.order.indices(positions))
+        self.reader.read_ahead(self.indices(positions))
 
     def close(self) -> None:
         """End what reads in the background. Here nothing is to do: each read ends by itself."""
@@ -106,12 +96,12 @@ def open_images(
     """The images of a split of the dataset folder at `path`.
 
     tokenizer: checksum of the run's tokenizer. Batches hold the drawn tokens where the images were drawn with the same tokenizer.
-    Raises UserError as open_dataset, SplitReader and Order do.
+    Raises UserError as open_dataset, SplitReader and Source do.
     """
     info = open_dataset(path)
     drawn = tokenizer is not None and info.tokens is not None and (info.drawn or {}).get("tokenizer") == tokenizer
     reader = SplitReader(info, split, tolerated, read_tokens(info) if drawn and split == "train" else None)
-    return Source(Order(reader, seed, balanced), reader)
+    return Source(reader, seed, balanced)
 
 
 @lru_cache(maxsize=4)

@@ -74,24 +74,23 @@ class Download:
     def end_if_stalled(self) -> None:
         if self.pipe is not None and time.monotonic() - self.since >= STALLED:
             self.stalled = True
-            self._end()
+            end(self.pipe)
 
     def close(self) -> None:
         self.closed.set()
-        self._end()
-
-    def _end(self) -> None:
-        # the reader clears self.pipe before it waits for the process, so this PID cannot have been reused
-        if (pipe := self.pipe) is not None:
-            end(pipe)
+        end(self.pipe)
 
 
-def end(pipe: Pipe) -> None:
-    """Kill a command and all processes that it started, which would keep its output open."""
+def end(pipe: Pipe | None) -> None:
+    """Kill a command and all processes that it started, which would keep its output open.
+
+    Its reader clears Download.pipe before it waits for the process, so this PID cannot have been reused.
+    """
     # a command run by sudo belongs to another user
     with suppress(ProcessLookupError, PermissionError):
-        # opened() starts each command in its own session; webdataset starts curl in ours, and curl starts no other process
-        (os.killpg if os.getpgid(pipe.proc.pid) == pipe.proc.pid else os.kill)(pipe.proc.pid, signal.SIGKILL)
+        if pipe is not None:
+            # opened() starts each command in its own session; webdataset starts curl in ours, and curl starts no other process
+            (os.killpg if os.getpgid(pipe.proc.pid) == pipe.proc.pid else os.kill)(pipe.proc.pid, signal.SIGKILL)
 
 
 class Stream(Source):
@@ -99,25 +98,15 @@ class Stream(Source):
 
     def __init__(self, data: Data, seed: int):
         """Start to read and wait for the first image. Raises UserError where none comes, or data.path cannot be expanded."""
-        self.data = data
-        self.info = DatasetInfo(
-            path=Path(data.path),
-            name=data.name,
-            resolution=data.resolution,
-            channels=data.channels,
-            num_classes=data.num_classes,
-            class_names=tuple(str(c) for c in range(data.num_classes)),
-            splits={},
-            source=data.path,
-            seed=seed,
-        )
+        self.data, names = data, tuple(map(str, range(data.num_classes)))
+        image = (data.resolution, data.channels, data.num_classes)
+        self.info = DatasetInfo(Path(data.path), data.name, *image, names, splits={}, source=data.path, seed=seed)
         try:
             self.urls = expand_urls(data.path)
         # braces that do not close, or variables that are not set
         except (ValueError, AssertionError) as error:
-            raise UserError(
-                f"data.path={data.path} cannot be expanded ({error}): write shards as in name-{{000..099}}.tar"
-            ) from error
+            how = "write shards as in name-{000..099}.tar"
+            raise UserError(f"data.path={data.path} cannot be expanded ({error}): {how}") from error
         self.ready: list[Queue[Drawn | Exception]] = [Queue(READY) for _ in range(READERS)]
         self.downloads = [Download() for _ in range(READERS)]
         self.taken = self.unreadable = 0
@@ -125,16 +114,14 @@ class Stream(Source):
         self.given: OrderedDict[int, str] = OrderedDict()
         # the start time is part of the seed, so that a resumed run does not begin with the same samples
         rank, started = world()[0], time.time_ns()
-        self.readers = [
-            Thread(target=self._fill, args=(reader, f"{seed} {rank} {reader} {started}"), daemon=True)
-            for reader in range(READERS)
-        ]
+        seeds = [f"{seed} {rank} {reader} {started}" for reader in range(READERS)]
+        self.readers = [Thread(target=self._fill, args=each, daemon=True) for each in enumerate(seeds)]
         for thread in self.readers:
             thread.start()
         self.first = [self._take()]
 
     def __len__(self) -> int:
-        """0: the number of samples is not known."""
+        """Unknown."""
         return 0
 
     @property
@@ -207,10 +194,8 @@ class Stream(Source):
             tqdm.write(f"passed over: {why}", file=sys.stderr)
         self.unreadable += 1
         if self.unreadable > max(FEW, tolerated * self.taken):
-            raise UserError(
-                f"{self.unreadable} of {self.taken} samples read from {self.data.path} are damaged, more than "
-                f"data.damaged={tolerated:g}; {why}"
-            )
+            what = f"{self.unreadable} of {self.taken} samples read from {self.data.path} are damaged"
+            raise UserError(f"{what}, more than data.damaged={tolerated:g}; {why}")
 
     def _fill(self, reader: int, seed: str) -> None:
         """The work of a reader's thread. An error goes into the reader's queue and ends the thread."""
@@ -274,9 +259,7 @@ def read_shard(url: str, download: Download) -> Iterator[dict[str, Any]]:
             if tried == TRIES - 1 or isinstance(error, FileNotFoundError | IsADirectoryError):
                 # webdataset adds the name of the stream after @
                 why = getattr(error, "strerror", None) or str(next(iter(error.args), error)).partition(" @ ")[0]
-                raise UserError(
-                    f"shard {url} cannot be read ({why}): see that it is there and whole; then the same command goes on"
-                ) from error
+                raise UserError(f"shard {url} cannot be read ({why}): see that it is there and whole, then go on") from error
             tqdm.write(f"shard {url}: {error}; trying again ({tried + 2} of {TRIES})", file=sys.stderr)
         if download.closed.wait(PAUSE * 2**tried):
             return
@@ -296,14 +279,13 @@ def opened(url: str, download: Download) -> Iterator[Any]:
     else:
         stream = gopen(url) if "://" in url or url.startswith("file:") else open(url, "rb")  # noqa: SIM115 (closed below)
     pipe = stream if isinstance(stream, Pipe) else None
-    status, torn, abandoned = 0, True, False
+    torn, abandoned, status = True, False, 0
     download.url, download.since, download.stalled = url, time.monotonic(), False
     # set last: from now on end_if_stalled() may end the command
     download.pipe = pipe
     try:
         # not the Pipe: it would wait for the ended command, whose PID may then be reused
         yield stream if pipe is None else pipe.stream
-        # the stream was read to its end
         torn = False
     except GeneratorExit:
         # the reader stopped early: the command's exit status means nothing
@@ -311,10 +293,8 @@ def opened(url: str, download: Download) -> Iterator[Any]:
         raise
     finally:
         download.pipe = None
-        if pipe is None:
-            stream.close()
-        else:
-            pipe.stream.close()
+        (stream if pipe is None else pipe.stream).close()
+        if pipe is not None:
             try:
                 status = pipe.proc.wait(timeout=1)
             except TimeoutExpired:

@@ -1,17 +1,16 @@
 """Writes dataset folders: of the digits, of images in a folder or zip file, of drawn samples."""
 
-import errno
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from webdataset import TarWriter
 from mclr.configs.schema import Data, is_stream
 from mclr.errors import UserError
 from mclr.train.data.dataset import TOKENS, UNFINISHED, DatasetInfo, SplitReader, open_dataset
-from mclr.train.data.folders import File, Found, Kinds, count, find_images, listed, taken
+from mclr.train.data.folders import File, Found, count, find_images, listed, taken
 from mclr.train.data.images import MEGAPIXELS, center_crop, decode, png
 from mclr.train.data.shards import Shard
 from mclr.train.data.source import permutation
@@ -31,6 +30,7 @@ from mclr.train.system.files import in_memory, lock, new_folder, write_file, wri
 
 CHUNK = 64  # images that are decoded at a time
 PER_SHARD = 1000
+Encoded = tuple[bytes, int]  # PNG file, condition
 
 
 def prepare_digits(out: str | Path) -> DatasetInfo:
@@ -38,30 +38,19 @@ def prepare_digits(out: str | Path) -> DatasetInfo:
 
     Values 0..16 become round(v * 255 / 16). A dataset of the digits at `out` is reused. Raises UserError where anything else is there.
     """
-    header = {
-        "name": "digits",
-        "resolution": 8,
-        "channels": 1,
-        "num_classes": 10,
-        "class_names": tuple("0123456789"),
-        "source": "scikit-learn load_digits: optical recognition of handwritten digits (UCI), test part",
-        "seed": 0,
-    }
-    if info := _existing(out, header):
-        return info
+    source = "scikit-learn load_digits: optical recognition of handwritten digits (UCI), test part"
+    header = _header("digits", 8, 1, tuple("0123456789"), source)
+    return _write(out, header, {split: _digits(split) for split in ("train", "val")}, 375)
+
+
+def _digits(split: str) -> Iterator[Encoded]:
     # slow to import
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    image_N1HW = np.round(digits.images * 255 / 16).astype(np.uint8)[:, None]
-    order = permutation(0, 0, len(image_N1HW)).tolist()
-    with new_folder(out) as folder:
-        splits = {}
-        for split, indices in (("train", order[:1500]), ("val", order[1500:])):
-            samples = ((png(image_N1HW[i]), int(digits.target[i])) for i in _progress(indices, split))
-            splits[split] = write_split(folder, split, samples, per_shard=375)
-        _finish(folder, header, splits)
-    return open_dataset(out)
+    order = permutation(0, 0, len(digits.images)).tolist()
+    for i in _progress(order[:1500] if split == "train" else order[1500:], split):
+        yield png(np.round(digits.images[i] * 255 / 16).astype(np.uint8)[None]), int(digits.target[i])
 
 
 def open_or_prepare(name: str, path: str | Path) -> DatasetInfo:
@@ -93,58 +82,42 @@ def prepare_images(
     unreadable. Many parameters: one for each option of `mclr prepare images`.
     """
     src, out = Path(src), Path(out)
-    if channels not in (1, 3):
-        raise UserError(f"channels is {channels}: it must be 1 (gray) or 3 (RGB)")
-    if resolution < 1 or shard_size < 1:
-        raise UserError(f"resolution is {resolution} and shard size {shard_size}: both must be at least 1")
     if not (0 <= (val_share or 0) < 1 and 0 <= seed < 2**64):
         raise UserError(f"val share is {val_share} and seed {seed}: the share must be in [0, 1), the seed in [0, 2^64)")
     # not resolve(), which raises at a loop of links
-    if Path(os.path.realpath(src)) in Path(os.path.realpath(out)).parents:
+    place = Path(os.path.realpath(out))
+    if Path(os.path.realpath(src)) in place.parents:
         raise UserError(f"{out} lies inside the images of {src}: choose a place outside")
     found = find_images(src)
     splits, how = split_images(found, val_share, seed)
-    count = sum(map(len, splits.values()))
-    header = {
-        "name": src.resolve().stem if found.archive else src.resolve().name,
-        "resolution": resolution,
-        "channels": channels,
-        "num_classes": len(found.class_names),
-        "class_names": found.class_names,
-        "source": f"{count} images of {src.resolve()} ({found.fingerprint()}), {how}",
-        "seed": seed,
-    }
+    number = sum(map(len, splits.values()))
+    source = f"{number} images of {src.resolve()} ({found.fingerprint()}), {how}"
+    header = _header(place.name, resolution, channels, found.class_names, source, seed)
     if info := _existing(out, header):
         return info
-    with _unfinished(out, header | {"shard_size": shard_size, "megapixels": megapixels}) as (folder, state):
+    with _unfinished(out, header | {"shard_size": shard_size, "megapixels": megapixels}) as state:
         print(*found.said, sep="\n", flush=True)
-        note = partial(write_json, folder / UNFINISHED, state)
         for split, files in splits.items():
             made = state["splits"].setdefault(split, {"taken": 0, "shards": []})
-            write_split(folder, split, _encode(found, files, split, state), shard_size, made["shards"], note)
-        try:
-            _refuse_unreadable(src, count, state["unreadable"])
-        except UserError:
-            shutil.rmtree(folder)
-            raise
-        _finish(folder, header, {split: made["shards"] for split, made in state["splits"].items()})
-    print(taken(src, state["formats"], found.skipped))
-    info = open_dataset(out)
-    for split in [split for split, made in info.splits.items() if made.count]:
-        filled = set(SplitReader(info, split).c_N.tolist())
-        if missing := [name for c, name in enumerate(info.class_names) if c not in filled]:
-            print(f"{len(missing)} of {info.num_classes} classes have no image in {split}, like {missing[0]}", file=sys.stderr)
+            for shard in _write_split(out, split, _encode(found, files, split, state), shard_size, len(made["shards"])):
+                made["shards"].append(shard)
+                write_json(out / UNFINISHED, state)
+        unreadable = state["unreadable"]
+        bad = sum(n for n, _ in unreadable.values())
+        says = f"{bad} of {number} images in {src} cannot be read: {listed(unreadable)}"
+        if bad > 0.01 * number:
+            shutil.rmtree(place)
+            raise UserError(f"{says}; that is more than 1%: remove or replace them")
+        if bad:
+            print(f"{says}; they are left out", file=sys.stderr)
+        info = _finish(out, header, {split: made["shards"] for split, made in state["splits"].items()})
+    print(taken(src, state["formats"], found.tree.skipped))
+    for split, files in splits.items():
+        missing = sorted(set(range(info.num_classes)) - {c for _, c in files})
+        if files and missing:
+            like = f"{len(missing)} of {info.num_classes} classes have no image in {split}, like {info.class_names[missing[0]]}"
+            print(like, file=sys.stderr)
     return info
-
-
-def _refuse_unreadable(src: Path, count: int, unreadable: Kinds) -> None:
-    """Say how many of `count` images cannot be read, and why. Raises UserError where they are more than 1%."""
-    bad = sum(n for n, _ in unreadable.values())
-    says = f"{bad} of {count} images in {src} cannot be read: {listed(unreadable)}"
-    if bad > 0.01 * count:
-        raise UserError(f"{says}; that is more than 1%: remove or replace them")
-    if bad:
-        print(f"{says}; they are left out", file=sys.stderr)
 
 
 def split_images(found: Found, val_share: float | None, seed: int) -> tuple[dict[str, list[File]], str]:
@@ -159,13 +132,15 @@ def split_images(found: Found, val_share: float | None, seed: int) -> tuple[dict
 
     if found.held_out is not None:
         if val_share is not None:
-            raise UserError(f"{found.src} has splits of its own: leave out the val share")
+            raise UserError(f"{found.tree.src} has splits of its own: leave out the val share")
         return {"train": shuffled(found.files), "val": shuffled(found.held_out)}, "splits of its own"
     val_share = 0.1 if val_share is None else val_share
     files = shuffled(found.files)
     num_train = len(files) - round(val_share * len(files))
     if num_train == 0:
-        raise UserError(f"{found.src} has {len(files)} images and a val share of {val_share} leaves none to train on: lower it")
+        raise UserError(
+            f"{found.tree.src} has {len(files)} images and a val share of {val_share} leaves none to train on: lower it"
+        )
     train, trained = files[:num_train], {c for _, c in files[:num_train]}
     val: list[File] = []
     for file in files[num_train:]:
@@ -175,43 +150,34 @@ def split_images(found: Found, val_share: float | None, seed: int) -> tuple[dict
 
 
 @contextmanager
-def _unfinished(out: Path, header: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """(the folder at `out`, the state of its making, which UNFINISHED there holds). At the end UNFINISHED is removed.
+def _unfinished(out: Path, header: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The state of the dataset that is made at `out`, as UNFINISHED there holds it until the end.
 
     A stopped run leaves its finished shards and UNFINISHED. The next run goes on from there if its header is the same, else it begins
     anew.
     """
-    header = json.loads(json.dumps(header))
-    begun: dict[str, Any] = {"header": header, "formats": {}, "unreadable": {}, "splits": {}}
+    state = json.loads(json.dumps({"header": header, "formats": {}, "unreadable": {}, "splits": {}}))
     if not (out / UNFINISHED).is_file():
         with new_folder(out) as folder:
-            write_json(folder / UNFINISHED, begun)
-    out = Path(os.path.realpath(out))
-    with ExitStack() as stack:
-        # some file systems have no locks
-        with suppress(OSError):
-            held, ours = lock(out / "lock")
-            stack.enter_context(held)
-            if not ours or (out / "dataset.json").exists():
-                raise UserError(f"another process makes {out}: wait for it, or choose another place")
-        state: dict[str, Any] = {}
+            write_json(folder / UNFINISHED, state)
+    held, ours = lock(out / "lock", none=True)
+    with held:
+        if not ours or (out / "dataset.json").exists():
+            raise UserError(f"another process makes {out}: wait for it, or choose another place")
+        begun: dict[str, Any] = {}
         with suppress(ValueError):
-            state = json.loads((out / UNFINISHED).read_bytes())
-        if state.get("header") != header:
+            begun = json.loads((out / UNFINISHED).read_bytes())
+        if begun.get("header") == state["header"]:
+            state = begun
+        else:
             print(f"{out} holds an unfinished dataset of other images or settings: it is begun anew", flush=True)
             for split in ("train", "val"):
                 shutil.rmtree(out / split, ignore_errors=True)
-            state = begun
         for torn in out.glob("**/.tmp-*"):
             torn.unlink()
         if shards := sum(len(made["shards"]) for made in state["splits"].values()):
             print(f"{out}: going on after {shards} finished shards", flush=True)
-        try:
-            yield out, state
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-                raise
-            raise UserError(f"cannot write {out} ({error.strerror}): make room, and the same command goes on") from error
+        yield state
         for name in (UNFINISHED, "lock"):
             (out / name).unlink(missing_ok=True)
 
@@ -224,64 +190,21 @@ def prepare_samples(
     data: the data of the network that drew them; drawn: the settings of the drawing; tokens: if a token model drew them, one file for each
     image (npy, [L]).
     """
-    header = {
-        "name": f"samples-{data.name}",
-        "resolution": data.resolution,
-        "channels": data.channels,
-        "num_classes": data.num_classes,
-        "class_names": tuple(str(c) for c in range(data.num_classes)),
-        "source": f"{len(images)} images drawn by weights {drawn['weights']}",
-        "seed": 0,
-        "drawn": drawn,
-        "tokens": None,
-    }
-    data_NL = b""
+    source = f"{len(images)} images drawn by weights {drawn['weights']}"
+    names = tuple(map(str, range(data.num_classes)))
+    header = _header(f"samples-{data.name}", data.resolution, data.channels, names, source) | {"drawn": drawn, "tokens": None}
+    drawn_NL = b""
     if tokens:
-        data_NL = in_memory(np.save, arr=np.stack([np.load(path, allow_pickle=False) for path in tokens]))
-        header["tokens"] = hashlib.sha256(data_NL).hexdigest()
-    if info := _existing(out, header):
-        return info
-    with new_folder(out) as folder:
-        if tokens:
-            write_file(folder / TOKENS, data_NL)
-        samples = ((path.read_bytes(), c) for path, c in images)
-        _finish(folder, header, {"train": write_split(folder, "train", samples), "val": []})
-    return open_dataset(out)
+        drawn_NL = in_memory(np.save, arr=np.stack([np.load(path, allow_pickle=False) for path in tokens]))
+        header["tokens"] = hashlib.sha256(drawn_NL).hexdigest()
+    samples = ((path.read_bytes(), c) for path, c in images)
+    return _write(out, header, {"train": samples, "val": iter(())}, PER_SHARD, drawn_NL)
 
 
-def write_split(
-    folder: Path,
-    split: str,
-    samples: Iterator[tuple[bytes, int]],
-    per_shard: int = PER_SHARD,
-    shards: list[dict[str, Any]] | None = None,
-    finished: Callable[[], object] = lambda: None,
-) -> list[dict[str, Any]]:
-    """Write (PNG file, condition) pairs into folder/split/*.tar; returns what dataset.json says of each shard.
-
-    shards: those that an earlier run has finished, to which new ones are added. finished: called after each new one.
-    """
-    (folder / split).mkdir(exist_ok=True)
-    shards = [] if shards is None else shards
-    for first in samples:
-        file, begun = f"{split}/{len(shards):06d}.tar", folder / split / f".tmp-{os.getpid()}"
-        count = 0
-        try:
-            # no time stamps: the same images give the same shards
-            with open(begun, "wb") as stream, TarWriter(stream, encoder=False, mtime=0) as tar:
-                for png, c in chain([first], islice(samples, per_shard - 1)):
-                    key = f"{len(shards) * per_shard + count:08d}"
-                    tar.write({"__key__": key, "png": png, "cls": str(c).encode()})
-                    count += 1
-            with open(begun, "rb") as written:
-                sha256 = hashlib.file_digest(written, "sha256").hexdigest()
-                os.fsync(written.fileno())
-            os.replace(begun, folder / file)
-        finally:
-            begun.unlink(missing_ok=True)
-        shards.append(asdict(Shard(file, count, (folder / file).stat().st_size, sha256)))
-        finished()
-    return shards
+def _header(name: str, resolution: int, channels: int, names: tuple[str, ...], source: str, seed: int = 0) -> dict[str, Any]:
+    """What dataset.json says of all samples."""
+    image = {"name": name, "resolution": resolution, "channels": channels, "num_classes": len(names)}
+    return image | {"class_names": names, "source": source, "seed": seed}
 
 
 def _existing(out: str | Path, header: dict[str, Any]) -> DatasetInfo | None:
@@ -291,32 +214,70 @@ def _existing(out: str | Path, header: dict[str, Any]) -> DatasetInfo | None:
     if not os.path.exists(Path(out, "dataset.json")):
         return None
     info = open_dataset(out)
-    for name, value in header.items():
-        if (found := getattr(info, name)) != value:
-            raise UserError(f"{out} already holds another dataset ({name}: {found}): remove it or choose another place")
+    for key, value in header.items():
+        # a dataset folder may be renamed
+        if key != "name" and (found := getattr(info, key)) != value:
+            raise UserError(f"{out} already holds another dataset ({key}: {found}): remove it or choose another place")
     return info
 
 
-def _finish(folder: Path, header: dict[str, Any], shards: dict[str, list[dict[str, Any]]]) -> None:
+def _write(
+    out: str | Path, header: dict[str, Any], splits: dict[str, Iterator[Encoded]], per_shard: int, tokens: bytes = b""
+) -> DatasetInfo:
+    """Write a dataset folder as a whole. The same dataset at `out` is reused."""
+    if info := _existing(out, header):
+        return info
+    with new_folder(out) as folder:
+        if tokens:
+            write_file(folder / TOKENS, tokens)
+        _finish(folder, header, {name: list(_write_split(folder, name, each, per_shard)) for name, each in splits.items()})
+    return open_dataset(out)
+
+
+def _write_split(
+    folder: Path, split: str, samples: Iterator[Encoded], per_shard: int, begun: int = 0
+) -> Iterator[dict[str, Any]]:
+    """Write samples into folder/split/*.tar after the shards that an earlier run has begun with: what dataset.json says of each."""
+    (folder / split).mkdir(exist_ok=True)
+    for number, first in enumerate(samples, begun):
+        file, keys = f"{split}/{number:06d}.tar", list[str]()
+        sha256 = write_file(folder / file, _tar(chain([first], islice(samples, per_shard - 1)), number * per_shard, keys))
+        yield asdict(Shard(file, len(keys), (folder / file).stat().st_size, sha256))
+
+
+def _tar(samples: Iterable[Encoded], start: int, keys: list[str]) -> Iterator[bytes]:
+    """A shard, a sample at a time. keys: gets the key of each sample; the first is `start`."""
+    buffer = io.BytesIO()
+    # no time stamps: the same images give the same shards
+    with TarWriter(buffer, encoder=False, mtime=0) as tar:
+        for png, c in samples:
+            keys.append(f"{start + len(keys):08d}")
+            tar.write({"__key__": keys[-1], "png": png, "cls": str(c).encode()})
+            yield buffer.getvalue()
+            buffer.seek(0)
+            buffer.truncate()
+    yield buffer.getvalue()
+
+
+def _finish(folder: Path, header: dict[str, Any], shards: dict[str, list[dict[str, Any]]]) -> DatasetInfo:
     """Write dataset.json with the shards of each split, check all shards, and write their index."""
     splits = {split: {"count": sum(shard["count"] for shard in made), "shards": made} for split, made in shards.items()}
     write_json(folder / "dataset.json", header | {"splits": splits})
-    SplitReader(open_dataset(folder), "train")
+    return SplitReader(open_dataset(folder), "train").info
 
 
-def _encode(found: Found, files: list[File], split: str, state: dict[str, Any]) -> Iterator[tuple[bytes, int]]:
-    """(PNG file, condition) of each readable image, in order. Begins after those that `state` says were taken, and counts there."""
-    header = state["header"]
+def _encode(found: Found, files: list[File], split: str, state: dict[str, Any]) -> Iterator[Encoded]:
+    """Each readable image, in order. Begins after those that `state` says were taken, and counts there."""
+    header, made = state["header"], state["splits"][split]
 
     def encode(name: str) -> tuple[bytes, str] | Exception:
         try:
-            image, kind = decode(found.read(name), name, header["channels"], header["megapixels"])
+            image, kind = decode(found.tree.read(name), name, header["channels"], header["megapixels"])
             return in_memory(center_crop(image, header["resolution"]).save, format="PNG"), kind
         # decoders raise nearly anything on bad files
         except Exception as error:
             return error
 
-    made = state["splits"][split]
     files = files[made["taken"] :]
     with ThreadPoolExecutor() as threads:
         # a chunk at a time: what is encoded and not yet written fills memory
