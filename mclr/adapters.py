@@ -12,40 +12,41 @@ from torch import Tensor, nn
 
 from mclr.diffusion import scales
 from mclr.guidance import mix
+from mclr.likelihood import ask, network
 
 
 class FromDenoiser(nn.Module):
-    """What from_denoiser returns."""
-
-    def __init__(self, denoise: Callable[..., Any], sigma_data: float):
-        super().__init__()
-        self.denoise, self.sigma_data = denoise, sigma_data
-
-    def forward(self, noisy_BCHW: Tensor, sigma_B: Tensor, c_R: Tensor, index_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(raw [R, C, H, W], log-variance [R]): c_skip noisy + c_out raw is the denoised image (mclr/diffusion.py)."""
-        if index_R is not None:
-            noisy_BCHW, sigma_B = noisy_BCHW[index_R], sigma_B[index_R]
-        answer = self.denoise(noisy_BCHW, sigma_B, c_R)
-        denoised, logvar_R = answer if isinstance(answer, tuple) else (answer, torch.zeros_like(sigma_B))
-        c_skip, c_out = scales(sigma_B, self.sigma_data)
-        return (denoised - c_skip * noisy_BCHW) / c_out, logvar_R
-
-
-def from_denoiser(denoise: Callable[..., Any], sigma_data: float = 0.5) -> nn.Module:
     """A network for mclr.Diffusion out of a denoiser: a module (whose parameters stay reachable) or a function.
 
     denoise: (noisy [R, C, H, W], sigma [R], c [R]) -> the denoised images [R, C, H, W], or a tuple of them and a learned log-variance
     [R] (EDM2, arXiv 2312.02696, eq. 21). noisy = x + sigma * noise. sigma_data: that of mclr.Diffusion, standard deviation of x.
     """
-    return FromDenoiser(denoise, sigma_data)
+
+    def __init__(self, denoise: Callable[..., Any], sigma_data: float = 0.5):
+        super().__init__()
+        self.denoise, self.sigma_data = network(denoise, "denoise"), sigma_data
+
+    def forward(self, noisy_BCHW: Tensor, sigma_B: Tensor, c_R: Tensor, index_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(raw [R, C, H, W], log-variance [R]): c_skip noisy + c_out raw is the denoised image (mclr/diffusion.py)."""
+        if index_R is not None:
+            noisy_BCHW, sigma_B = noisy_BCHW[index_R], sigma_B[index_R]
+        hint = "a denoiser takes (noisy, sigma, c), c up to the null condition, and gives images like noisy"
+        denoised, logvar_R = ask(self.denoise, noisy_BCHW.shape, hint, noisy_BCHW, sigma_B, c_R, alone=True)
+        c_skip, c_out = scales(sigma_B, self.sigma_data)
+        return (denoised - c_skip * noisy_BCHW) / c_out, torch.zeros_like(sigma_B) if logvar_R is None else logvar_R
 
 
 class FromLogits(nn.Module):
-    """What from_logits returns."""
+    """A network for mclr.NextScale out of one that gives logits: a module (whose parameters stay reachable) or a function.
+
+    logits: (teacher inputs, c [R]) -> logits [R, l + 1, V]. The tokenizer makes the teacher inputs from the tokens. A multi-scale one
+    gives [R, l, E]. PlainSequence gives the tokens before each token, [R, l] int64. The logits of a token may depend on the
+    inputs of coarser scales and of its own alone. Sampling runs the network on all inputs so far at every scale: no cache is needed.
+    """
 
     def __init__(self, logits: Callable[..., Tensor]):
         super().__init__()
-        self.logits = logits
+        self.logits = network(logits, "logits")
 
     def new_cache(self, rows: int) -> list[Tensor]:
         """The teacher inputs of the calls so far."""
@@ -60,7 +61,10 @@ class FromLogits(nn.Module):
             new = max(teacher_Rl.shape[1], 1)
             cache.append(teacher_Rl)
             teacher_Rl = torch.cat(cache, 1)
-        return self.logits(teacher_Rl, c_R)[:, -new:].float(), own_logits
+        hint = "logits takes (teacher inputs, c), c up to the null condition, and gives one row more than inputs"
+        wanted = (len(c_R), teacher_Rl.shape[1] + 1)
+        logits_RlV, _ = ask(self.logits, wanted, hint, teacher_Rl, c_R, alone=True)
+        return logits_RlV[:, -new:].float(), own_logits
 
 
 def own_logits(
@@ -75,16 +79,6 @@ def own_logits(
         return logits_RlV
     mixed = logits_RlV if guide_RlV is None or mix_Rl is None else mix(logits_RlV, guide_RlV, mix_Rl)
     return mixed.log_softmax(-1).gather(-1, tokens_Bl[index_R][..., None])[..., 0]
-
-
-def from_logits(logits: Callable[..., Tensor]) -> nn.Module:
-    """A network for mclr.NextScale out of one that gives logits: a module (whose parameters stay reachable) or a function.
-
-    logits: (teacher inputs, c [R]) -> logits [R, l + 1, V]. The tokenizer makes the teacher inputs from the tokens. A multi-scale one
-    gives [R, l, E]. PlainSequence gives the tokens before each token, [R, l] int64. The logits of a token may depend on the
-    inputs of coarser scales and of its own alone. Sampling runs the network on all inputs so far at every scale: no cache is needed.
-    """
-    return FromLogits(logits)
 
 
 class PlainSequence:
@@ -104,3 +98,6 @@ class PlainSequence:
     def advance(self, f_hat: Tensor, tokens_B1: Tensor, scale: int) -> tuple[Tensor, Tensor]:
         """(nothing, the teacher input of the next token)."""
         return f_hat, tokens_B1
+
+
+from_denoiser, from_logits = FromDenoiser, FromLogits

@@ -21,15 +21,16 @@ SCHEDULES = ("constant", "ramp", "interval", "negative_window")  # kinds, which 
 
 
 def objective_conflicts(
-    objective: Any, lam: float, schedule: Any, prefix: str = "", diffusion: bool = False, conditions: int | None = None
+    objective: Any, lam: float | None, schedule: Any, prefix: str = "", diffusion: bool = False, conditions: int | None = None
 ) -> Iterator[str]:
     """What is wrong with the settings of an objective, one line each.
 
-    objective: has name, contrast, bound, beta and truncate. lam: the weight of `schedule`, which has kind and below.
+    objective: has name, contrast, bound, beta and truncate. lam: the weight of `schedule`, which has kind and below; None: not given.
     prefix: stands before the names of settings, as in objective.lam. diffusion: whether the model is a diffusion model.
     conditions: their number, without the null condition; None: not known yet.
     """
     name, contrast, bound, beta = objective.name, objective.contrast, objective.bound, objective.beta
+    missing, lam = lam is None and name != "mle", lam or 0.0
     if name not in CONTRASTS:
         yield f"{prefix}name={name} is unknown: expected {', '.join(CONTRASTS)}"
         return
@@ -70,3 +71,5 @@ def objective_conflicts(
             yield f"{prefix}bound={bound} is out of range: must be > 0"
     if not 0 <= objective.truncate < 0.5:
         yield f"{prefix}truncate={objective.truncate} is out of range: must be >= 0 and < 0.5"
+    if missing:
+        yield f"missing key {prefix}lam; objective {name} needs it, like {prefix}lam=1.0"

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from mclr.guidance import Guidance, mix
-from mclr.likelihood import Draws, LogLik, Net, Probe
+from mclr.likelihood import Draws, LogLik, Net, Probe, ask, network
 from mclr.solvers import SOLVERS, churned_heun, sigma_grid
 
+HINT = "give it as mclr.from_denoiser makes it, with one condition more than classes, the null condition"
 LOG_RANGE = (math.log(80.0), math.log(0.002))
 
 
@@ -106,7 +107,7 @@ class Diffusion:
 
     def predict(self, net: Net, probe: Probe, index_R: Tensor, c_R: Tensor, terms: int | None = None) -> tuple[Tensor, Tensor]:
         """(raw_RCHW, logvar_R): the answer, whose mixture makes the mixture of denoised images, and the learned log-variance u."""
-        return net(probe.inputs["noisy"], probe.inputs["sigma"], c_R, index_R)
+        return ask(net, (len(c_R), *self.shape), HINT, probe.inputs["noisy"], probe.inputs["sigma"], c_R, index_R)
 
     def log_likelihood(
         self,
@@ -135,15 +136,15 @@ class Diffusion:
     @torch.no_grad()
     def sample(self, net: Net, c_B: Tensor, guidance: Guidance, draws: Draws) -> Tensor:
         """Images [B, C, H, W], one forward per evaluation and a second one where gamma is not 0."""
-        null_B = torch.full_like(c_B, self.null)
+        net, null_B = network(net, "net"), torch.full_like(c_B, self.null)
 
         def denoise(x: Tensor, sigma: float) -> Tensor:
             sigma_B = torch.full((len(x),), sigma, device=x.device)
-            pred = net(x, sigma_B, c_B)[0]
+            pred = ask(net, x.shape, HINT, x, sigma_B, c_B)[0]
             weight = guidance.gamma.at(float(progress_of(torch.tensor(sigma))))
             if weight != 0:
-                guide = net(x, sigma_B, null_B)[0] if guidance.guide is None else guidance.guide(x, sigma_B, c_B)[0]
-                pred = mix(pred, guide, weight)
+                guide, guide_c_B = (net, null_B) if guidance.guide is None else (guidance.guide, c_B)
+                pred = mix(pred, ask(guide, x.shape, HINT, x, sigma_B, guide_c_B)[0], weight)
             return self.denoised(pred, x, sigma_B)
 
         def noise() -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mclr.likelihood import network
 from mclr.schedule import NONE, Schedule
 
 
@@ -33,5 +34,7 @@ class Guidance:
     guide: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
+        if self.guide is not None:
+            object.__setattr__(self, "guide", network(self.guide, "guide"))
         if self.guide is not None and self.gamma.is_zero:
             raise ValueError("guide= has no effect without gamma: give gamma=, the extra weight of guidance")

@@ -123,7 +123,7 @@ class Paradigm(Protocol):
         """Raises ValueError, in one line, for samples of another shape or type."""
 
     def probe(self, x_B: Tensor, draws: Draws) -> Probe:
-        """Draw the inputs on which these samples are scored."""
+        """The inputs on which these samples are scored, drawn."""
 
     def predict(self, net: Net, probe: Probe, index_R: Tensor, c_R: Tensor, terms: int | None = None) -> tuple[Tensor, Any]:
         """(answer, rest) of the network for these rows. Guidance mixes answers, so only affine steps may follow.
@@ -139,10 +139,7 @@ class Paradigm(Protocol):
         guide: Tensor | None = None,
         mix_RT: Tensor | None = None,
     ) -> LogLik:
-        """Values and aux of these rows.
-
-        With a guide (an answer, taken as a constant) the values are those of answer + mix (answer - guide); aux stays unmixed.
-        """
+        """Values and aux of these rows. guide: an answer, a constant; the values are then those of answer + mix (answer - guide)."""
 
     def compared(self, value_RT: Tensor, prediction: tuple[Tensor, Any], frozen: tuple[Tensor, Any]) -> Tensor:
         """The values of a prediction under the reference's uncertainty, so that both can be compared. frozen: its prediction."""
@@ -151,47 +148,75 @@ class Paradigm(Protocol):
         """Draw one sample per condition, guided as mclr.Guidance says."""
 
 
+def network(given: Any, name: str) -> Any:
+    """The network that was given, or that of a Model. Raises ValueError for anything else. name: of the argument."""
+    net = given if callable(given) else getattr(given, "net", None)
+    if not callable(net):
+        raise ValueError(f"{name} must be a network, or a Model of mclr.load, not {given!r:.60}")
+    return net
+
+
+def ask(net: Net, shape: tuple[int, ...], hint: str, *inputs: Any, alone: bool = False, **cache: Any) -> tuple[Tensor, Any]:
+    """(answer, rest) of a network. Raises ValueError for what a network of a user's own may do wrong, in one line that ends with `hint`.
+
+    shape: of the answer, or how it begins. alone: the answer may come without a rest, which is then None.
+    """
+    try:
+        answer = net(*inputs, **cache)
+    except (TypeError, IndexError) as error:
+        raise ValueError(f"the network fails ({error}): {hint}") from error
+    given = answer if isinstance(answer, tuple) else (answer, None)[: 1 + alone]
+    if len(given) != 2 or not isinstance(given[0], Tensor) or given[0].shape[: len(shape)] != shape:
+        found = [list(each.shape) if isinstance(each, Tensor) else type(each).__name__ for each in given if each is not None]
+        raise ValueError(
+            f"the network answers {', '.join(map(str, found)) or 'nothing'}, not {list(shape)}{'' if alone else ' and a rest'}: {hint}"
+        )
+    return given[0], given[1]
+
+
 def score(paradigm: Paradigm, net: Net, probe: Probe, rows: Rows, reference: Net | None = None, lockstep: bool = False) -> Scores:
     """Values of all rows, with gradient. The contrast `null` and a reference take a second forward, without gradient.
 
     lockstep: run the network equally often whatever the rows are, as ranks must that share its weights: no row is cut short, and
     there always is a null forward.
     """
-    if rows.mix_BT is not None:
-        return _score_with_null(paradigm, net, probe, rows, lockstep)
-    if reference is not None:
-        return _score_with_reference(paradigm, net, probe, rows, reference)
     batch, terms = rows.lam_BT.shape
     # terms_R waits for a GPU, so it is not asked for where nothing can be cut short.
-    if len(rows.index_R) > batch and terms > 1 and not lockstep:
+    if rows.mix_BT is None and reference is None and len(rows.index_R) > batch and terms > 1 and not lockstep:
         return _score_cut_short(paradigm, net, probe, rows)
+    null_R, null = _null_answers(paradigm, net, probe, rows, lockstep)
     prediction = paradigm.predict(net, probe, rows.index_R, rows.c_R)
-    own = paradigm.log_likelihood(prediction, probe, rows.index_R)
-    return Scores(own.value_RT, own.aux_R)
+    guide = None
+    if rows.mix_BT is not None:
+        guide = prediction[0].detach().clone()
+        if null is not None:
+            guide[null_R, : null.shape[1]] = null
+    own = paradigm.log_likelihood(prediction, probe, rows.index_R, guide, rows.mix_BT)
+    if reference is None:
+        return Scores(own.value_RT, own.aux_R)
+    with torch.no_grad():
+        frozen = paradigm.predict(reference, probe, rows.index_R, rows.c_R)
+        reference_RT = paradigm.log_likelihood(frozen, probe, rows.index_R).value_RT
+    # Compare under the reference's uncertainty: with each network's own, halving the error would show as a ratio of 0 (derived).
+    policy_RT = paradigm.compared(own.value_RT, prediction, frozen)
+    return Scores(own.value_RT, own.aux_R, paradigm.dims * (policy_RT - reference_RT).mean(1))
 
 
-def _score_with_null(paradigm: Paradigm, net: Net, probe: Probe, rows: Rows, lockstep: bool) -> Scores:
-    """Values of the matched rows under inverse guidance by the null condition; aux comes from the unmixed prediction.
+@torch.no_grad()
+def _null_answers(paradigm: Paradigm, net: Net, probe: Probe, rows: Rows, lockstep: bool) -> tuple[Tensor, Tensor | None]:
+    """(the rows whose mixing weight is not 0, their answers under the null condition), or None for answers where there are none.
 
-    The null forward covers only samples whose mixing weight is not 0.
+    It comes before the forward with gradient, whose backward checkpointing and ZeRO 3 need right after it. Zero rows are not
+    asked for: not every network takes them.
     """
-    assert rows.mix_BT is not None
+    if rows.mix_BT is None:
+        return rows.index_R[:0], None
     guided_R = rows.mix_BT.ne(0).any(1).nonzero()[:, 0]
     if lockstep and not len(guided_R):
         guided_R = rows.index_R[:1]
-    null_pred = None
-    # Run the null forward first: checkpointing and ZeRO 3 need the forward and backward of the other one side by side.
-    # Skip it for zero rows, which not every network takes.
-    if len(guided_R):
-        null_R = torch.full_like(guided_R, paradigm.null)
-        with torch.no_grad():
-            null_pred = paradigm.predict(net, probe, guided_R, null_R, rows.terms or None)[0]
-    prediction = paradigm.predict(net, probe, rows.index_R, rows.c_R)
-    guide = prediction[0].detach().clone()
-    if null_pred is not None:
-        guide[guided_R, : null_pred.shape[1]] = null_pred
-    own = paradigm.log_likelihood(prediction, probe, rows.index_R, guide, rows.mix_BT)
-    return Scores(own.value_RT, own.aux_R)
+    if not len(guided_R):
+        return guided_R, None
+    return guided_R, paradigm.predict(net, probe, guided_R, torch.full_like(guided_R, paradigm.null), rows.terms or None)[0]
 
 
 def _score_cut_short(paradigm: Paradigm, net: Net, probe: Probe, rows: Rows) -> Scores:
@@ -205,15 +230,3 @@ def _score_cut_short(paradigm: Paradigm, net: Net, probe: Probe, rows: Rows) -> 
         some = paradigm.log_likelihood(prediction, probe, rows.index_R[cut])
         value_RT[cut, :terms], aux_R[cut] = some.value_RT, some.aux_R
     return Scores(value_RT, aux_R)
-
-
-def _score_with_reference(paradigm: Paradigm, net: Net, probe: Probe, rows: Rows, reference: Net) -> Scores:
-    """Values of all rows, and their log-likelihood ratio to the reference."""
-    prediction = paradigm.predict(net, probe, rows.index_R, rows.c_R)
-    own = paradigm.log_likelihood(prediction, probe, rows.index_R)
-    with torch.no_grad():
-        frozen = paradigm.predict(reference, probe, rows.index_R, rows.c_R)
-        reference_RT = paradigm.log_likelihood(frozen, probe, rows.index_R).value_RT
-    # Compare under the reference's uncertainty: with each network's own, halving the error would show as a ratio of 0 (derived).
-    policy_RT = paradigm.compared(own.value_RT, prediction, frozen)
-    return Scores(own.value_RT, own.aux_R, paradigm.dims * (policy_RT - reference_RT).mean(1))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mclr.combinations import objective_conflicts
 from mclr.diffusion import Diffusion
 from mclr.kernels.weight_norm import force_weights
-from mclr.likelihood import Draws, Net, Paradigm, score
+from mclr.likelihood import Draws, Net, Paradigm, network, score
 from mclr.objective import Objective
 from mclr.posterior import NoisyPosterior, PrefixPosterior, calibration
 
@@ -22,11 +22,11 @@ GENERATED = 2**62
 
 @dataclass(frozen=True)
 class Loss:
-    """loss(net, x, c, first=position) -> (value, metrics): the loss of one micro-batch, for a training loop of your own.
+    """criterion(net, x, c, first=position) -> (loss, metrics) of one micro-batch, for a training loop of your own.
 
-    paradigm: Diffusion or NextScale. objective: what is optimised.
+    A Model may stand for its network, here and in the call. paradigm: Diffusion or NextScale. objective: what is optimised.
     posterior: for the contrasts posterior and weighted. Diffusion: a network classifier(noisy [B, C, H, W], sigma [B]) -> logits
-    [B, K], such as mclr.load("digits-posterior"). Where its parameters are trainable, its cross-entropy is part of the value; its
+    [B, K], such as mclr.load("digits-posterior"). Where its parameters are trainable, its cross-entropy is part of the loss; its
     gradients are separate from the network's. Tokens need none: Bayes' rule on the network itself gives the posterior.
     reference: for cc_dpo, cca and ddo, a frozen copy of the network before fine-tuning.
     drop_condition: share of the samples that learn the null condition. seed: of all random numbers.
@@ -43,6 +43,12 @@ class Loss:
     warmup: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.objective, Objective) or not hasattr(self.paradigm, "probe"):
+            wanted = "give a paradigm, such as model.paradigm, and an Objective, such as Objective('mclr', 'null', lam=1.0)"
+            raise ValueError(f"Loss({self.paradigm!r:.40}, {self.objective!r:.40}): {wanted}")
+        for name in ("posterior", "reference"):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, network(given, name))
         objective, diffusion = self.objective, isinstance(self.paradigm, Diffusion)
         for fault in objective_conflicts(
             objective, objective.schedule.weight, objective.schedule, diffusion=diffusion, conditions=self.paradigm.null
@@ -76,8 +82,11 @@ class Loss:
         if self.objective.needs_generated != (generated is not None):
             how = "needs generated=(x, c), samples of the reference" if generated is None else "takes no generated="
             raise ValueError(f"objective {self.objective.name} {how}")
+        net = network(net, "net")
         given = {"": (x, c)} if generated is None else {"": (x, c), "generated ": generated}
         for name, (x_B, c_B) in given.items():
+            if not isinstance(x_B, Tensor) or not isinstance(c_B, Tensor):
+                raise ValueError(f"{name}x and c must be tensors, not {type(x_B).__name__} and {type(c_B).__name__}")
             self.paradigm.check(x_B)
             if len(x_B) != len(x) or len(x) == 0:
                 raise ValueError(f"{name}x has {len(x_B)} samples: must be {len(x) or '1 or more'}")
@@ -91,10 +100,10 @@ class Loss:
         draws = self.draws(range(first, first + len(x)), x.device)
         dropped_c_P = self.drop(c_P, draws, len(x))
         loss_B, posterior_loss_B, metrics = self.per_sample(net, x_P, dropped_c_P, c_P, draws, first)
-        value = loss_B.mean()
+        loss = loss_B.mean()
         if posterior_loss_B is not None and posterior_loss_B.requires_grad:
-            value = value + posterior_loss_B.mean()
-        return value, metrics
+            loss = loss + posterior_loss_B.mean()
+        return loss, metrics
 
     def draws(self, positions: range, device: torch.device) -> Draws:
         """Random numbers of the samples at these positions, and then of as many generated ones where the objective needs them."""
@@ -141,7 +150,7 @@ def project(net: nn.Module) -> list[nn.Parameter]:
 
     EDM2 (arXiv 2312.02696, section 2.3) trains so. Networks without a method magnitude_preserving are left as they are.
     """
-    forcing: list[Any] = [module for module in net.modules() if hasattr(module, "magnitude_preserving")]
+    forcing: list[Any] = [module for module in network(net, "net").modules() if hasattr(module, "magnitude_preserving")]
     forced = [weight for module in forcing for weight in module.magnitude_preserving()]
     if forced:
         force_weights(forced)

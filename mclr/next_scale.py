@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from mclr.guidance import Guidance, mix
-from mclr.likelihood import Draws, LogLik, Net, Probe
+from mclr.likelihood import Draws, LogLik, Net, Probe, ask, network
+
+HINT = "give it as mclr.from_logits makes it, with one condition more than classes, the null condition"
 
 
 def scale_progress(scales: Sequence[int]) -> list[float]:
@@ -111,7 +113,8 @@ class NextScale:
         """
         # the first token has no teacher input
         last = None if terms is None else terms - 1
-        return net(probe.inputs["teacher"][:, :last], c_R, index_R)
+        teacher = probe.inputs["teacher"][:, :last]
+        return ask(net, (len(c_R), terms or self.dims), HINT, teacher, c_R, index_R)
 
     def log_likelihood(
         self,
@@ -135,7 +138,10 @@ class NextScale:
 
         Scales of weight 0 skip the guide. It reads them in one block-causal pass at the next scale whose weight is not 0.
         """
+        net = network(net, "net")
         guide_net: Any = net if guidance.guide is None else guidance.guide
+        if not hasattr(net, "new_cache") or not hasattr(guide_net, "new_cache"):
+            raise ValueError(f"the network has no new_cache(rows): {HINT}")
         guide_c_B = torch.full_like(c_B, self.null) if guidance.guide is None else c_B
         progress = scale_progress(self.scales)
         weights = [guidance.gamma.at(p) for p in progress]
@@ -144,7 +150,7 @@ class NextScale:
         teacher = f_hat.new_zeros(len(c_B), 0, *f_hat.shape[1:2])
         unseen, tokens = [], []
         for k, side in enumerate(self.scales):
-            h, head = net(teacher, c_B, cache=cache)
+            h, head = ask(net, (len(c_B), side * side), HINT, teacher, c_B, cache=cache)
             logits = head(h)
             unseen.append(teacher)
             if weights[k] != 0:

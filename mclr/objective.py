@@ -5,37 +5,18 @@ B samples; T terms per sample (1 for diffusion, L tokens); R scored rows; K clas
     loss = phi(v+, v-) + aux        per sample; v+ of the matched condition, v- of the contrast; averaged over terms
 
 v is the value of each term (mle, mclr, unlearn), or beta times the log-likelihood ratio to a frozen reference, one term per sample
-(cc_dpo, cca, ddo). lam(progress) is the strength; where lam = 0 the loss is plain maximum likelihood, -l+ + aux, in every objective,
-and so it is for samples whose condition was dropped (not in cca). s = log sigmoid. Instances:
+(cc_dpo, cca, ddo). lam(progress) is the strength. Where lam = 0 the loss is plain maximum likelihood in every objective, and so it is for
+samples whose condition was dropped (not in cca). README.md lists the objectives, the contrasts and their sources;
+tests/mclr/test_theorem.py checks the optima.
 
-| name    | phi                                     | contrast (c~ and its weight w)       | source                            |
-| mle     | -v+                                     | none                                 |                                   |
-| mclr    | -(1 + lam) v+ + lam w v-                | uniform, weighted, posterior, null   | MCLR, arXiv 2603.22364            |
-| unlearn | -v+ + lam / (1 + lam) w v-              | uniform, never bounded               | CCA's ablation, arXiv 2410.09347  |
-| cc_dpo  | -lam s(v+ - v-)                         | uniform                              | MCLR's baseline; lam = 1          |
-| cca     | (-s(v+) - lam s(-v-)) / max(lam, 1)     | marginal: as training meets them     | CCA, arXiv 2410.09347             |
-| ddo     | -s(v+) - lam s(-v-)                     | generated: (x of the reference, its c) | DDO, arXiv 2503.01103 (lam: alpha) |
-
-Where c~ = c the two terms of mclr cancel row by row, so the row of c~ is not computed. Contrasts (what is derived is said):
-
-| contrast  | c~ and w                                  | optimum of mclr                                                          |
-| uniform   | another class at random, w = 1: as printed| diffusion: additive extrapolation, unbounded below in places (derived)   |
-| weighted  | uniform over all, w = K p(c~|x_t)         | classifier-free guidance of total weight 1 + lam (derived)               |
-| posterior | c~ ~ p(c~|x_t) at the noisy x_t, w = 1    | the same, at fewer rows: only those with c~ != c                         |
-| null      | v+ is the value of the inversely guided   | exactly guidance of total weight 1 + lam: the Renyi form, bounded for    |
-|           | pred + g (pred - sg pred_null), w = 0,    | lam > -1 (derived); GFT (arXiv 2501.15420) with a scheduled strength     |
-|           | g = -lam / (1 + lam)                      |                                                                          |
-| marginal  | null for the share of dropped conditions, | of cca: a row whose c~ is null or c counts as matched, -s(+v-) with      |
-|           | else uniform (for balanced classes what a | weight 1 (w = -1 marks it)                                               |
-|           | rolled batch gives in the published code) |                                                                          |
-
-Optima of mclr: tests/mclr/test_theorem.py. `bound` m (tokens, label contrasts of mclr) acts on the contrast alone: v- becomes
-max(v-, sg(v+) - m), which leaves the matched gradient whole where the ratio already exceeds m nats. At a prefix the optimum is then
+`bound` m (tokens, mclr) acts on the contrast alone: v- becomes max(v-, sg(v+) - m), which leaves the matched gradient whole where the
+ratio already exceeds m nats. At a prefix the optimum is then
 q_c(v) ~ (1 + lam) p_c(v) - lam sum_k s(c,k) p_k(v) over the k with q_k(v) < e^m q_c(v), resting at q_c(v) = e^-m q_k(v) where neither
 side of that jump has a solution; s(c,k) = p(k|prefix) for weighted and posterior, p(k|prefix) / (p(c|prefix) (K-1)), k != c, for
 uniform: additive, without the negatives already m nats less likely than under their own condition (derived).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,48 +28,29 @@ from mclr.contrast import draw_any, draw_marginal, draw_other, draw_posterior, g
 from mclr.likelihood import Draws, Probe, Rows, Scores
 from mclr.schedule import Schedule
 
-
-def mclr(plus: Tensor, minus: Tensor, lam: Tensor, weight: Tensor) -> Tensor:
-    """phi of mclr, and at lam = 0 of mle. plus, minus: v+ and v-, of each term; so for all of PHI."""
-    return -(1 + lam) * plus + lam * weight * minus
-
-
-def unlearn(plus: Tensor, minus: Tensor, lam: Tensor, weight: Tensor) -> Tensor:
-    """phi of unlearn: maximum likelihood, and less of the contrast."""
-    return -plus + lam / (1 + lam) * weight * minus
-
-
-def cc_dpo(plus: Tensor, minus: Tensor, lam: Tensor, weight: Tensor) -> Tensor:
-    """phi of cc_dpo: which of the two conditions is the matched one."""
-    return -lam * logsigmoid(plus - minus)
-
-
-def ddo(plus: Tensor, minus: Tensor, lam: Tensor, weight: Tensor) -> Tensor:
-    """phi of ddo: real samples against generated ones."""
-    return -logsigmoid(plus) - lam * logsigmoid(-minus)
-
-
-def cca(plus: Tensor, minus: Tensor, lam: Tensor, weight: Tensor) -> Tensor:
-    """phi of cca: matched pairs against mismatched ones. weight -1 marks a contrast that counts as matched."""
-    strength = torch.where(weight < 0, 1.0, lam)
-    return (-logsigmoid(plus) - strength * logsigmoid(-weight * minus)) / lam.clamp(min=1)
-
-
-PHI = {"mle": mclr, "mclr": mclr, "unlearn": unlearn, "cc_dpo": cc_dpo, "cca": cca, "ddo": ddo}
+# phi of v+ and v-, of each term, lam and the weight w of the contrast; -1 marks a contrast of cca that counts as matched
+PHI: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "mle": lambda plus, minus, lam, w: -plus,
+    "mclr": lambda plus, minus, lam, w: -(1 + lam) * plus + lam * w * minus,
+    "unlearn": lambda plus, minus, lam, w: -plus + lam / (1 + lam) * w * minus,
+    "cc_dpo": lambda plus, minus, lam, w: -lam * logsigmoid(plus - minus),
+    "ddo": lambda plus, minus, lam, w: -logsigmoid(plus) - lam * logsigmoid(-minus),
+    "cca": lambda plus, minus, lam, w: (-logsigmoid(plus) - lam.where(w > 0, 1) * logsigmoid(-w * minus)) / lam.clamp(min=1),
+}
 
 
 @dataclass(frozen=True)
 class Objective:
-    """One objective of the table above. Raises ValueError for settings that do not go together.
+    """One objective. Raises ValueError for settings that do not go together.
 
-    name: one of PHI. contrast: one of those above; without one, the only one that the objective has (mclr has four: name one).
-    lam: strength, a number or a Schedule over progress. bound: in nats, for tokens. truncate: share of the posterior, its least
-    likely classes, that is never drawn. beta: scale of the ratio to the reference, for cc_dpo, cca and ddo.
+    name: one of PHI. contrast: one of combinations.CONTRASTS; without one, the only one that the objective has (mclr has four).
+    lam: strength, a number or a Schedule over progress; all but mle need it. bound: in nats, for tokens. truncate: share of the
+    posterior, its least likely classes, that is never drawn. beta: scale of the ratio to the reference, for cc_dpo, cca and ddo.
     """
 
     name: str = "mle"
     contrast: str = ""
-    lam: Schedule | float = 0.0
+    lam: Schedule | float | None = None
     bound: float | None = None
     truncate: float = 0.02
     beta: float | None = None
@@ -96,13 +58,13 @@ class Objective:
     def __post_init__(self) -> None:
         if not self.contrast and len(CONTRASTS.get(self.name, ())) == 1:
             object.__setattr__(self, "contrast", CONTRASTS[self.name][0])
-        for fault in objective_conflicts(self, self.schedule.weight, self.schedule):
+        for fault in objective_conflicts(self, None if self.lam is None else self.schedule.weight, self.schedule):
             raise ValueError(fault)
 
     @property
     def schedule(self) -> Schedule:
         """lam as a function of progress."""
-        return self.lam if isinstance(self.lam, Schedule) else Schedule("constant", self.lam)
+        return self.lam if isinstance(self.lam, Schedule) else Schedule("constant", self.lam or 0.0)
 
     @property
     def needs_posterior(self) -> bool:
@@ -153,14 +115,9 @@ class Objective:
         return paired_rows(c_B, other_B1, null, lam_BT, weight_BT)
 
     def __call__(self, scores: Scores, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
-        """loss_B, unreduced, fp32, and what is worth watching (0-d tensors, averages over the batch).
-
-        value, aux; ratio: matched minus contrast value, per dimension, 0 where they coincide; delta: the same relative to the
-        reference, in nats, over the mismatched pairs; contrast_share: terms whose contrast had to be computed.
-        """
+        """loss_B, unreduced, fp32, and metrics: 0-d tensors, averages over the batch (README.md says what each is)."""
         batch = len(rows.lam_BT)
         matched_BT = scores.value_RT[:batch]
-        mismatched_BT = (rows.weight_BT > 0) & (rows.lam_BT != 0)
         if self.beta is None:
             plus, minus = matched_BT, scores.value_RT.gather(0, rows.contrast_BT)
             if self.bound is not None:
@@ -175,9 +132,8 @@ class Objective:
         aux_B = scores.aux_R[:batch]
         metrics = {"value": matched_BT.detach().mean(), "aux": aux_B.detach().mean()}
         if self.beta is not None:
-            metrics["delta"] = ((plus - minus).detach() / self.beta * mismatched_BT[:, 0]).sum() / mismatched_BT[
-                :, 0
-            ].sum().clamp(min=1)
+            mismatched_B = (rows.weight_BT[:, 0] > 0) & (lam_B != 0)
+            metrics["delta"] = ((plus - minus).detach() / self.beta * mismatched_B).sum() / mismatched_B.sum().clamp(min=1)
         elif self.contrast not in ("none", "null"):
             metrics["ratio"] = (plus - minus).detach().mean()
         if self.contrast not in ("none", "null"):

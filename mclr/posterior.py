@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
-from mclr.likelihood import Net, Paradigm, Probe
+from mclr.likelihood import Net, Paradigm, Probe, ask
 
 BINS, BIN = 10, "posterior_bin_"
 
@@ -26,10 +26,9 @@ class NoisyPosterior:
 
         No label smoothing: an under-confident posterior unbounds MCLR. Raises ValueError for logits of another shape.
         """
-        logits_BK = self.classifier(probe.inputs["noisy"], probe.inputs["sigma"]).float()
-        if logits_BK.shape != (len(c_B), self.conditions):
-            wanted = f"[{len(c_B)}, {self.conditions}], one per condition"
-            raise ValueError(f"the posterior's logits are {list(logits_BK.shape)}: must be {wanted}")
+        hint = "give posterior=classifier(noisy, sigma) -> logits, one per condition"
+        wanted, asked = (len(c_B), self.conditions), (probe.inputs["noisy"], probe.inputs["sigma"])
+        logits_BK = ask(self.classifier, wanted, hint, *asked, alone=True)[0].float()
         return logits_BK.detach().softmax(-1)[:, None], cross_entropy(logits_BK, c_B, reduction="none")
 
 

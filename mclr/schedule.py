@@ -32,7 +32,7 @@ class Schedule:
         if self.kind not in SCHEDULES:
             raise ValueError(f"schedule kind {self.kind!r} is not one of {', '.join(SCHEDULES)}")
         if not isinstance(self.weight, Real) or not math.isfinite(self.weight):
-            raise ValueError(f"weight={self.weight!r} of a schedule is no finite number")
+            raise ValueError(f"weight={self.weight!r} of a schedule must be a finite number")
         if not (0 <= self.low <= self.high <= 1 and 0 <= self.turn <= 1 and 0 < self.below <= 1):
             raise ValueError(f"{self} is out of range: needs 0 <= low <= high <= 1, 0 <= turn <= 1 and 0 < below <= 1")
 

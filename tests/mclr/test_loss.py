@@ -1,12 +1,14 @@
 """mclr.Loss: the loss of a training step from a network, samples and conditions; what does not fit is refused; mclr.project."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from toy import GENERATED, KINDS, K, toy
 
 from mclr.diffusion import Diffusion
+from mclr.guidance import Guidance
 from mclr.loss import GENERATED as BEYOND
 from mclr.loss import Loss, project
 from mclr.objective import Objective
@@ -114,7 +116,7 @@ def test_tokens_take_no_posterior():
 
 def test_a_posterior_of_other_conditions_is_refused():
     loss, case, _ = loss_of("diffusion", OBJECTIVES["posterior"], posterior=lambda noisy, sigma: torch.zeros(len(noisy), K - 1))
-    with pytest.raises(ValueError, match=r"the posterior's logits are \[8, 2\]: must be \[8, 3\]"):
+    with pytest.raises(ValueError, match=r"answers \[8, 2\], not \[8, 3\]: give posterior=classifier"):
         loss(case.net, case.x_B, TRUE, first=0)
 
 
@@ -124,8 +126,35 @@ def test_a_bound_needs_tokens():
         loss_of("diffusion", replace(OBJECTIVES["uniform"], bound=1.0))
 
 
+def test_what_is_no_part_at_all_is_refused():
+    paradigm = Diffusion((1, 2, 2), K)
+    for parts, message in (
+        ((paradigm, "mclr"), r"Loss\(Diffusion\(.*, 'mclr'\): give a paradigm, .* and an Objective, such as"),
+        (("edm2-digits", Objective()), r"Loss\('edm2-digits', .*: give a paradigm, such as model.paradigm"),
+        (
+            (paradigm, OBJECTIVES["posterior"], "digits-posterior"),
+            "posterior must be a network, or a Model of mclr.load, not 'digits-",
+        ),
+        ((paradigm, OBJECTIVES["cca"], None, "edm2-digits"), "reference must be a network, or a Model of mclr.load, not 'edm2-d"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Loss(*parts)
+
+
+def test_a_model_stands_for_its_network():
+    """As the network, the posterior, the reference and the guide."""
+    for name in ("posterior", "cca"):
+        loss, case, _ = loss_of("diffusion", OBJECTIVES[name])
+        given = {part: SimpleNamespace(net=getattr(loss, part)) for part in ("posterior", "reference") if getattr(loss, part)}
+        found, _ = replace(loss, **given)(SimpleNamespace(net=case.net), case.x_B, TRUE, first=0)
+        assert torch.equal(found, loss(case.net, case.x_B, TRUE, first=0)[0])
+    assert Guidance(Schedule("constant", 1.0), SimpleNamespace(net=project)).guide is project
+    assert project(SimpleNamespace(net=torch.nn.Linear(2, 2))) == []
+
+
 WRONG_CALLS = {
     "x of another size": ("diffusion", {"x": torch.zeros(8, 1, 3, 3)}, r"x must be floats \[B, 1, 2, 2\]"),
+    "x of no tensor": ("diffusion", {"x": [1.0]}, "x and c must be tensors, not list and Tensor"),
     "x of bytes": ("diffusion", {"x": torch.zeros(8, 1, 2, 2, dtype=torch.uint8)}, r"not torch.uint8"),
     "tokens of another length": ("tokens", {"x": torch.zeros(8, 3, dtype=torch.int64)}, r"int64 tokens \[B, 14\]"),
     "tokens of floats": ("tokens", {"x": torch.zeros(8, 14)}, r"not torch.float32"),
@@ -135,6 +164,7 @@ WRONG_CALLS = {
     "a condition too many": ("diffusion", {"c": TRUE + 1}, "c has conditions 1 .. 3: must be 0 .. 2"),
     "a negative condition": ("tokens", {"c": TRUE - 1}, "c has conditions -1 .. 1"),
     "a negative position": ("tokens", {"first": -1}, "first=-1 is a position"),
+    "no network": ("tokens", {"net": "var-digits"}, "net must be a network, or a Model of mclr.load, not 'var-digits'"),
     "generated for nothing": ("tokens", {"generated": (torch.zeros(8, 14), TRUE)}, "takes no generated="),
 }  # fmt: skip
 
@@ -144,7 +174,7 @@ def test_samples_that_do_not_fit_are_refused(name):
     kind, wrong, message = WRONG_CALLS[name]
     loss, case, _ = loss_of(kind, OBJECTIVES["mle"])
     with pytest.raises(ValueError, match=message):
-        loss(case.net, **{"x": case.x_B, "c": TRUE, "first": 0} | wrong)
+        loss(**{"net": case.net, "x": case.x_B, "c": TRUE, "first": 0} | wrong)
 
 
 def test_ddo_needs_as_many_generated_samples():

@@ -78,7 +78,7 @@ WRONG = {
     "a ratio of samples has no schedule": ({"name": "ddo", "beta": 0.1, "lam": RAMP}, "its ratio is of whole samples"),
     "negative uniform": ({"name": "mclr", "contrast": "uniform", "lam": -0.1}, "must be >= 0 with contrast=uniform"),
     "null at -1": ({"name": "mclr", "contrast": "null", "lam": -1.0}, "must be > -1 with contrast=null"),
-    "no number": ({"name": "mclr", "contrast": "null", "lam": float("nan")}, "not finite"),
+    "no number": ({"name": "mclr", "contrast": "null", "lam": float("nan")}, "weight=nan of a schedule must be a finite number"),
     "truncate": ({"name": "mclr", "contrast": "posterior", "truncate": 0.5}, "truncate=0.5 is out of range"),
 }  # fmt: skip
 

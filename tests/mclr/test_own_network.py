@@ -14,9 +14,9 @@ ORACLE = Mixture(torch.tensor([0.4, 0.35, 0.25]), torch.tensor([[-1.0], [0.3], [
 class Denoiser(nn.Module):
     """A network as it might come from elsewhere: D(noisy, sigma, c), one embedding more than there are classes."""
 
-    def __init__(self, width: int = 64):
+    def __init__(self, width: int = 64, conditions: int = K + 1):
         super().__init__()
-        self.embedding = nn.Embedding(K + 1, width)
+        self.embedding = nn.Embedding(conditions, width)
         self.first = nn.Linear(2, width)
         self.rest = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
 
@@ -74,9 +74,9 @@ L, V = 5, 4
 class Language(nn.Module):
     """Logits of the next token after the tokens before, [R, l + 1, V]: a small recurrent network of a user's own."""
 
-    def __init__(self):
+    def __init__(self, conditions: int = K + 1):
         super().__init__()
-        self.embedding, self.condition = nn.Embedding(V, 8), nn.Embedding(K + 1, 8)
+        self.embedding, self.condition = nn.Embedding(V, 8), nn.Embedding(conditions, 8)
         self.memory, self.out = nn.GRU(8, 8, batch_first=True), nn.Linear(8, V)
 
     def forward(self, previous, c):
@@ -89,6 +89,33 @@ def spoken():
     torch.manual_seed(0)
     language = Language()
     return language, mclr.from_logits(language), mclr.NextScale((1,) * L, K, mclr.PlainSequence())
+
+
+X, C, TOKENS = torch.zeros(8, 1, 1, 1), torch.arange(8) % K, torch.arange(8 * L).view(8, L) % V
+IMAGES, WORDS = mclr.Diffusion((1, 1, 1), K), mclr.NextScale((1,) * L, K, mclr.PlainSequence())
+MISTAKES = {
+    "a denoiser that is not wrapped": (IMAGES, Denoiser(), r"fails \(.*takes 4 pos.*: give it as mclr.from_denoiser makes it"),
+    "logits that are not wrapped": (WORDS, Language(), r"fails \(.*: give it as mclr.from_logits makes it"),
+    "no null condition": (IMAGES, mclr.from_denoiser(Denoiser(conditions=K)), r"fails \(index out of range.*up to the null condition"),
+    "no null condition of tokens": (WORDS, mclr.from_logits(Language(conditions=K)), r"fails \(index out of range.*null condition"),
+    "flat images": (IMAGES, mclr.from_denoiser(lambda noisy, sigma, c: noisy.flatten(1)), r"answers \[8, 1\], not \[8, 1, 1, 1\]:"),
+    "a denoiser that forgets to return": (IMAGES, mclr.from_denoiser(lambda *_: None), r"answers nothing, not \[8, 1, 1, 1\]: a denoiser"),
+    "logits of other tokens": (WORDS, mclr.from_logits(lambda t, c: torch.zeros(len(t), L - 1, V)), r"answers \[8, 4, 4\], not \[8, 5\]"),
+    "arguments of another denoiser": (IMAGES, mclr.from_denoiser(lambda noisy, sigma: noisy), r"fails \(.*a denoiser takes \(noisy, si"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_in_a_network_of_ones_own_are_one_line(name):
+    """In training and in sampling alike; a bare denoiser would otherwise be sampled, into nonsense."""
+    paradigm, net, message = MISTAKES[name]
+    criterion = mclr.Loss(paradigm, mclr.Objective("mclr", "null", lam=1.0), drop_condition=1.0)
+    guidance = mclr.Guidance(mclr.Schedule("constant", 1.0))
+    with pytest.raises(ValueError, match=message) as error:
+        criterion(net, X if paradigm is IMAGES else TOKENS, C, first=0)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"give it as mclr.from_|takes|index out of range"):
+        paradigm.sample(net, C, guidance, mclr.Draws(0, list(range(8))))
 
 
 @pytest.mark.parametrize("contrast", ["", "null", "posterior"])

@@ -46,7 +46,7 @@ def test_every_kind_is_covered():
     ("settings", "message"),
     [
         ({"kind": "linear"}, "'linear' is not one of constant, ramp, interval, negative_window"),
-        ({"kind": "ramp", "weight": float("inf")}, "weight=inf of a schedule is no finite number"),
+        ({"kind": "ramp", "weight": float("inf")}, "weight=inf of a schedule must be a finite number"),
         ({"kind": "interval", "low": 0.6, "high": 0.4}, "out of range"),
         ({"kind": "negative_window", "turn": 1.5}, "out of range"),
         ({"kind": "negative_window", "below": -1.0}, "out of range"),

@@ -181,7 +181,7 @@ def test_weights_that_generate_nothing_load_as_frozen_networks():
         ({"classes": 3}, r"classes=3 is no list: give a list of conditions, as in \[3\]"),
         ({"classes": "3"}, "classes='3' is no list"),
         ({"classes": [1], "seed": "0"}, "seed='0' must be a whole number"),
-        ({"classes": [1], "gamma": "0.5"}, "weight='0.5' of a schedule is no finite number"),
+        ({"classes": [1], "gamma": "0.5"}, "weight='0.5' of a schedule must be a finite number"),
         ({"classes": [1], "guide": mclr.from_denoiser(abs)}, "guide= has no effect without gamma"),
         ({"classes": [1], "seed": -1}, "seed=-1 must be a whole number from 0"),
         ({"classes": [1], "seed": 2**63}, "seed=9223372036854775808 must be a whole number from 0"),
