@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mclr.errors import UserError
 from mclr.models.options import SCALES_256, SCALES_512
 
-NameOf = Callable[[str], str | None]  # our parameter or buffer name -> published name; None: not in a published file
+NameOf = Callable[[str], str]  # our parameter or buffer name -> published name
 SCALES = (SCALES_256, SCALES_512, (1, 2, 3, 4))  # known scales: a file shows only the number of tokens or of scales
 NAMED = 3  # differences that an error names
 
@@ -49,34 +49,35 @@ def misfits(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], ignore: tu
     return ", ".join(faults[:NAMED] + more)
 
 
+def published_entries(net: nn.Module, name_of: NameOf) -> dict[str, Tensor]:
+    """Published name -> our parameter or buffer, in the network's order."""
+    return {name_of(ours): tensor for ours, tensor in net.state_dict(keep_vars=True).items()}
+
+
 def to_published(net: nn.Module, name_of: NameOf) -> dict[str, Tensor]:
     """The network's entries under their published names, detached; they share memory with the network."""
     return {name: tensor.detach() for name, tensor in published_entries(net, name_of).items()}
-
-
-def published_entries(net: nn.Module, name_of: NameOf) -> dict[str, Tensor]:
-    """Published name -> our parameter or buffer, in the network's order."""
-    entries: dict[str, Tensor] = {}
-    for ours, tensor in net.state_dict(keep_vars=True).items():
-        name = name_of(ours)
-        if name is not None:
-            assert name not in entries, f"two entries are published as {name}"
-            entries[name] = tensor
-    return entries
 
 
 @dataclass(frozen=True)
 class Published:
     """How a kind of network is published. mark: an entry that no other kind has. infer: shapes -> the options that they show.
 
-    ignored: endings of entries that we do not keep. constants: options -> the entries among those that published code expects.
+    renames: (pattern in our names, what is published for it), applied in this order. ignored: endings of entries that we do not keep.
+    constants: options -> the entries among those that published code expects.
     """
 
     mark: str
     infer: Callable[["Shapes"], Any]
-    name_of: NameOf
+    renames: tuple[tuple[str, str], ...]
     ignored: tuple[str, ...] = ()
     constants: Callable[[Any], dict[str, Tensor]] = lambda config: {}
+
+    def name_of(self, name: str) -> str:
+        """Our parameter or buffer name -> its name in published state dicts; shapes are equal."""
+        for ours, published in self.renames:
+            name = re.sub(ours, published, name)
+        return name
 
 
 class Shapes(dict[str, tuple[int, ...]]):

@@ -40,9 +40,8 @@ class EDM2(nn.Module):
     def __init__(self, config: EDM2Config):
         super().__init__()
         self.config = config
-        halvings = len(config.channel_mult) - 1
-        if config.img_resolution % 2**halvings:
-            raise UserError(f"img_resolution {config.img_resolution} cannot be halved {halvings} times; shorten channel_mult")
+        if misfit := next(config.misfits(config, config.img_resolution), ""):
+            raise UserError(f"{misfit}: give {misfit.replace(':', '=').partition('=')[0]}=...")
         unit, resolutions = config.model_channels, [config.img_resolution >> i for i in range(len(config.channel_mult))]
         levels = [
             (f"{resolution}x{resolution}", unit * mult, resolution in config.attn_resolutions)
@@ -128,7 +127,7 @@ class EDM2(nn.Module):
         return mp_silu(emb_RE)
 
     def trunk(self, x_BCHW: Tensor, emb_RE: Tensor, index_R: Tensor | None = None) -> Tensor:
-        """The U-Net: images of unit variance [B, C, H, W] -> raw answer [R, C, H, W], also of unit variance."""
+        """The U-Net: images [B, C, H, W] -> raw answer [R, C, H, W], both of unit variance."""
         # A channel of ones stands in for the biases that no layer has.
         x = torch.cat([x_BCHW, torch.ones_like(x_BCHW[:, :1])], dim=1)
         # channels last from here to the answer: convolutions need no reordering, on CPUs and GPUs
@@ -149,18 +148,17 @@ class EDM2(nn.Module):
 
     def magnitude_preserving(self) -> list[nn.Parameter]:
         """The weights on which forced weight normalisation acts (kernels.weight_norm, before training and after every step)."""
-        return [module.weight for module in self.modules() if isinstance(module, MPConv)]
+        return [layer.weight for layer in mp_layers(self)]
 
     def fold(self) -> None:
         """Freeze the network and store the weights that forwards compute with: bit-equal answers for less work.
 
         There is no way back: a folded network can be neither trained nor saved.
         """
+        assert not self.out_conv.folded, "folded twice"
         self.eval().requires_grad_(False)
-        for module in self.modules():
-            if isinstance(module, MPConv):
-                assert not module.folded, "folded twice"
-                module.fold()
+        for layer in mp_layers(self):
+            layer.fold()
 
     def train(self, mode: bool = True) -> "EDM2":
         assert not (mode and self.out_conv.folded), "a folded network cannot be trained"
@@ -195,7 +193,7 @@ class Block(nn.Module):
         self.emb_gain = nn.Parameter(torch.zeros(()))  # no modulation at first
         self.conv_res1 = MPConv(channels_out, channels_out, kernel=3)
         self.attention = Attention(channels_out, config.channels_per_head) if attention else None
-        self.layers = [layer for layer in self.modules() if isinstance(layer, MPConv)]
+        self.layers = mp_layers(self)
 
     def forward(self, x: Tensor, emb_RE: Tensor, index_R: Tensor | None = None) -> Tensor:
         """index_R: of an encoder block whose x is still one per sample."""
@@ -228,11 +226,6 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, channels_per_head: int):
         super().__init__()
-        if channels % channels_per_head:
-            raise UserError(
-                f"channels_per_head {channels_per_head} does not divide the {channels} channels of an attention layer: "
-                "give channels_per_head=N"
-            )
         self.heads = channels // channels_per_head
         self.qkv = MPConv(channels, 3 * channels, kernel=1)
         self.proj = MPConv(channels, channels, kernel=1)
@@ -261,6 +254,10 @@ def weights_in_use(layers: list[MPConv], dtype: torch.dtype) -> Iterator[None]:
             layer.used = None
 
 
+def mp_layers(net: nn.Module) -> list[MPConv]:
+    return [module for module in net.modules() if isinstance(module, MPConv)]
+
+
 def gathered(x_B: Tensor, index_R: Tensor | None) -> Tensor:
     """[B, ...] of the samples -> [R, ...] of the rows."""
     return x_B if index_R is None else x_B[index_R]
@@ -274,24 +271,6 @@ def halve(x: Tensor) -> Tensor:
 def double(x: Tensor) -> Tensor:
     """[R, N, H, W] -> [R, N, 2H, 2W]: every cell becomes 2 x 2."""
     return F.interpolate(x, scale_factor=2, mode="nearest")
-
-
-# The published name of a top-level entry, where it differs from ours.
-RENAMES = {
-    "noise_fourier": "unet.emb_fourier",
-    "noise_linear": "unet.emb_noise",
-    "condition_linear": "unet.emb_label",
-    "encoder": "unet.enc",
-    "decoder": "unet.dec",
-    "out_conv": "unet.out_conv",
-    "out_gain": "unet.out_gain",
-}
-
-
-def edm2_published_name(name: str) -> str:
-    """Name of one of our parameters or buffers -> its name in the published state dicts."""
-    top, dot, rest = name.partition(".")
-    return RENAMES.get(top, top) + dot + rest.replace("attention.", "attn_")
 
 
 def infer_edm2(shape: Shapes) -> EDM2Config:
@@ -313,4 +292,13 @@ def infer_edm2(shape: Shapes) -> EDM2Config:
     )
 
 
-PUBLISHED = Published("unet.out_gain", infer_edm2, edm2_published_name)
+RENAMES = (
+    (r"^noise_fourier", "unet.emb_fourier"),
+    (r"^noise_linear", "unet.emb_noise"),
+    (r"^condition_linear", "unet.emb_label"),
+    (r"^encoder", "unet.enc"),
+    (r"^decoder", "unet.dec"),
+    (r"^out_", "unet.out_"),
+    (r"\.attention\.", ".attn_"),
+)
+PUBLISHED = Published("unet.out_gain", infer_edm2, RENAMES)

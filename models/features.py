@@ -1,13 +1,13 @@
 """Two small classifiers for image sets of any size: the judge of the metrics, and the posterior p(c | x_t) at every noise level.
 
 R rows (B images for the judge); C channels, H, W pixels; D features; E noise features; K conditions.
-Both are stacks of residual blocks, one per resolution, and end in a mean over all pixels, so they take images of any size. For many
-classes the posterior can use a ConvNeXt of timm instead. There is no batch norm: an answer depends neither on the rest of the batch
-nor on the rank or the mode.
+Both are stacks of residual blocks, one per resolution, that end in a mean over all pixels; the posterior can use a ConvNeXt of timm
+instead. There is no batch norm: an answer depends neither on the rest of the batch nor on the rank or the mode.
 """
 
 import difflib
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ class ImageClassifier(nn.Module):
     def __init__(self, config: ImageClassifierConfig):
         super().__init__()
         self.config = config
-        self.trunk = Trunk(config.img_channels, [config.channels * mult for mult in config.channel_mult])
+        self.trunk = Trunk(config)
         self.head = nn.Linear(self.trunk.width, config.num_classes)
 
     def features(self, image_BCHW: Tensor) -> Tensor:
@@ -53,10 +53,7 @@ class NoiseClassifier(nn.Module):
         self.config = config
         self.embed_1 = nn.Linear(config.emb_channels, config.emb_channels)
         self.embed_2 = nn.Linear(config.emb_channels, config.emb_channels)
-        if config.backbone:
-            self.trunk: Trunk | ConvNeXt = ConvNeXt(config.backbone, config.img_channels, config.emb_channels)
-        else:
-            self.trunk = Trunk(config.img_channels, [config.channels * mult for mult in config.channel_mult], config.emb_channels)
+        self.trunk = ConvNeXt(config) if config.backbone else Trunk(config, config.emb_channels)
         self.head = nn.Linear(self.trunk.width, config.num_classes)
 
     def forward(self, x_noisy_RCHW: Tensor, sigma_R: Tensor) -> Tensor:
@@ -71,13 +68,13 @@ class NoiseClassifier(nn.Module):
 class Trunk(nn.Module):
     """Image [R, C, H, W] -> features [R, D]: one block per width, the resolution halved between them, then the mean over pixels."""
 
-    def __init__(self, img_channels: int, widths: list[int], emb_channels: int = 0):
+    def __init__(self, config: ImageClassifierConfig, emb_channels: int = 0):
         super().__init__()
+        widths = [config.channels * mult for mult in config.channel_mult]
         self.width = widths[-1]
-        self.stem = nn.Conv2d(img_channels, widths[0], 3, padding=1)
-        inputs = [widths[0], *widths]
-        self.blocks = nn.ModuleList([Block(*pair, emb_channels) for pair in zip(inputs, widths, strict=False)])
-        self.norm = group_norm(self.width)
+        self.stem = nn.Conv2d(config.img_channels, widths[0], 3, padding=1)
+        self.blocks = nn.ModuleList(Block(*pair, emb_channels) for pair in pairwise([widths[0], *widths]))
+        self.norm = nn.GroupNorm(self.width // 8, self.width)
 
     def forward(self, image_RCHW: Tensor, emb_RE: Tensor | None = None) -> Tensor:
         h_RDHW = self.stem(image_RCHW)
@@ -94,8 +91,9 @@ class ConvNeXt(nn.Module):
     between training and evaluation. Raises UserError for an unknown name.
     """
 
-    def __init__(self, name: str, img_channels: int, emb_channels: int):
+    def __init__(self, config: NoiseClassifierConfig):
         super().__init__()
+        name = str(config.backbone)
         # takes seconds, and most runs do without
         import timm
 
@@ -105,7 +103,7 @@ class ConvNeXt(nn.Module):
             close = difflib.get_close_matches(name, known, n=1) or ["convnext_tiny"]
             raise UserError(f"posterior backbone {name} is no ConvNeXt of timm; did you mean {close[0]}?")
         self.net = timm.create_model(name, num_classes=0)
-        self.net.stem[0] = nn.Conv2d(img_channels + emb_channels, self.net.stem[0].out_channels, 2, stride=2)
+        self.net.stem[0] = nn.Conv2d(config.img_channels + config.emb_channels, self.net.stem[0].out_channels, 2, stride=2)
         self.width = self.net.num_features
 
     def forward(self, image_RCHW: Tensor, emb_RE: Tensor) -> Tensor:
@@ -118,8 +116,10 @@ class Block(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, emb_channels: int):
         super().__init__()
-        self.norm_1, self.conv_1 = group_norm(channels_in), nn.Conv2d(channels_in, channels_out, 3, padding=1)
-        self.norm_2, self.conv_2 = group_norm(channels_out), nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.norm_1 = nn.GroupNorm(channels_in // 8, channels_in)
+        self.conv_1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.norm_2 = nn.GroupNorm(channels_out // 8, channels_out)
+        self.conv_2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
         self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
         self.modulation = nn.Linear(emb_channels, 2 * channels_out) if emb_channels else None
 
@@ -129,10 +129,6 @@ class Block(nn.Module):
             scale_RD11, shift_RD11 = self.modulation(emb_RE)[:, :, None, None].chunk(2, dim=1)
             h_RDHW = h_RDHW * (1 + scale_RD11) + shift_RD11
         return self.skip(x_RDHW) + self.conv_2(F.silu(h_RDHW))
-
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(channels // 8, channels)
 
 
 def waves(t_R: Tensor, emb_channels: int) -> Tensor:

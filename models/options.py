@@ -165,16 +165,12 @@ class ImageClassifierConfig(Options):
 
 
 @dataclass(frozen=True)
-class NoiseClassifierConfig(Options):
-    """As ImageClassifierConfig; sigma_data is the standard deviation of the clean data, emb_channels is E (even).
+class NoiseClassifierConfig(ImageClassifierConfig):
+    """sigma_data is the standard deviation of the clean data, emb_channels is E (even).
 
     backbone: a ConvNeXt by timm's name instead of our blocks; channels and channel_mult say nothing then.
     """
 
-    img_channels: Size
-    num_classes: Conditions
-    channels: Size = 32
-    channel_mult: Sizes = (1, 2)
     emb_channels: Size = 32
     sigma_data: Positive = 0.5
     backbone: str | None = None

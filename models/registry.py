@@ -15,7 +15,7 @@ says model.kind. A network may also have what stands in this table; whoever need
 """
 
 from dataclasses import dataclass
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 from mclr.models.options import EDM2Config, ImageClassifierConfig, NoiseClassifierConfig, VARConfig, VQVAEConfig
@@ -40,13 +40,12 @@ class Network:
     @property
     def net(self) -> Any:
         """The class of the network."""
-        module, _, name = self.place.partition(":")
-        return getattr(import_module(module), name)
+        return resolve_name(self.place)
 
     @property
     def published(self) -> Any:
         """How its published state dicts are named and recognised (models.convert.Published); None where there are none."""
-        return getattr(import_module(self.place.partition(":")[0]), "PUBLISHED", None)
+        return getattr(resolve_name(self.place.partition(":")[0]), "PUBLISHED", None)
 
 
 NETWORKS: dict[str, Network] = {

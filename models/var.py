@@ -268,34 +268,6 @@ class VAR(nn.Module):
         self.head.weight *= 0.02
 
 
-# Applied in order to our names.
-RENAMES = (
-    ("embed_code.", "word_embed."),
-    ("embed_condition.", "class_emb."),
-    ("embed_scale.", "lvl_embed."),
-    ("position", "pos_1LC"),
-    ("first_token", "pos_start"),
-    ("head_modulation.", "head_nm.ada_lin.1."),
-    ("shared_modulation.", "shared_ada_lin.1."),
-    (".modulation.", ".ada_lin.1."),
-    (".modulation", ".ada_gss"),
-    (".attention.qkv.", ".attn.mat_qkv."),
-    (".attention.project.", ".attn.proj."),
-    (".attention.log_temperature", ".attn.scale_mul_1H11"),
-    (".attention.", ".attn."),
-    (".ffn.0.", ".ffn.fc1."),
-    (".ffn.2.", ".ffn.fc2."),
-)
-IGNORED = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias")  # published constants that we derive: scale_L, mask_LL, zeros
-
-
-def var_published_name(name: str) -> str:
-    """Our parameter name -> its name in the published VAR checkpoints; shapes are equal."""
-    for ours, published in RENAMES:
-        name = name.replace(ours, published)
-    return name
-
-
 def infer_var(shape: Shapes) -> VARConfig:
     _, L, D = shape["pos_1LC"]
     l2_norm = "blocks.0.attn.scale_mul_1H11" in shape
@@ -321,4 +293,22 @@ def var_constants(config: VARConfig) -> dict[str, Tensor]:
     return {"lvl_1L": scale_L[None], "attn_bias_for_masking": mask_LL[None, None], **zeros}
 
 
-PUBLISHED = Published("pos_1LC", infer_var, var_published_name, IGNORED, var_constants)
+RENAMES = (
+    (r"^embed_code", "word_embed"),
+    (r"^embed_condition", "class_emb"),
+    (r"^embed_scale", "lvl_embed"),
+    (r"^position", "pos_1LC"),
+    (r"^first_token", "pos_start"),
+    (r"^head_modulation", "head_nm.ada_lin.1"),
+    (r"^shared_modulation", "shared_ada_lin.1"),
+    (r"\.modulation\.", ".ada_lin.1."),
+    (r"\.modulation$", ".ada_gss"),
+    (r"\.attention\.qkv", ".attn.mat_qkv"),
+    (r"\.attention\.project", ".attn.proj"),
+    (r"\.attention\.log_temperature", ".attn.scale_mul_1H11"),
+    (r"\.attention\.", ".attn."),
+    (r"\.ffn\.0", ".ffn.fc1"),
+    (r"\.ffn\.2", ".ffn.fc2"),
+)
+IGNORED = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias")  # published constants that we derive: scale_L, mask_LL, zeros
+PUBLISHED = Published("pos_1LC", infer_var, RENAMES, IGNORED, var_constants)

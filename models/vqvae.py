@@ -10,7 +10,6 @@ Feature maps (f, f_hat, h) are [B, E, side, side] with the side of the last scal
 """
 
 import math
-import re
 
 import torch
 import torch.nn.functional as F
@@ -207,9 +206,7 @@ class VQVAE(nn.Module):
             vectors_BEhw = rearrange(vectors_BlE, "B (h w) E -> B E h w", h=side)
             h = F.interpolate(vectors_BEhw, size=f_hat.shape[-2:], mode="bicubic")  # exactly the identity at the last scale
             f_hat = f_hat + (1 - config.quant_resi) * h + config.quant_resi * self.phis[self.phi_index(scale)](h)
-            if scale == len(config.scales) - 1:
-                return f_hat, None
-            return f_hat, rearrange(self.shrink(f_hat, scale + 1), "B E h w -> B (h w) E")
+            return f_hat, None if scale == len(config.scales) - 1 else self.vectors(f_hat, scale + 1)
 
     def quantize(self, f: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Feature map -> tokens [B, L] and f_hat after each scale; the gradient reaches the codebook and phi, never f."""
@@ -217,7 +214,7 @@ class VQVAE(nn.Module):
         codebook_VE = self.codebook.weight.detach()
         with torch.autocast(f.device.type, enabled=False):
             for scale in range(len(self.config.scales)):
-                residual_BlE = rearrange(self.shrink((f - f_hat).detach(), scale), "B E h w -> B (h w) E")
+                residual_BlE = self.vectors((f - f_hat).detach(), scale)
                 # |z - e|^2 without |z|^2, which is the same for all codes.
                 distance_BlV = codebook_VE.square().sum(1) - 2 * residual_BlE @ codebook_VE.T
                 tokens.append(distance_BlV.argmin(-1))
@@ -228,15 +225,14 @@ class VQVAE(nn.Module):
     def features(self, image_BCHW: Tensor) -> Tensor:
         """Image in [-1, 1] -> feature map, fp32. Raises UserError where the image is not of the tokenizer's size."""
         side = self.config.scales[-1] * 2 ** (len(self.config.ch_mult) - 1)
-        expected = (self.config.img_channels, side, side)
-        if image_BCHW.shape[1:] != expected:
-            found, wanted = ("x".join(map(str, shape)) for shape in (image_BCHW.shape[1:], expected))
+        found, wanted = ("x".join(map(str, s)) for s in (image_BCHW.shape[1:], (self.config.img_channels, side, side)))
+        if found != wanted:
             raise UserError(f"the images are {found} but this tokenizer reads {wanted}; resize them or choose another tokenizer")
         return self.to_features(self.encoder(image_BCHW)).float()
 
-    def shrink(self, f: Tensor, scale: int) -> Tensor:
-        """A map at a scale's size, by averaging over areas; the last scale is the map itself."""
-        return F.interpolate(f, size=self.config.scales[scale], mode="area")
+    def vectors(self, f: Tensor, scale: int) -> Tensor:
+        """A map at a scale's size, by averaging over areas (the last scale is the map itself): [B, l, E]."""
+        return rearrange(F.interpolate(f, size=self.config.scales[scale], mode="area"), "B E h w -> B (h w) E")
 
     def phi_index(self, scale: int) -> int:
         """Of N convolutions, evenly placed on [1/(3N), 1 - 1/(3N)], the one nearest to the scale's place on [0, 1].
@@ -263,24 +259,18 @@ RENAMES = (
 IGNORED = ("ema_vocab_hit_SV",)  # published entries that we do not keep: how often each code was used in training
 
 
-def vqvae_published_name(name: str) -> str:
-    """Our parameter name -> its name in the published VQVAE checkpoints; shapes are equal."""
-    for ours, published in RENAMES:
-        name = re.sub(ours, published, name)
-    return name
-
-
 def infer_vqvae(shape: Shapes) -> VQVAEConfig:
     levels = shape.count("encoder.down.#.block.0.conv1.weight")
     widths = [shape[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)]
     num_scales = shape["quantize.ema_vocab_hit_SV"][0] if "quantize.ema_vocab_hit_SV" in shape else len(VQVAEConfig.scales)
+    vocab_size, z_channels = shape["quantize.embedding.weight"]
     return VQVAEConfig(
         img_channels=shape["encoder.conv_in.weight"][1],
         ch=math.gcd(*widths),
         ch_mult=tuple(width // math.gcd(*widths) for width in widths),
         num_res_blocks=shape.count("encoder.down.0.block.#.conv1.weight", times=levels),
-        z_channels=shape["quantize.embedding.weight"][1],
-        vocab_size=shape["quantize.embedding.weight"][0],
+        z_channels=z_channels,
+        vocab_size=vocab_size,
         scales=next((s for s in SCALES if len(s) == num_scales), ()),
         share_quant_resi=shape.count("quantize.quant_resi.qresi_ls.#.weight"),
     )
@@ -291,4 +281,4 @@ def vqvae_constants(config: VQVAEConfig) -> dict[str, Tensor]:
     return {"quantize.ema_vocab_hit_SV": torch.zeros(len(config.scales), config.vocab_size)}
 
 
-PUBLISHED = Published("quantize.embedding.weight", infer_vqvae, vqvae_published_name, IGNORED, vqvae_constants)
+PUBLISHED = Published("quantize.embedding.weight", infer_vqvae, RENAMES, IGNORED, vqvae_constants)

@@ -9,10 +9,12 @@ from mclr.configs.schema.model import VAE_FACTOR, DiffusionModel
 from mclr.models.options import TRAINING
 from mclr.models.registry import NETWORKS
 
+SOLVER = ("steps", "solver", "sigma_min", "sigma_max", "rho", "churn")  # settings of sample, of diffusion alone
+
 
 def conflicts(config: RunConfig) -> list[str]:
     """The faults of a configuration, one line each."""
-    checks = (_objective, _reference, _null_condition, _needs, _order, _train, _posterior, _net)
+    checks = (_objective, _reference, _null_condition, _needs, _numbers, _net)
     return [fault for check in checks for fault in check(config)]
 
 
@@ -33,11 +35,7 @@ def _needs(config: RunConfig) -> Iterator[str]:
         ("engine.reference", "objective.name=cc_dpo, cca or ddo", objective.name in WITH_REFERENCE),
         ("engine.zero", "engine.kind=deepspeed or auto", engine.kind != "local"),
         ("engine.offload", "engine.zero=1, 2 or 3", engine.zero),
-        (
-            "sample.steps sample.solver sample.sigma_min sample.sigma_max sample.rho sample.churn",
-            f"a diffusion model; {which}",
-            diffusion,
-        ),
+        (f"sample.{' sample.'.join(SOLVER)}", f"a diffusion model; {which}", diffusion),
         ("sample.top_k sample.top_p sample.more_smooth", f"a next_scale model; {which}", not diffusion),
         ("sample.guide", "sample.gamma, the weight of guidance", sample.gamma or sample.schedule.kind == "negative_window"),
         ("sample.churn", "sample.solver=heun", sample.solver == "heun"),
@@ -54,17 +52,24 @@ def _needs(config: RunConfig) -> Iterator[str]:
                 yield f"{key}={value} needs {needed}"
 
 
-def _order(config: RunConfig) -> Iterator[str]:
-    values = flatten(config)
-    for section, low, high in (
-        ("objective.schedule", "low", "high"),
-        ("sample.schedule", "low", "high"),
-        ("sample", "sigma_min", "sigma_max"),
-        ("sample", "churn_min", "churn_max"),
-    ):
-        lower, upper = values[f"{section}.{low}"], values[f"{section}.{high}"]
-        if upper is not None and lower >= upper:
-            yield f"{section}.{low}={lower} must be below {section}.{high}={upper}"
+def _numbers(config: RunConfig) -> Iterator[str]:
+    """Numbers of one section that do not go together."""
+    values, train, model = flatten(config), config.train, config.model
+    for low, high in (("schedule.low", "schedule.high"), ("sigma_min", "sigma_max"), ("churn_min", "churn_max")):
+        for section in ("objective", "sample"):
+            lower, upper = values.get(f"{section}.{low}"), values.get(f"{section}.{high}")
+            if upper is not None and lower >= upper:
+                yield f"{section}.{low}={lower} must be below {section}.{high}={upper}"
+    if train.ema_std != 0 and not 0.01 <= train.ema_std <= 0.25:
+        yield f"train.ema_std={train.ema_std} is out of range: must be 0 (no average), or >= 0.01 and <= 0.25"
+    # their file names have three decimals
+    if len({f"{each:.3f}" for each in train.snapshot_stds}) < len(train.snapshot_stds):
+        yield f"train.snapshot_stds={list(train.snapshot_stds)} must differ in their first three decimals"
+    if isinstance(model, DiffusionModel) and config.objective.contrast in ("posterior", "weighted"):
+        warmup, images = model.posterior.warmup_images, train.images
+        if not model.posterior.weights and warmup >= images:
+            way_out = f"set it to a third of that, model.posterior.warmup_images={images // 3}"
+            yield f"model.posterior.warmup_images={warmup} leaves nothing of train.images={images} to the ratio; {way_out}"
 
 
 def _objective(config: RunConfig) -> Iterator[str]:
@@ -100,25 +105,6 @@ def _null_condition(config: RunConfig) -> Iterator[str]:
     if sample.guide is None and (sample.gamma != 0 or sample.schedule.kind == "negative_window"):
         guided = f"sample.gamma={sample.gamma} with sample.schedule.kind={sample.schedule.kind}"
         yield f"{guided} needs {untrained}; set sample.guide=WEIGHTS, or train.drop_condition=0.1"
-
-
-def _train(config: RunConfig) -> Iterator[str]:
-    std, stds = config.train.ema_std, config.train.snapshot_stds
-    if std != 0 and not 0.01 <= std <= 0.25:
-        yield f"train.ema_std={std} is out of range: must be 0 (no average), or >= 0.01 and <= 0.25"
-    # their file names have three decimals
-    if len({f"{each:.3f}" for each in stds}) < len(stds):
-        yield f"train.snapshot_stds={list(stds)} must differ in their first three decimals"
-
-
-def _posterior(config: RunConfig) -> Iterator[str]:
-    model, images = config.model, config.train.images
-    if not isinstance(model, DiffusionModel) or config.objective.contrast not in ("posterior", "weighted"):
-        return
-    warmup = model.posterior.warmup_images
-    if not model.posterior.weights and warmup >= images:
-        way_out = f"set it to a third of that, model.posterior.warmup_images={images // 3}"
-        yield f"model.posterior.warmup_images={warmup} leaves nothing of train.images={images} to the ratio; {way_out}"
 
 
 def _net(config: RunConfig) -> Iterator[str]:

@@ -13,7 +13,7 @@ from mclr.guidance import Guidance
 from mclr.kernels.magnitude import mp_silu, mp_sum, normalize
 from mclr.models.blocks import MPFourier, mp_cat
 from mclr.models.convert import NAMED, load_published, published_entries, to_published
-from mclr.models.edm2 import EDM2, Block, EDM2Config, edm2_published_name
+from mclr.models.edm2 import EDM2, PUBLISHED, Block, EDM2Config
 from mclr.schedule import Schedule
 from mclr.train.weights.folder import save_weights
 
@@ -30,7 +30,7 @@ PARADIGM = Diffusion(shape=(3, 16, 16), null=CONFIG.num_classes, sigma_data=CONF
 @pytest.fixture
 def net() -> EDM2:
     net = EDM2(CONFIG)
-    load_published(net, rule_weights(NAMES), edm2_published_name)
+    load_published(net, rule_weights(NAMES), PUBLISHED.name_of)
     return net.eval()
 
 
@@ -88,7 +88,7 @@ def test_loss_and_gradients(net):
     loss = loss_elementwise(net)
     assert relative_rms(loss, ARRAYS["loss_elementwise"]) < 1e-5
     loss.mean().backward()
-    entries = published_entries(net, edm2_published_name)
+    entries = published_entries(net, PUBLISHED.name_of)
     assert {name for name, entry in entries.items() if entry.requires_grad} == set(ARRAYS["grad_names"])
     for name, norm in zip(ARRAYS["grad_names"], ARRAYS["grad_norms"], strict=True):
         assert entries[name].grad.norm().item() == pytest.approx(norm.item(), rel=1e-4), name
@@ -116,7 +116,7 @@ def test_three_steps_with_forced_weight_normalisation(net):
 
 def test_published_names_both_ways(net):
     weights = rule_weights(NAMES)
-    exported = to_published(net, edm2_published_name)
+    exported = to_published(net, PUBLISHED.name_of)
     assert {name: list(entry.shape) for name, entry in exported.items()} == NAMES
     assert all(torch.equal(exported[name], weights[name]) for name in NAMES)
 
@@ -136,7 +136,7 @@ def test_unfit_weights_are_named_in_one_line_and_not_loaded(net):
     for name in [name for name in NAMES if ".dec." in name and name.endswith("emb_gain")]:
         del weights[name]
     with pytest.raises(UserError, match=r"emb_label.weight is \[64, 11\] instead of \[64, 10\]") as error:
-        load_published(net, weights | {"extra": torch.ones(())}, edm2_published_name)
+        load_published(net, weights | {"extra": torch.ones(())}, PUBLISHED.name_of)
     message = str(error.value)
     assert "\n" not in message and message.count("is missing") == NAMED - 2
     assert "extra is unexpected" in message and f"{9 - NAMED} more" in message
@@ -144,7 +144,7 @@ def test_unfit_weights_are_named_in_one_line_and_not_loaded(net):
 
 
 def test_stated_entries_of_a_published_file_are_ignored(net):
-    load_published(net, rule_weights(NAMES) | {"unet.some_counter": torch.ones(3)}, edm2_published_name, ignore=("some_counter",))
+    load_published(net, rule_weights(NAMES) | {"unet.some_counter": torch.ones(3)}, PUBLISHED.name_of, ignore=("some_counter",))
 
 
 # Properties
@@ -252,7 +252,7 @@ def test_conditions_out_of_range_are_refused(net):
 def test_an_unconditional_network_has_no_condition_embedding():
     net = fresh(num_classes=0)
     net.out_gain.fill_(1.0)
-    assert "unet.emb_label.weight" not in published_entries(net, edm2_published_name)
+    assert "unet.emb_label.weight" not in published_entries(net, PUBLISHED.name_of)
     assert torch.equal(denoise(net, NOISY, SIGMA, CONDITION)[0], denoise(net, NOISY, SIGMA, torch.zeros_like(CONDITION))[0])
 
 
@@ -324,7 +324,11 @@ def test_compiles_without_a_graph_break(net, index):
 
 
 @pytest.mark.parametrize(
-    "changes, said", [({"channel_mult": (1,) * 6}, "halved 5 times"), ({"channels_per_head": 24}, "24 does not")]
+    "changes, said",
+    [
+        ({"channel_mult": (1,) * 6}, "halved 5 times"),
+        ({"channels_per_head": 24}, "24 must divide the 64 channels .*: give ch"),
+    ],
 )
 def test_impossible_options_are_refused_in_one_line(changes, said):
     with pytest.raises(UserError, match=said):

@@ -10,9 +10,10 @@ from toy import logits_of
 
 from mclr.guidance import Guidance
 from mclr.likelihood import Draws
+from mclr.models import vqvae
 from mclr.models.convert import load_published
-from mclr.models.var import IGNORED, VAR, Attention, VARConfig, var_published_name
-from mclr.models.vqvae import VQVAE, VQVAEConfig, vqvae_published_name
+from mclr.models.var import PUBLISHED, VAR, Attention, VARConfig
+from mclr.models.vqvae import VQVAE, VQVAEConfig
 from mclr.next_scale import NextScale
 from mclr.schedule import Schedule
 
@@ -27,7 +28,7 @@ def tokenizer():
     _, config, names = load_golden("vqvae_tiny.npz")
     config["scales"] = tuple(config.pop("v_patch_nums"))
     net = VQVAE(VQVAEConfig(**config)).eval()
-    load_published(net, rule_weights(names), vqvae_published_name)
+    load_published(net, rule_weights(names), vqvae.PUBLISHED.name_of)
     return net
 
 
@@ -36,7 +37,7 @@ def published(request):
     arrays, config, names = load_golden(request.param)
     config["patch_nums"] = tuple(config["patch_nums"])
     net = VAR(VARConfig(**config, vocab_size=64, z_channels=8)).eval()
-    load_published(net, rule_weights(names), var_published_name)
+    load_published(net, rule_weights(names), PUBLISHED.name_of)
     return net, arrays
 
 
@@ -65,7 +66,7 @@ def test_log_likelihood_and_gradients(published):
     assert relative_rms(loss, arrays["loss"]) < 1e-5
     net.zero_grad()
     loss.backward()
-    norms = {var_published_name(name): p.grad.norm() for name, p in net.named_parameters()}
+    norms = {PUBLISHED.name_of(name): p.grad.norm() for name, p in net.named_parameters()}
     assert sorted(norms) == sorted(arrays["grad_names"])
     for name, expected in zip(arrays["grad_names"], arrays["grad_norms"], strict=True):
         assert abs(norms[name] - expected) < 1e-4 * expected, name
@@ -260,4 +261,4 @@ def test_part_of_a_scale_is_refused():
 
 def test_published_constants_are_ignored_by_name():
     _, _, names = load_golden("var_tiny.npz")
-    assert {name for name in names if name.endswith(IGNORED)} == set(names) - set(rule_weights(names))
+    assert {name for name in names if name.endswith(PUBLISHED.ignored)} == set(names) - set(rule_weights(names))

@@ -7,7 +7,7 @@ from golden_weights import load_golden, relative_rms, rule_weights
 
 from mclr.errors import UserError
 from mclr.models.convert import load_published
-from mclr.models.vqvae import IGNORED, VQVAE, VQVAEConfig, vqvae_published_name
+from mclr.models.vqvae import PUBLISHED, VQVAE, VQVAEConfig
 
 DIGITS = VQVAEConfig(img_channels=1, ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=8, vocab_size=64, scales=(1, 2, 3, 4))
 
@@ -16,7 +16,7 @@ def published_net(file):
     arrays, config, names = load_golden(file)
     config["scales"] = tuple(config.pop("v_patch_nums"))
     net = VQVAE(VQVAEConfig(**config)).eval()
-    load_published(net, rule_weights(names), vqvae_published_name, ignore=IGNORED)
+    load_published(net, rule_weights(names), PUBLISHED.name_of, PUBLISHED.ignored)
     return net, arrays
 
 

@@ -17,7 +17,7 @@ from golden_weights import FOLDER, load_golden, rule_weights
 
 from mclr.errors import UserError
 from mclr.models.convert import NAMED, Shapes, to_published
-from mclr.models.edm2 import EDM2Config, edm2_published_name
+from mclr.models.edm2 import PUBLISHED, EDM2Config
 from mclr.models.registry import NETWORKS
 from mclr.train import convert
 from mclr.train.system.console import run
@@ -74,7 +74,7 @@ def network(state_dict, given=ARGUMENTS, states=None):
 def test_a_snapshot_becomes_its_network():
     net, notes = read_published(FOLDER / "edm2_tiny.pkl")
     assert net.config == CONFIG
-    found = to_published(net, edm2_published_name)
+    found = to_published(net, PUBLISHED.name_of)
     assert found.keys() == TINY.keys() and all(torch.equal(found[name], TINY[name].half().float()) for name in TINY)
     assert "CC BY-NC-SA 4.0" in notes["licence"]
 

@@ -17,7 +17,7 @@ from golden_weights import load_golden, rule_weights
 
 from mclr.errors import UserError
 from mclr.models.convert import to_published
-from mclr.models.var import var_published_name
+from mclr.models.var import PUBLISHED
 from mclr.train import convert
 from mclr.train.system.console import run
 from mclr.train.weights.folder import find_weights, load_net, read_config
@@ -76,7 +76,7 @@ def convert_(*argv):
 
 
 def assert_read(folder, expected):
-    found = to_published(load_net(str(folder), "var"), var_published_name)
+    found = to_published(load_net(str(folder), "var"), PUBLISHED.name_of)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name].float()) for name in expected)
 
