@@ -162,10 +162,8 @@ def test_a_png_may_hold_long_texts(tmp_path):
     assert np.array_equal(decode(data[:-4])[0], UPRIGHT[::-1, ::-1])
 
 
-def test_the_limit_of_size_is_ours_and_can_be_set(tmp_path, monkeypatch, capsys):
-    # Pillow refuses from twice its limit on
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    assert decode(encoded(Image.new("RGB", (64, 64)), "PNG"))[0].size == (64, 64)
+def test_the_limit_of_size_is_ours_and_can_be_set(tmp_path, capsys):
+    assert Image.MAX_IMAGE_PIXELS is None
     for i in range(120):
         save(tmp_path / "src" / "a" / f"{i}.png")
     Image.new("RGB", (64, 33)).save(tmp_path / "src" / "a" / "large.png")

@@ -239,18 +239,17 @@ def test_an_interrupted_run_goes_on_after_its_last_shard(tree, tmp_path, monkeyp
     assert len(decoded) <= 44 and read(out) == read(whole)
 
 
-def test_an_unfinished_dataset_of_other_settings_is_begun_anew(tree, tmp_path, monkeypatch, capsys):
+def test_an_unfinished_dataset_is_finished_alone_and_as_it_was_begun(tree, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(mclr.train.data.write, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare_images(tree, tmp_path / "out", 8)
+    before, argv = read(tmp_path / "out"), ["images", tree, tmp_path / "out", "--resolution"]
     with open(tmp_path / "out" / "lock", "a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert "another process makes" in refused(main, ["images", tree, tmp_path / "out", "--resolution", 16], capsys)
-    assert prepare_images(tree, tmp_path / "out", 16, shard_size=5).splits["train"].count == 11
-    assert "it is begun anew" in capsys.readouterr().out
-    prepare_images(tree, tmp_path / "other" / "out", 16, shard_size=5)
-    assert read(tmp_path / "out") == read(tmp_path / "other" / "out")
+        assert "another process makes" in refused(main, [*argv, 8], capsys)
+    assert "holds an unfinished dataset of other images or settings: remove it" in refused(main, [*argv, 16], capsys)
+    assert read(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
@@ -276,13 +275,6 @@ def test_an_empty_folder_is_filled(tmp_path):
     os.symlink(tmp_path / "out", tmp_path / "link")
     assert prepare_digits(tmp_path / "link").splits["train"].count == 1500
     assert open_dataset(tmp_path / "out").name == "digits" and sorted(os.listdir(tmp_path)) == ["link", "out"]
-
-
-@pytest.mark.parametrize("argv", [["--help"], ["digits", "--help"], ["images", "--help"]])
-def test_help_shows_an_example(argv, capsys):
-    with pytest.raises(SystemExit) as leave:
-        main(argv)
-    assert leave.value.code == 0 and "example: mclr prepare" in capsys.readouterr().out
 
 
 def test_two_processes_may_prepare_the_digits_at_once(tmp_path, monkeypatch):

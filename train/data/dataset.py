@@ -35,10 +35,9 @@ TYPES: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples: image_BCHW uint8, and their conditions c_B int64.
+    """Samples: image_BCHW uint8, conditions c_B int64. tokens_BL int64: where a token model drew the images, their tokens.
 
-    tokens_BL int64: the tokens that a token model drew, where it made the images. stored_BV, fp32 or int64: what the encoder stores of
-    each view of the image, where a cache is read; then image_BCHW is empty.
+    stored_BV, fp32 or int64: where a cache is read, what the encoder stores of each view of the image; then image_BCHW is empty.
     """
 
     image_BCHW: Tensor
@@ -151,8 +150,7 @@ class SplitReader:
     """
 
     def __init__(self, info: DatasetInfo, split: str, tolerated: float = 0.0, tokens_NL: Tensor | None = None):
-        """tolerated: the largest share of the split that may be damaged; 0: the first damaged sample is an error. tokens_NL: tokens of
-        the images, which batches then hold.
+        """tolerated: the largest share of the split that may be damaged; 0: none. tokens_NL: of the images, for the batches.
 
         Raises UserError for an unknown or empty split, a damaged shard, or a condition out of range.
         """

@@ -295,9 +295,7 @@ def _by_json(place: Path, images: list[str], text: bytes) -> dict[str, str]:
     if labels is None:
         raise UserError(f"{place} has no labels (null): conditions are learned from them; {HOW}, and remove dataset.json")
     if wrong := [item for item in labels.items() if type(item[0]) is not str or type(item[1]) is not int or item[1] < 0]:
-        raise UserError(
-            f'{place} has the label {wrong[0]!r:.60}: expected a name and a whole number from 0 on, as in ["a.png", 0]'
-        )
+        raise UserError(f'{place} has the label {wrong[0]!r:.60}: expected a name and a number from 0 on, as in ["a.png", 0]')
     labels, known = _complete(place, images, labels), sorted(set(labels.values()))
     if gap := [c for c, label in enumerate(known) if c != label]:
         raise UserError(f"{place} has labels up to {known[-1]}, but no image has {gap[0]}: number the classes 0, 1, 2, ...")

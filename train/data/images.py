@@ -2,12 +2,13 @@
 
 import io
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from mclr.errors import UserError
 from mclr.train.system.files import in_memory, regular
@@ -17,8 +18,9 @@ PNG = ("PNG",)
 NOT_READ = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "IPTC"}
 MEGAPIXELS = 256.0  # largest image that is read, in units of 2^20 pixels: 768 MiB as RGB
 MOST_ASPECT = 32  # a longer image is cut to its middle before it is resized
-TEXTS = (b"tEXt", b"zTXt", b"iTXt")
-ORIENTATION = (b"Raw profile type", b"XML:com.adobe.xmp")  # texts of a PNG file that may hold the orientation
+# Pillow's own limits refuse sound images: those of 179 megapixels, and PNG files with a text of 1 MiB
+Image.MAX_IMAGE_PIXELS = None
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**27
 
 
 @cache
@@ -43,15 +45,17 @@ def center_crop(image: Image.Image, resolution: int) -> Image.Image:
     longest = MOST_ASPECT * min(image.size)
     if max(image.size) > longest:
         # to resize all of it would take many times the memory of the result
-        width, height = (min(side, longest) for side in image.size)
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        image = image.crop((left, top, left + width, top + height))
+        image = _centre(image, min(image.width, longest), min(image.height, longest))
     while min(image.size) >= 2 * resolution:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = resolution / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
-    return image.crop((left, top, left + resolution, top + resolution))
+    return _centre(image, resolution, resolution)
+
+
+def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def open_image(data: bytes, formats: tuple[str, ...]) -> Image.Image:
@@ -65,13 +69,10 @@ def open_image(data: bytes, formats: tuple[str, ...]) -> Image.Image:
 
 def format_of(file: Path | IO[bytes]) -> str | None:
     """The format of an image file, by its content; None where this Pillow reads no image there."""
-    Image.MAX_IMAGE_PIXELS = None
-    try:
-        with Image.open(regular(file) if isinstance(file, Path) else file, formats=formats()) as image:
-            return image.format
     # decoders raise nearly anything on other bytes
-    except Exception:
-        return None
+    with suppress(Exception), Image.open(regular(file) if isinstance(file, Path) else file, formats=formats()) as image:
+        return image.format
+    return None
 
 
 def decode(data: bytes, name: str = "", channels: int | None = None, megapixels: float = MEGAPIXELS) -> tuple[Image.Image, str]:
@@ -81,44 +82,20 @@ def decode(data: bytes, name: str = "", channels: int | None = None, megapixels:
     the file. Raises ValueError where the image is larger than `megapixels` or its pixels have no known range, and on damaged bytes
     whatever Pillow raises.
     """
-    # Pillow's own limit would refuse sound images
-    Image.MAX_IMAGE_PIXELS = None
     own = endings().get(Path(name).suffix.lower())
-    with open_image(without_texts(data), formats() if own in (None, *formats()) else (*formats(), str(own))) as image:
+    with open_image(data, formats() if own in (None, *formats()) else (*formats(), str(own))) as image:
         if image.width * image.height > megapixels * 2**20:
             raise ValueError(f"larger than the {megapixels:g} megapixels of `mclr prepare images --megapixels`")
         kind, gray = str(image.format), image.mode in ("1", "L", "LA", "La") or image.mode.startswith("I;16")
         upright = ImageOps.exif_transpose(image)
-    return _eight_bits(upright, "L" if channels == 1 or (channels is None and gray) else "RGB"), kind
-
-
-def without_texts(data: bytes) -> bytes:
-    """A PNG file without its texts, since Pillow refuses long ones; other files unchanged.
-
-    Texts that may hold the orientation stay where Pillow accepts their length.
-    """
-    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return data
-    kept, place = [data[:8]], 8
-    while place + 12 <= len(data):
-        # length of the content, kind, content, CRC
-        length, kind = int.from_bytes(data[place : place + 4]), data[place + 4 : place + 8]
-        if kind not in TEXTS or (data.startswith(ORIENTATION, place + 8) and length < 2**20):
-            kept.append(data[place : place + 12 + length])
-        place += 12 + length
-    return b"".join([*kept, data[place:]])
-
-
-def _eight_bits(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode in ("I", "F"):
+    if upright.mode in ("I", "F"):
         raise ValueError("pixels of 32 bits have no known range")
     # Pillow would clip 16 bits at 255
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert(mode)
+    if upright.mode.startswith("I;16"):
+        upright = Image.fromarray(np.round(np.asarray(upright) / 257).astype(np.uint8))
+    if upright.has_transparency_data:
+        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
+    return upright.convert("L" if channels == 1 or (channels is None and gray) else "RGB"), kind
 
 
 def read_images(paths: Iterable[Path]) -> np.ndarray:

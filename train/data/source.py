@@ -15,10 +15,7 @@ ROUND, WITHIN = 1, 2
 
 
 class Reader(Protocol):
-    """Reads samples of a split by their numbers: their images (SplitReader), or what an encoder stores of them (CacheReader).
-
-    coming: the samples that are read ahead, by number.
-    """
+    """Reads samples of a split by number: images (SplitReader), or what an encoder stores (CacheReader). coming: those read ahead."""
 
     coming: dict[int, Future[np.ndarray]]
 
@@ -27,12 +24,10 @@ class Reader(Protocol):
 
 
 class Source:
-    """An endless stream of training samples. The order depends on the seed alone, so there is no state to save.
+    """An endless stream of training samples. The order depends on the seed alone: not on the number of ranks, nor on a resume.
 
     Position p is in epoch p // N and holds sample permutation(seed, p // N, N)[p % N]. Every epoch shows each sample once. Batches run
-    across epochs. Neither the number of ranks nor a resume changes the order.
-
-    If balanced, position p is in round p // K of the K conditions. Every round visits each condition once, in the order
+    across epochs. If balanced, position p is in round p // K of the K conditions. Every round visits each condition once, in the order
     permutation(seed, p // K, K, ROUND). A condition shows all its samples in a random order, then again in another one.
     """
 
@@ -48,11 +43,10 @@ class Source:
 
     def indices(self, positions: range) -> list[int]:
         """The samples at these global positions."""
-        return [self._balanced(p) if self.balanced else self._any(p) for p in positions]
-
-    def _any(self, p: int) -> int:
-        epoch, place = divmod(p, len(self))
-        return int(permutation(self.seed, epoch, len(self))[place])
+        count = len(self.split.samples)
+        if self.balanced:
+            return [self._balanced(p) for p in positions]
+        return [int(permutation(self.seed, p // count, count)[p % count]) for p in positions]
 
     def _balanced(self, p: int) -> int:
         visit, place = divmod(p, self.info.num_classes)
@@ -87,7 +81,7 @@ class Source:
         self.reader.read_ahead(self.indices(positions))
 
     def close(self) -> None:
-        """End what reads in the background. Here nothing is to do: each read ends by itself."""
+        """End what reads in the background. Here each read ends by itself."""
 
 
 def open_images(

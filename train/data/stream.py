@@ -226,9 +226,8 @@ class Stream(Source):
         except Exception as error:
             return Drawn(key, Damaged(f"sample {key} is damaged ({error}): see how its shard was written"), -1)
         if not 0 <= c < self.data.num_classes:
-            raise UserError(
-                f"sample {key} has condition {c}, outside of 0..{self.data.num_classes - 1}: correct data.num_classes"
-            )
+            known = f"0..{self.data.num_classes - 1}"
+            raise UserError(f"sample {key} has condition {c}, outside of {known}: correct data.num_classes")
         return Drawn(key, np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1), c)
 
 

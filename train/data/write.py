@@ -113,10 +113,10 @@ def prepare_images(
         info = _finish(out, header, {split: made["shards"] for split, made in state["splits"].items()})
     print(taken(src, state["formats"], found.tree.skipped))
     for split, files in splits.items():
-        missing = sorted(set(range(info.num_classes)) - {c for _, c in files})
+        filled = {c for _, c in files}
+        missing = [name for c, name in enumerate(info.class_names) if c not in filled]
         if files and missing:
-            like = f"{len(missing)} of {info.num_classes} classes have no image in {split}, like {info.class_names[missing[0]]}"
-            print(like, file=sys.stderr)
+            print(f"{len(missing)} of {info.num_classes} classes have no image in {split}, like {missing[0]}", file=sys.stderr)
     return info
 
 
@@ -139,7 +139,7 @@ def split_images(found: Found, val_share: float | None, seed: int) -> tuple[dict
     num_train = len(files) - round(val_share * len(files))
     if num_train == 0:
         raise UserError(
-            f"{found.tree.src} has {len(files)} images and a val share of {val_share} leaves none to train on: lower it"
+            f"of the {len(files)} images of {found.tree.src} a val share of {val_share} leaves none to train on: lower it"
         )
     train, trained = files[:num_train], {c for _, c in files[:num_train]}
     val: list[File] = []
@@ -153,8 +153,7 @@ def split_images(found: Found, val_share: float | None, seed: int) -> tuple[dict
 def _unfinished(out: Path, header: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The state of the dataset that is made at `out`, as UNFINISHED there holds it until the end.
 
-    A stopped run leaves its finished shards and UNFINISHED. The next run goes on from there if its header is the same, else it begins
-    anew.
+    A stopped run leaves its finished shards and UNFINISHED, from where a run with the same header goes on. Raises UserError for another.
     """
     state = json.loads(json.dumps({"header": header, "formats": {}, "unreadable": {}, "splits": {}}))
     if not (out / UNFINISHED).is_file():
@@ -167,12 +166,9 @@ def _unfinished(out: Path, header: dict[str, Any]) -> Iterator[dict[str, Any]]:
         begun: dict[str, Any] = {}
         with suppress(ValueError):
             begun = json.loads((out / UNFINISHED).read_bytes())
-        if begun.get("header") == state["header"]:
-            state = begun
-        else:
-            print(f"{out} holds an unfinished dataset of other images or settings: it is begun anew", flush=True)
-            for split in ("train", "val"):
-                shutil.rmtree(out / split, ignore_errors=True)
+        if begun.get("header") != state["header"]:
+            raise UserError(f"{out} holds an unfinished dataset of other images or settings: remove it, or choose another place")
+        state = begun
         for torn in out.glob("**/.tmp-*"):
             torn.unlink()
         if shards := sum(len(made["shards"]) for made in state["splits"].values()):
