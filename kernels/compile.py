@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,23 +18,11 @@ from torch import Tensor
 from mclr.kernels.choice import interpreting
 from mclr.kernels.op import DTYPES, Launch, triton
 from mclr.kernels.registry import OPS
-from mclr.kernels.timing import Parser
+from mclr.kernels.timing import Parser, table
 
 # GPU architecture -> bytes of shared memory that one block may use (A100, H100, B200)
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TYPES = {dtype: f"*{name}" for name, dtype in DTYPES.items()} | {torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1"}
-
-
-@dataclass(frozen=True)
-class Report:
-    """What one compiled kernel needs: registers and spilled bytes per thread, bytes of shared memory per block."""
-
-    registers: int
-    spilled: int
-    shared: int
-
-    def ok(self, architecture: int) -> bool:
-        return self.spilled == 0 and self.shared <= SHARED[architecture]
 
 
 def signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
@@ -61,10 +48,10 @@ def signature(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], di
     return types, constants, known
 
 
-def compile_launch(launch: Launch, architecture: int) -> Report:
-    """Compile one kernel for one architecture. Raises the errors of Triton and ptxas."""
+def compile_launch(launch: Launch, architecture: int) -> tuple[int, int, int]:
+    """Compile one kernel: (registers and spilled bytes per thread, bytes of shared memory per block). Raises Triton's and ptxas' errors."""
     from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
     from triton.compiler import ASTSource
 
     types, constants, known = signature(launch)
@@ -74,41 +61,37 @@ def compile_launch(launch: Launch, architecture: int) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(compiled.asm["ptx"])
-        target = re.search(r"\.target (\w+)", ptx.read_text())
-        assert target is not None
-        command = [get_ptxas(architecture).path, "-v", f"--gpu-name={target[1]}", str(ptx), "-o", f"{folder}/kernel.cubin"]
+        name = f"--gpu-name={sm_arch_from_capability(architecture)}"
+        command = [get_ptxas(architecture).path, "-v", name, str(ptx), "-o", f"{folder}/kernel.cubin"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers, spills = re.search(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes spill", said)
-    assert registers is not None, said
-    return Report(int(registers[1]), max(map(int, spills), default=0), compiled.metadata.shared)
+    (registers,), spills = re.findall(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes spill", said)
+    return int(registers), max(map(int, spills), default=0), compiled.metadata.shared
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("python -m kernels.compile", description=__doc__)
     parser.add_argument("--arch", type=int, choices=SHARED, nargs="+", default=list(SHARED), help="(default: all)")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="of the activations (default: all)")
-    parser.add_argument("--only", choices=OPS, nargs="+", default=list(OPS), help="operations (default: all)")
     args = parser.parse_args(argv)
     if triton is None or interpreting():
         parser.error("triton is not installed" if triton is None else "TRITON_INTERPRET=1 replaces the compiler: unset it")
-    print(
-        "| op | kernel | constants | dtype | sm | warps | registers | spilled | shared |\n" + "| --- " * 5 + "| ---: " * 4 + "|"
-    )
+    head = ["op", "kernel", "constants", "dtype", "sm", "warps", "registers", "spilled", "shared"]
+    print(table(head, [], left=5), flush=True)
     failed, done = 0, set()
-    cases = [(name, dtype, shape) for name in args.only for dtype in args.dtype for shape in OPS[name].shapes.values()]
-    for name, dtype, shape in cases:
-        for launch, architecture in product(OPS[name].launches(shape, DTYPES[dtype]), args.arch):
+    for op, dtype in product(OPS.values(), args.dtype):
+        launches = [launch for shape in op.shapes.values() for launch in op.launches(shape, DTYPES[dtype])]
+        for launch, architecture in product(launches, args.arch):
             # several shapes give the same kernel
             key = (launch.kernel.fn.__qualname__, str(signature(launch)), launch.warps, launch.stages, architecture)
             if key in done:
                 continue
             done.add(key)
-            report = compile_launch(launch, architecture)
-            failed += not report.ok(architecture)
+            registers, spilled, shared = compile_launch(launch, architecture)
+            ok = spilled == 0 and shared <= SHARED[architecture]
+            failed += not ok
             constants = " ".join(f"{p.name}={launch.arguments[p.name]}" for p in launch.kernel.params if p.is_constexpr)
-            row = [name, launch.kernel.fn.__name__, constants, dtype, architecture, launch.warps, report.registers]
-            row += [report.spilled, f"{report.shared}{'' if report.ok(architecture) else ' ABOVE THE BOUNDS'}"]
-            print("| " + " | ".join(map(str, row)) + " |", flush=True)
+            row = [op.name, launch.kernel.fn.__name__, constants, dtype, architecture, launch.warps, registers, spilled]
+            print("| " + " | ".join(map(str, row)) + f" | {shared}{'' if ok else ' ABOVE THE BOUNDS'} |", flush=True)
     print(f"\n{len(done)} kernels compiled, {failed} above the bounds: no byte spilled, shared memory {SHARED}")
     return 1 if failed else 0
 
