@@ -5,7 +5,6 @@ way to run the same step:
 eager     plain torch
 ours      our Triton kernels
 compiled  torch.compile (the head of a VAR stays outside)
-separate  plain torch, the mismatched rows in a forward of their own
 All rows of a model run in one process and take turns: compare their times.
 
 Times are medians (20th to 80th percentile). Work is in FLOPs; a step of maximum likelihood is 1. rows/s counts rows with and without
@@ -16,7 +15,6 @@ without decoding, on the network of the first objective, sample.batch images at 
 
 import argparse
 import math
-from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from functools import cache, partial
@@ -25,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mclr.configs.schema import RunConfig, load
 from mclr.errors import UserError
@@ -46,7 +44,7 @@ from mclr.train.training.step import Task, train_step
 
 EXAMPLE = """examples:
   python -m train.bench.step --rounds 20
-  python -m train.bench.step train.batch=4 --model var-d16 --arms eager separate --precision bf16
+  python -m train.bench.step train.batch=4 --model var-d16 --arms eager --precision bf16
   python -m train.bench.step sample.steps=18 --model edm2-digits --objective mle "mclr posterior" --sampling"""
 DIGITS = ("edm2-digits", "var-digits")
 FULL = {"edm2-img64-s": 64, "edm2-img512-l": 512, "var-d16": 256, "var-d30": 256}  # pixels
@@ -72,28 +70,8 @@ SAMPLING = ["precision", "arm", "plain images/s", "guided images/s", "time, plai
 Rows = dict[tuple[str, str, str], dict[str, float]]
 
 
-class Separate(nn.Module):
-    """A network that runs the matched rows in one forward, and the other rows in a second one."""
-
-    def __init__(self, net: nn.Module):
-        super().__init__()
-        self.net = net
-
-    def forward(self, *inputs: Tensor) -> tuple:
-        *shared, c_R, index_R = inputs
-        matched = [len(shared[0])]
-        parts = zip(c_R.tensor_split(matched), index_R.tensor_split(matched), strict=True)
-        answers = [self.net(*shared, c, index) for c, index in parts if len(c)]
-        return tuple(torch.cat(each) if isinstance(each[0], Tensor) else each[0] for each in zip(*answers, strict=True))
-
-
-# arm -> (mode of the kernels, what wraps the network)
-ARMS: dict[str, tuple[str, Callable[[nn.Module], Any] | None]] = {
-    "eager": ("torch", None),
-    "ours": ("triton", None),
-    "compiled": ("torch", lambda net: torch.compile(net)),
-    "separate": ("torch", Separate),
-}
+# arm -> mode of the kernels
+ARMS = {"eager": "torch", "ours": "triton", "compiled": "torch"}
 
 
 def build(model: str, objective: str, overrides: list[str], device: torch.device) -> tuple[Task, RunConfig]:
@@ -121,17 +99,16 @@ def build(model: str, objective: str, overrides: list[str], device: torch.device
 def as_run_by(task: Task, arm: str, precision: str) -> Task:
     """The same task, on the same weights and optimizer state, as an arm runs it. ARMS holds the mode of its kernels."""
 
-    def copied(engine: Any, wrap: Callable[[nn.Module], Any] | None = None) -> Any:
+    def copied(engine: Any, compiles: bool = arm == "compiled") -> Any:
         found = copy(engine)
         if engine is not None:
-            found.net = wrap(engine.net) if wrap else engine.net
+            found.net = torch.compile(engine.net) if compiles else engine.net
             found.autocast = autocast_of(engine.net, precision == "bf16")
         return found
 
-    engine = copied(task.engine, ARMS[arm][1])
     # a run compiles the classifier too, but not the reference
-    posterior_engine = copied(task.posterior_engine, ARMS[arm][1] if arm == "compiled" else None)
-    loss = replace(task.loss, posterior=posterior_engine, reference=copied(task.loss.reference))
+    engine, posterior_engine = copied(task.engine), copied(task.posterior_engine)
+    loss = replace(task.loss, posterior=posterior_engine, reference=copied(task.loss.reference, compiles=False))
     return replace(task, loss=loss, engine=engine, posterior_engine=posterior_engine)
 
 
@@ -165,7 +142,7 @@ def measure_training(built: dict[str, tuple[Task, RunConfig]], precisions: list[
         train = built[key[0]][1].train
         train_step(tasks[key], range(i * train.batch, (i + 1) * train.batch), train.batch, train.lr, lambda: False)
 
-    turns = {key: Turn(partial(step, key), rounds, ARMS[key[2]][0], warm_up=WARM_UP) for key in tasks}
+    turns = {key: Turn(partial(step, key), rounds, ARMS[key[2]], warm_up=WARM_UP) for key in tasks}
 
     def count(key: tuple[str, str, str]) -> None:
         memory[key] = max(memory[key], peak_memory(reset=True))
@@ -178,19 +155,16 @@ def measure_training(built: dict[str, tuple[Task, RunConfig]], precisions: list[
 
     peak_memory(reset=True)
     take_turns(turns, device, count)
-    found: Rows = {}
-    for key, each in turns.items():
-        objective, precision, _ = key
-        if each.failed:
-            found[key] = {}
-            continue
-        row = spread(each.times) | {"memory": memory[key]}
-        step_flops, batch = spent[key].flops / rounds, built[objective][1].train.batch
-        row["images"] = 1000 * batch / row["ms"]
-        row["rows"] = 1000 * (spent[key].rows + spent[key].rows_no_grad) / rounds / row["ms"]
-        row["work"] = step_flops / (3 * flops[objective]["net"] * batch)
-        row["mfu"] = step_flops / (row["ms"] / 1000) / flops_per_second(device, precision)
-        found[key] = row
+    found: Rows = {key: {} for key in tasks}
+    for key, turn in turns.items():
+        if not turn.failed:
+            objective, precision, _ = key
+            row, batch, rows = spread(turn.times), built[objective][1].train.batch, spent[key].rows + spent[key].rows_no_grad
+            per_second, step_flops = 1000 / row["ms"], spent[key].flops / rounds
+            row |= {"memory": memory[key], "images": batch * per_second, "rows": rows / rounds * per_second}
+            row["work"] = step_flops / (3 * flops[objective]["net"] * batch)
+            row["mfu"] = step_flops * per_second / flops_per_second(device, precision)
+            found[key] = row
     return found
 
 
@@ -222,7 +196,7 @@ def measure_sampling(
     fold(task.engine.net)
     turns: dict[Any, Turn] = {}
     for precision, arm, gamma in product(precisions, arms, (NONE, guided)):
-        turns[precision, arm, gamma] = Turn(partial(draw, task, gamma, precision, images), rounds, ARMS[arm][0], warm_up=1)
+        turns[precision, arm, gamma] = Turn(partial(draw, task, gamma, precision, images), rounds, ARMS[arm], warm_up=1)
     take_turns(turns, task.device)
     medians = {key: spread(turn.times)["ms"] if turn.times else math.nan for key, turn in turns.items()}
     return {key: (medians[*key, NONE], medians[*key, guided]) for key in product(precisions, arms)}
