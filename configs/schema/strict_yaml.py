@@ -1,8 +1,7 @@
 """Strict YAML, for presets, overrides and resolved configs."""
 
 import re
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -30,30 +29,29 @@ class Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         mark = self.peek_event().start_mark
         if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(problem="no aliases here, write the value again", problem_mark=mark)
+            refuse("no aliases here, write the value again", mark)
         self.depth += 1
         if self.depth > MOST_LEVELS:
-            raise yaml.composer.ComposerError(problem=f"more than {MOST_LEVELS} levels", problem_mark=mark)
+            refuse(f"more than {MOST_LEVELS} levels", mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
-        for problem, where in self._problems(node):
-            raise yaml.composer.ComposerError(problem=problem, problem_mark=where)
-        return node
-
-    def _problems(self, node: yaml.Node | None) -> Iterator[tuple[str, yaml.Mark]]:
-        if isinstance(node, yaml.MappingNode):
-            seen = set()
-            for key, _ in node.value:
-                if key.tag != "tag:yaml.org,2002:str":
-                    yield "a key must be a plain word", key.start_mark
-                if key.value in seen:
-                    yield f"duplicate key {key.value}", key.start_mark
-                seen.add(key.value)
+        keys: set[str] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if key.tag != "tag:yaml.org,2002:str":
+                refuse("a key must be a plain word", key.start_mark)
+            if key.value in keys:
+                refuse(f"duplicate key {key.value}", key.start_mark)
+            keys.add(key.value)
         if isinstance(node, yaml.ScalarNode):
             if NO_NAME.search(node.value):
-                yield "characters that no file name can hold", node.start_mark
+                refuse("characters that no file name can hold", mark)
             if node.tag == "tag:yaml.org,2002:int" and abs(self.construct_yaml_int(node)) >= 2**63:
-                yield "a whole number of more than 64 bits", node.start_mark
+                refuse("a whole number of more than 64 bits", mark)
+        return node
+
+
+def refuse(problem: str, mark: yaml.Mark) -> NoReturn:
+    raise yaml.composer.ComposerError(problem=problem, problem_mark=mark)
 
 
 class Dumper(yaml.SafeDumper):
