@@ -21,8 +21,7 @@ def names(kind: str) -> list[str]:
 
 # The numbers that the messages below quote, whatever the presets come to say.
 PINNED = {
-    "edm2-digits": ["train.batch=64", "objective.lam=0.2", *(f"model.net.{pair}" for pair in
-                    ("model_channels=24", "channel_mult=[1, 2]", "attn_resolutions=[4]", "channels_per_head=24"))],
+    "edm2-digits": ["train.batch=64", "objective.lam=0.2", "model.net.model_channels=24", "model.net.channels_per_head=24"],
     "var-digits": ["train.batch=64", "objective.lam=0.5"],
 }  # fmt: skip
 
@@ -80,18 +79,12 @@ def test_every_preset_opens_with_what_it_is_and_how_to_start_it(path):
     assert any(line.startswith(("#   mclr ", "#   deepspeed ")) for line in header)
 
 
-def test_changing_the_paradigm_is_changing_the_model_preset():
-    diffusion, tokens = (load(model, "mclr", "digits", "local", []) for model in ("edm2-digits", "var-digits"))
-    assert (diffusion.model.paradigm, diffusion.objective.contrast) == ("diffusion", "posterior")
-    assert (tokens.model.paradigm, tokens.objective.contrast) == ("next_scale", "null")
-    assert diffusion.engine.gradient_clipping != tokens.engine.gradient_clipping
-    assert diffusion.objective.lam > 0 and tokens.objective.lam > 0
-
-
 @pytest.mark.parametrize("model", names("model"))
-def test_mle_takes_back_what_a_model_preset_says_about_the_contrast(model):
-    objective = load(model, "mle", "digits", "local", sized(model)).objective
-    assert (objective.contrast, objective.lam, objective.bound) == ("none", 0.0, None)
+def test_the_contrast_follows_from_objective_and_paradigm(model):
+    """mle takes back what a model preset says about it."""
+    mclr, mle = (load(model, objective, "digits", "local", sized(model)).objective for objective in ("mclr", "mle"))
+    assert mclr.contrast == ("null" if model.startswith("var") else "posterior") and mclr.lam > 0
+    assert (mle.contrast, mle.lam, mle.bound) == ("none", 0.0, None)
 
 
 def test_later_presets_and_overrides_win(tmp_path):
@@ -137,13 +130,14 @@ def test_width_and_heads_follow_the_depth():
     assert (net.embed_dim, net.num_heads) == (128, 2)
 
 
-def test_engine_auto_asks_the_process(monkeypatch):
+@pytest.mark.parametrize(
+    ("rank", "engine", "here"), [(None, "auto", "local"), ("0", "auto", "deepspeed"), ("0", "local", "local")]
+)
+def test_engine_auto_asks_the_process(rank, engine, here, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    engine = load_with(engine="auto").engine
-    assert engine.here() == "local"
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    assert engine.here() == "deepspeed"
-    assert load_with(engine="local").engine.here() == "local"
+    if rank:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert load_with(engine=engine).engine.here() == here
 
 
 def test_names_and_defaults_of_a_schedule_equal_those_of_the_component():
@@ -189,11 +183,9 @@ def test_a_folder_that_is_no_dataset_is_refused(text, problem, tmp_path):
         ("model.net.depth=4", "unknown key model.net.depth; only networks of kind var have it"),
         # values
         ("train.lr=fast", 'train.lr="fast": expected a number > 0'),
-        ("train.lr=true", "train.lr=true: expected a number > 0"),
         ("train.lr=0", "train.lr=0: expected a number > 0"),
         ("train.lr=.inf", "train.lr=Infinity: expected a finite number"),
         ("train.lr.low=1", 'train.lr={"low": 1}: expected a number > 0'),
-        ("train.batch='64'", 'train.batch="64": expected an integer > 0 and < 2147483648'),
         ("train.micro_batch=x", 'train.micro_batch="x": expected an integer > 0 or null'),
         ("engine.compile=1", "engine.compile=1: expected true or false"),
         ("model.name=3", "model.name=3: expected text"),
@@ -203,14 +195,12 @@ def test_a_folder_that_is_no_dataset_is_refused(text, problem, tmp_path):
          "model.net.channel_mult=[]: expected a list of 1 to 16 entries, each an integer > 0 and <= 65536"),
         ("model.net.channel_mult=[1, x]", 'model.net.channel_mult[1]="x": expected an integer > 0 and <= 65536'),
         ("train.betas=[0.9]", "train.betas=[0.9]: expected a list of 2 entries, each a number >= 0 and < 1"),
-        ("train.betas=[0.9, 0.9, 0.9]", "train.betas=[0.9, 0.9, 0.9]: expected a list of 2 entries, each a number >= 0 and < 1"),
         ("train.betas=[0.9, 1.0]", "train.betas[1]=1.0: expected a number >= 0 and < 1"),
         ("train.ema_std=0.5", "train.ema_std=0.5 is out of range: must be 0 (no average), or >= 0.01 and <= 0.25"),
         ("objective.contrast=posteriour",
          'objective.contrast="posteriour": expected one of auto, none, posterior, null, weighted, uniform, marginal, generated'),
         ("model.paradigm=gan", 'model.paradigm="gan": expected diffusion or next_scale'),
         ("model.kind=dit", 'model.kind="dit": expected edm2'),
-        ("model=edm2-digits", 'model="edm2-digits": model is a section; set one of its keys, like model.name=...'),
         ("train=5", "train=5: train is a section; set one of its keys, like train.seed=..."),
         ("objective.schedule=ramp",
          'objective.schedule="ramp": objective.schedule is a section; set one of its keys, like objective.schedule.kind=...'),
@@ -227,14 +217,8 @@ def test_a_folder_that_is_no_dataset_is_refused(text, problem, tmp_path):
         # two sections
         ("objective.contrast=none",
          "objective.contrast=none is not for objective.name=mclr: expected posterior or null or weighted or uniform"),
-        ("objective.lam=-1", "objective.lam=-1.0 is out of range: must be > -1 with objective.contrast=posterior"),
         ("data.num_classes=1", "objective mclr needs two conditions or more; data.num_classes=1"),
-        ("objective.bound=3",
-         "objective.bound=3.0 needs mclr, a next_scale model and the contrast uniform, weighted or posterior"),
-        ("objective.beta=1", "objective.beta=1.0 has no effect with objective.name=mclr; only cc_dpo, cca, ddo have it"),
         ("objective.generated=x", "objective.generated=x needs objective.name=ddo"),
-        ("objective.schedule.kind=negative_window",
-         "objective.schedule.below=1.0 is out of range: must be > 0 and < 1 in training"),
         ("sample.top_k=5", "sample.top_k=5 needs a next_scale model; edm2-digits is a diffusion model"),
         ("data.resolution=9", "model.net.channel_mult: a side of 9 cannot be halved 1 times: "
          "choose a --model for 9-pixel images, or set that key"),
@@ -246,7 +230,6 @@ def test_a_folder_that_is_no_dataset_is_refused(text, problem, tmp_path):
          "choose a --model for 8-pixel images, or set that key"),
         # form
         ("train.lr", "override 'train.lr' is not of the form section.key=value, like train.lr=0.001"),
-        ("=1", "override '=1' is not of the form section.key=value, like train.lr=0.001"),
         ("train={lr: 1}",
          "override 'train={lr: 1}' sets a whole section; set its keys one by one, like train.lr=0.001 train.batch=64"),
         ("train.betas=[0.9",
@@ -277,8 +260,6 @@ def test_an_override_is_refused_in_one_line(override, message):
         (["sample.churn=2", "sample.solver=euler"], {}, "sample.churn=2.0 needs sample.solver=heun"),
         ([], {"objective": "ddo"},
          "missing key objective.generated; objective ddo needs a dataset folder made by `mclr sample --dataset`"),
-        (["objective.contrast=uniform", "objective.schedule.kind=negative_window", "objective.schedule.below=0.5"], {},
-         "objective.schedule.kind=negative_window needs another contrast; uniform allows no negative lam"),
         (["objective.schedule.kind=interval", "objective.schedule.low=0.5", "objective.schedule.high=0.2"], {},
          "objective.schedule.low=0.5 must be below objective.schedule.high=0.2"),
         (["model.posterior.weights=null", "model.posterior.warmup_images=38400"], {},
@@ -298,7 +279,6 @@ def test_an_override_is_refused_in_one_line(override, message):
         (["sample.steps=9"], {"model": "var-digits"},
          "sample.steps=9 needs a diffusion model; var-digits is a next_scale model"),
         (["model.net.num_heads=7"], {"model": "var-d16"}, "model.net.embed_dim=1024 must be a multiple of model.net.num_heads=7"),
-        (["model.net.num_blocks=7"], {"model": "var-d16"}, "unknown key model.net.num_blocks; only networks of kind edm2 have it"),
         ([], {"model": "edm2-digit"},
          "unknown model edm2-digit; did you mean edm2-digits? "
          f"(known: {', '.join(names('model'))}; or the path of a YAML file)"),
@@ -330,6 +310,11 @@ def test_what_may_go_together(overrides, presets):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("base: edm2-img65\n", f"{{path}}: unknown base edm2-img65 (known: {', '.join(names('model/recipes') + names('model'))}; "
+         "or the path of a YAML file)"),
+        ("base: edm2-img64-s\n",
+         "{path}: its base edm2-img64-s has a base of its own, edm2-img64; name that one, and set the rest here"),
+        ("base: gone.yaml\n", "cannot read {folder}/gone.yaml: No such file or directory"),
         ("train:\n  lr: 1\n  lr: 2\n", "{path}, line 3: duplicate key lr"),
         ("train:\n  lr: [1\n", "{path}, line 3: expected ',' or ']', but got '<stream end>'"),
         ("train:\n  1: 2\n", "{path}, line 2: a key must be a plain word"),
@@ -347,7 +332,7 @@ def test_what_may_go_together(overrides, presets):
 def test_a_bad_file_is_refused_with_its_place(text, message, tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
-    assert refusal(model=str(path)) == message.format(path=path)
+    assert refusal(model=str(path)) == message.format(path=path, folder=tmp_path)
 
 
 @pytest.mark.parametrize("base", ["edm2-digits", "edm2-img64", "common.yaml"])
@@ -363,25 +348,7 @@ def test_a_base_is_a_preset_a_recipe_or_a_file(base, tmp_path):
 
 def test_a_recipe_is_no_model():
     assert refusal(model="edm2-img64").startswith("unknown model edm2-img64; did you mean edm2-img64-")
-    assert not {path.stem for path in (PRESETS / "model/recipes").glob("*.yaml")} & set(names("model"))
-
-
-RECIPES = ", ".join(path.stem for path in sorted((PRESETS / "model/recipes").glob("*.yaml")))
-
-
-@pytest.mark.parametrize(
-    ("base", "message"),
-    [
-        ("edm2-img65", f"{{path}}: unknown base edm2-img65 (known: {RECIPES}, {', '.join(names('model'))}; "
-         "or the path of a YAML file)"),
-        ("edm2-img64-s", "{path}: its base edm2-img64-s has a base of its own, edm2-img64; name that one, and set the rest here"),
-        ("gone.yaml", "cannot read {folder}/gone.yaml: No such file or directory"),
-    ],
-)  # fmt: skip
-def test_a_base_that_cannot_be_is_refused(base, message, tmp_path):
-    path = tmp_path / "mine.yaml"
-    path.write_text(f"base: {base}\n")
-    assert refusal(model=str(path)) == message.format(path=path, folder=tmp_path)
+    assert not set(names("model/recipes")) & set(names("model"))
 
 
 def test_the_page_of_settings_is_fresh():

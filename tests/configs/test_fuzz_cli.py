@@ -140,38 +140,27 @@ def sections_of(tree: object) -> list[dict]:
 def presets(draw) -> bytes:
     """A preset with keys dropped, misspelt, moved to another section, or of another value; or its text torn."""
     tree = yaml.safe_load(draw(st.sampled_from(FILES)).read_text())
+    values = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), texts, st.lists(st.integers(), max_size=3))
     for _ in range(draw(st.integers(0, 4))):
         sections = [section for section in sections_of(tree) if section]
         if not sections:
             break
-        section = draw(st.sampled_from(sections))
+        section, other = draw(st.sampled_from(sections)), draw(st.sampled_from(sections))
         key = draw(st.sampled_from(sorted(section)))
+        old = section.pop(key)
         how = draw(st.sampled_from(["drop", "misspell", "move", "copy", "value", "value", "value", "nest", "base"]))
-        other = draw(st.sampled_from(sections))
-        value = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), texts, st.lists(st.integers(), max_size=3))
-        if how == "drop":
-            del section[key]
-        elif how == "misspell":
-            section[mutated_word(draw, key)] = section.pop(key)
-        elif how == "move":
-            other[key] = copy.deepcopy(section.pop(key))
-        elif how == "base":
+        if how == "base":
             tree["base"] = draw(st.sampled_from(BASES))
-        else:
-            section[key] = {"copy": copy.deepcopy(other), "nest": {key: section[key]}}.get(how) if how != "value" else draw(value)
-    text = yaml.safe_dump(tree, allow_unicode=draw(st.booleans()))
-    lines = text.splitlines()
+        elif how != "drop":
+            target = other if how == "move" else section
+            name = mutated_word(draw, key) if how == "misspell" else key
+            target[name] = draw(values) if how == "value" else copy.deepcopy({"copy": other, "nest": {key: old}}.get(how, old))
+    lines = yaml.safe_dump(tree, allow_unicode=draw(st.booleans())).splitlines()
     for _ in range(draw(st.integers(0, 2))):
         i = draw(st.integers(0, max(len(lines) - 1, 0)))
-        how = draw(st.sampled_from(["double", "indent", "cut", "insert", "replace"]))
-        if how == "cut":
-            del lines[i:]
-        elif how == "insert":
-            lines.insert(i, draw(scalars))
-        else:
-            value = draw(scalars)
-            change = {"double": "{0}\n{0}", "indent": " {0}", "replace": "{1}: {2}"}[how]
-            lines[i : i + 1] = [change.format(line, line.partition(":")[0], value) for line in lines[i : i + 1]]
+        line = lines[i] if lines else ""
+        torn = [[line, line], [" " + line], [], [draw(scalars), line], [f"{line.partition(':')[0]}: {draw(scalars)}"]]
+        lines[i : i + 1] = draw(st.sampled_from(torn))
     return "\n".join(lines).encode("utf-8", "surrogateescape")
 
 
@@ -272,15 +261,8 @@ GRAMMAR: dict[str, tuple[list[str], list[st.SearchStrategy[str]], dict[str, st.S
         ["--count=2"],
         [mostly("edm2-digits var-digits weights edm2.pkl", NAMES), SAMPLING],
         {
-            **{
-                "--out": OUTS,
-                "--data": DATA,
-                "--count": HUGE,
-                "--per-class": HUGE,
-                "--seed": HUGE,
-                "--npz": None,
-                "--dataset": None,
-            },
+            **{"--out": OUTS, "--data": DATA, "--npz": None, "--dataset": None},
+            **dict.fromkeys(("--count", "--per-class", "--seed"), HUGE),
             "--classes": mostly("0 0,3", st.sampled_from(["3,3", "10", "-1", "a", "", ",", "9" * 5000])),
             "--model": mostly("edm2-digits var-digits", NAMES),
         },
@@ -353,8 +335,8 @@ def command_lines(draw) -> list[str]:
 DRY = "train --dry-run --model"
 KNOWN = [
     *(
-        f"sample edm2-digits --out new {rest}"
-        for rest in (f"--count {'9' * 12}", f"--per-class {'9' * 18}", f"--seed {'9' * 30}")
+        f"sample edm2-digits --out new --{option} {'9' * digits}"
+        for option, digits in (("count", 12), ("per-class", 18), ("seed", 30))
     ),
     f"prepare tokenizer new --data digits --seed {'9' * 30}",
     "prepare digits loop",
