@@ -4,15 +4,14 @@ In this order: the network, its residual block, its attention, the published nam
 B samples; R rows; C H W image; E embedding; K conditions; N channels of an activation; h heads of d channels.
 
 What rows of one sample share is computed once: the first convolution and half of the first block, where the condition enters.
-
 Precision: the trunk (U-Net) computes in the dtype of an enclosing torch.autocast, else in fp32; its output has that dtype.
-Input scaling, embedding, log-variance, weight normalisation and all RMS statistics are fp32, and so are the attention logits
-(accumulated inside the fused attention).
+Input scaling, embedding, log-variance, weight normalisation, RMS statistics and attention logits (inside the fused attention) are fp32.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +29,9 @@ from mclr.models.blocks import MPConv, MPFourier, mp_cat, running, trunk_dtype
 from mclr.models.conditions import map_columns
 from mclr.models.convert import Published, Shapes
 from mclr.models.options import EDM2Config
+
+# [R, N, H, W] -> half the size, by means of 2 x 2 cells; or twice the size, every cell becomes 2 x 2
+halve, double = partial(F.avg_pool2d, kernel_size=2), partial(F.interpolate, scale_factor=2, mode="nearest")
 
 
 class EDM2(nn.Module):
@@ -49,7 +51,6 @@ class EDM2(nn.Module):
         ]
         noise = unit * (config.channel_mult_noise or config.channel_mult[0])
         emb = unit * (config.channel_mult_emb or max(config.channel_mult))
-
         self.noise_fourier = MPFourier(noise)
         self.noise_linear = MPConv(noise, emb)
         if config.num_classes:
@@ -261,16 +262,6 @@ def mp_layers(net: nn.Module) -> list[MPConv]:
 def gathered(x_B: Tensor, index_R: Tensor | None) -> Tensor:
     """[B, ...] of the samples -> [R, ...] of the rows."""
     return x_B if index_R is None else x_B[index_R]
-
-
-def halve(x: Tensor) -> Tensor:
-    """[R, N, H, W] -> [R, N, H/2, W/2]: means of 2 x 2 cells."""
-    return F.avg_pool2d(x, 2)
-
-
-def double(x: Tensor) -> Tensor:
-    """[R, N, H, W] -> [R, N, 2H, 2W]: every cell becomes 2 x 2."""
-    return F.interpolate(x, scale_factor=2, mode="nearest")
 
 
 def infer_edm2(shape: Shapes) -> EDM2Config:

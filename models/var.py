@@ -1,16 +1,14 @@
 """VAR: a transformer that predicts an image's tokens scale by scale, coarse to fine (Tian et al. 2024, arXiv 2404.02905).
 
-Features:
 - token 0 comes from the condition, every later token from the codes of all coarser scales ("teacher input")
 - block-causal attention: a token sees its own scale and all coarser ones; all tokens of a scale are predicted at once
 - adaptive LayerNorm: the condition gives gates, scales and shifts, by one Linear per block or one shared by all blocks
-- queries and keys on the unit sphere with a learned temperature per head (attn_l2_norm)
-- learned absolute positions and one learned vector per scale; no bias on the keys; tanh-GELU FFN; stochastic depth
+- queries and keys on the unit sphere with a learned temperature per head (attn_l2_norm); no bias on the keys
+- learned absolute positions and one learned vector per scale; tanh-GELU FFN; stochastic depth
 - an explicit KVCache; one cached call may process one scale or several
 
-Precision, one rule: parameters are fp32 and the caller may run the network under bf16 autocast. Then the operands of the matrix
-products are bf16. The residual stream, the statistics of the norms, the normalisation of queries and keys, the attention logits and
-their softmax (SDPA's accumulators), and the results of the last Linear are fp32.
+Precision: parameters are fp32, and the caller may run the network under bf16 autocast. Then the operands of the matrix products are
+bf16; the residual stream, statistics, unit queries and keys, attention logits and softmax, and the results of the last Linear are fp32.
 
 Legend: B samples, R rows, L tokens of all scales, l tokens of one call, E code channels, D width, H heads, d head width, K scales, V codes.
 """
@@ -69,9 +67,6 @@ class Stream(NamedTuple):
         x_RlD, h_RlD = modulated_norm(x, scale_RD, shift_RD, eps, dtype, *added)
         return self if x_RlD is None else Stream(x_RlD), h_RlD
 
-    def plus(self, y_RlD: Tensor, gate_RD: Tensor) -> "Stream":
-        return self._replace(y_RlD=y_RlD, gate_RD=gate_RD)
-
 
 class Attention(nn.Module):
     """Multi-head attention over tokens, [R, l, D] -> [R, l, D]; with attn_l2_norm queries and keys have unit length."""
@@ -123,9 +118,9 @@ class Block(nn.Module):
         gate_attn, gate_ffn, scale_attn, scale_ffn, shift_attn, shift_ffn = modulation.unbind(1)
         eps, dtype = self.config.norm_eps, trunk_dtype(stream.x)
         stream, h_RlD = stream.norm(scale_attn, shift_attn, eps, dtype)
-        stream = stream.plus(self.attention(h_RlD, mask_lL, block, cache), self.kept(gate_attn))
+        stream = stream._replace(y_RlD=self.attention(h_RlD, mask_lL, block, cache), gate_RD=self.kept(gate_attn))
         stream, h_RlD = stream.norm(scale_ffn, shift_ffn, eps, dtype)
-        return stream.plus(self.ffn(h_RlD), self.kept(gate_ffn))
+        return stream._replace(y_RlD=self.ffn(h_RlD), gate_RD=self.kept(gate_ffn))
 
     def kept(self, gate_RD: Tensor) -> Tensor:
         """Stochastic depth: while training each row's gate is 0, or the larger by 1 / (1 - drop_path)."""
@@ -237,7 +232,7 @@ class VAR(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Published initialisation, from torch's global generator (the caller seeds it); D width, N depth.
+        """Published initialisation, from torch's global generator; D width, N depth.
 
         | parameter | value |
         | --- | --- |

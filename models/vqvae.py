@@ -2,8 +2,7 @@
 
 An encoder turns the image into a feature map. Scale by scale, what is still missing of that map (the residual) is shrunk to the
 scale's size, every vector is replaced by its nearest code, and the codes, enlarged and smoothed by a small convolution phi, are
-added to the reconstruction f_hat of the map. A decoder turns f_hat into an image. Encoder and decoder may run under autocast; the
-quantiser is fp32.
+added to the reconstruction f_hat of the map. A decoder turns f_hat into an image. The quantiser is fp32, also under autocast.
 
 Legend: B images, C H W image, E code channels, L tokens of all scales, l tokens of one scale, h w one scale's map, V codes.
 Feature maps (f, f_hat, h) are [B, E, side, side] with the side of the last scale.

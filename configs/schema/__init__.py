@@ -9,10 +9,9 @@ paradigm. Each section has a file. load.py reads, checks.py tells which settings
 from mclr.configs.schema.config import RunConfig, flatten
 from mclr.configs.schema.data import Data, is_stream
 from mclr.configs.schema.engine import Engine
-from mclr.configs.schema.load import FILE, dump, from_dict, load, load_data, load_resolved
+from mclr.configs.schema.load import FILE, PRESETS, dump, from_dict, load, load_data, load_resolved, read_preset
 from mclr.configs.schema.model import VAE_FACTOR, DiffusionModel, NextScaleModel, fits, kind_of_model, net_section
 from mclr.configs.schema.objective import Objective, Schedule
-from mclr.configs.schema.presets import PRESETS, read_preset
 from mclr.configs.schema.sample import Sample
 from mclr.configs.schema.section import Section
 from mclr.configs.schema.train import Train

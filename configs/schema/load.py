@@ -1,5 +1,7 @@
-"""From presets and overrides to one RunConfig, and back from the files that hold it."""
+"""From presets, YAML files, dataset folders and overrides to one RunConfig, and back from the file that holds it."""
 
+import difflib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ from mclr.configs.schema.config import RunConfig, config_class
 from mclr.configs.schema.data import Data
 from mclr.configs.schema.messages import invalid, user_error
 from mclr.configs.schema.model import kind_of_model
-from mclr.configs.schema.presets import merge, parse_override, read_preset, read_yaml
-from mclr.configs.schema.strict_yaml import Dumper
+from mclr.configs.schema.strict_yaml import MOST_LEVELS, Dumper, parse_yaml
+from mclr.errors import UserError
 from mclr.models.registry import NETWORKS
 
+PRESETS = Path(__file__).parent.parent
+ENDINGS = (".yaml", ".yml")
 FILE = "config.yaml"  # of a resolved config in its run folder
 
 
@@ -66,3 +70,99 @@ def load_data(name: str) -> Data:
         return Data.model_validate(read_preset("data", name).get("data", {}))
     except ValidationError as error:
         raise invalid(error, NETWORKS["edm2"], ("data",)) from None
+
+
+def merge(base: dict[str, Any], patch: dict[str, Any]) -> None:
+    """Put the patch over the base, key by key, in place."""
+    for key, value in patch.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            merge(base[key], value)
+        else:
+            base[key] = value
+
+
+def parse_override(override: str) -> dict[str, Any]:
+    """`train.lr=1e-3` -> {"train": {"lr": 0.001}}."""
+    key, equals, text = override.partition("=")
+    if not equals or not key or key.count(".") > MOST_LEVELS:
+        raise UserError(f"override {override!r} is not of the form section.key=value, like train.lr=0.001")
+    try:
+        value = parse_yaml(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value is not valid YAML; quote it or check its brackets") from None
+    if isinstance(value, dict):
+        raise UserError(
+            f"override {override!r} sets a whole section; set its keys one by one, like train.lr=0.001 train.batch=64"
+        )
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def read_preset(kind: str, name: str) -> dict[str, Any]:
+    """The sections of a preset in configs/<kind>, of a YAML file, or (data) of a prepared folder, merged over those of its base.
+
+    base: a preset, a recipe, or a YAML file, whose path is relative to the file that names it.
+    """
+    presets, recipes = (
+        {path.stem: path for path in sorted((PRESETS / folder).glob("*.yaml"))} for folder in (kind, f"{kind}/recipes")
+    )
+    file = Path(name) if name.endswith(ENDINGS) else presets.get(name)
+    if file is None and kind == "data" and Path(name).is_dir():
+        return {"data": _read_dataset(Path(name))}
+    if file is None:
+        close = difflib.get_close_matches(name, presets, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        other = "a folder made by `mclr prepare`" if kind == "data" else "the path of a YAML file"
+        raise UserError(f"unknown {kind} {name}{hint} (known: {', '.join(presets)}; or {other})")
+    sections = read_yaml(file)
+    if "base" not in sections:
+        return sections
+    base, known = str(sections.pop("base")), recipes | presets
+    found = file.parent / base if base.endswith(ENDINGS) else known.get(base)
+    if found is None:
+        raise UserError(f"{file}: unknown base {base} (known: {', '.join(known)}; or the path of a YAML file)")
+    merged = read_yaml(found)
+    if "base" in merged:
+        raise UserError(f"{file}: its base {base} has a base of its own, {merged['base']}; name that one, and set the rest here")
+    merge(merged, sections)
+    return merged
+
+
+def _read_dataset(folder: Path) -> dict[str, Any]:
+    """The data section of a prepared folder. dataset.json also holds entries that train/data reads."""
+    path = folder / "dataset.json"
+    try:
+        described = json.loads(_bytes_of(path))
+        return {key: described[key] for key in ("name", "resolution", "channels", "num_classes")} | {"path": str(folder)}
+    except OSError:
+        # what train/data/write.py leaves where it was interrupted
+        if (folder / "preparing.json").is_file():
+            raise UserError(f"{folder} is not finished: run its `mclr prepare` command again") from None
+        make = f"`mclr prepare images {folder} OUT --resolution N`"
+        raise UserError(f"{folder} has no readable dataset.json: if it holds your images, run {make} and give OUT") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} does not describe a dataset ({error}); make the folder with `mclr prepare`") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The sections of a YAML file. Raises UserError with the place of the fault."""
+    try:
+        sections = parse_yaml(_bytes_of(path))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except yaml.MarkedYAMLError as error:
+        where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{where}: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from None
+    if not isinstance(sections, dict):
+        raise UserError(f"{path}: expected sections ({', '.join(RunConfig.model_fields)}), each with its keys")
+    return sections
+
+
+def _bytes_of(path: Path) -> bytes:
+    # reading a pipe would wait, and a device may have no end
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot read {path}: it is no regular file")
+    return path.read_bytes()
