@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 from launch import as_rank
-from PIL import Image
+from photos import save_tiny_vae
 from ranks import Trained, tiny
 from safetensors.torch import load_file
-from test_encoders import save_tiny_vae
 
 import mclr.train.data.cache
 import mclr.train.data.dataset
@@ -25,7 +24,6 @@ from mclr.likelihood import Draws
 from mclr.train.cli import main as command_line
 from mclr.train.data.cache import cache_of, data_line, precision_of, through_cache
 from mclr.train.data.encoders import Latents, from_uint8
-from mclr.train.data.write import prepare_images
 from mclr.train.prepare import main
 from mclr.train.system.console import run
 from mclr.train.training.build import open_source
@@ -39,22 +37,6 @@ COUNT = 22  # of the photos in the train split
 def small_files(monkeypatch):
     monkeypatch.setattr(mclr.train.data.cache, "CHUNK", 5)
     monkeypatch.setattr(mclr.train.data.cache, "BATCH", 3)
-
-
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory):
-    return save_tiny_vae(tmp_path_factory.mktemp("vae"))
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    """24 images of 64 pixels, which are latents of 8."""
-    path, images = tmp_path_factory.mktemp("photos"), torch.Generator().manual_seed(0)
-    for i, image in enumerate(torch.randint(0, 256, (24, 64, 64, 3), dtype=torch.uint8, generator=images)):
-        (path / f"{i % 2}").mkdir(exist_ok=True)
-        Image.fromarray(image.numpy()).save(path / f"{i % 2}" / f"{i}.png")
-    prepare_images(path, path.with_name("data"), resolution=64)
-    return path.with_name("data")
 
 
 @pytest.fixture
@@ -143,27 +125,6 @@ def test_a_run_reads_its_cache_and_no_image(make, data, vae, monkeypatch):
     changed_B = (task.encode(batch, flip_B) - task.encode(batch)).flatten(1).abs().amax(1) > 1e-2
     assert 8 < flip_B.sum() < 32 and torch.equal(changed_B, flip_B)
     assert not source.reader.coming
-
-
-@pytest.mark.parametrize("flip", ["data.flip=true", "data.flip=false"])
-def test_on_tokens_a_run_is_the_same_bit_for_bit(flip, digits, tokenizer, tmp_path, monkeypatch, capsys):
-    data = shutil.copytree(digits, tmp_path / "data")
-    monkeypatch.setattr(mclr.train.data.cache, "CHUNK", 256)
-    weights = {}
-    for name in ("plain", "cached"):
-        trained = Trained("var-digits", "local", data, tokenizer, 8, settings=[flip])
-        if name == "cached":
-            assert run(main, ["cache", "--model", "var-digits", "--data", str(data), f"model.tokenizer={tokenizer}", flip]) == 0
-            config = load("var-digits", "mclr", str(data), "local", [*tiny("var-digits", tokenizer), flip])
-            source = through_cache(trained.task.source, trained.task.encoder, config.data, config.model)
-            assert source.reader.cache.key.dtype == "uint8" and source.reader.cache.key.shape == (21,)
-            assert precision_of(source, trained.task.encoder) == {}
-            said = f"data       tokens (uint8) from {folder(data)}"
-            assert data_line(source, trained.task.encoder, config.data) == [said]
-            trained.task = replace(trained.task, source=source)
-            monkeypatch.setattr(mclr.train.data.dataset, "read_image", lambda *_: pytest.fail("an image was read"))
-        weights[name] = trained.train(3).weights()
-    assert all(torch.equal(w, weights["cached"][key]) for key, w in weights["plain"].items())
 
 
 def test_fp16_moves_latents_by_as_much_as_is_said(make, data, vae):
@@ -259,24 +220,6 @@ def test_a_file_system_without_locks_will_do(make, data, vae, monkeypatch):
 
     monkeypatch.setattr("fcntl.flock", refuse)
     assert make()[0] == 0 and cache_of(cached(data, vae))
-
-
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(make, data, vae, monkeypatch):
-    write, written = mclr.train.data.cache.write_file, []
-
-    def full(path, content):
-        if len(written) == 2:
-            # what write_file does when os.write fails
-            raise mclr.train.system.files.CannotWrite(path, OSError(28, "No space left on device"))
-        written.append(path)
-        write(path, content)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(mclr.train.data.cache, "write_file", full)
-        status, said = make()
-    assert status == 2 and said.count("error: ") == 1 and "(No space left on device)" in said
-    assert [path.name for path in sorted(folder(data).iterdir())] == ["000000.npy", "000001.npy"]
-    assert make()[0] == 0 and cached(data, vae).batch(0, COUNT).stored_BV.shape == (COUNT, 1, 8, 8, 8)
 
 
 def test_a_cache_is_for_its_encoder_data_and_mirroring(make, data, vae, tmp_path):

@@ -210,14 +210,14 @@ def test_unusable_folders_are_named_in_one_line(copy, damage, says):
     assert says in str(error.value) and str(copy) in str(error.value) and "\n" not in str(error.value)
 
 
+MAKE = "`mclr prepare images {0} OUT --resolution N`"
+
+
 @pytest.mark.parametrize(
     "name, says",
     [
         *((name, "no dataset folder at {}: make one with `mclr prepare`") for name in ("nowhere", "file", "file/below")),
-        (
-            "photos",
-            "{0} holds no dataset.json: if it holds your images, run `mclr prepare images {0} OUT --resolution N` and give OUT",
-        ),
+        ("photos", "{0} holds no dataset.json: if it holds your images, run " + MAKE + " and give OUT"),
     ],
 )
 def test_paths_without_a_dataset(tmp_path, name, says):
@@ -246,11 +246,7 @@ def test_a_stream_is_no_dataset_folder(path, tmp_path, monkeypatch):
         ("cls", lambda content: None, "sample 00000380 (its .png or its .cls is missing)"),
         ("png cls", lambda content: None, "holds 374 samples"),
         ("png", lambda content: content[:40] + bytes(20) + content[60:], "the image of sample 00000380 is damaged"),
-        (
-            "png",
-            lambda content: png(np.zeros((1, 8, 9), np.uint8)),
-            "the image of sample 00000380 is damaged (L 9x8, but dataset.json says L 8x8)",
-        ),
+        ("png", lambda content: png(np.zeros((1, 8, 9), np.uint8)), "damaged (L 9x8, but dataset.json says L 8x8)"),
     ],
 )
 def test_damaged_samples_are_named(copy, kinds, change, says):
@@ -284,19 +280,11 @@ def test_another_shard_of_the_recorded_size(copy, index):
     assert not index or (copy / "index.json").read_text() == index
 
 
-def test_bytes_damaged_under_a_saved_index(copy):
-    spoil(copy, [5], "val")
-    with pytest.raises(UserError, match=r"val/000000.tar: the image of sample 00000005 is damaged \(no PNG file\): "):
-        load_split(copy, "val")
-
-
 def test_unknown_and_empty_splits(copy):
     with pytest.raises(UserError, match="has no split test: it has train, val"):
         open_images(copy, "test", 0)
     edit_json(copy / "dataset.json", lambda record: record["splits"]["val"].update(count=0, shards=[]))
-    with pytest.raises(
-        UserError, match=r"has no held-out images .its val split is empty.: prepare the images again with a larger"
-    ):
+    with pytest.raises(UserError, match=r"has no held-out images .its val split is empty.: prepare .* again with a larger"):
         load_split(copy, "val")
 
 
@@ -376,7 +364,7 @@ def test_tokens_go_with_the_image(copy):
         (
             [3, 400, 401],
             0.0019,
-            "^3 of 1500 samples in split train of .* are damaged, 0.20%, more than data.damaged=0.0019; .*train/0000",
+            "^3 of 1500 samples in split train of .* are damaged, 0.20%, more than data.damaged=0.0019; .*train/0",
         ),
         # of few samples one may be
         ([3], 0.0001, None),

@@ -3,10 +3,10 @@
 import json
 import math
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from photos import save_tiny_vae
 from PIL import Image
 
 from mclr.configs.schema import load
@@ -14,28 +14,11 @@ from mclr.errors import UserError
 from mclr.likelihood import Draws
 from mclr.train import sample
 from mclr.train.data.encoders import RGB, VAE_WEIGHTS, Latents, Tokens, find_vae, from_uint8, load_vae, mirrored, to_uint8
-from mclr.train.data.write import prepare_images
 from mclr.train.run import main
 from mclr.train.training.networks import build_encoder
 from mclr.train.weights.folder import load_net, read_config
 
 CPU = torch.device("cpu")
-
-
-def save_tiny_vae(folder: Path, **options) -> Path:
-    """An untrained VAE of the form of Stable Diffusion's, of a few kB."""
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(0)
-    widths = options.pop("block_out_channels", (8, 16, 16, 16))
-    form = {"down_block_types": ("DownEncoderBlock2D",) * len(widths), "up_block_types": ("UpDecoderBlock2D",) * len(widths)}
-    AutoencoderKL(**(form | {"block_out_channels": widths, "norm_num_groups": 8} | options)).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory):
-    return save_tiny_vae(tmp_path_factory.mktemp("vae"))
 
 
 @pytest.fixture(scope="module")
@@ -162,15 +145,9 @@ def test_without_diffusers_the_way_to_it_is_named(vae, monkeypatch):
         load_vae(str(vae), CPU)
 
 
-def test_a_run_on_latents_trains_and_is_sampled(vae, tmp_path, capsys):
+def test_a_run_on_latents_trains_and_is_sampled(photos, vae, tmp_path, capsys):
     """64 pixels are latents of 8: the network of the digits, with four channels."""
-    torch.manual_seed(0)
-    for i, image in enumerate(torch.randint(0, 256, (24, 64, 64, 3), dtype=torch.uint8)):
-        folder = tmp_path / "photos" / ("odd" if i % 2 else "even")
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.numpy()).save(folder / f"{i}.png")
-    prepare_images(tmp_path / "photos", tmp_path / "data", resolution=64)
-    argv = ["--model", "edm2-digits", "--objective", "mclr", "--data", str(tmp_path / "data"), f"model.vae={vae}"]
+    argv = ["--model", "edm2-digits", "--objective", "mclr", "--data", str(photos), f"model.vae={vae}"]
     argv += ["model.weights=null", "model.posterior.weights=null", "data.flip=true", "train.batch=8", "train.images=16"]
     argv += ["train.log_every=1", "train.monitor_every=16"]
     assert main([*argv, "--dry-run"]) == 0

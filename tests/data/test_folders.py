@@ -1,10 +1,10 @@
 """Which images are found in a folder, with which conditions, and what is skipped; how any image file is read."""
 
-import io
 import shutil
 
 import numpy as np
 import pytest
+from photos import encoded, save
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -14,18 +14,6 @@ from mclr.train.data.folders import find_images, images_below
 from mclr.train.data.images import center_crop, decode, read_images
 from mclr.train.data.write import prepare_images
 from mclr.train.prepare import main
-
-
-def save(path, value=0, **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 8), (value, 50, 50)).save(path, **options)
-    return path
-
-
-def encoded(image, kind, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def conditions(folder, split):

@@ -16,6 +16,7 @@ import pytest
 from fuzz import cases, check, files_below, limits
 from hypothesis import given
 from hypothesis import strategies as st
+from photos import encoded, read
 from PIL import Image
 
 from mclr.errors import UserError
@@ -23,7 +24,6 @@ from mclr.train.data.dataset import SplitReader, open_dataset
 from mclr.train.data.source import open_images
 from mclr.train.data.write import prepare_images
 from mclr.train.engine.checkpoint import MANIFEST, newest_checkpoint
-from mclr.train.system.files import in_memory
 from mclr.train.weights.folder import BUNDLED
 
 counts = fuzz.counts
@@ -53,8 +53,8 @@ PAX = [
     {"GNU.sparse.size": "99999999999", "GNU.sparse.map": "0,1"}, {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}, {"mtime": "nan"},
 ]  # fmt: skip
 CONDITIONS = [b"", b"-1", b"2", b"x", b"9" * 5000, b"1.0", b"\xff", b" 1\n", b"1_0", b"1" + b" " * 100_000, b"true"]
-OTHER_PNG = [in_memory(Image.new(mode, size).save, format=form) for mode, size, form in
-             (("L", (8, 9), "PNG"), ("RGB", (8, 8), "PNG"), ("1", (8, 8), "PNG"), ("P", (8, 8), "PNG"), ("L", (8, 8), "JPEG"))]  # fmt: skip
+OTHER_PNG = [encoded(Image.new(mode, size)) for mode, size in (("L", (8, 9)), ("RGB", (8, 8)), ("1", (8, 8)), ("P", (8, 8)))]
+OTHER_PNG += [encoded(Image.new("L", (8, 8)), "JPEG")]
 
 
 def torn(draw, data: bytes) -> bytes:
@@ -169,17 +169,12 @@ def dataset(tmp_path_factory) -> Files:
     folder = tmp_path_factory.mktemp("dataset")
     pixels = np.random.Generator(np.random.Philox(0)).integers(0, 256, (20, 8, 8), dtype=np.uint8)
     for i, image in enumerate(pixels):
-        path = folder / f"photos/{'ab'[i % 2]}/{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
+        (folder / "photos" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / "photos" / "ab"[i % 2] / f"{i}.png")
     prepare_images(folder / "photos", folder / "data", 8, 1, val_share=0.2, shard_size=8)
     files = read(folder / "data")
     # the same bytes at every run
     return files | {"dataset.json": files["dataset.json"].replace(str(folder).encode(), b"")}
-
-
-def read(folder: Path) -> Files:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def write(folder: Path, files: Files) -> None:

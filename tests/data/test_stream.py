@@ -2,10 +2,8 @@
 
 import gc
 import http.server
-import io
 import os
 import sys
-import tarfile
 import threading
 import time
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from launch import as_rank, is_alive
+from photos import encoded, save_tar
 from PIL import Image
 from ranks import tiny
 
@@ -60,20 +59,12 @@ def colour(c):
 
 
 def png(c, size=(8, 8), kind="PNG"):
-    buffer = io.BytesIO()
-    Image.new("RGB", size, colour(c)).save(buffer, kind, quality=100)
-    return buffer.getvalue()
+    return encoded(Image.new("RGB", size, colour(c)), kind, quality=100)
 
 
 def shard(path, samples):
     """A tar file of (key, {suffix: content})."""
-    with tarfile.open(path, "w") as tar:
-        for key, files in samples:
-            for suffix, content in files.items():
-                info = tarfile.TarInfo(f"{key}.{suffix}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-    return path
+    return save_tar(path, [(f"{key}.{suffix}", content) for key, files in samples for suffix, content in files.items()])
 
 
 def ten(first=0):
@@ -150,9 +141,7 @@ def test_images_of_other_sizes_and_kinds(tmp_path):
         suffix = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}[kind]
         samples.append((f"n0/{c}", {suffix: png(c, size, kind), "cls": b"%d\n" % c, "json": b"{}"}))
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50), np.uint8))
-    buffer = io.BytesIO()
-    noise.save(buffer, "PNG")
-    samples.append(("gray", {"png": buffer.getvalue(), "cls": b"9"}))
+    samples.append(("gray", {"png": encoded(noise), "cls": b"9"}))
     shard(tmp_path / "a.tar", samples)
     stream = Stream(data(f"file://{tmp_path}/a.tar"), seed=0)
     batch = stream.batch(0, 100)
@@ -251,29 +240,28 @@ def test_conditions_may_stand_in_json_files(tmp_path):
     assert (batch.image_BCHW[:, 0].float().mean((1, 2)) / 20).round().long().tolist() == batch.c_B.tolist()
 
 
+ALL = [f"{c:04d}" for c in range(10)]
+
+
 @pytest.mark.parametrize(
-    "share, says", [(0.01, "samples read from .* are damaged, more than data.damaged=0.01; sample "), (0.0, "^sample ")]
+    "bad, settings, says",
+    [
+        (
+            ["0003"],
+            {"damaged": 0.01},
+            "samples read from .* are damaged, more than data.damaged=0.01; sample .*a.tar:0003 is damaged",
+        ),
+        (["0003"], {"damaged": 0.0}, "^sample .*a.tar:0003 is damaged"),
+        (ALL, {}, "11 of 11 samples read from"),
+        (ALL, {"damaged": 1.0}, "no image came from"),
+        ([], {"num_classes": 9}, r"has condition 9, outside of 0..8: correct data.num_classes"),
+    ],
 )
-def test_too_many_damaged_samples_end_the_run(tmp_path, share, says):
-    shard(tmp_path / "a.tar", damage(ten(), "0003"))
-    with pytest.raises(UserError, match=says) as error:
-        Stream(data(f"file://{tmp_path}/a.tar", damaged=share), seed=0).batch(0, 1000)
-    assert "a.tar:0003 is damaged" in str(error.value)
-
-
-def test_nothing_but_damage_ends_in_time(tmp_path, monkeypatch):
-    shard(tmp_path / "a.tar", damage(ten(), *(f"{c:04d}" for c in range(10))))
-    with pytest.raises(UserError, match="11 of 11 samples read from"):
-        Stream(data(f"file://{tmp_path}/a.tar"), seed=0)
-    monkeypatch.setattr(mclr.train.data.stream, "PATIENCE", 0.5)
-    with pytest.raises(UserError, match="no image came from"):
-        Stream(data(f"file://{tmp_path}/a.tar", damaged=1.0), seed=0)
-
-
-def test_a_condition_that_the_config_does_not_know(tmp_path):
-    shard(tmp_path / "a.tar", ten())
-    with pytest.raises(UserError, match=r"has condition 9, outside of 0..8: correct data.num_classes"):
-        Stream(data(f"file://{tmp_path}/a.tar", num_classes=9), seed=0).batch(0, 1000)
+def test_too_much_damage_ends_the_run(tmp_path, monkeypatch, bad, settings, says):
+    monkeypatch.setattr(mclr.train.data.stream, "PATIENCE", 2.0)
+    shard(tmp_path / "a.tar", damage(ten(), *bad))
+    with pytest.raises(UserError, match=says):
+        Stream(data(f"file://{tmp_path}/a.tar", **settings), seed=0).batch(0, 1000)
 
 
 def empty_shard(folder):
