@@ -16,12 +16,13 @@ from mclr.train.system.console import Parser, run_and_exit
 from mclr.train.system.ranks import on_signals, own_device, report_once, world
 from mclr.train.training.launch import end_early
 
+Option = Callable[..., object]  # of a parser: add_argument
 NETWORKS = {
     "tokenizer": "the tokenizer of next-scale models (multi-scale VQVAE)",
     "classifier": "the classifier whose features judge samples",
     "posterior": "the noise-conditional classifier p(c | x_t) of the posterior contrast",
 }
-IMAGES = """Images in SRC/CLASS/ become squares: the centre, resized. Every format that Pillow reads is taken. Links are
+IMAGES = """Make a dataset of the images in SRC/CLASS/, as squares: the centre, resized. Every format that Pillow reads is taken. Links are
 followed; hidden and system files are skipped. SRC may also hold train/CLASS/ and val/CLASS/, or a list of labels:
 labels.csv (file,class), or dataset.json as EDM2's and StyleGAN's tools write it. Conditions are the classes in order of
 their names, or of their numbers where all names are numbers. A .zip is read without unpacking. After an interruption
@@ -42,38 +43,33 @@ def main(argv: list[str] | None = None) -> int:
         epilog=f"example: mclr prepare images {IMAGES_EXAMPLE}\n`mclr prepare WHAT --help` shows the arguments of one.",
     )
     commands = parser.add_subparsers(metavar="WHAT", required=True)
-
-    def add(name: str, program: Callable[[argparse.Namespace], None], example: str, help: str, description: str) -> Parser:
-        example = f"example: mclr prepare {name} {example}"
-        command = commands.add_parser(name, epilog=example, help=help, description=description)
+    for name, program, options, example, text in (
+        ("images", _images, _image_options, IMAGES_EXAMPLE, IMAGES),
+        ("digits", lambda args: _show(prepare_digits(args.out)), _digits_options, "data/digits", DIGITS),
+        *(
+            (kind, _network, _network_options, f"weights/{kind} --data digits", f"Fit {what} to a dataset.")
+            for kind, what in NETWORKS.items()
+        ),
+        ("cache", _cache, _cache_options, CACHE_EXAMPLE, CACHE),
+    ):
+        command = commands.add_parser(
+            name, epilog=f"example: mclr prepare {name} {example}", help=text.partition(".")[0], description=text
+        )
         command.set_defaults(program=program, kind=name)
-        return command
-
-    _image_options(add("images", _images, IMAGES_EXAMPLE, "a folder or .zip of images, one subfolder per class", IMAGES))
-    digits = add(
-        "digits",
-        lambda args: _show(prepare_digits(args.out)),
-        "data/digits",
-        "scikit-learn's 1,797 scanned digits, no download",
-        DIGITS,
-    )
-    digits.add_argument("out", metavar="OUT", help="dataset folder to make; reused when it holds the digits already")
-    for kind, what in NETWORKS.items():
-        text = f"Fit {what} to a dataset and write a weights folder."
-        _network_options(add(kind, _network, f"weights/{kind} --data digits", what, text))
-    what = "what a model's frozen encoder stores of every image, which training then reads instead"
-    cache = add("cache", _cache, CACHE_EXAMPLE, what, CACHE)
-    _cache_options(cache)
+        options(command.add_argument)
     argv = sys.argv[1:] if argv is None else argv
-    # a parser of subcommands does not allow overrides anywhere
-    args = cache.parse_intermixed_args(argv[1:]) if argv[:1] == ["cache"] else parser.parse_args(argv)
+    # a parser of subcommands does not allow overrides anywhere; the cache's is the last one
+    args = command.parse_intermixed_args(argv[1:]) if argv[:1] == ["cache"] else parser.parse_args(argv)
     args.command = "mclr prepare " + " ".join(argv)
     args.program(args)
     return 0
 
 
-def _image_options(parser: Parser) -> None:
-    option = parser.add_argument
+def _digits_options(option: Option) -> None:
+    option("out", metavar="OUT", help="dataset folder to make; reused when it holds the digits already")
+
+
+def _image_options(option: Option) -> None:
     option("src", metavar="SRC", help="folder or .zip with one subfolder of images per class")
     option("out", metavar="OUT", help="dataset folder to make; reused when it holds these images already")
     option("--resolution", type=above_0(int), required=True, metavar="N", help="pixels per side after crop and resize")
@@ -85,8 +81,7 @@ def _image_options(parser: Parser) -> None:
     option("--megapixels", type=float, default=MEGAPIXELS, metavar="M", help=largest)
 
 
-def _network_options(parser: Parser) -> None:
-    option = parser.add_argument
+def _network_options(option: Option) -> None:
     option("out", metavar="OUT", help="weights folder to make")
     option("--data", required=True, metavar="D", help="preset or dataset folder, like digits")
     option("--steps", type=int, default=1000, metavar="N", help="(default: %(default)s)")
@@ -96,8 +91,7 @@ def _network_options(parser: Parser) -> None:
     option("--half", action="store_true", help="store fp16")
 
 
-def _cache_options(parser: Parser) -> None:
-    option = parser.add_argument
+def _cache_options(option: Option) -> None:
     option("--model", required=True, help="preset whose encoder is used, or a YAML path")
     option("--data", required=True, metavar="D", help="preset or dataset folder")
     option("--half", action="store_true", help="latents in fp16: half the disk, 11 bits of every number")

@@ -8,7 +8,6 @@ import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -25,12 +24,6 @@ KEPT_BYTES = 256 * 2**20
 READERS = 4
 TOKENS = "tokens.npy"
 UNFINISHED = "preparing.json"  # in place of dataset.json until all shards are there
-# the types of the fields of dataset.json; splits are checked apart
-TYPES: dict[str, tuple[type, ...]] = {
-    **{name: (int,) for name in ("resolution", "channels", "num_classes", "seed")},
-    **{name: (str,) for name in ("name", "source")},
-    **{"class_names": (list,), "drawn": (dict, NoneType), "tokens": (str, NoneType)},
-}
 
 
 @dataclass(frozen=True)
@@ -116,18 +109,21 @@ def open_dataset(path: str | Path) -> DatasetInfo:
 
 def _parse(path: Path, record: dict) -> DatasetInfo:
     """DatasetInfo of a parsed dataset.json; raises ValueError, TypeError, KeyError or AttributeError where it is malformed."""
-    fields: dict[str, Any] = {name: record.get(name) for name in TYPES}
     splits = {
         name: Split(each["count"], tuple(Shard(**shard) for shard in each["shards"])) for name, each in record["splits"].items()
     }
-    info = DatasetInfo(path=path, splits=splits, **fields | {"class_names": tuple(record["class_names"])})
-    typed = [(name, fields[name], types) for name, types in TYPES.items()]
-    typed += [("one of class_names", name, (str,)) for name in info.class_names]
-    for shard in info.shards:
-        typed += [(f"shards.{name}", value, (Shard.__annotations__[name],)) for name, value in vars(shard).items()]
-    for name, value, types in typed:
-        if type(value) not in types:
-            raise TypeError(f"{name} is {value!r:.40}")
+    numbers, texts = ("resolution", "channels", "num_classes", "seed"), ("name", "source")
+    fields: dict[str, Any] = {name: record[name] for name in numbers + texts}
+    drawn, tokens, names = record.get("drawn"), record.get("tokens"), tuple(record["class_names"])
+    info = DatasetInfo(path=path, splits=splits, class_names=names, drawn=drawn, tokens=tokens, **fields)
+    for kind, values in (
+        (int, [fields[name] for name in numbers] + [number for shard in info.shards for number in (shard.count, shard.bytes)]),
+        (str, [fields[name] for name in texts] + [text for shard in info.shards for text in (shard.file, shard.sha256)]),
+        (str, [*names, tokens or ""]),
+        (dict, [drawn or {}]),
+    ):
+        if odd := [value for value in values if type(value) is not kind]:
+            raise TypeError(f"{odd[0]!r:.40} is no {kind.__name__}")
     if any(shard.count < 0 or Path(shard.file).is_absolute() or ".." in Path(shard.file).parts for shard in info.shards):
         raise ValueError("a shard has a negative count, or is not inside of the folder")
     if {"train", "val"} - splits.keys():

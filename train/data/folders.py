@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ HEADS = {"file", "filename", "file_name", "image", "path", "name", "id"}  # titl
 TRAIN, VAL, TEST = ("train/", "training/"), ("val/", "valid/", "validation/"), ("test/", "testing/")
 HOW = f"put the images of each class into a folder of their own, as in cats/1.png, dogs/1.png, or list file,class in {TABLE}"
 File = tuple[str, int]  # name, condition
-Kinds = dict[str, list]  # kind -> [how many, the first one's name]
+Kinds = dict[str, list[str]]  # kind -> the names of what is of it
 
 
 class Tree:
@@ -37,7 +38,7 @@ class Tree:
     def __init__(self, src: Path):
         """Raises UserError where a link leads back, or a zip file holds names outside of it."""
         self.src, self.root, self.place = src, "", src
-        self.skipped: Kinds = {}
+        self.skipped: Kinds = defaultdict(list)
         self.archive = ZipFile(src) if src.suffix.lower() == ".zip" and src.is_file() else None
         # the content of a folder stays together
         self.entries = sorted(
@@ -97,7 +98,7 @@ class Tree:
         """Whether a part of a name is that of a hidden or system entry, which is counted."""
         system = part.lower() in SYSTEM
         if system or part.startswith("."):
-            count(self.skipped, "of the system" if system else "hidden", name)
+            self.skipped["of the system" if system else "hidden"].append(name)
             return True
         return False
 
@@ -109,7 +110,7 @@ class Tree:
             return False
         if format_of(self.src / name if self.archive is None else self.archive.open(name)):
             return True
-        count(self.skipped, "that are no images", name)
+        self.skipped["that are no images"].append(name)
         return False
 
 
@@ -134,14 +135,10 @@ class Found:
         return digest.hexdigest()[:16]
 
 
-def count(kinds: Kinds, kind: str, name: str) -> None:
-    """Count one more of this kind."""
-    kinds.setdefault(kind, [0, name])[0] += 1
-
-
 def listed(kinds: Kinds) -> str:
     """Kinds in words, the most frequent first: "3 hidden (like .DS_Store), 1 ..."."""
-    return ", ".join(f"{n} {kind} (like {name})" for kind, (n, name) in sorted(kinds.items(), key=lambda item: -item[1][0]))
+    by_number = sorted(kinds.items(), key=lambda item: -len(item[1]))
+    return ", ".join(f"{len(names)} {kind} (like {names[0]})" for kind, names in by_number)
 
 
 def taken(src: Path, formats: dict[str, int], skipped: Kinds) -> str:
@@ -191,11 +188,13 @@ def find_images(src: Path) -> Found:
             said.append(f"{here} is taken as train, {splits[1]} as val; nothing else of {place} is used")
         else:
             labels = _by_folders(tree)
-    class_names = _ordered(set(labels.values()))
+    class_names = sorted(set(labels.values()))
+    if all(map(str.isdecimal, class_names)):
+        class_names.sort(key=int)
     condition = {name: c for c, name in enumerate(class_names)}
     files, val = ([(name, condition[label]) for name, label in split.items()] for split in (labels, held_out))
     said.append(f"{len(class_names)} classes: {_numbered(class_names)}")
-    return Found(tree, class_names, files, val or None, said)
+    return Found(tree, tuple(class_names), files, val or None, said)
 
 
 @contextmanager
@@ -225,16 +224,11 @@ def _only_folder(tree: Tree) -> str | None:
     return folders[0] if alone and min((name.count("/") for name in images), default=0) > 1 else None
 
 
-def _ordered(names: set[str]) -> tuple[str, ...]:
-    """Names of classes in the order of their conditions: numeric if all names are numbers, else alphabetic."""
-    return tuple(sorted(sorted(names), key=int if all(map(str.isdecimal, names)) else None))
-
-
-def _numbered(class_names: tuple[str, ...]) -> str:
+def _numbered(class_names: list[str]) -> str:
     """The first classes and the last one, each with its condition."""
     shown = [f"{c} {name}" for c, name in enumerate(class_names)]
     shown[10:-1] = ["..."] if len(shown) > 12 else shown[10:-1]
-    return ", ".join(shown) + " (in numeric order)" * (list(class_names) != sorted(class_names))
+    return ", ".join(shown) + " (in numeric order)" * (class_names != sorted(class_names))
 
 
 def _splits(tree: Tree) -> tuple[str, str] | None:

@@ -277,28 +277,30 @@ def opened(url: str, download: Download) -> Iterator[Any]:
     # gopen() reads a # as the end of a URL, but names of files may hold it
     else:
         stream = gopen(url) if "://" in url or url.startswith("file:") else open(url, "rb")  # noqa: SIM115 (closed below)
-    pipe = stream if isinstance(stream, Pipe) else None
-    torn, abandoned, status = True, False, 0
     download.url, download.since, download.stalled = url, time.monotonic(), False
+    if not isinstance(stream, Pipe):
+        with stream:
+            yield stream
+        return
+    torn, abandoned = True, False
     # set last: from now on end_if_stalled() may end the command
-    download.pipe = pipe
+    download.pipe = stream
     try:
         # not the Pipe: it would wait for the ended command, whose PID may then be reused
-        yield stream if pipe is None else pipe.stream
+        yield stream.stream
         torn = False
     except GeneratorExit:
         # the reader stopped early: the command's exit status means nothing
         abandoned = True
         raise
     finally:
-        download.pipe = None
-        (stream if pipe is None else pipe.stream).close()
-        if pipe is not None:
-            try:
-                status = pipe.proc.wait(timeout=1)
-            except TimeoutExpired:
-                end(pipe)
-                pipe.proc.wait()
+        download.pipe, status = None, 0
+        stream.stream.close()
+        try:
+            status = stream.proc.wait(timeout=1)
+        except TimeoutExpired:
+            end(stream)
+            stream.proc.wait()
         if download.stalled and not abandoned:
             raise OSError(errno.ETIMEDOUT, f"nothing came for {STALLED:.0f} s")
         if status and not abandoned and not (torn and status in UNREAD):

@@ -22,7 +22,7 @@ from webdataset import TarWriter
 from mclr.configs.schema import Data, is_stream
 from mclr.errors import UserError
 from mclr.train.data.dataset import TOKENS, UNFINISHED, DatasetInfo, SplitReader, open_dataset
-from mclr.train.data.folders import File, Found, count, find_images, listed, taken
+from mclr.train.data.folders import File, Found, find_images, listed, taken
 from mclr.train.data.images import MEGAPIXELS, center_crop, decode, png
 from mclr.train.data.shards import Shard
 from mclr.train.data.source import permutation
@@ -103,7 +103,7 @@ def prepare_images(
                 made["shards"].append(shard)
                 write_json(out / UNFINISHED, state)
         unreadable = state["unreadable"]
-        bad = sum(n for n, _ in unreadable.values())
+        bad = sum(map(len, unreadable.values()))
         says = f"{bad} of {number} images in {src} cannot be read: {listed(unreadable)}"
         if bad > 0.01 * number:
             shutil.rmtree(place)
@@ -284,7 +284,8 @@ def _encode(found: Found, files: list[File], split: str, state: dict[str, Any]) 
             if isinstance(result, Exception):
                 why = result.strerror if isinstance(result, OSError) and result.strerror else str(result)
                 # names and numbers are removed, so that the same reason is counted as one
-                count(state["unreadable"], re.sub(r" *(\(.*?\)|'.*?')", "", why) or type(result).__name__, name)
+                why = re.sub(r" *(\(.*?\)|'.*?')", "", why) or type(result).__name__
+                state["unreadable"].setdefault(why, []).append(name)
             else:
                 state["formats"][result[1]] = state["formats"].get(result[1], 0) + 1
                 yield result[0], c
