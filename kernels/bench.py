@@ -39,7 +39,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from mclr.kernels.choice import using
-from mclr.kernels.op import DTYPES, TOLERANCE, Op, Shape, as_tuple, cdiv, check, leaves, moved, triton
+from mclr.kernels.op import DTYPES, TOLERANCE, Op, Shape, as_tuple, cdiv, compare, leaves, moved, triton
 from mclr.kernels.registry import OPS
 from mclr.kernels.results import PASSES, Row, dump, load, machine, publish, tables, write
 from mclr.kernels.timing import Parser, Turn, above_0, brief, rates, spread, take_turns
@@ -153,12 +153,8 @@ def least_work(op: Op, sample: Sample) -> list[dict[str, int]]:
 
 def distance(found: Iterable[Tensor], true: Iterable[Tensor]) -> float:
     """The largest relative RMS difference of a result; NaN if one is NaN."""
-
-    def one(f: Tensor, t: Tensor) -> Tensor:
-        difference = (f.float() - t.float()).norm()
-        return torch.where(difference == 0, difference, difference / t.float().norm())
-
-    return torch.stack([one(f, t) for f, t in zip(found, true, strict=True)]).max().item()
+    each = [(f.float() - t.float()).norm() / t.float().norm().clamp_min(1e-30) for f, t in zip(found, true, strict=True)]
+    return torch.stack(each).max().item()
 
 
 def turn_of(arm: Arm, backward: bool, copies: list[Sample], device: torch.device) -> Turn:
@@ -180,7 +176,7 @@ def wrong_when_tiny(op: Op, device: torch.device) -> str:
     cases = [(name, arm, *each, *dtype) for name, arm in ours.items() for each in op.tiny.items() for dtype in DTYPES.items()]
     for name, arm, at, shape, word, dtype in cases:
         try:
-            wrong = check(replace(op, run=arm.call), device, dtype, shape, arm.kernels)
+            wrong = compare(replace(op, run=arm.call), draw(op, device, dtype, shape).inputs, dtype, arm.kernels)
         except Exception as error:
             wrong = [brief(error)]
         if wrong:

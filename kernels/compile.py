@@ -56,7 +56,7 @@ def compile_launch(launch: Launch, architecture: int) -> tuple[int, int, int]:
 
     types, constants, known = signature(launch)
     source = ASTSource(launch.kernel, types, constexprs=constants, attrs=known)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    options = {"num_warps": launch.warps, "enable_fp_fusion": True}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         launches = [launch for shape in op.shapes.values() for launch in op.launches(shape, DTYPES[dtype])]
         for launch, architecture in product(launches, args.arch):
             # several shapes give the same kernel
-            key = (launch.kernel.fn.__qualname__, str(signature(launch)), launch.warps, launch.stages, architecture)
+            key = (launch.kernel.fn.__qualname__, str(signature(launch)), launch.warps, architecture)
             if key in done:
                 continue
             done.add(key)

@@ -48,7 +48,6 @@ class Launch:
     kernel: Any
     arguments: dict[str, Any]
     warps: int
-    stages: int
 
 
 _recorded: list[Launch] | None = None
@@ -65,20 +64,20 @@ def recording() -> Iterator[list[Launch]]:
         _recorded = before
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 3, **constants: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, **constants: Any) -> None:
     """Run a kernel over a grid of programs, on the GPU of its first tensor. constants: compile-time constants, by name.
 
     Raises ValueError if the tensor is not on a GPU.
     """
     if _recorded is not None:
-        _recorded.append(Launch(kernel, dict(zip(kernel.arg_names, arguments, strict=False)) | constants, warps, stages))
+        _recorded.append(Launch(kernel, dict(zip(kernel.arg_names, arguments, strict=False)) | constants, warps))
         return
     device = next(a.device for a in arguments if isinstance(a, Tensor))
     if device.type != "cuda" and not interpreting():
         refuse("kernels", f"triton needs a GPU, not {device}; use engine.kernels=auto")
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         # allow fused products and sums explicitly: results then do not change with Triton's default
-        kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+        kernel[grid](*arguments, **constants, num_warps=warps, enable_fp_fusion=True)
 
 
 def floats(triton: bool) -> tuple[torch.dtype, ...]:
@@ -231,9 +230,3 @@ def compare(op: Op, inputs: dict[str, Any], dtype: torch.dtype, kernels: str = "
         if not off <= allowed * scale:
             wrong.append(f"{name} is {off / scale if scale else off:.2g} off, allowed {allowed:.2g}")
     return wrong
-
-
-def check(op: Op, device: torch.device | str, dtype: torch.dtype, shape: Shape, kernels: str = "triton") -> list[str]:
-    """compare() on random inputs of these sizes. Tests do this in the interpreter, the bench on the GPU before it times anything."""
-    inputs = moved(op.draw(shape, dtype, torch.Generator().manual_seed(0)), lambda t: t.to(device))
-    return compare(op, inputs, dtype, kernels)

@@ -27,14 +27,13 @@ def above_0(kind: type) -> Callable[[str], Any]:
     """The type of an argument that is a finite number above 0."""
 
     def read(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
+        value = kind(text)
         if not 0 < value < math.inf:
             raise argparse.ArgumentTypeError(f"{text}: a finite number above 0 is needed")
         return value
 
+    # argparse names it where the text is no number
+    read.__name__ = kind.__name__
     return read
 
 

@@ -1,4 +1,4 @@
-"""train/bench/step.py, train/bench/synthetic.py: rows of the table, the work they count, and arms that do not change the loss."""
+"""The bench of steps: rows of the table, the work they count, and arms that do not change the loss."""
 
 import math
 from dataclasses import replace

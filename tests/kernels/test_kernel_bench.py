@@ -202,7 +202,7 @@ def test_when_the_minutes_are_over_no_shape_is_begun(capsys, monkeypatch):
         (["--json", "OTHER"], "OTHER holds no rows of this bench"),
         (["--json", ""], "cannot use . (Is a directory)"),
         (["--minutes", "nan"], "--minutes: nan: a finite number above 0 is needed"),
-        (["--minutes", "soon"], "--minutes: soon: a finite"),
+        (["--minutes", "soon"], "--minutes: invalid float value: 'soon'"),
         (["--publish", "absent.json"], "--publish: absent.json holds no rows of a GPU"),
         (["--publish", "rows.json", "--only", NAME, "--minutes", "1"], "leave --only, --minutes out"),
     ],

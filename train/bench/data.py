@@ -71,27 +71,21 @@ def simulate(source: Source, first: int, steps: int, batch: int, sleep: float) -
     return waits[1:]
 
 
-def measure(sources: dict[str, Source], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row per source, number of readers and rate. waiting, copying: shares of the time; worst: longest wait, in seconds."""
-    rows = []
+def measure(sources: dict[str, Source], args: argparse.Namespace) -> list[list[Any]]:
+    """A line of the table per source, number of readers and rate."""
+    lines, images = [], args.steps * args.batch
     for name, source in sources.items():
         source.split.keep = False
-        # every row reads other samples, as long as there are any
-        place = itertools.count(0, (args.steps + 2) * args.batch)
+        # every line reads other samples, as long as there are any
+        place = itertools.count(0, images + 2 * args.batch)
         for readers, rate in [*((readers, math.inf) for readers in args.readers), *((READERS, rate) for rate in args.rate)]:
             source.split.readers = ThreadPoolExecutor(readers)
             waits = simulate(source, next(place), args.steps, args.batch, args.batch / rate)
             waiting, copying = map(sum, zip(*waits, strict=True))
-            whole = waiting + copying + args.steps * args.batch / rate
-            row = {"source": name, "readers": readers, "rate": rate, "per_second": args.steps * args.batch / whole}
-            rows.append(row | {"waiting": waiting / whole, "copying": copying / whole, "worst": max(waits)[0]})
-    return rows
-
-
-def cells(row: dict[str, Any]) -> list[Any]:
-    rate = "as fast as it can" if row["rate"] == math.inf else number(row["rate"])
-    waits = [f"{row['waiting']:.1%}", f"{1000 * row['worst']:,.1f}", f"{row['copying']:.1%}"]
-    return [row["source"], row["readers"], rate, number(row["per_second"]), *waits]
+            whole, asked = waiting + copying + images / rate, "as fast as it can" if rate == math.inf else number(rate)
+            times = [f"{waiting / whole:.1%}", f"{1000 * max(waits)[0]:,.1f}", f"{copying / whole:.1%}"]
+            lines.append([name, readers, asked, number(images / whole), *times])
+    return lines
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     if args.overrides and args.model is None:
         parser.error(f"{args.overrides[0]} has no effect without --model")
-    print(table(HEAD, map(cells, measure(dict(open_sources(args)), args))))
+    print(table(HEAD, measure(dict(open_sources(args)), args)))
     return 0
 
 

@@ -4,8 +4,7 @@ The global batch is that of the preset: more ranks do the same work in smaller p
 processes and take turns: compare the times within one number of ranks.
 
 Times are medians (20th to 80th percentile) of whole steps, with reading data. MiB per rank: tensors alive between two steps that the
-engine added (weights, moments, averages). forced: time of EDM2's forced weight normalisation, with communication, over that of a step.
-local: plain torch, without DeepSpeed.
+engine added (weights, moments, averages). local: plain torch, without DeepSpeed.
 """
 
 import argparse
@@ -80,28 +79,17 @@ class Trained:
         for ema in self.averages.values():
             ema.update(self.task.engine.shards(), self.first, self.settings.batch)
 
-    def force(self, _: int) -> None:
-        """Force the weights once more after the step, which changes only the last digits."""
-        self.task.engine.force_weights(self.task.normalised)
-
 
 def measure(model: str, overrides: list[str], rounds: int, out: Path) -> None:
     """Run on every rank: the engines take turns. Rank 0 writes its rows to `out`."""
     rank, _, ranks = world()
     engines = {kind: Trained(model, kind, overrides, rank, ranks) for kind in (KINDS if ranks == 1 else KINDS[1:])}
-    turns: dict[Any, Turn] = {}
-    for kind, each in engines.items():
-        turns[kind, "step"] = Turn(each.step, rounds)
-        if each.task.normalised:
-            turns[kind, "forced"] = Turn(each.force, rounds)
+    turns = {kind: Turn(each.step, rounds) for kind, each in engines.items()}
     take_turns(turns, own_device())
     rows: dict[str, Row] = {}
     for kind, each in engines.items():
-        row = spread(turns[kind, "step"].times) | {"memory": each.memory}
-        row["images"] = 1000 * each.settings.batch / row["ms"]
-        if each.task.normalised:
-            row["forced"] = spread(turns[kind, "forced"].times)["ms"] / row["ms"]
-        rows[kind] = row
+        row = spread(turns[kind].times) | {"memory": each.memory}
+        rows[kind] = row | {"images": 1000 * each.settings.batch / row["ms"]}
     if rank == 0:
         out.write_text(json.dumps(rows))
 
@@ -121,14 +109,13 @@ def launch(model: str, ranks: int, rounds: int, overrides: list[str], folder: Pa
 
 
 def ranks_table(found: dict[int, dict[str, Row]]) -> str:
-    head = ["engine", "ranks", "ms per step (p20–p80)", "time, first of these ranks = 1", "images/s", "MiB per rank", "forced"]
+    head = ["engine", "ranks", "ms per step (p20–p80)", "time, first of these ranks = 1", "images/s", "MiB per rank"]
     lines = []
     for ranks, rows in found.items():
         first = next(iter(rows.values()))["ms"]
         for kind, row in rows.items():
-            forced = f"{100 * row['forced']:.1f} %" if "forced" in row else ""
             numbers = [f"{row['ms'] / first:.2f}", number(row["images"]), f"{row['memory'] / 2**20:.1f}"]
-            lines.append([kind, ranks, time_cell(row), *numbers, forced])
+            lines.append([kind, ranks, time_cell(row), *numbers])
     return table(head, lines)
 
 
