@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mclr.configs.schema import PRESETS, dump, flatten, load
-from mclr.train.cli import PROGRAMS
 from mclr.train.data.write import prepare_images
 from mclr.train.weights.folder import BUNDLED
 
@@ -363,14 +362,6 @@ def test_known_command_lines(place, argv):
 @given(argv=command_lines())
 def test_command_lines(place, counts, argv):
     counts["command lines", check(place, argv)] += 1
-
-
-@cases(30)
-@given(argv=st.lists(st.one_of(st.sampled_from([*PROGRAMS, "trian", "-h", "--help", "--version", ""]), arguments), max_size=3))
-def test_no_program(place, counts, argv):
-    if argv and argv[0] in PROGRAMS and argv[0] in ("train", "evaluate"):
-        argv = [argv[0][:-1], *argv[1:]]
-    counts["no program", check(place, argv)] += 1
 
 
 @pytest.mark.fuzz
