@@ -46,7 +46,7 @@ once; YAML aliases are refused.
 
 ## Settings
 A setting without default is required: presets give most of them. Where a meaning begins with a value or a kind of model, as in
-`heun: ...` or `next_scale: ...`, the setting has an effect only there; elsewhere it must keep its default.
+`heun: ...` or `next_scale: ...`, the setting has an effect only there; most are refused elsewhere.
 Progress is 0 at pure noise or the coarsest scale, and 1 at the data or the finest scale: (4.382 - ln sigma) / 10.597 for diffusion,
 k / (K - 1) for scale k of K. `edm2` networks are diffusion models, `var` networks next_scale models.
 """

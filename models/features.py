@@ -59,7 +59,10 @@ class NoiseClassifier(nn.Module):
     def forward(self, x_noisy_RCHW: Tensor, sigma_R: Tensor) -> Tensor:
         sigma_R = sigma_R.float()
         c_in_R = (sigma_R.square() + self.config.sigma_data**2).rsqrt()
-        waves_RE = waves(sigma_R.log() / 4, self.config.emb_channels).to(self.embed_1.weight.dtype)
+        # cos and sin of c_noise, which spans less than 3, at frequencies from 1 to 16
+        frequency_F = torch.logspace(0, math.log10(16), self.config.emb_channels // 2, device=sigma_R.device)
+        phase_RF = (sigma_R.log() / 4)[:, None] * frequency_F
+        waves_RE = torch.cat([phase_RF.cos(), phase_RF.sin()], dim=1).to(self.embed_1.weight.dtype)
         emb_RE = F.silu(self.embed_2(F.silu(self.embed_1(waves_RE))))
         x_RCHW = (x_noisy_RCHW.float() * c_in_R[:, None, None, None]).to(self.embed_1.weight.dtype)
         return self.head(self.trunk(x_RCHW, emb_RE)).float()
@@ -129,10 +132,3 @@ class Block(nn.Module):
             scale_RD11, shift_RD11 = self.modulation(emb_RE)[:, :, None, None].chunk(2, dim=1)
             h_RDHW = h_RDHW * (1 + scale_RD11) + shift_RD11
         return self.skip(x_RDHW) + self.conv_2(F.silu(h_RDHW))
-
-
-def waves(t_R: Tensor, emb_channels: int) -> Tensor:
-    """cos and sin of t at emb_channels / 2 frequencies from 1 to 16, [R, emb_channels]; t = ln(sigma) / 4 spans less than 3."""
-    frequency_F = torch.logspace(0, math.log10(16), emb_channels // 2, device=t_R.device)
-    phase_RF = t_R[:, None] * frequency_F
-    return torch.cat([phase_RF.cos(), phase_RF.sin()], dim=1)

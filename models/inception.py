@@ -28,11 +28,9 @@ class Inception(nn.Module):
 
     It differs from torchvision's in three ways: average pooling inside a block does not count its padding, the last block pools by
     maximum, and there are 1,008 outputs. sFID reads the first seven channels of mixed_6 (Mixed_6d here), which are its 1x1 branch.
-    The Inception score uses a softmax without the bias.
-    Sources: Heusel et al. 2017 (arXiv 1706.08500), Salimans et al. 2016 (arXiv 1606.03498), Nash et al.
-    2021 (arXiv 2103.03841), and the evaluator of Dhariwal & Nichol 2021 (arXiv 2105.05233).
-    Checked: names and shapes of the port's state dict (pt_inception-2015-12-05-6726825d.pth), pooling, resizing and the layout of the
-    spatial features, by hand. Not checked, since the weights were not at hand: any published FID.
+    The Inception score uses a softmax without the bias. Sources: arXiv 1706.08500 (FID), 1606.03498 (IS), 2103.03841 (sFID), and the
+    evaluator of 2105.05233. Checked: names and shapes of the port's state dict (pt_inception-2015-12-05-6726825d.pth), pooling,
+    resizing and the layout of the spatial features, by hand. Not checked, since the weights were not at hand: any published FID.
     """
 
     def __init__(self) -> None:

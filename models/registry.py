@@ -25,8 +25,8 @@ from mclr.models.options import EDM2Config, ImageClassifierConfig, NoiseClassifi
 class Network:
     """One kind of network.
 
-    place: "module:class", imported when it is asked for; the class takes the config as its one argument and keeps it as `config`. A module
-    whose networks others publish holds PUBLISHED, a models.convert.Published.
+    place: "module:class"; the class takes the config as its one argument and keeps it as `config`. A module whose networks others
+    publish holds PUBLISHED, a models.convert.Published.
     config: dataclass of its options, which does not import torch. about, use: what its model card says, the latter a command.
     paradigm: of generators, diffusion or next_scale: what the network answers as (mclr/diffusion.py, mclr/next_scale.py).
     """
