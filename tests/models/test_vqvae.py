@@ -25,33 +25,26 @@ def published(request):
     net, arrays = published_net(request.param)
     if "image_uint8" in arrays:
         arrays["image"] = arrays.pop("image_uint8") / 127.5 - 1
-    with torch.no_grad():
-        arrays["our_features"] = net.features(arrays["image"])
     return net, arrays
 
 
-def test_features(published):
-    _, arrays = published
-    assert relative_rms(arrays["our_features"], arrays["features"]) < 1e-5
+@torch.no_grad()
+def test_features_codes_f_hat_and_teacher(published):
+    net, arrays = published
+    features = net.features(arrays["image"])
+    tokens_BL, f_hats = net.quantize(features)
+    assert torch.equal(tokens_BL, arrays["codes"])
+    found = {"features": features, "f_hat": f_hats[-1], "teacher_input": net.teacher(arrays["codes"])}
+    assert all(relative_rms(value, arrays[name]) < 1e-5 for name, value in found.items())
 
 
 @torch.no_grad()
-def test_codes_and_f_hat(published):
-    net, arrays = published
-    tokens_BL, f_hats = net.quantize(arrays["our_features"])
-    assert torch.equal(tokens_BL, arrays["codes"])
-    assert relative_rms(f_hats[-1], arrays["f_hat"]) < 1e-5
-
-
-def test_teacher(published):
-    net, arrays = published
-    assert relative_rms(net.teacher(arrays["codes"]), arrays["teacher_input"]) < 1e-5
-
-
 def test_encode_and_decode():
+    """decode takes tokens or their feature map."""
     net, arrays = published_net("vqvae_tiny.npz")
     assert torch.equal(net.encode(arrays["image"]), arrays["codes"])
     image = net.decode(arrays["codes"])
+    assert torch.equal(net.decode(net.replay(arrays["codes"])[0]), image)
     assert relative_rms(image, arrays["reconstruction"]) < 1e-5
     assert image.abs().max() == 1, "the clamp has nothing to do here, so this test could not see it"
 
@@ -76,12 +69,6 @@ def test_a_blend_of_codes_adds_up_like_its_codes():
     for shares, weight in ((one, 1.0), (0.3 * one + 0.7 * other, 0.3)):
         for blended, a, b in zip(net.advance(start, shares, 1), f_one, f_other, strict=True):
             assert relative_rms(blended, weight * a + (1 - weight) * b) < 1e-5
-
-
-@torch.no_grad()
-def test_decode_takes_tokens_or_their_feature_map():
-    net, arrays = published_net("vqvae_tiny.npz")
-    assert torch.equal(net.decode(net.replay(arrays["codes"])[0]), net.decode(arrays["codes"]))
 
 
 def digit_batch():
