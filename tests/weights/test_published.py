@@ -132,7 +132,7 @@ CONTRADICTIONS = {
     "another option": ({"skip_mode": "cat"}, {}, "records the option 'skip_mode', which this EDM2 does not have"),
     "another filter": ({"resample_filter": [1, 3, 3, 1]}, {}, "records another resample_filter"),
     "heads of width 0": ({"channels_per_head": 0}, {}, "records a channels_per_head that no EDM2 has"),
-    "no heads": ({"channels_per_head": 24}, {}, "channels_per_head 24 does not divide"),
+    "no heads": ({"channels_per_head": 24}, {}, "channels_per_head=24 must divide the 64 channels"),
     "dropout": ({"dropout": 1.5}, {}, "records a dropout that no EDM2 has"),
     "nan": ({"sigma_data": float("nan")}, {}, "records a sigma_data that no EDM2 has"),
     "overflow": ({"clip_act": 1 << 2000}, {}, "records a clip_act that no EDM2 has"),
