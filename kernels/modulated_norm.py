@@ -219,7 +219,11 @@ def _gradients(
     dout = None if dout is None else dout.contiguous()
     y, gate = (None, None) if y is None or gate is None else (y.contiguous(), _dense(gate))
     first = None if first is None else first.contiguous()
-    order, offset = (None, None) if index is None else _grouped(index, samples)
+    order = offset = None
+    if index is not None:
+        # rows sorted by sample, then by row; the place where the rows of each sample begin, and the end
+        sorted_index, order = index.sort(stable=True)
+        offset = torch.searchsorted(sorted_index, torch.arange(samples + 1, device=index.device))
     dx, dfirst, dy, _ = _new_gradients(x, first, y, gate, scale, index, mean, rstd, dh, dout, samples)
     block = power_of_2(D, least=32)
     # about 1024 programs: several per multiprocessor, but few partial sums
@@ -231,12 +235,6 @@ def _gradients(
     given = (x, first, y, gate, scale, mean, rstd, dh, dout, order, offset, dx, dfirst, dy, partial, *strides, L, D, tokens, sums)
     launch(_backward, (samples, programs), *given, BLOCK=block, warps=_warps(block))
     return dx, dfirst, dy, partial.sum(1)
-
-
-def _grouped(index: Tensor, samples: int) -> tuple[Tensor, Tensor]:
-    """(rows sorted by sample, then by row; the place where the rows of each sample begin, and the end)."""
-    sorted_index, order = index.sort(stable=True)
-    return order, torch.searchsorted(sorted_index, torch.arange(samples + 1, device=index.device))
 
 
 @_gradients.register_fake

@@ -203,25 +203,20 @@ def results(function: Callable[..., Any], inputs: dict[str, Any], seed: int = 1)
     return {name: t.double().cpu() for name, t in found.items()}
 
 
-@contextmanager
-def poisoned() -> Iterator[None]:
-    """Fill new memory with NaN, as torch's deterministic mode does: memory that is read before it is written then shows."""
-    before = torch.get_deterministic_debug_mode()
-    torch.set_deterministic_debug_mode("warn")
-    try:
-        yield
-    finally:
-        torch.set_deterministic_debug_mode(before)
-
-
 def compare(op: Op, inputs: dict[str, Any], dtype: torch.dtype, kernels: str = "triton") -> list[str]:
     """Compare op.run in the mode `kernels` with the definition in fp64: a line for every output and gradient that is wrong.
 
     dtype: selects the tolerance. Errors are relative: RMS of the difference over RMS of the definition.
     """
     expected = results(op.definition, moved(inputs, lambda t: t.cpu().double() if t.is_floating_point() else t.cpu()))
-    with using(kernels), poisoned():
-        found = results(op.run, inputs)
+    before = torch.get_deterministic_debug_mode()
+    # this mode fills new memory with NaN: memory that is read before it is written then shows
+    torch.set_deterministic_debug_mode("warn")
+    try:
+        with using(kernels):
+            found = results(op.run, inputs)
+    finally:
+        torch.set_deterministic_debug_mode(before)
     wrong = []
     for name, true in expected.items():
         off, scale = (found[name] - true).square().mean().sqrt().item(), true.square().mean().sqrt().item()

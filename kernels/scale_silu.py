@@ -18,15 +18,22 @@ def definition(x_RNHW: Tensor, scale_RN: Tensor) -> Tensor:
 
 
 @jit
-def _forward(x_ptr, scale_ptr, out_ptr, N, P, stride_n, stride_p, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
+def _inputs(x_ptr, scale_ptr, N, P, stride_n, stride_p, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
+    """(row, channels, offsets of this program's elements, mask of those inside, x, scale), both fp32."""
     row = tl.program_id(2).to(tl.int64)
     first = tl.program_id(1) * BLOCK_N
     channel, pixel = first + tl.arange(0, BLOCK_N), tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     place, inside = tile(first, pixel, N, P, stride_n, stride_p, BLOCK_N)
     scale = tl.load(scale_ptr + row * N + channel, mask=channel < N, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + row * N * P + place, mask=inside, other=0.0).to(tl.float32)
-    out, _ = silu(x * scale[:, None])
-    tl.store(out_ptr + row * N * P + place, out.to(out_ptr.dtype.element_ty), mask=inside)
+    return row, channel, row * N * P + place, inside, x, scale[:, None]
+
+
+@jit
+def _forward(x_ptr, scale_ptr, out_ptr, N, P, stride_n, stride_p, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr):
+    _, _, place, inside, x, scale = _inputs(x_ptr, scale_ptr, N, P, stride_n, stride_p, BLOCK_N, BLOCK_P)
+    out, _ = silu(x * scale)
+    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @jit
@@ -34,16 +41,11 @@ def _backward(
     x_ptr, scale_ptr, upstream_ptr, dx_ptr, part_ptr, N, P, stride_n, stride_p, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr
 ):
     """part: sums over the pixels of one program, [R, programs along P, N]."""
-    row = tl.program_id(2).to(tl.int64)
-    first = tl.program_id(1) * BLOCK_N
-    channel, pixel = first + tl.arange(0, BLOCK_N), tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    place, inside = tile(first, pixel, N, P, stride_n, stride_p, BLOCK_N)
-    scale = tl.load(scale_ptr + row * N + channel, mask=channel < N, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + row * N * P + place, mask=inside, other=0.0).to(tl.float32)
-    upstream = tl.load(upstream_ptr + row * N * P + place, mask=inside, other=0.0).to(tl.float32)
-    _, slope = silu(x * scale[:, None])
+    row, channel, place, inside, x, scale = _inputs(x_ptr, scale_ptr, N, P, stride_n, stride_p, BLOCK_N, BLOCK_P)
+    upstream = tl.load(upstream_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    _, slope = silu(x * scale)
     dh = upstream * slope
-    tl.store(dx_ptr + row * N * P + place, (dh * scale[:, None]).to(dx_ptr.dtype.element_ty), mask=inside)
+    tl.store(dx_ptr + place, (dh * scale).to(dx_ptr.dtype.element_ty), mask=inside)
     part = (row * tl.num_programs(0) + tl.program_id(0)) * N + channel
     tl.store(part_ptr + part, tl.sum(dh * x, axis=1), mask=channel < N)
 

@@ -240,15 +240,16 @@ def draw(task: Task, gamma: Schedule, precision: str, images: int, _: int = 0) -
 def measure_sampling(
     task: Task, guided: Schedule, precisions: list[str], arms: list[str], rounds: int, images: int
 ) -> dict[tuple[str, str], tuple[float, float]]:
-    """(precision, arm) -> median ms of a sampling call (without guidance, with guidance). The task cannot be trained afterwards."""
+    """(precision, arm) -> images per second (without guidance, with guidance). The task cannot be trained afterwards."""
     # `mclr sample` folds, too
     fold(task.engine.net)
-    turns: dict[Any, Turn] = {}
-    for precision, arm, gamma in product(precisions, arms, (NONE, guided)):
-        turns[precision, arm, gamma] = Turn(partial(draw, task, gamma, precision, images), rounds, ARMS[arm], warm_up=1)
+    turns = {
+        (precision, arm, gamma): Turn(partial(draw, task, gamma, precision, images), rounds, ARMS[arm], warm_up=1)
+        for precision, arm, gamma in product(precisions, arms, (NONE, guided))
+    }
     take_turns(turns, task.device)
-    medians = {key: spread(turn.times)["ms"] if turn.times else math.nan for key, turn in turns.items()}
-    return {key: (medians[*key, NONE], medians[*key, guided]) for key in product(precisions, arms)}
+    rate = {key: 1000 * images / spread(turn.times)["ms"] if turn.times else math.nan for key, turn in turns.items()}
+    return {key: (rate[*key, NONE], rate[*key, guided]) for key in product(precisions, arms)}
 
 
 def measure_model(model: str, args: argparse.Namespace, device: torch.device) -> None:
@@ -257,12 +258,11 @@ def measure_model(model: str, args: argparse.Namespace, device: torch.device) ->
     precisions = args.precision or (["fp32"] if digits else ["fp32", "bf16"])
     rounds = args.rounds or (20 if digits or gpu else 3)
     few = [] if digits else [f"{key}={32 if gpu else 1}" for key in ("train.batch", "sample.batch")]
-    overrides = [*few, *args.overrides]
     objectives = args.objective or (list(OBJECTIVES) if digits else [PAIR])
     if "compiled" in args.arms:
         torch.compiler.reset()
         compile_every_length()
-    built = {objective: build(model, objective, overrides, device) for objective in objectives}
+    built = {objective: build(model, objective, [*few, *args.overrides], device) for objective in objectives}
     task, config = built[objectives[0]]
     batch, machine = config.train.batch, torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()} threads"
     peaks = ", ".join(f"{flops_per_second(device, each) / 1e12:.3g} TFLOP/s in {each}" for each in precisions)
@@ -273,24 +273,25 @@ def measure_model(model: str, args: argparse.Namespace, device: torch.device) ->
         # the time does not depend on the weight of guidance
         images, guided = config.sample.batch, build_schedule(config.sample.schedule, 1.5)
         found = measure_sampling(task, guided, precisions, arms, rounds, images)
-        lines = [[*key, *(number(1000 * images / ms) for ms in both), f"{both[0] / both[1]:.2f}"] for key, both in found.items()]
+        lines = [[*key, number(plain), number(both), f"{both / plain:.2f}"] for key, (plain, both) in found.items()]
         print(f"\nSampling {images} at a time:\n\n{table(SAMPLING, lines, left=2)}")
     print(flush=True)
 
 
-def arguments(argv: list[str] | None, gpu: bool) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> int:
+    gpu = torch.cuda.is_available()
     parser = Parser("python -m train.bench.step", description=__doc__, epilog=EXAMPLE)
     several: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
     arms = ["eager", "ours", "compiled"] if gpu else ["eager"]
     objectives = f"of %(choices)s; quote those of several words (default: all; at full size {PAIR})"
-    count: dict[str, Any] = {"type": above_0(int), "metavar": "N"}
     add = parser.add_argument
     add("overrides", nargs="*", metavar="section.key=value", help="settings of every row, as train.batch=8; give them first")
     add("--model", choices=[*DIGITS, *FULL], default=DIGITS, help="of %(choices)s (default: the two on digits)", **several)
     add("--objective", choices=OBJECTIVES, help=objectives, **several)
     add("--arms", choices=ARMS, default=arms, help=f"of %(choices)s (default here: {' '.join(arms)})", **several)
     add("--precision", choices=["fp32", "bf16"], help="of %(choices)s (default: fp32; at full size both)", **several)
-    add("--rounds", help="steps and samplings of every row (default: 20; at full size on a CPU 3)", **count)
+    rounds = "steps and samplings of every row (default: 20; at full size on a CPU 3)"
+    add("--rounds", type=above_0(int), metavar="N", help=rounds)
     add("--sampling", action="store_true", help="measure the sampler, too")
     args = parser.parse_intermixed_args(argv)
     for override in args.overrides:
@@ -298,12 +299,7 @@ def arguments(argv: list[str] | None, gpu: bool) -> argparse.Namespace:
             parser.error(f"{override}: use --arms and --precision in its place (--arms ours: with our kernels)")
     if "ours" in args.arms and not gpu:
         parser.error("--arms ours needs a GPU: on a CPU it would do the same as eager")
-    return args
-
-
-def main(argv: list[str] | None = None) -> int:
-    gpu = torch.cuda.is_available()
-    args, device = arguments(argv, gpu), torch.device("cuda" if gpu else "cpu")
+    device = torch.device("cuda" if gpu else "cpu")
     for model in args.model:
         try:
             measure_model(model, args, device)
