@@ -59,19 +59,6 @@ def test_small_and_large_numbers(op, scale, kernels):
 
 
 @both
-def test_a_single_channel_is_its_sign(kernels):
-    x = image(2, 1, 3, 2)
-    with using(kernels):
-        n, s = norm_silu(x)
-        (dx,) = torch.autograd.grad((n, s), x, (torch.ones_like(n), torch.ones_like(s)))
-    torch.testing.assert_close(n, x.detach() / (EPS + x.detach().abs()))
-    h = n.detach().double().requires_grad_()
-    (slope,) = torch.autograd.grad((torch.nn.functional.silu(h) / SILU).sum(), h)
-    # almost nothing of 1 + slope is left, since the sign does not change
-    torch.testing.assert_close(dx, ((1 + slope) * EPS / (EPS + x.detach().abs()) ** 2).float(), rtol=0, atol=1e-5)
-
-
-@both
 def test_either_output_may_go_unused(kernels):
     x = image(2, 6, 2, 2)
     with using(kernels):
@@ -133,8 +120,6 @@ X = torch.ones(2, 3, 4, 5)
     [
         (lambda: norm_silu(X[0]), "x: 3 dimensions, not 4"),
         (lambda: norm_silu(X.int()), "x: dtype torch.int32"),
-        (lambda: norm_silu(X[:0]), r"x: shape \(0, 3, 4, 5\) holds nothing"),
-        (lambda: scale_silu(X[0], X[0]), "x: 3 dimensions, not 4"),
         (lambda: scale_silu(X, X[0, 0]), r"scale: shape \(4, 5\), not \(2, 3\)"),
         (lambda: scale_silu(X.half(), X[..., 0, 0]), r"scale: dtype torch\.float32, not one of torch\.float16"),
         (lambda: scale_silu(X, torch.ones(2, 3, device="meta")), "scale: on meta, not on cpu as x"),

@@ -11,10 +11,9 @@ both = pytest.mark.parametrize("kernels", ["torch", "triton"])
 both_forms = pytest.mark.parametrize("gated", [False, True], ids=["alone", "gated"])
 
 
-def drawn(gated, dtype=torch.float32, indexed=0, **shape):
-    form = {"indexed": 1} if indexed else {}
-    shape = {"B": 3, "R": 3, "L": 5, "D": 6} | form | ({"gated": 1} if gated else {}) | shape
-    return OP.draw(shape, dtype, torch.Generator().manual_seed(0))
+def drawn(gated, dtype=torch.float32, indexed=False, **shape):
+    form = dict.fromkeys(["gated"] * gated + ["indexed"] * indexed, 1)
+    return OP.draw({"B": 3, "R": 3, "L": 5, "D": 6} | form | shape, dtype, torch.Generator().manual_seed(0))
 
 
 def with_tokens(inputs, change):

@@ -157,17 +157,6 @@ def test_what_is_kept_for_the_backward():
     assert kept(inputs) == [M * SHAPE["V"]]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_few_logits_and_many_are_the_same(monkeypatch, dtype):
-    """In torch. Of half operands too the logits are fp32: the values agree better than half logits would."""
-    values = []
-    for rows in (1, 1000):
-        monkeypatch.setattr(module, "CPU_LOGITS", rows * SHAPE["V"])
-        assert good(guided(dtype), "torch", dtype)
-        values.append(token_logp(**drawn(dtype)))
-    torch.testing.assert_close(*values, rtol=1e-5, atol=1e-5)
-
-
 class Largest(TorchDispatchMode):
     """The most elements that any tensor has that is made inside."""
 
@@ -191,10 +180,14 @@ def test_without_gradient_there_are_never_all_logits(monkeypatch):
 
 @both
 def test_chunks_of_rows_do_not_show(monkeypatch, kernels):
-    """Some of them of unequal length, some of one row."""
-    for rows in (1, 3, 19):
+    """Some of them of unequal length, some of one row; with all rows in one, torch takes the definition."""
+    values = []
+    for rows in (1, 3, 19, 1000):
         monkeypatch.setattr(module, "CPU_LOGITS", rows * SHAPE["V"])
         assert good(guided(), kernels)
+        # of half operands too the logits are fp32: the values agree better than half logits would
+        values.append(token_logp(**drawn(torch.bfloat16)))
+        torch.testing.assert_close(values[-1], values[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rows", [1, 129, 10_880, 43_520])
@@ -232,10 +225,7 @@ def test_torch_compile_sees_one_graph_of_torch_too():
 REFUSALS = {
     "hidden: 2 dimensions, not 3": {"hidden_RLD": torch.zeros(4, 20)},
     r"weight: shape \(37, 19\), not \(37, 20\)": {"weight_VD": torch.zeros(37, 19)},
-    r"bias: shape \(36,\), not \(37,\)": {"bias_V": torch.zeros(36)},
-    r"tokens: shape \(3, 4\), not \(3, 5\)": {"tokens_BL": torch.zeros(3, 4, dtype=torch.int64)},
     r"index: shape \(3,\), not \(4,\)": {"index_R": torch.zeros(3, dtype=torch.int64)},
-    "hidden: dtype torch.int64, not one of": {"hidden_RLD": torch.zeros(4, 5, 20, dtype=torch.int64)},
     "weight: dtype torch.bfloat16, not torch.float32": {"weight_VD": torch.zeros(37, 20, dtype=torch.bfloat16)},
     "bias: dtype torch.float16, not torch.float32": {"bias_V": torch.zeros(37, dtype=torch.float16)},
     "weight: dtype torch.float32, not torch.float64": {"hidden_RLD": torch.zeros(4, 5, 20, dtype=torch.float64)},
