@@ -3,56 +3,47 @@
 The names are looked up when they are first used: `import mclr` costs no more than torch. Only load and Model reach into train/.
 """
 
-import importlib
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mclr import metrics as metrics
-    from mclr.adapters import PlainSequence as PlainSequence
-    from mclr.adapters import from_denoiser as from_denoiser
-    from mclr.adapters import from_logits as from_logits
-    from mclr.diffusion import Diffusion as Diffusion
-    from mclr.errors import UserError as UserError
-    from mclr.guidance import Guidance as Guidance
-    from mclr.likelihood import Draws as Draws
-    from mclr.likelihood import score as score
-    from mclr.loss import Loss as Loss
-    from mclr.loss import project as project
-    from mclr.next_scale import NextScale as NextScale
-    from mclr.objective import Objective as Objective
-    from mclr.schedule import Schedule as Schedule
-    from mclr.train.sampling.generate import Model as Model
-    from mclr.train.sampling.generate import load as load
+    from mclr import metrics
+    from mclr.adapters import PlainSequence, from_denoiser, from_logits
+    from mclr.diffusion import Diffusion
+    from mclr.errors import UserError
+    from mclr.guidance import Guidance
+    from mclr.likelihood import Draws, score
+    from mclr.loss import Loss, project
+    from mclr.next_scale import NextScale
+    from mclr.objective import Objective
+    from mclr.schedule import Schedule
+    from mclr.train.sampling.generate import Model, load
 
-# public name -> the module that defines it
-PUBLIC = {
-    "load": "mclr.train.sampling.generate",
-    "Model": "mclr.train.sampling.generate",
-    "Loss": "mclr.loss",
-    "Objective": "mclr.objective",
-    "Diffusion": "mclr.diffusion",
-    "NextScale": "mclr.next_scale",
-    "Schedule": "mclr.schedule",
-    "Guidance": "mclr.guidance",
-    "Draws": "mclr.likelihood",
-    "from_denoiser": "mclr.adapters",
-    "from_logits": "mclr.adapters",
-    "PlainSequence": "mclr.adapters",
-    "project": "mclr.loss",
-    "score": "mclr.likelihood",
-    "metrics": "mclr",
-    "UserError": "mclr.errors",
+__all__ = ["Diffusion", "Draws", "Guidance", "Loss", "Model", "NextScale", "Objective", "PlainSequence", "Schedule", "UserError"]
+__all__ += ["from_denoiser", "from_logits", "load", "metrics", "project", "score"]
+# what the block above says, for Python itself
+PLACES = {
+    "adapters": ("PlainSequence", "from_denoiser", "from_logits"),
+    "diffusion": ("Diffusion",),
+    "errors": ("UserError",),
+    "guidance": ("Guidance",),
+    "likelihood": ("Draws", "score"),
+    "loss": ("Loss", "project"),
+    "next_scale": ("NextScale",),
+    "objective": ("Objective",),
+    "schedule": ("Schedule",),
+    "train.sampling.generate": ("Model", "load"),
 }
-__all__ = list(PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in PUBLIC:
-        raise AttributeError(f"module mclr has no attribute {name}")
-    if PUBLIC[name] == "mclr":
-        return importlib.import_module(f"mclr.{name}")
-    return getattr(importlib.import_module(PUBLIC[name]), name)
+    if name == "metrics":
+        return import_module("mclr.metrics")
+    for place, names in PLACES.items():
+        if name in names:
+            return getattr(import_module(f"mclr.{place}"), name)
+    raise AttributeError(f"module mclr has no attribute {name}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *PUBLIC])
+    return sorted([*globals(), *__all__])

@@ -61,12 +61,12 @@ class Loss:
         if objective.needs_reference != (self.reference is not None):
             how = "needs reference=, a frozen copy of" if objective.needs_reference else "takes no reference="
             raise ValueError(f"objective {objective.name} {how} the network before fine-tuning")
-        if not objective.needs_posterior and self.posterior is not None:
-            raise ValueError(f"posterior= has no effect with contrast={objective.contrast}: leave it out")
-        if not diffusion and self.posterior is not None:
-            raise ValueError("posterior= has no effect with tokens, whose posterior comes from the network itself: leave it out")
-        if objective.needs_posterior and diffusion and self.posterior is None:
+        needs_classifier = objective.needs_posterior and diffusion
+        if needs_classifier and self.posterior is None:
             raise ValueError(f"contrast={objective.contrast} needs posterior=, a network classifier(noisy, sigma) -> logits")
+        if not needs_classifier and self.posterior is not None:
+            which = f"contrast={objective.contrast}" if diffusion else "tokens, whose posterior comes from the network itself"
+            raise ValueError(f"posterior= has no effect with {which}: leave it out")
         if self.warmup != 0 and not objective.needs_posterior:
             raise ValueError(f"warmup={self.warmup} is for a posterior that learns; contrast={objective.contrast} has none")
 

@@ -18,10 +18,9 @@ Gaussian = tuple[Tensor, Tensor]  # mean [D] and covariance [D, D]
 
 
 class Moments:
-    """Mean [D] and covariance [D, D] of rows that come a batch at a time, in float64.
+    """Mean [D] and covariance [D, D] of rows that come a batch at a time, in float64 (Chan et al. 1982, eq. 2.1).
 
-    Each batch is summed around its own mean, so that large means cost no digits. Source: Chan et al. 1982, "Updating formulae and a
-    pairwise algorithm for computing sample variances", eq. 2.1.
+    Each batch is summed around its own mean, so that large means cost no digits.
     """
 
     def __init__(self) -> None:
@@ -59,8 +58,8 @@ def frechet_from_moments(mean_a_D: Tensor, cov_a_DD: Tensor, mean_b_D: Tensor, c
 
     Units: feature units squared. Singular covariances are fine. Source: Heusel et al. 2017 (arXiv 1706.08500), eq. 6.
     """
-    mean_a_1D, mean_b_1D = _same_judge(*(_checked(mean_D[None], "means", 1).double() for mean_D in (mean_a_D, mean_b_D)))
-    cov_a_DD, cov_b_DD = (_checked(cov_DD, "covariances", 1).double() for cov_DD in (cov_a_DD, cov_b_DD))
+    mean_a_1D, mean_b_1D = (mean_D.double() for mean_D in _checked_pair(mean_a_D[None], mean_b_D[None], "means", 1))
+    cov_a_DD, cov_b_DD = (cov_DD.double() for cov_DD in _checked_pair(cov_a_DD, cov_b_DD, "covariances", 1))
     # tr (A^1/2 B A^1/2)^1/2 is the sum of the singular values of A^1/2 B^1/2; so no square root of a rounding error is taken.
     overlap = torch.linalg.svdvals(_square_root(cov_a_DD) @ _square_root(cov_b_DD)).sum()
     distance = (mean_a_1D - mean_b_1D).square().sum() + cov_a_DD.trace() + cov_b_DD.trace() - 2 * overlap
@@ -85,10 +84,7 @@ def class_frechet_distance(a: Mapping[int, Gaussian], b: Mapping[int, Gaussian])
 
 
 def neighbour_radii(features_ND: Tensor, k: tuple[int, ...] = NEIGHBOURS, progress: Progress = iter) -> Tensor:
-    """Distance of every row to its k-th neighbour, float64 [N, len(k)], for every k in one pass. N > k; as exact as one distance.
-
-    progress: wraps the chunks of each pass, for a progress bar.
-    """
+    """Distance of every row to its k-th neighbour, float64 [N, len(k)], in one pass over the chunks. N > k; as exact as one distance."""
     features_ND = _checked(features_ND, "features", rows=max(k) + 1)
     radii_NK = torch.empty(len(features_ND), len(k), dtype=torch.float64, device=features_ND.device)
     # Each row is its own nearest neighbour.
@@ -117,7 +113,7 @@ def neighbour_scores(
     Source: Naeem et al. 2020 (arXiv 2002.09797), section 3.2.
     real_radii: neighbour_radii(real, k), where they are known. Every comparison is that of distances computed as differences.
     """
-    real_ND, fake_MD = _checked_pair(real_ND, fake_MD, rows=max(k) + 1)
+    real_ND, fake_MD = _checked_pair(real_ND, fake_MD, "features", rows=max(k) + 1)
     real_N2 = (neighbour_radii(real_ND, k, progress) if real_radii_N2 is None else real_radii_N2).square()
     fake_1M = neighbour_radii(fake_MD, k[:1], progress).square().T
     on_real_M = torch.zeros(len(fake_MD), dtype=torch.bool, device=fake_MD.device)
@@ -141,7 +137,8 @@ def neighbour_scores(
 
 def class_accuracy(prediction: Tensor, c_N: Tensor) -> float:
     """Share of the rows that the judge puts under their own condition. prediction: scores [N, K], or conditions [N]."""
-    _same_rows(prediction, c_N)
+    if c_N.ndim != 1 or len(prediction) != len(c_N) or len(c_N) == 0:
+        raise ValueError(f"conditions {tuple(c_N.shape)} do not go with values {tuple(prediction.shape)}: one per row is needed")
     if not prediction.isfinite().all():
         raise ValueError("the predictions hold non-finite values")
     predicted_N = prediction.argmax(1) if prediction.ndim == 2 else prediction
@@ -167,8 +164,8 @@ def icr(h1_ND: Tensor, h2_ND: Tensor) -> float:
 
     h1, h2: features of two independent views of each image, s + xi_1 and s + xi_2: S_s is the covariance of what the views of an
     image share, S_xi that of what they do not. 1: they share nothing. N >= 2 D; unchanged by any invertible linear map.
-    The trace is debiased for Gaussian features, E[S^-1] = (N - 1) / (N - D - 2) Sigma^-1; so an estimate may exceed 1 a little.
-    Raises ValueError, beside the rest, where the views do not differ in some direction. Source: arXiv 2606.09718; debiasing derived.
+    The trace is debiased for Gaussian features, E[S^-1] = (N - 1) / (N - D - 2) Sigma^-1 (derived); so an estimate may exceed 1 a
+    little. Raises ValueError, beside the rest, where the views do not differ in some direction. Source: arXiv 2606.09718.
     """
     if h1_ND.shape != h2_ND.shape or h1_ND.ndim != 2:
         raise ValueError(f"views {tuple(h1_ND.shape)} and {tuple(h2_ND.shape)} are not two of each image")
@@ -221,17 +218,8 @@ def _recompute(square_BM: Tensor, close_BM: Tensor, a_BD: Tensor, b_MD: Tensor) 
             square[:, j_P] = distance.square()
 
 
-def _same_rows(features: Tensor, c_N: Tensor) -> None:
-    if c_N.ndim != 1 or len(features) != len(c_N) or len(c_N) == 0:
-        raise ValueError(f"conditions {tuple(c_N.shape)} do not go with values {tuple(features.shape)}: one per row is needed")
-
-
-def _checked_pair(real_ND: Tensor, fake_MD: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    return _same_judge(_checked(real_ND, "real features", rows), _checked(fake_MD, "fake features", rows))
-
-
-def _same_judge(a_ND: Tensor, b_MD: Tensor) -> tuple[Tensor, Tensor]:
-    if a_ND.shape[1] != b_MD.shape[1]:
+def _checked_pair(a_ND: Tensor, b_MD: Tensor, name: str, rows: int) -> tuple[Tensor, Tensor]:
+    if _checked(a_ND, f"real {name}", rows).shape[1] != _checked(b_MD, f"fake {name}", rows).shape[1]:
         raise ValueError(f"the two sets have {a_ND.shape[1]} and {b_MD.shape[1]} features; they need the same judge")
     return a_ND, b_MD
 

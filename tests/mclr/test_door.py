@@ -33,9 +33,10 @@ def test_every_public_name_is_there_and_documented(name):
 
 def test_type_checkers_see_the_same_names():
     """Those of the TYPE_CHECKING block, from the same modules."""
-    lines = inspect.getsource(mclr).splitlines()
-    seen = {line.split()[-1]: line.split()[1] for line in lines if line.startswith("    from ") and " as " in line}
-    assert seen == mclr.PUBLIC
+    imports = [line.split(maxsplit=3) for line in inspect.getsource(mclr).splitlines() if line.startswith("    from ")]
+    seen = {place: tuple(names.split(", ")) for _, place, _, names in imports}
+    assert seen == {"mclr": ("metrics",)} | {f"mclr.{place}": names for place, names in mclr.PLACES.items()}
+    assert sorted(sum(seen.values(), ())) == sorted(mclr.__all__)
 
 
 def test_another_name_is_refused():
