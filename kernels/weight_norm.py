@@ -9,10 +9,9 @@ it is u = w / M and, for an upstream gradient G, dw = (G - w <G, w> / (M |w|)) /
 EDM2 makes the weights of one block per launch: gradients then come block by block, and ZeRO reduces them during the backward pass.
 
 One program handles one row. It reads the columns twice, the second time backwards, so that the last ones may still be in the cache.
-One table says which weight a row belongs to; it depends on shapes alone. Another table holds the addresses; it is new at every call.
-The compiler knows nothing about an address from a table and would load 4 bytes at a time. So each program looks at its own row. If
-weight and result are aligned and the fan-in is a multiple of 4, it runs a copy of the code that loads 16 bytes. Other rows (odd
-fan-ins, parameters cut from a flat buffer) run a copy without that.
+One table says which weight a row belongs to; another holds the addresses, and is new at every call. The compiler knows nothing about an
+address from a table and would load 4 bytes at a time. So a program looks at its own row: if weight and result are aligned and the fan-in
+is a multiple of 4, it runs a copy of the code that loads 16 bytes, else a copy without that.
 """
 
 import math

@@ -124,10 +124,8 @@ def test_sampling_is_measured_with_and_without_guidance(model, monkeypatch):
     task, _ = small(model)
     paradigm = replace(task.loss.paradigm, **({"steps": 2} if model.startswith("edm2") else {}))
     task = replace(task, loss=replace(task.loss, paradigm=paradigm))
-    calls = []
-    monkeypatch.setattr(mclr.train.bench.step, "draw", lambda *args: calls.append(args) or draw(*args))
     found = measure_sampling(task, Schedule("ramp", 1.0), ["fp32", "bf16"], ["eager"], 1, 1)
-    assert found.keys() == {("fp32", "eager"), ("bf16", "eager")} and len(calls) == 2 * 2 * 2
+    assert found.keys() == {("fp32", "eager"), ("bf16", "eager")}
     assert all(plain > 0 and guided > 0 for plain, guided in found.values())
     # guidance takes a second forward nearly everywhere, of the same size
     forwards = []
