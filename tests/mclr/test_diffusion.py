@@ -13,16 +13,13 @@ from mclr.schedule import Schedule
 from mclr.solvers import churned_heun, sigma_grid
 
 
-def test_progress_and_sigma_are_inverse():
+def test_progress_and_sigma_are_inverse_and_progress_is_clipped():
     assert sigma_of(0.0) == pytest.approx(80) and sigma_of(1.0) == pytest.approx(0.002)
     assert sigma_of(0.5) == pytest.approx(0.4)  # the geometric mean
     progress = torch.linspace(0, 1, 33, dtype=torch.float64)
     sigma = torch.tensor([sigma_of(p) for p in progress.tolist()], dtype=torch.float64)
     assert (progress_of(sigma) - progress).abs().max() < 1e-12
     assert (sigma.diff() < 0).all()
-
-
-def test_progress_is_clipped():
     assert progress_of(torch.tensor([1000.0, 80.0, 0.002, 1e-5])).tolist() == pytest.approx([0, 0, 1, 1], abs=1e-6)
     assert progress_of(torch.tensor([1e9, 1e-9])).tolist() == [0, 1]
 
@@ -38,16 +35,8 @@ def test_probe_draws_edm2s_noise_law():
     unit = noise / sigma[:, None, None, None]
     assert (unit.mean(0)).abs().max() < error and (unit.var(0) - 1).abs().max() < error * 2**0.5
     assert abs((unit[:, 0, 0, 0] * unit[:, 0, 1, 1]).mean()) < error and abs((unit.mean((1, 2, 3)) * sigma.log()).mean()) < error
-    assert torch.equal(probe.inputs["x"], x_B)
+    assert torch.equal(probe.inputs["x"], x_B) and Diffusion((3, 8, 4), K).dims == 96
     assert probe.progress_BT.shape == (B, 1) and torch.equal(probe.progress_BT[:, 0], progress_of(sigma))
-
-
-def test_a_sample_is_probed_alike_in_any_batch():
-    paradigm, x_B = Diffusion(SHAPE, K), wave(6, *SHAPE).float()
-    whole = paradigm.probe(x_B, Draws(0, [0, 1, 2, 3, 4, 5]))
-    part = paradigm.probe(x_B[2:4], Draws(0, [2, 3]))
-    for name, value in part.inputs.items():
-        assert torch.equal(value, whole.inputs[name][2:4]), name
 
 
 @float64()
@@ -159,10 +148,6 @@ def test_the_guide_is_asked_only_where_its_weight_is_not_zero(schedule, guided):
         return mix(pred, other(x, sigma_B, c_B)[0], weight_B1), None
 
     assert torch.equal(x, paradigm.sample(everywhere, c_B, Guidance(), Draws64(0, [0, 1])))
-
-
-def test_dims():
-    assert Diffusion((3, 8, 4), K).dims == 96
 
 
 @pytest.mark.parametrize("sigma", [0.002, 0.4, 80.0])

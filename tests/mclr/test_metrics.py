@@ -122,12 +122,6 @@ def test_manifold_metrics_equal_brute_force(k, monkeypatch):
     assert both == pytest.approx({**brute_force(real, fake, k), "density": other["density"], "coverage": other["coverage"]})
 
 
-def test_radii_for_several_k_are_those_of_each():
-    rows = draw(30, 3)
-    apart = (rows[:, None] - rows).norm(dim=-1).sort(1).values
-    torch.testing.assert_close(neighbour_radii(rows, (5, 1, 29)), apart[:, [5, 1, 29]], rtol=1e-14, atol=0)
-
-
 def test_manifold_metrics_of_identical_and_disjoint_sets():
     rows = draw(40, 8)
     assert set(neighbour_scores(rows, rows).values()) == {1}
@@ -245,10 +239,7 @@ BROKEN[3, 1] = math.nan
         (lambda: frechet_distance(GOOD, GOOD[0]), r"must be \[rows, features\]"),
         (lambda: class_frechet_distance({0: moments(GOOD), 1: moments(GOOD)}, {0: moments(GOOD)}), "condition 1 is in one set"),
         (lambda: class_frechet_distance({}, {}), "no conditions"),
-        (
-            lambda: frechet_from_moments(torch.ones(2), torch.eye(2) / 0, torch.ones(2), torch.eye(2)),
-            "covariances are not finite",
-        ),
+        (lambda: frechet_from_moments(GOOD[0], BROKEN, GOOD[0], GOOD), "covariances are not finite"),
         (lambda: neighbour_scores(GOOD, GOOD[:3], (3, 2)), "3 rows of fake features; at least 4"),
         (lambda: neighbour_scores(BROKEN, GOOD), "real features are not finite"),
         (lambda: neighbour_scores(GOOD[:5], GOOD), "5 rows of real features; at least 6"),

@@ -120,22 +120,15 @@ def test_without_strength_every_contrast_is_mle_to_the_bit(kind, contrast):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("contrast", CONTRASTS[1:])
+@float64()
 def test_dropped_conditions_are_plain_mle(kind, contrast):
     """No strength, no contrast row, no null row: a sample whose condition was dropped learns the null condition."""
     case, objective = toy(kind), Objective("mclr", contrast, RAMP, truncate=0.0)
-    dropped = case.c_B == K
-    with float64():
-        _, rows = case.ask(objective)
-        assert rows.lam_BT[dropped].eq(0).all() and rows.lam_BT[~dropped].ne(0).any(1).all()
-        sample = dropped.nonzero()[:, 0]
-        assert rows.contrast_BT[sample].eq(sample[:, None]).all()
-        assert not torch.isin(rows.index_R[8 : rows.contrast_BT.max() + 1], sample).any()
-        assert torch.equal(case.loss(objective)[dropped], case.loss(MLE)[dropped])
-        case.net = Counted(case.net)
-        case.loss(objective)
-    if contrast == "null":
-        assert case.net.calls == [(7, False), (8, True)]
-        assert case.net.conditions[0] == [K] * 7
+    (_, rows), dropped = case.ask(objective), case.c_B == K
+    assert rows.lam_BT[dropped].eq(0).all() and rows.lam_BT[~dropped].ne(0).any(1).all()
+    sample = dropped.nonzero()[:, 0]
+    assert rows.contrast_BT[sample].eq(sample[:, None]).all() and not torch.isin(rows.index_R[8:], sample).any()
+    assert torch.equal(case.loss(objective)[dropped], case.loss(MLE)[dropped])
 
 
 def draw(contrast: str, c: int, u: float, p: list[float], truncate: float) -> tuple[int, float]:
