@@ -16,7 +16,9 @@ class Engine(Section):
         0, "Stage of DeepSpeed's ZeRO. 0: nothing is sharded; 1: optimizer; 2: gradients too; 3: weights too", ge=0, le=3
     )
     offload: bool = setting(False, "ZeRO 1 to 3: keep the optimizer's fp32 weights and moments in host memory")
-    precision: Literal["fp32", "bf16"] = setting("fp32", "Precision of matrix products; weights are always fp32")
+    precision: Literal["fp32", "bf16"] = setting(
+        "fp32", "Precision of matrix products, fp32 or the faster bf16; weights are always fp32"
+    )
     gradient_clipping: NotNegative = setting(0.0, "Largest norm of the gradient; 0: no clipping")
     activation_checkpointing: bool = setting(False, "Compute the activations of every block again in the backward pass")
     compile: bool = setting(False, "Compile every block with torch.compile")

@@ -39,12 +39,15 @@ def fits(value: Any, hint: Any) -> bool:
 class Posterior(Section):
     """The noise-conditional classifier p(c | x_t) of the contrasts posterior and weighted."""
 
-    weights: str | None = setting(None, "Weights of the classifier; null: trained from scratch with the run")
+    weights: str | None = setting(
+        None,
+        "Weights of the classifier of noisy images, for contrast posterior or weighted; null: it learns with the run",
+    )
     backbone: str | None = setting(None, "A ConvNeXt by timm's name, for sides of 16 or more; null: our small network")
     channels: Size = setting(32, "Width of our small network")
     lr: Positive = setting(0.001, "Learning rate of the classifier")
     warmup_images: Whole = setting(
-        0, "From scratch: images that train the classifier first, while the network learns by maximum likelihood"
+        0, "weights=null: images that train the classifier first, while the network learns by maximum likelihood"
     )
 
 

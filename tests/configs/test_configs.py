@@ -11,7 +11,9 @@ import pytest
 
 from mclr.configs import page, schema
 from mclr.configs.schema import PRESETS, RunConfig, dump, flatten, from_dict, load, load_resolved
+from mclr.configs.schema.config import settings_of
 from mclr.errors import UserError
+from mclr.models.registry import NETWORKS
 from mclr.schedule import Schedule
 
 
@@ -352,9 +354,13 @@ def test_a_recipe_is_no_model():
 
 
 def test_the_page_of_settings_is_fresh():
-    """`make settings` writes it; every setting is on it, with its meaning."""
+    """`make settings` writes it; every setting is on it, with its meaning and that of each of its values."""
     text = page.PAGE.read_text()
     assert text == page.page() and len(text.splitlines()) <= 200
+    for key, setting in (pair for kind in ("edm2", "var") for pair in settings_of(NETWORKS[kind]).items()):
+        assert "|" not in setting.get("description", "") and all(
+            str(v) in setting["description"] for v in setting.get("enum", ())
+        ), key
     keys = {key for model in ("edm2-digits", "var-digits") for key in flatten(load(model, "mclr", "digits", "local", []))}
     assert {key for key in keys if f"| `{key}` |" not in text} == {key for key in keys if key.startswith("sample.schedule.")}
 

@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -370,16 +369,3 @@ def test_command_lines(place, counts, argv):
 def test_every_kind_of_file_as_an_argument(place, counts, option, name):
     argv = ["train", "--dry-run", *(["--model", "edm2-digits"] if option != "--model" else []), option, name]
     counts["kinds of files", check(place, argv)] += 1
-
-
-def process(argv: list[str]) -> tuple[int, str, str]:
-    """`mclr ARGV` in a process of its own; train/run.py by its path half of the time."""
-    program = [str(ROOT / "train/run.py"), *argv[1:]] if argv[0] == "train" and len(argv) % 2 else ["-m", "mclr.train.cli", *argv]
-    ran = subprocess.run([sys.executable, *program], capture_output=True, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    return ran.returncode, ran.stdout.decode(), ran.stderr.decode()
-
-
-@cases(20)
-@given(argv=command_lines())
-def test_processes(place, counts, argv):
-    counts["processes", check(place, argv, process)] += 1

@@ -102,13 +102,9 @@ def fit(net: torch.nn.Module, inputs: tuple, c: torch.Tensor, steps: int) -> tor
     return net(*inputs).argmax(1)
 
 
-def test_judge_learns_digits_by_heart():
+def test_classifiers_learn_digits_by_heart():
     image, c = digits(40)
     assert torch.equal(fit(ImageClassifier(DIGITS), (image,), c, 40), c)
-
-
-def test_noise_classifier_learns_noisy_digits_by_heart():
-    image, c = digits(40)
     draws = Draws(0, list(range(40)))
     sigma = (draws.normal() * 1.2 - 1.2).exp()
     noisy = image + sigma[:, None, None, None] * draws.normal(1, 8, 8)
