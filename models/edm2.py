@@ -43,7 +43,7 @@ class EDM2(nn.Module):
         super().__init__()
         self.config = config
         if misfit := next(config.misfits(config, config.img_resolution), ""):
-            raise UserError(f"{misfit}: give {misfit.replace(':', '=').partition('=')[0]}=...")
+            raise UserError(f"{misfit}: give {misfit.replace(':', '=').partition('=')[0]}=... to `mclr convert`")
         unit, resolutions = config.model_channels, [config.img_resolution >> i for i in range(len(config.channel_mult))]
         levels = [
             (f"{resolution}x{resolution}", unit * mult, resolution in config.attn_resolutions)

@@ -112,7 +112,9 @@ def test_an_edm2_of_unusual_widths_is_recognised(tmp_path, capsys):
     save_weights(tmp_path / "ours", net)
     assert convert_(tmp_path / "ours", tmp_path / "out.pth") == 0
     assert convert_(tmp_path / "out.pth", tmp_path / "again") == 2
-    assert "64 must divide the 32 channels" in (err := capsys.readouterr().err) and err.endswith("give channels_per_head=...\n")
+    assert "64 must divide the 32 channels" in (err := capsys.readouterr().err) and err.endswith(
+        "give channels_per_head=... to `mclr convert`\n"
+    )
     assert convert_(tmp_path / "out.pth", tmp_path / "again", "channels_per_head=32") == 0
     assert load_net(str(tmp_path / "again"), "edm2").config == config
 

@@ -112,9 +112,13 @@ def check_tokens(config: Any) -> None:
     """Raises UserError where what the file of a VAR or VQVAE does not show is missing or does not fit."""
     key = "patch_nums" if isinstance(config, VARConfig) else "scales"
     if isinstance(config, VARConfig | VQVAEConfig) and not getattr(config, key):
-        raise UserError(f"the sides of its scales are none of the published ones: give them, as in '{key}=[1, 2, 3, 4]'")
+        raise UserError(
+            f"the sides of its scales are none of the published ones: give them to `mclr convert`, as in '{key}=[1, 2, 3, 4]'"
+        )
     if isinstance(config, VARConfig) and (config.num_heads < 1 or config.embed_dim % config.num_heads):
-        raise UserError(f"{config.num_heads} heads cannot share a width of {config.embed_dim}: give num_heads=...")
+        raise UserError(
+            f"{config.num_heads} heads cannot share a width of {config.embed_dim}: give num_heads=... to `mclr convert`"
+        )
 
 
 def changed(config: Any, setting: str) -> Any:
