@@ -30,6 +30,7 @@ Time of a step = FLOPs / (peak x MFU) + sent / (REACHED x link), without overlap
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -197,8 +198,15 @@ def seconds_per_step(model: Model, ranks: int, micro_batch: int, gpu: GPU) -> fl
 
 def largest_that_fits(model: Model, ranks: int, memory: float) -> int | None:
     """The largest micro-batch whose bytes are no more than `memory`; None where not even the smallest fits."""
-    fitting = (n for n in reversed(rank_shares(model.config, ranks)) if memory_of(model, ranks, n).total <= memory)
-    return next(fitting, None)
+
+    def without_gradients(micro_batch: int) -> float:
+        taken = memory_of(model, ranks, micro_batch)
+        return taken.total - taken.gradients
+
+    sizes = rank_shares(model.config, ranks)
+    # only the gradients may shrink where a micro-batch grows
+    sizes = sizes[: bisect_right(sizes, memory, key=without_gradients)]
+    return next((n for n in reversed(sizes) if memory_of(model, ranks, n).total <= memory), None)
 
 
 def way_out(config: RunConfig, ranks: int) -> str:
