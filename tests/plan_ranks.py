@@ -1,4 +1,4 @@
-"""What the launcher runs for tests/test_plan.py: what tensors and collectives of a training step take, at every ZeRO stage.
+"""What the launcher runs for tests/planning/test_plan.py: what tensors and collectives of a training step take, at every ZeRO stage.
 
 plan_ranks.py DIGITS TOKENIZER OUT: a dataset folder, a weights folder, a new folder; rank 0 leaves OUT/results.json there.
 """
@@ -181,6 +181,8 @@ def every_model(digits, tokenizer, out):
 
 def main(_):
     torch.set_num_threads(1)
+    # live() need not look through the modules that are imported
+    gc.freeze()
     count_collectives()
     with group(True):
         every_model(*map(Path, [word for word in sys.argv[1:] if not word.startswith("--local_rank")]))

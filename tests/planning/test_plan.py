@@ -18,7 +18,7 @@ from mclr.train.training.launch import rank_shares
 from mclr.train.training.step import train_step
 
 
-@pytest.fixture(scope="module", params=[1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))])
 def ranks(request, digits, tokenizer, tmp_path_factory):
     """(number of ranks, what tests/plan_ranks.py found on them)."""
     return request.param, results_of("plan_ranks.py", request.param, tmp_path_factory.mktemp("ranks"), digits, tokenizer)
@@ -77,6 +77,13 @@ def test_numbers_of_images_that_are_not_counted(tokenizer):
     planned = model_of(planned_run("var-digits", tokenizer, "engine.activation_checkpointing=true", "engine.precision=bf16"))
     for images in (24, 100):
         assert planned.activations(images, False) == pytest.approx(planned.measured(images, False)[1], rel=0.1)
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_two_and_three_blocks_tell_of_all(tokenizer, checkpointing):
+    more = ("model.net.depth=5", f"engine.activation_checkpointing={checkpointing}")
+    planned = model_of(planned_run("var-digits", tokenizer, *more))
+    assert planned.measured(2, False) == planned._measured(2, False)
 
 
 def test_activation_checkpointing_saves_memory(tokenizer):
