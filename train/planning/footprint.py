@@ -128,7 +128,7 @@ class Model:
         )
 
     def _of_all_blocks(self, measure: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
-        """What `measure` finds of the network. After the first one, blocks of equal weights add the same each: it looks at 2 and 3 of them."""
+        """What `measure` finds of the network: where all blocks are alike, found with 2 and 3 of them, since each further one adds the same."""
         blocks = getattr(self.net, "blocks", None)
         if not isinstance(blocks, nn.ModuleList) or len({tuple(p.shape for p in block.parameters()) for block in blocks}) > 1:
             return measure()
