@@ -177,7 +177,12 @@ def test_missing_and_foreign_weights_are_one_line(small_dinov2, inception, tmp_p
     short = tmp_path / "short.pth"
     torch.save({name: t for name, t in inception.net.state_dict().items() if name != "fc.weight"}, short)
     for name, weights, message in [
-        ("dinov2", None, r"\(no route\): download https://\S*, and give its path instead by --judge-weights \(or https://\S*\)$"),
+        (
+            "dinov2",
+            None,
+            r"^judge dinov2 needs dinov2_vitl14_pretrain.pth, which cannot be fetched \(no route\): download it \(https://\S*\), "
+            "give it by --judge-weights FILE$",
+        ),
         (
             "inception",
             None,

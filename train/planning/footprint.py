@@ -128,7 +128,7 @@ class Model:
         )
 
     def _of_all_blocks(self, measure: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
-        """What `measure` finds of the network: where all blocks are alike, found with 2 and 3 of them, since each further one adds the same."""
+        """What `measure` finds of the network. Each further block adds the same where all are alike: then it looks at 2 and 3 of them."""
         blocks = getattr(self.net, "blocks", None)
         if not isinstance(blocks, nn.ModuleList) or len({tuple(p.shape for p in block.parameters()) for block in blocks}) > 1:
             return measure()

@@ -73,7 +73,15 @@ def open_judge(name: str, weights: Path | None) -> Judge:
     Raises UserError if weights are missing or do not fit the network.
     """
     if name == "dinov2":
-        path = weights or _fetch_dinov2()
+        try:
+            path = weights or fetch(DINOV2)
+        except UserError as error:
+            reason = str(error.__cause__ or error).strip().partition("\n")[0]
+            file = DINOV2_FILE.rpartition("/")[2]
+            raise UserError(
+                f"judge dinov2 needs {file}, which cannot be fetched ({reason}): download it ({DINOV2_FILE}), "
+                "give it by --judge-weights FILE"
+            ) from error
         net = dinov2(read_state_dict(path), path)
         features = "class token after the last norm; 224 pixels, bicubic with antialiasing, ImageNet's mean and deviation"
         return Judge(name, features, "FD_DINOv2", checksum(path), net, lambda net, x: Answer(net(dinov2_input(x))), batch=32)
@@ -148,10 +156,3 @@ def _fill(net: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     if wrong := misfits(own, theirs):
         raise UserError(f"{path} does not hold the weights of this judge ({wrong}): give another file by --judge-weights")
     net.load_state_dict(theirs, strict=False, assign=True)
-
-
-def _fetch_dinov2() -> Path:
-    try:
-        return fetch(DINOV2)
-    except UserError as error:
-        raise UserError(f"judge dinov2: {error} by --judge-weights (or {DINOV2_FILE})") from error
