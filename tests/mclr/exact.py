@@ -80,9 +80,7 @@ class World:
         loss_N, _ = objective(score(self.paradigm, net, probe, rows), rows)
         return (chance_BN * loss_N.view_as(chance_BN)).sum(1)
 
-    def expected_loss(
-        self, objective: Objective, table_SKX: Tensor, null_SX: Tensor | None = None, belief_SKK: Tensor | None = None
-    ) -> Tensor:
+    def expected_loss(self, objective: Objective, table_SKX: Tensor, null_SX=None, belief_SKK=None) -> Tensor:
         """Of a network with this table. null_SX: its table of the null condition; that of the exact marginal unless given."""
         null_SX = self.table_of(self.marginal_SX) if null_SX is None else null_SX
         net = self.net(torch.cat([table_SKX, null_SX[:, None]], 1))
