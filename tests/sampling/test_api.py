@@ -200,27 +200,5 @@ def test_classes_have_numbers_and_names():
         conditions_of(["cow"], 3, names)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_loop_of_the_documentation_trains(name):
-    """The loss belongs to weights and positions: the same again with the same weights, another one after four steps."""
-    model = loaded(name)
-    contrast = "posterior" if name == "edm2-digits" else "null"
-    posterior = mclr.load("digits-posterior", device="cpu") if contrast == "posterior" else None
-    loss = mclr.Loss(model.paradigm, mclr.Objective("mclr", contrast=contrast, lam=0.5), posterior=posterior)
-    images, c = model.sample(range(10)), torch.arange(10)
-    optimizer = torch.optim.Adam(model.net.parameters(), 1e-3)
-    values = []
-    for step in range(4):
-        value, metrics = loss(model.net, model.encode(images, first=step * len(c)), c, first=step * len(c))
-        values.append(metrics["loss"].item())
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        mclr.project(model.net)
-    again = loaded(name)
-    assert loss(again.net, again.encode(images), c, first=0)[1]["loss"].item() == values[0]
-    assert loss(model.net, model.encode(images), c, first=0)[1]["loss"].item() != values[0]
-
-
 def test_a_shape_may_be_a_list():
     mclr.Diffusion(shape=[1, 8, 8], null=10).check(torch.zeros(2, 1, 8, 8))

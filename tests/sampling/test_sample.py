@@ -114,16 +114,6 @@ def test_the_bar_moves_by_the_images_of_a_batch(diffusion_run, tmp_path, monkeyp
     assert bar().__enter__().update.call_args_list == [call(2), call(8), call(2)]
 
 
-def test_order_and_neighbours_do_not_matter(diffusion_run):
-    config, weights = generator.find_generator(str(diffusion_run), None, None, [])
-    model = replace(generator.load_generator(config, weights, torch.device("cpu")), batch=4)
-    seeds, c_N = list(range(11)), torch.arange(11) % 10
-    x_N = model.draw(c_N, seeds)
-    order = torch.randperm(11, generator=torch.Generator().manual_seed(0))
-    y_N = model.draw(c_N[order], order.tolist())
-    assert x_N.shape == (11, 1, 8, 8) and torch.equal(x_N[order], y_N)
-
-
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [("edm2-digits", []), ("edm2-digits", ["sample.churn=10"]), ("var-digits", ["sample.gamma=1", "sample.top_k=20"])],
