@@ -16,8 +16,8 @@ from mclr.likelihood import Draws
 class Mixture:
     """Condition c has the prior prior_K[c] and the density N(mean_KD[c], diag(variance_KD[c])); isotropic: variance [K, 1].
 
-    Noise of level sigma adds sigma^2 to every variance, so everything below is exact, by Bayes' rule and Tweedie's formula
-    (derived). Points may come as [B, D] or as images; sigma_B is one noise level each, 0 allowed. fp64 tensors give fp64.
+    Noise of level sigma adds sigma^2 to every variance, so all is exact, by Bayes' rule and Tweedie's formula (derived). Points come
+    as [B, D] or as images; sigma_B is one noise level each, 0 allowed.
     """
 
     prior_K: Tensor

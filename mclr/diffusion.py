@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mclr.guidance import Guidance, mix
-from mclr.likelihood import Draws, LogLik, Net, Probe, ask, network
+from mclr.likelihood import Draws, Net, Probe, Scores, ask, network
 from mclr.solvers import SOLVERS, churned_heun, sigma_grid
 
 HINT = "give it as mclr.from_denoiser makes it, with one condition more than classes, the null condition"
@@ -116,7 +116,7 @@ class Diffusion:
         index_R: Tensor,
         guide: Tensor | None = None,
         mix_RT: Tensor | None = None,
-    ) -> LogLik:
+    ) -> Scores:
         """-(weighted squared error) exp(-u) with u held constant; u is calibrated by aux alone, on the matched rows.
 
         err = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 * mean over dimensions of (D - x)^2. -value + aux has exactly the
@@ -128,7 +128,7 @@ class Diffusion:
         err_R = -value_R.detach()
         if guide is not None and mix_RT is not None:
             value_R = denoising_value(mix(raw, guide, mix_RT), *given)
-        return LogLik((value_R * (-logvar_R.detach()).exp())[:, None], err_R * (-logvar_R).exp() + logvar_R)
+        return Scores((value_R * (-logvar_R.detach()).exp())[:, None], err_R * (-logvar_R).exp() + logvar_R)
 
     def compared(self, value_RT: Tensor, prediction: tuple[Tensor, Tensor], frozen: tuple[Tensor, Tensor]) -> Tensor:
         return value_RT * (prediction[1].detach() - frozen[1]).exp()[:, None]

@@ -4,7 +4,7 @@ B samples; R scored rows; T terms per row (1 for diffusion, L tokens for next-sc
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -93,18 +93,15 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class LogLik:
-    """value_RT: log-likelihood or its surrogate, per dimension, fp32, higher is likelier. aux_R: calibration loss (0 for tokens)."""
+class Scores:
+    """Rows as the objective sees them. value_RT: log-likelihood or its surrogate, per dimension, fp32, higher is likelier.
+
+    aux_R: calibration loss (0 for tokens). delta_R: log-likelihood ratio to the frozen reference, in nats, summed over the dimensions of
+    a sample; None where there is no reference.
+    """
 
     value_RT: Tensor
     aux_R: Tensor
-
-
-@dataclass(frozen=True)
-class Scores(LogLik):
-    """All rows as the objective sees them. delta_R: log-likelihood ratio of the network to the frozen reference, in nats, summed
-    over the dimensions of a sample; None where there is no reference."""
-
     delta_R: Tensor | None = None
 
 
@@ -138,11 +135,11 @@ class Paradigm(Protocol):
         index_R: Tensor,
         guide: Tensor | None = None,
         mix_RT: Tensor | None = None,
-    ) -> LogLik:
+    ) -> Scores:
         """Values and aux of these rows. guide: an answer, a constant; the values are then those of answer + mix (answer - guide)."""
 
     def compared(self, value_RT: Tensor, prediction: tuple[Tensor, Any], frozen: tuple[Tensor, Any]) -> Tensor:
-        """The values of a prediction under the reference's uncertainty, so that both can be compared. frozen: its prediction."""
+        """The values of a prediction under the uncertainty of the reference, whose prediction is `frozen`."""
 
     def sample(self, net: Net, c_B: Tensor, guidance: Any, draws: Draws) -> Tensor:
         """Draw one sample per condition, guided as mclr.Guidance says."""
@@ -193,13 +190,13 @@ def score(paradigm: Paradigm, net: Net, probe: Probe, rows: Rows, reference: Net
             guide[null_R, : null.shape[1]] = null
     own = paradigm.log_likelihood(prediction, probe, rows.index_R, guide, rows.mix_BT)
     if reference is None:
-        return Scores(own.value_RT, own.aux_R)
+        return own
     with torch.no_grad():
         frozen = paradigm.predict(reference, probe, rows.index_R, rows.c_R)
         reference_RT = paradigm.log_likelihood(frozen, probe, rows.index_R).value_RT
     # Compare under the reference's uncertainty: with each network's own, halving the error would show as a ratio of 0 (derived).
     policy_RT = paradigm.compared(own.value_RT, prediction, frozen)
-    return Scores(own.value_RT, own.aux_R, paradigm.dims * (policy_RT - reference_RT).mean(1))
+    return replace(own, delta_R=paradigm.dims * (policy_RT - reference_RT).mean(1))
 
 
 @torch.no_grad()

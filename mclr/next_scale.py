@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mclr.guidance import Guidance, mix
-from mclr.likelihood import Draws, LogLik, Net, Probe, ask, network
+from mclr.likelihood import Draws, Net, Probe, Scores, ask, network
 
 HINT = "give it as mclr.from_logits makes it, with one condition more than classes, the null condition"
 
@@ -123,11 +123,11 @@ class NextScale:
         index_R: Tensor,
         guide: Tensor | None = None,
         mix_RT: Tensor | None = None,
-    ) -> LogLik:
+    ) -> Scores:
         """log p(token | coarser scales, c) of every token, exact, in nats; tokens need no calibration."""
         h, head = prediction
         value_RL = head(h, probe.inputs["tokens"][:, : h.shape[1]], index_R, guide, mix_RT)
-        return LogLik(value_RL, value_RL.new_zeros(len(value_RL)))
+        return Scores(value_RL, value_RL.new_zeros(len(value_RL)))
 
     def compared(self, value_RT: Tensor, prediction: tuple[Tensor, Any], frozen: tuple[Tensor, Any]) -> Tensor:
         return value_RT

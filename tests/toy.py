@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mclr.adapters import from_denoiser
 from mclr.diffusion import Diffusion
 from mclr.kernels.token_logp import token_logp
-from mclr.likelihood import Draws, LogLik, Paradigm, Probe, Rows, Scores, score
+from mclr.likelihood import Draws, Paradigm, Probe, Rows, Scores, score
 from mclr.next_scale import NextScale
 from mclr.objective import Objective
 from mclr.posterior import NoisyPosterior, PrefixPosterior
@@ -186,7 +186,7 @@ class Toy:
         grads = torch.autograd.grad(self.loss(objective).mean(), list(self.net.parameters()))
         return dict(zip(dict(self.net.named_parameters()), grads, strict=True))
 
-    def value(self, probe: Probe, c: Tensor | int) -> LogLik:
+    def value(self, probe: Probe, c: Tensor | int) -> Scores:
         """Every sample scored under one condition (or one each), without any of the machinery of rows."""
         index_B = torch.arange(len(probe.progress_BT))
         prediction = self.paradigm.predict(self.net, probe, index_B, torch.zeros_like(index_B) + c)

@@ -365,7 +365,7 @@ def test_without_guidance_there_is_exactly_one_call_per_step():
     model = replace(generator.load("edm2-digits"), net=Net(), paradigm=paradigm, batch=2).counted()
     model.draw(torch.tensor([4, 5, 6]), [0, 1, 2])
     assert calls == [[4, 5]] * 7 + [[6, 6]] * 7
-    assert model.net.per_image(4) == 7
+    assert model.per_image(4) == 7
 
 
 def test_the_pixels_are_those_of_the_record_and_of_the_npz(diffusion_run, tmp_path):

@@ -95,7 +95,7 @@ def draw_missing(
             # The images of a micro-batch come all at once.
             bar.update(sum(map(len, turn)))
     # each rank draws as many images as rank 0, padding included
-    record["forwards_per_image"] = forwards = model.net.per_image(len(turns) * model.batch)
+    record["forwards_per_image"] = forwards = model.per_image(len(turns) * model.batch)
     gamma, guide = model.guidance.gamma, model.guidance.guide
     how = "no guidance" if gamma.is_zero else f"guidance {gamma.weight:g}" + f" ({gamma.kind})" * (gamma.kind != "constant")
     if guide is not None:

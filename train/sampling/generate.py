@@ -54,25 +54,6 @@ def conditions_of(classes: Iterable[int | str], count: int, names: Sequence[str]
     return found
 
 
-class WorkCounter:
-    """Stands for a network and counts its work. sums: the counter that the work is added to; None: this one."""
-
-    def __init__(self, net: Any, sums: "WorkCounter | None" = None):
-        self.net, self.sums = net, sums or self
-        self.work = 0.0  # rows of all calls
-
-    def __call__(self, *inputs: Any, **cache: Any) -> Any:
-        self.sums.work += rows_in(self.net, *inputs, **cache)
-        return self.net(*inputs, **cache)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.net, name)
-
-    def per_image(self, count: int) -> float:
-        """Forwards per image, of a guide too; the scales of a token model are shares of one. count: images, padding included."""
-        return round(self.work / count, 9)
-
-
 @dataclass
 class Model:
     """A generator that samples and can be trained: what mclr.load returns.
@@ -81,6 +62,7 @@ class Model:
     paradigm: Diffusion or NextScale, with the settings of sampling. encoder: from images to samples x and back.
     guidance: that of the settings. batch: images per micro-batch. bf16: whether the network samples in that precision.
     image_shape: (C, H, W). class_names: of the conditions, where the weights record them. notes: what save() records.
+    work: rows so far of the network and its guide, once counted().
     """
 
     net: Any
@@ -93,6 +75,7 @@ class Model:
     class_names: Sequence[str]
     notes: dict[str, Any]
     device: torch.device
+    work: float = 0.0
 
     def encode(self, images: Tensor, first: int | None = None) -> Tensor:
         """Images, uint8 [N, C, H, W] -> samples x: images in [-1, 1], latents, or tokens [N, L].
@@ -208,14 +191,20 @@ class Model:
         return self
 
     def counted(self) -> "Model":
-        """The same model for sampling alone: constants are folded, and `net` is a WorkCounter that counts the guide's work, too."""
-        guidance, counter = self.guidance, WorkCounter(self.net)
-        for module in filter(None, (self.net, guidance.guide)):
+        """This model, from now on for sampling alone: constants are folded, and the rows of the network and its guide are counted."""
+
+        def count(module: nn.Module, inputs: tuple, cache: dict[str, Any]) -> None:
+            self.work += rows_in(module, *inputs, **cache)
+
+        for module in filter(None, (self.net, self.guidance.guide)):
             module.requires_grad_(False)
             fold(module)
-        if guidance.guide is not None:
-            guidance = replace(guidance, guide=WorkCounter(guidance.guide, sums=counter))
-        return replace(self, net=counter, guidance=guidance)
+            module.register_forward_pre_hook(count, with_kwargs=True)
+        return self
+
+    def per_image(self, count: int) -> float:
+        """Forwards per image, of a guide too; the scales of a token model are shares of one. count: images, padding included."""
+        return round(self.work / count, 9)
 
 
 def load(

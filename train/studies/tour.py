@@ -85,12 +85,12 @@ class Arm:
 
     def judged(self, judge: DigitsJudge, seed: int) -> dict[str, float]:
         """Scores of one sample per real image, for this sampling seed; and the network forwards per image."""
-        self.model.net.work = 0
+        self.model.work = 0.0
         x_N = self.draw(judge.c_N, seed * 1_000_000)
         batch = self.config.sample.batch
         padded = -(-len(x_N) // batch) * batch
         scores = judge.scores(self.model.images(x_N))
-        return scores | {"forwards_per_image": self.model.net.per_image(padded)}
+        return scores | {"forwards_per_image": self.model.per_image(padded)}
 
     def pictures(self, each: int) -> torch.Tensor:
         """uint8 images [10 * each, C, H, W], ten conditions one after the other: the same seeds in every arm."""
