@@ -69,12 +69,10 @@ WARM_UP = 2
 HEAD = ["objective", "precision", "arm", "ms per step (p20–p80)", "time, first = 1", "work, mle = 1", "rows/s", "images/s", "MFU"]
 SAMPLING = ["precision", "arm", "plain images/s", "guided images/s", "time, plain / guided"]
 
-# (objective, precision, arm) -> the numbers of a row; empty if it ran out of memory
-Rows = dict[tuple[str, str, str], dict[str, float]]
-
-
 # arm -> mode of the kernels
 ARMS = {"eager": "torch", "ours": "triton", "compiled": "torch"}
+# (objective, precision, arm) -> the numbers of a row; empty if it ran out of memory
+Rows = dict[tuple[str, str, str], dict[str, float]]
 
 
 class Noise(Source):
