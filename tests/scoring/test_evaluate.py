@@ -46,17 +46,17 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     rng = np.random.default_rng(0)
     for c in range(CLASSES):
-        (home / f"blobs/{c}").mkdir(parents=True)
+        (home / f"photos/{c}").mkdir(parents=True)
         for i in range(20):
             pixels = rng.integers(0, 80, (8, 8))
             pixels[4 * (c // 2) :, 4 * (c % 2) :][:4, :4] += 150
-            Image.fromarray(pixels.astype(np.uint8)).save(home / f"blobs/{c}/{i}.png")
-    prepare_images(home / "blobs", home / "data", 8, channels=1, val_share=0.3)
+            Image.fromarray(pixels.astype(np.uint8)).save(home / f"photos/{c}/{i}.png")
+    prepare_images(home / "photos", home / "blobs", 8, channels=1, val_share=0.3)
     torch.manual_seed(0)
     save_weights(home / "judge", ImageClassifier(ImageClassifierConfig(1, CLASSES, channels=8)))
     save_weights(home / "judge-of-10", ImageClassifier(ImageClassifierConfig(1, 10, channels=8)))
     small = ["model.net.model_channels=8", "model.net.channels_per_head=8", "sample.steps=1"]
-    config = load("edm2-digits", "mle", str(home / "data"), "local", small)
+    config = load("edm2-digits", "mle", str(home / "blobs"), "local", small)
     save_weights(home / "run/weights", build_net(config, build_encoder(config, torch.device("cpu"))))
     (home / "run/config.yaml").write_text(dump(config))
     return home
@@ -64,7 +64,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def real(home):
-    images, conditions = zip(*(load_split(home / "data", split) for split in ("train", "val")), strict=True)
+    images, conditions = zip(*(load_split(home / "blobs", split) for split in ("train", "val")), strict=True)
     return torch.cat(images), torch.cat(conditions)
 
 
@@ -133,7 +133,7 @@ def test_noise_is_far_from_everything(classifier, real):
 def test_a_folder_and_an_npz_of_the_same_images_score_the_same(home, real, tmp_path, capsys):
     folder = write_samples(tmp_path / "folder", real[0].flip(-1), real[1])
     np.savez(tmp_path / "s.npz", real[0].flip(-1).permute(0, 2, 3, 1).numpy(), real[1].numpy())
-    options = ("--reference", home / "data", "--judge", home / "judge")
+    options = ("--reference", home / "blobs", "--judge", home / "judge")
     assert evaluate_(folder, *options) == 0
     out = capsys.readouterr().out
     assert evaluate_(tmp_path / "s.npz", *options) == 0
@@ -141,7 +141,7 @@ def test_a_folder_and_an_npz_of_the_same_images_score_the_same(home, real, tmp_p
     assert written["scores"] == of_npz["scores"]
     assert set(written["scores"]) == {"accuracy", "fd", "cfd", "precision", "recall", "density", "coverage"}
     assert written["samples"] == {"path": str(folder), "count": 60, "made": None}
-    about = {"data": "blobs", "path": str(home / "data"), "splits": ["train", "val"]}
+    about = {"data": "blobs", "path": str(home / "blobs"), "splits": ["train", "val"]}
     assert written["real"] == {**about, "count": 60, "neighbours": 60, "sha256": written["real"]["sha256"]}
     assert written["judge"]["sha256"] == sha256(home / "judge")
     lines = out.splitlines()
@@ -159,7 +159,7 @@ def test_a_folder_and_an_npz_of_the_same_images_score_the_same(home, real, tmp_p
 @pytest.mark.parametrize(("split", "count"), [("train", 42), ("val", 18), ("all", 60)])
 def test_the_reference_is_a_choice(split, count, home, real, tmp_path):
     folder = write_samples(tmp_path, *real)
-    assert scored(folder, "--reference", home / "data", "--judge", home / "judge", "--real", split)["real"]["count"] == count
+    assert scored(folder, "--reference", home / "blobs", "--judge", home / "judge", "--real", split)["real"]["count"] == count
 
 
 def test_a_run_is_sampled_once_and_scored(home, capsys):
@@ -207,12 +207,12 @@ def test_misuse_is_one_line_and_writes_nothing(home, real, tmp_path, capsys):
     assert run(sample.main, [str(home / "run"), "--out", str(part), "--count", "60"]) == 0
     next((part / "images").iterdir()).unlink()
     capsys.readouterr()
-    data, judge_ = ("--reference", home / "data"), ("--judge", home / "judge")
+    data, judge_ = ("--reference", home / "blobs"), ("--judge", home / "judge")
     for argv, line in [
         ((tmp_path / "nothing", *data, *judge_), "is no run and holds no images"),
         ((good, *judge_), "does not say which data its model was for: give --reference"),
         ((good, "--reference", "nonsense", *judge_), "unknown data nonsense"),
-        ((good, *data), f"bundled for blobs: give --judge WEIGHTS; `mclr prepare classifier WEIGHTS --data {home / 'data'}`"),
+        ((good, *data), f"bundled for blobs: give --judge WEIGHTS; `mclr prepare classifier WEIGHTS --data {home / 'blobs'}`"),
         ((good, *data, "--judge", home / "run/weights"), "hold a network of kind edm2, not image_classifier"),
         ((good, *data, "--judge", home / "judge-of-10"), "knows 10 conditions of 1-channel images, blobs has 3 of 1"),
         ((few, *data, *judge_), "samples and 20 real images, at least 2 of each are needed: draw more"),
@@ -240,7 +240,7 @@ def test_misuse_is_one_line_and_writes_nothing(home, real, tmp_path, capsys):
 def test_scores_are_over_the_conditions_that_were_drawn(home, real, tmp_path, capsys):
     images, c = real
     folder = write_samples(tmp_path / "one", images[c == 2], c[c == 2])
-    scores = scored(folder, "--reference", home / "data", "--judge", home / "judge")["scores"]
+    scores = scored(folder, "--reference", home / "blobs", "--judge", home / "judge")["scores"]
     assert "the samples are of 1 conditions, the reference of 3" in capsys.readouterr().out
     # the same images: nothing within the condition differs, but all real images are more than they
     assert scores["cfd"] == pytest.approx(0, abs=1e-9) and scores["fd"] > 0.01
@@ -256,7 +256,7 @@ def test_enough_of_every_condition_may_be_too_few_in_all(home, real, tmp_path, c
 
 def test_images_are_read_a_batch_at_a_time(home, real, tmp_path, monkeypatch, cache):
     folder = write_samples(tmp_path / "samples", real[0].flip(-1), real[1])
-    options = ("--reference", home / "data", "--judge", home / "judge")
+    options = ("--reference", home / "blobs", "--judge", home / "judge")
     expected = scored(folder, *options)
     sizes = []
     original = ImageClassifier.features
@@ -292,7 +292,7 @@ def test_neighbours_are_looked_for_among_a_limited_number_of_real_images(home, r
 
     monkeypatch.setattr(scores, "neighbour_scores", watched)
     monkeypatch.setattr(references, "MOST", 25)
-    written = scored(folder, "--reference", home / "data", "--judge", home / "judge")["real"]
+    written = scored(folder, "--reference", home / "blobs", "--judge", home / "judge")["real"]
     assert seen == [(25, 25)]
     assert (written["count"], written["neighbours"]) == (60, 25)
 
@@ -360,7 +360,7 @@ def test_images_without_conditions_are_scored_as_by_hand(inception, real, tmp_pa
 
 def test_a_classifier_without_conditions_leaves_class_scores_out(home, real, tmp_path):
     folder = write_plain(tmp_path / "fake", real[0])
-    result = scored(folder, "--reference", home / "data", "--judge", home / "judge")
+    result = scored(folder, "--reference", home / "blobs", "--judge", home / "judge")
     assert list(result["scores"]) == ["fd", "precision", "recall", "density", "coverage"]
     assert result["scores"]["fd"] == pytest.approx(0, abs=1e-9) and result["notes"][0].startswith("accuracy and cfd are left out")
     # accuracy takes no real image, class-wise FD does
@@ -429,7 +429,7 @@ def test_what_the_judge_saw_of_a_reference_is_kept(inception, home, real, tmp_pa
     Image.fromarray(255 - real[0][0, 0].numpy()).save(reference / "00/cat_0000.png")
     assert evaluate_(folder, *options) == 0
     assert len(list(cache.iterdir())) == 2
-    assert evaluate_(write_samples(tmp_path / "named", *real), "--reference", home / "data", "--judge", "dinov2") == 0
+    assert evaluate_(write_samples(tmp_path / "named", *real), "--reference", home / "blobs", "--judge", "dinov2") == 0
     assert len(list(cache.iterdir())) == 3
     # and so are other radii
     monkeypatch.setattr(references, "NEIGHBOURS", (3, 4))
@@ -457,7 +457,7 @@ def test_neighbours_among_the_real_images_are_looked_for_once(inception, real, t
 
 def test_a_kept_reference_of_a_classifier_scores_the_same(home, real, tmp_path):
     folder = write_samples(tmp_path / "s", real[0].flip(-1), real[1])
-    results = [scored(folder, "--reference", home / "data", "--judge", home / "judge") for _ in range(2)]
+    results = [scored(folder, "--reference", home / "blobs", "--judge", home / "judge") for _ in range(2)]
     assert results[0] == results[1] and "cfd" in results[1]["scores"]
 
 
