@@ -42,7 +42,9 @@ class EDM2(nn.Module):
     def __init__(self, config: EDM2Config):
         super().__init__()
         self.config = config
-        if misfit := next(config.misfits(config, config.img_resolution), ""):
+        # published files may name resolutions that their network does not have
+        misfits = (each for each in config.misfits(config, config.img_resolution) if not each.startswith("attn_resolutions"))
+        if misfit := next(misfits, ""):
             raise UserError(f"{misfit}: give {misfit.replace(':', '=').partition('=')[0]}=... to `mclr convert`")
         unit, resolutions = config.model_channels, [config.img_resolution >> i for i in range(len(config.channel_mult))]
         levels = [

@@ -13,8 +13,7 @@ from mclr.train.data.dataset import DatasetInfo
 from mclr.train.data.images import MEGAPIXELS
 from mclr.train.data.write import open_or_prepare, prepare_digits, prepare_images
 from mclr.train.system.console import Parser, run_and_exit
-from mclr.train.system.ranks import on_signals, own_device, report_once, world
-from mclr.train.training.launch import end_early
+from mclr.train.system.ranks import end_early, on_signals, own_device, report_once, world
 
 Option = Callable[..., object]  # of a parser: add_argument
 NETWORKS = {

@@ -300,3 +300,10 @@ def test_compiles_without_a_graph_break(net, index):
 def test_impossible_options_are_refused_in_one_line(changes, said):
     with pytest.raises(UserError, match=said):
         fresh(**changes)
+
+
+def test_a_resolution_that_the_network_does_not_have_is_no_fault():
+    """As in published files; the configuration refuses it where it was typed."""
+    config = replace(CONFIG, attn_resolutions=(*CONFIG.attn_resolutions, 3))
+    names = [EDM2(each).state_dict().keys() for each in (CONFIG, config)]
+    assert names[0] == names[1]

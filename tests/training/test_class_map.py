@@ -13,7 +13,7 @@ from mclr.errors import UserError
 from mclr.kernels.magnitude import normalize
 from mclr.train.cli import main
 from mclr.train.training.build import build_networks
-from mclr.train.training.class_map import class_map
+from mclr.train.training.class_map import class_map as class_map_of
 from mclr.train.weights.folder import save_weights
 
 LAYER = "condition_linear.weight"
@@ -45,6 +45,10 @@ def weights(tmp_path_factory):
 def config_of(data, weights, objective="mclr", overrides=()):
     weights = "null" if weights is None else weights
     return load("edm2-digits", objective, str(data), "local", [*TINY, f"model.weights={weights}", *overrides])
+
+
+def class_map(config, weights):
+    return class_map_of(config.model, config.data, weights, config.objective.generated)
 
 
 def test_weights_that_record_other_classes_are_refused_unless_it_is_said_that_they_are_the_same(data, digits, tmp_path):

@@ -5,7 +5,6 @@ import math
 import shutil
 import sys
 import threading
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -32,7 +31,7 @@ def open_run(tmp_path):
         if held:
             held.pop().close()
         config = load("edm2-digits", "mle", "digits", "auto", [f"train.log_to=[{','.join(names)}]"])
-        held.append(RunFolder(tmp_path / "run", flatten(config), dump(config), {}))
+        held.append(RunFolder(tmp_path / "run", flatten(config), dump(config), {"inputs": {}}))
         return held[0]
 
     yield open_run
@@ -85,7 +84,7 @@ def test_going_on_drops_what_came_after_the_checkpoint(open_run):
 def picture(run, images):
     path = run.path / f"{images}.png"
     Image.new("RGB", (6, 4), (images, 0, 0)).save(path)
-    run.picture("samples", images, path)
+    run.trackers.give("picture", "samples", images, path)
 
 
 def scalars(run, name="loss"):
@@ -201,7 +200,7 @@ def test_wandb_itself_offline(open_run, monkeypatch, capsys):
 class Broken(trackers.TensorBoard):
     def __init__(self, start, at="log"):
         # beside the files of the one that works
-        super().__init__(replace(start, run=start.run / "broken"))
+        super().__init__(SimpleNamespace(run=start.run / "broken", begun=start.begun))
         setattr(self, at, self.fail)
 
     def fail(self, *_):

@@ -45,7 +45,7 @@ def images(digits):
 
 @pytest.fixture
 def few_draws(monkeypatch):
-    monkeypatch.setattr(held_out, "DRAWS", 64)
+    monkeypatch.setattr(held_out, "READING", 64)
 
 
 def test_a_view_is_one_of_nine_shifts_of_a_digit(images):
@@ -99,7 +99,7 @@ def test_a_reading_repeats_itself_and_disturbs_nothing(images, few_draws):
 def test_noise_contaminates(images, monkeypatch):
     """Of the bundled network on held-out digits: the noisier the views, the less they share."""
     net, val = load_net("edm2-digits", "edm2"), {"val": images["val"]}
-    monkeypatch.setattr(held_out, "DRAWS", 192)
+    monkeypatch.setattr(held_out, "READING", 192)
     found = []
     for sigma in (0.05, 0.29, 1.0, 20.0):
         monkeypatch.setattr(memorisation, "SIGMA", sigma)
@@ -146,14 +146,16 @@ def monitor_of(task, every=8, period=8):
 )
 def test_a_reading_is_due_once_every_so_many_images(every, period, due, digits, tokenizer, monkeypatch):
     """Decided by the images seen alone, so that a resumed run reads where an uninterrupted one does."""
-    monkeypatch.setattr(memorisation, "mle_loss", lambda task, reader: 1.0)
+    monkeypatch.setattr(memorisation, "mle_loss", lambda task, reader, beat: 1.0)
     here = monitor_of(build("var-digits", digits, tokenizer), every, period)
     assert [images for images in (10, 20, 30, 40, 50, 60, 65) if here.read(images)] == due
 
 
 def test_without_a_null_condition_or_of_tokens_there_is_no_icr(digits, tokenizer, few_draws):
-    diffusion = build("edm2-digits", digits, tokenizer)
-    assert monitor_of(diffusion).read(8).keys() == READ
+    """Every batch is a sign of life: a reading may take longer than the watchdog waits."""
+    diffusion, beats = monitor_of(build("edm2-digits", digits, tokenizer)), []
+    diffusion.beat = lambda: beats.append(1)
+    assert diffusion.read(8).keys() == READ and len(beats) == 4
     for task in (build("edm2-digits", digits, tokenizer, "train.drop_condition=0.0"), build("var-digits", digits, tokenizer)):
         assert monitor_of(task).read(8).keys() == {"mle_loss", "mle_loss_val"}
 
@@ -249,7 +251,7 @@ def test_ranks_read_what_one_process_reads(zero, start, digits, monkeypatch):
         [*launcher("deepspeed"), str(RUN), *argv], capture_output=True, text=True, env=environment(), timeout=300
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
-    monkeypatch.setattr(held_out, "DRAWS", 640)  # as it is in the ranks
+    monkeypatch.setattr(held_out, "READING", 640)  # as it is in the ranks
     start("alone", 2, f"train.monitor_every={BATCH}", "model.net.dropout=0.0", "train.keep_best=true")
     ranks, alone = (lines(Path(name)) for name in ("ranks", "alone"))
     for name in (*READ, "loss"):

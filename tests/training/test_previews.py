@@ -5,15 +5,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from launch import as_rank
 from photos import save_tiny_vae
 from PIL import Image
 
-import mclr.train.training.previews
 from mclr.configs.schema import load
 from mclr.errors import UserError
 from mclr.train.cli import main
 from mclr.train.data.images import image_paths, read_images
-from mclr.train.sampling.generate import SAMPLING
 from mclr.train.training.build import build_networks, build_task, open_source
 from mclr.train.training.networks import build_paradigm
 from mclr.train.training.previews import Preview, columns
@@ -22,14 +21,14 @@ CPU = torch.device("cpu")
 FEW = {"edm2-digits": ["sample.steps=8"], "var-digits": []}
 
 
-class Run(SimpleNamespace):
+class Run:
     """A run folder that remembers what it hands to the trackers."""
 
     def __init__(self, path):
-        super().__init__(path=path, given=[])
+        self.path, self.given, self.trackers = path, [], self
 
-    def picture(self, name, images_seen, path):
-        self.given.append((name, images_seen, path))
+    def give(self, *what):
+        self.given.append(what)
 
 
 @pytest.fixture
@@ -62,13 +61,13 @@ def test_a_picture_is_due_once_every_so_many_images_and_at_the_end(make):
 def test_it_shows_what_sample_draws(model, make, digits, tmp_path):
     """Ten conditions by four seeds of each, up to the rounding of other micro-batches."""
     preview, _ = make(model)
-    preview.draw(128)
-    assert preview.folder.given == [("samples", 128, tmp_path / "grids" / "000000000128.png")]
+    preview.write(128)
+    assert preview.folder.given == [("picture", "samples", 128, tmp_path / "grids" / "000000000128.png")]
     # 8-pixel digits, one pixel between them, eight times as large
-    picture = np.asarray(Image.open(preview.folder.given[0][2]).convert("L"))[::8, ::8]
+    picture = np.asarray(Image.open(preview.folder.given[0][3]).convert("L"))[::8, ::8]
     assert picture.shape == (4 * 9 - 1, 10 * 9 - 1)
     argv = ["sample", model, "--data", str(digits), "--out", str(tmp_path / "drawn"), "--count", "40", *FEW[model]]
-    assert main(argv) == 0 and mclr.train.training.previews.SAMPLING == SAMPLING
+    assert main(argv) == 0
     drawn_NCHW = read_images(image_paths(tmp_path / "drawn"))
     for i, image_CHW in enumerate(drawn_NCHW):
         row, column = 9 * (i // 10), 9 * (i % 10)
@@ -85,14 +84,14 @@ def test_training_never_notices(model, make):
     net.register_forward_pre_hook(lambda module, inputs: calls.append((module.training, torch.is_grad_enabled())))
     before = {name: t.clone() for name, t in net.state_dict().items()}
     chance, rows = torch.get_rng_state(), dict(task.engine.rows)
-    preview.draw(100)
-    first = preview.folder.given[0][2].read_bytes()
+    preview.write(100)
+    first = preview.folder.given[0][3].read_bytes()
     assert calls and set(calls) == {(False, False)} and net.training
     assert torch.equal(torch.get_rng_state(), chance) and task.engine.rows == rows
     assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
     assert all(p.grad is None for p in net.parameters())
-    preview.draw(200)
-    assert preview.folder.given[1][2].read_bytes() == first
+    preview.write(200)
+    assert preview.folder.given[1][3].read_bytes() == first
 
 
 def test_compiled_code_is_left_to_training(make):
@@ -105,19 +104,30 @@ def test_compiled_code_is_left_to_training(make):
         return graph.forward
 
     task.engine.net.compile(backend=backend)
-    preview.draw(100)
+    preview.write(100)
     assert not compiled
     torch._dynamo.reset()
 
 
-def test_other_ranks_draw_where_all_must_run_the_network_and_write_nothing(make, tmp_path):
+def test_every_forward_is_a_sign_of_life(make):
+    """A picture of a large network may take longer than the watchdog waits."""
+    preview, task = make("edm2-digits", "sample.batch=40")
+    calls, beats = [], []
+    task.engine.net.register_forward_pre_hook(lambda *_: calls.append(1))
+    preview.beat = lambda: beats.append(1)
+    preview.write(100)
+    assert len(beats) >= len(calls) >= 8
+
+
+def test_other_ranks_run_the_network_where_all_must_and_write_nothing(make, tmp_path, monkeypatch):
     preview, task = make("edm2-digits", "sample.steps=1", run=False)
+    as_rank(monkeypatch, 1, 2)
     calls = []
     task.engine.net.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs[0])))
-    preview.draw(100)
+    preview.write(100)
     assert calls == []
     task.engine.lockstep = True
-    preview.draw(100)
+    preview.write(100)
     assert calls == [16, 16, 8] and not list(tmp_path.rglob("*.png"))
 
 
@@ -130,11 +140,11 @@ def test_what_goes_wrong_is_one_line_and_training_mode_comes_back(make, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(type(task.loss.paradigm), "sample", short)
         with pytest.raises(UserError, match=r"^out of GPU memory for a picture: lower sample.batch \(now 16\)$"):
-            preview.draw(100)
+            preview.write(100)
     assert task.engine.net.training
     (tmp_path / "grids").write_text("")
     with pytest.raises(UserError, match=r"^cannot make .*grids"):
-        preview.draw(100)
+        preview.write(100)
 
 
 def test_latents_are_decoded(digits, tmp_path):
@@ -154,6 +164,6 @@ def test_latents_are_decoded(digits, tmp_path):
         loss=SimpleNamespace(paradigm=build_paradigm(config, networks.encoder)),
     )
     preview = Preview(task, 8, 256, Run(tmp_path))
-    preview.draw(8)
-    with Image.open(preview.folder.given[0][2]) as picture:
+    preview.write(8)
+    with Image.open(preview.folder.given[0][3]) as picture:
         assert picture.mode == "RGB" and picture.size == (2 * (3 * 33 - 1), 2 * (4 * 33 - 1))

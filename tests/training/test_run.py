@@ -21,7 +21,7 @@ from test_data import correct_size, edit_json, rewrite_shard
 
 import mclr.train.run
 import mclr.train.system.ranks
-import mclr.train.training.build
+import mclr.train.training.launch
 from mclr.configs.schema import dump, flatten, load
 from mclr.kernels.magnitude import normalize
 from mclr.models.edm2 import EDM2, EDM2Config
@@ -103,6 +103,9 @@ def edm2_argv(data, *more):
         (["--model", "edm2-digits", "--engine", "zero1"], "engine.kind=deepspeed needs a launcher"),
         (["--model", "edm2-digits", "--gpus", "0"], "--gpus and --gpu belong to --plan"),
         (["--model", "edm2-digits", "--gpu", ""], "--gpus and --gpu belong to --plan"),
+        (["--model", "var-d16"], "needs ImageNet at 256 pixels: give --data FOLDER, made by `mclr prepare images PHOTOS FOLDER"),
+        (["--model", "edm2-img512-l", "--dry-run"], "needs ImageNet at 512 pixels: give --data FOLDER"),
+        (["--model", "edm2-32px"], "needs images of your own: give --data FOLDER"),
         (["--model", "edm2-digits", "data.name=mine", "data.path=nowhere", *EDM2_TINY], "no dataset folder at nowhere"),
     ],
 )
@@ -206,7 +209,7 @@ def test_a_run_folder_that_cannot_be(here, digits, capsys):
 def test_a_run_folder_that_is_taken(here, digits, capsys):
     argv = edm2_argv(digits)
     config = load("edm2-digits", "mclr", str(digits), "auto", argv[6:])
-    held = RunFolder(here / "run", flatten(config), dump(config), {})
+    held = RunFolder(here / "run", flatten(config), dump(config), {"inputs": {}})
     says = refused(argv, capsys, here)
     assert says == f"run folder run is held by process {os.getpid()}: wait for it, or choose another with --out"
     held.close()
@@ -329,7 +332,12 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(model, here, tokenizer, cap
     data = [f"data.resolution={side}" for part, side in (("32px", 32), ("img64", 64), ("img512", 64)) if part in model]
     data += ["model.vae=null"] * ("img512" in model)
     data += ["model.posterior.warmup_images=300"] * model.startswith("edm2")
-    assert main(["train", "--model", model, "--dry-run", *paradigm, *data, "train.images=1000", "train.batch=100"]) == 0
+    assert (
+        main(
+            ["train", "--model", model, "--data", "digits", "--dry-run", *paradigm, *data, "train.images=1000", "train.batch=100"]
+        )
+        == 0
+    )
     assert os.listdir(here) == []
     out = capsys.readouterr().out
     settings, _, cost = out.partition("\nmodel      ")
@@ -366,7 +374,7 @@ def test_a_dry_run_of_a_large_model_needs_no_memory(here, tokenizer):
     )
     peaks = []  # kB
     for model, size in (("var-digits", "(next_scale), 0"), ("var-d16", "(next_scale), 30")):
-        argv = ["train", "--model", model, "--init", "none", "--dry-run", f"model.tokenizer={tokenizer}"]
+        argv = ["train", "--model", model, "--data", "digits", "--init", "none", "--dry-run", f"model.tokenizer={tokenizer}"]
         ran = subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True, cwd=ROOT, timeout=120)
         assert ran.returncode == 0 and size in ran.stdout, ran.stderr
         peaks.append(int(ran.stdout.split()[-1]))
@@ -386,21 +394,21 @@ def test_a_path_that_yaml_would_misread_reaches_the_weights(here, digits, tmp_pa
 
 def test_training_from_scratch_is_said_with_the_time_it_takes(here, digits, tmp_path, capsys):
     assert main(["train", *edm2_argv(digits)]) == 0
-    assert capsys.readouterr().out.count("no released weights were given: training from scratch, about 00:0") == 1
+    assert capsys.readouterr().out.count("M parameters, from random weights (others: --init WEIGHTS)\n") == 1
     weights = edm2(tmp_path / "weights")
     assert main(["train", *edm2_argv(digits, "--init", str(weights), "--out", "other")]) == 0
-    assert "no released weights" not in capsys.readouterr().out
+    assert "random weights" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_before_training_ends_it_in_one_line(number, status, here, digits, monkeypatch, capsys):
-    real = mclr.train.training.build.build_networks
+    real = mclr.train.training.launch.build_networks
 
     def build_networks(*args):
         os.kill(os.getpid(), number)
         return real(*args)
 
-    monkeypatch.setattr(mclr.train.training.build, "build_networks", build_networks)
+    monkeypatch.setattr(mclr.train.training.launch, "build_networks", build_networks)
     with pytest.raises(SystemExit) as ended:
         main(["train", *edm2_argv(digits)])
     assert ended.value.code == status
@@ -447,7 +455,7 @@ def test_torchrun_trains_as_one_process_does(here, digits):
     argv = [*edm2_argv(digits), "train.log_every=1"]
     ran = subprocess.run([*launcher("torchrun"), str(RUN), *argv], capture_output=True, text=True, env=environment(), timeout=300)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    assert ran.stdout.count("finished: 16 images") == 1 and ran.stdout.count("no released weights were given") == 1
+    assert ran.stdout.count("finished: 16 images") == 1 and ran.stdout.count("from random weights") == 1
     assert main(["train", *argv, "--out", "alone"]) == 0
     two, one = metrics("run"), metrics("alone")
     assert [line["images"] for line in two] == [8, 16]
@@ -482,7 +490,7 @@ def test_one_step_of_the_smallest_published_size(here, digits, tokenizer):
     command = launcher("deepspeed", 1)
     ran = subprocess.run([*command, str(RUN), *argv], capture_output=True, text=True, env=environment(), timeout=1800)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    assert "no released weights were given: training from scratch" in ran.stdout
+    assert "from random weights" in ran.stdout
     (line,) = metrics("run")
     # nothing is learned yet: each of the 16 codes is as likely as any other
     assert line["images"] == 4 and line["value"] == pytest.approx(-2.77, abs=0.3)

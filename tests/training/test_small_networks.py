@@ -19,7 +19,7 @@ from mclr.train.prepare import main
 from mclr.train.system.console import run
 from mclr.train.training.build import build_networks
 from mclr.train.training.networks import build_classifier
-from mclr.train.training.small_networks import LOSSES, Recipe, fit, new_network, quality, shifted
+from mclr.train.training.small_networks import CRITERIA, Recipe, fit, new_network, quality, shifted
 from mclr.train.weights.folder import load_net, save_weights
 
 KINDS = {"tokenizer": "vqvae", "classifier": "image_classifier", "posterior": "noise_classifier"}
@@ -48,10 +48,10 @@ def test_the_loss_falls(digits, kind):
 
     def loss() -> float:
         with torch.no_grad():
-            return float(LOSSES[kind](net, image, c, Draws(7, list(range(64)))))
+            return float(CRITERIA[kind](net, image, c, Draws(7, list(range(64)))))
 
     before = loss()
-    fit(net, LOSSES[kind], source, Recipe(40, 32, 3e-3), 0, device)
+    fit(net, CRITERIA[kind], source, Recipe(40, 32, 3e-3), 0, device)
     assert loss() < 0.8 * before
 
 

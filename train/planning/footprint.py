@@ -92,7 +92,7 @@ class Model:
 
     def __init__(self, config: RunConfig, encoder: Encoder):
         self.config, self.bf16 = config, config.engine.precision == "bf16"
-        self.objective = build_objective(config)
+        self.objective = build_objective(config.objective)
         self.scales = encoder.tokenizer.config.scales if isinstance(encoder, Tokens) else None
         self.paradigm: Paradigm = build_paradigm(config, encoder)
         self.shape = encoder.shape(config.data)

@@ -178,7 +178,7 @@ def sent_by(model: Model, ranks: int, micro_batch: int) -> float:
 
 def sharded(model: Model, ranks: int) -> bool:
     """Whether the ranks divide the reference."""
-    return model.objective.needs_reference and is_sharded(model.config, model.sizes.count, ranks)
+    return model.objective.needs_reference and is_sharded(model.config.engine.reference, model.sizes.count, ranks)
 
 
 def flops_per_image(model: Model) -> float:

@@ -314,7 +314,7 @@ def record_of(config: RunConfig, weights: Path) -> dict[str, Any]:
 def load_generator(config: RunConfig, weights: Path, device: torch.device | str | None = None) -> Model:
     """The model that samples as config.sample says. Raises UserError where weights or guide do not fit the config."""
     device = own_device() if device is None else torch.device(device)
-    choose_kernels(config, device)
+    choose_kernels(config.engine.kernels, device)
     encoder = build_encoder(config, device)
     net = build_net(config, encoder)
     load_into(net, weights)
@@ -327,7 +327,7 @@ def load_generator(config: RunConfig, weights: Path, device: torch.device | str 
         net=net,
         paradigm=build_paradigm(config, encoder),
         encoder=encoder,
-        guidance=build_guidance(config, guide),
+        guidance=build_guidance(config.sample, guide),
         batch=config.sample.batch,
         bf16=config.engine.precision == "bf16",
         image_shape=(config.data.channels, config.data.resolution, config.data.resolution),

@@ -1,6 +1,6 @@
 """An evaluation: find run or samples, reference and judge; draw; score; write the scores down."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -8,20 +8,19 @@ from typing import Any
 
 import torch
 
-from mclr.configs.schema import FILE, DiffusionModel, RunConfig
+from mclr.configs.schema import FILE, Data, DiffusionModel
 from mclr.errors import UserError
 from mclr.models.features import ImageClassifier
-from mclr.models.registry import kinds_of
+from mclr.train.data.dataset import DatasetInfo
 from mclr.train.sampling.folder import draw, read_record
-from mclr.train.sampling.generate import find_generator, load_generator, record_of
+from mclr.train.sampling.generate import Model, find_generator, load_generator, record_of
 from mclr.train.scoring.extractors import PUBLISHED, Judge, open_judge
 from mclr.train.scoring.image_readers import ImageSet, find_images, open_folder, open_npz
 from mclr.train.scoring.scores import Range, score, table
 from mclr.train.scoring.statistics import MOST, RealSet, Statistics, measure, open_real, real_statistics
 from mclr.train.system.files import write_json
 from mclr.train.training import held_out, memorisation
-from mclr.train.training.networks import build_encoder
-from mclr.train.weights.folder import find_weights, load_net
+from mclr.train.weights.folder import find_weights
 from mclr.train.weights.model_card import add_scores
 
 FEWEST = 6  # images of either side: one more than the neighbours of density and coverage
@@ -46,13 +45,23 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Run:
+    """A finished run: its weights, its generator, what record_of says of it, and its data."""
+
+    weights: Path
+    load: Callable[[], Model]
+    record: dict[str, Any]
+    data: Data
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """A request, its judge and its reference. run: (settings, weights) if the source is a run."""
+    """A request, its judge, its reference, and the run if the source is one."""
 
     request: Request
     judge: Judge
     real_set: RealSet
-    run: tuple[RunConfig, Path] | None
+    run: Run | None
 
 
 def evaluate(request: Request) -> None:
@@ -60,16 +69,16 @@ def evaluate(request: Request) -> None:
     evaluation = resolve(request)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     evaluation.judge.net.to(device)
-    source = draw_samples(evaluation) if evaluation.run else request.source
+    source = draw_samples(evaluation.run, request, evaluation.real_set) if evaluation.run else request.source
     samples, made, parts = open_samples(evaluation, source)
     result, origin = score_samples(evaluation, samples, made, parts)
-    if request.icr:
-        result["icr"] = contamination(evaluation, device)
+    if request.icr and evaluation.run and evaluation.real_set.info:
+        result["icr"] = contamination(evaluation.run, evaluation.real_set.info)
     name = f"evaluation-{evaluation.judge.name}.json" if evaluation.judge.name in PUBLISHED else "evaluation.json"
     path = source.with_name(f"{source.stem}-{name}") if source.is_file() else source / name
     write_json(path, result)
     if evaluation.run:
-        add_scores(evaluation.run[1], result)
+        add_scores(evaluation.run.weights, result)
     for images in (samples, evaluation.real_set.images):
         if images is not None and images.found:
             print(images.found)
@@ -80,10 +89,11 @@ def evaluate(request: Request) -> None:
 
 def resolve(request: Request) -> Evaluation:
     """Find run or samples, reference and judge. Raises UserError if one of them is missing, or if they do not go together."""
-    source, own_data, run = request.source, None, None
+    source, own_data, run, has_icr = request.source, None, None, False
     if (source / FILE).is_file():
-        run = find_generator(str(source), None, None, [])
-        own_data = run[0].data.model_dump()
+        config, weights = find_generator(str(source), None, None, [])
+        run = Run(weights, partial(load_generator, config, weights), record_of(config, weights), config.data)
+        own_data, has_icr = config.data.model_dump(), isinstance(config.model, DiffusionModel)
     elif (source.suffix == ".npz" and source.is_file()) or find_images(source):
         record = read_record(source) if source.is_dir() else None
         own_data = record and record["data"]
@@ -91,7 +101,7 @@ def resolve(request: Request) -> Evaluation:
         raise UserError(f"{source} is no run and holds no images: give samples, an .npz file or a run")
     if request.ranges < 1:
         raise UserError(f"--ranges {request.ranges}: give 1 or more")
-    if request.icr and not (run and isinstance(run[0].model, DiffusionModel)):
+    if request.icr and not has_icr:
         raise UserError(
             f"--icr looks into the network of a diffusion run, and {source} is none: leave it out, or give such a run"
         )
@@ -104,15 +114,13 @@ def resolve(request: Request) -> Evaluation:
     return Evaluation(request, judge, real_set, run)
 
 
-def draw_samples(evaluation: Evaluation) -> Path:
+def draw_samples(run: Run, request: Request, real_set: RealSet) -> Path:
     """Draw images of the run into RUN/samples, for every range as many as the reference has. Returns the folder."""
-    assert evaluation.run is not None
-    (config, weights), real_set, folder = evaluation.run, evaluation.real_set, evaluation.request.source / "samples"
+    folder = request.source / "samples"
     there = read_record(folder)
     # keep what an earlier call drew beyond that
-    count = max(_wanted(evaluation.request, real_set), there["count"] if there else 0)
-    load, classes = partial(load_generator, config, weights), list(range(config.data.num_classes))
-    draw(load, record_of(config, weights), folder, classes, range(count))
+    count = max(_wanted(request, real_set), there["count"] if there else 0)
+    draw(run.load, run.record, folder, list(range(run.data.num_classes)), range(count))
     return folder
 
 
@@ -170,18 +178,13 @@ def score_samples(
     return result, origin
 
 
-def contamination(evaluation: Evaluation, device: torch.device) -> dict[str, Any]:
+def contamination(run: Run, info: DatasetInfo) -> dict[str, Any]:
     """The invariant contamination ratio of a diffusion run, on the images of the reference."""
-    assert evaluation.run is not None and evaluation.real_set.info is not None
-    config, weights = evaluation.run
-    net = load_net(str(weights), *kinds_of("diffusion")).to(device)
-    if not hasattr(net, "middle"):
-        raise UserError(
-            f"--icr looks into the middle of a network, and one of kind {config.model.kind} does not say where: leave it out"
-        )
-    images = held_out.readers_of(evaluation.real_set.info)
-    found = memorisation.measure(net, build_encoder(config, device), images, config.data.flip)
-    return found | {"sigma": memorisation.SIGMA, "pairs": held_out.DRAWS}
+    model = run.load()
+    if not hasattr(model.net, "middle"):
+        raise UserError(f"--icr looks into the middle of a network, and that of {run.weights} does not say where: leave it out")
+    found = memorisation.measure(model.net, model.encoder, held_out.readers_of(info), run.data.flip)
+    return found | {"sigma": memorisation.SIGMA, "pairs": held_out.READING}
 
 
 def _default_judge(real_set: RealSet) -> str:

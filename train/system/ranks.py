@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from mclr.errors import UserError
 from mclr.train.system.files import ignore
@@ -218,6 +218,12 @@ def launchers() -> list[int]:
     except OSError:
         # the parent has just ended
         return [parent]
+
+
+def end_early(number: int, frame: FrameType | None) -> NoReturn:
+    """The handler of a run that has not begun to train: it ends at once."""
+    print("interrupted", file=sys.stderr)
+    raise SystemExit(128 + number)
 
 
 class Interrupt:

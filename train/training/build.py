@@ -32,16 +32,13 @@ from mclr.train.training.networks import (
 from mclr.train.training.step import Task
 from mclr.train.weights.folder import find_weights, load_into, sha256
 
-
-def fp32_means_fp32() -> None:
-    """On CUDA, convolutions would otherwise use TF32. For the whole process."""
-    torch.backends.cudnn.allow_tf32 = False
+LARGE = 2e9  # parameters of a reference that `auto` divides among the ranks: 8 GB
 
 
-def choose_kernels(config: RunConfig, device: torch.device) -> str:
+def choose_kernels(mode: str, device: torch.device) -> str:
     """Choose the operations that this process runs as Triton kernels, and say so in a line. Raises UserError where they need a GPU."""
-    fp32_means_fp32()
-    mode = config.engine.kernels
+    # for the whole process: on CUDA, convolutions would otherwise use TF32
+    torch.backends.cudnn.allow_tf32 = False
     if mode == "triton" and device.type != "cuda" and not interpreting():
         raise UserError("engine.kernels=triton needs a GPU: use auto")
     use(mode)
@@ -71,17 +68,17 @@ def compile_every_length() -> None:
 
 def open_source(config: RunConfig, path: str | None = None) -> Source:
     """The training samples at data.path, or at another path. Raises UserError when they are damaged, or not what the config says."""
-    data = config.data
+    data, model = config.data, config.model
     if path is None and data.streamed:
         # its webdataset is not on every machine
         from mclr.train.data.stream import Stream
 
         return Stream(data, config.train.seed)
     path = path or data.path
-    tokenizer = sha256(find_weights(config.model.tokenizer)) if isinstance(config.model, NextScaleModel) else None
+    tokenizer = sha256(find_weights(model.tokenizer)) if isinstance(model, NextScaleModel) else None
     source = open_images(path, "train", config.train.seed, data.balanced, data.damaged, tokenizer)
     for key in ("resolution", "channels", "num_classes"):
-        here, there = getattr(config.data, key), getattr(source.info, key)
+        here, there = getattr(data, key), getattr(source.info, key)
         if here != there:
             raise UserError(f"data.{key}={here}, but {path} holds {key} {there}: correct one of them")
     return source
@@ -91,19 +88,19 @@ def open_generated(config: RunConfig) -> Source:
     """The samples at objective.generated. Raises UserError unless they were drawn, unguided, from the weights that the run starts from."""
     path, model = config.objective.generated, config.model
     source = open_source(config, path)
-    drawn = source.info.drawn
-    how = f"draw them again: mclr sample {model.weights} --out DIR --dataset"
+    drawn, fault = source.info.drawn, None
     if drawn is None:
-        raise UserError(f"objective.generated={path} does not say what drew it; {how}")
-    if drawn["weights"] != sha256(find_weights(str(model.weights))):
-        raise UserError(f"objective.generated={path} was drawn from other weights than model.weights={model.weights}; {how}")
-    if not build_schedule(ScheduleConfig.model_validate(drawn["sample.schedule"]), drawn["sample.gamma"]).is_zero:
-        raise UserError(f"objective.generated={path} was drawn with guidance, the reference is without; {how}")
-    if isinstance(model, NextScaleModel):
-        if drawn["tokenizer"] != sha256(find_weights(model.tokenizer)):
-            raise UserError(f"objective.generated={path} was drawn with another tokenizer than {model.tokenizer}; {how}")
-        if drawn["sample.top_k"] or drawn["sample.top_p"] < 1:
-            raise UserError(f"objective.generated={path} was drawn with top_k or top_p, the reference is without; {how}")
+        fault = "does not say what drew it"
+    elif drawn["weights"] != sha256(find_weights(str(model.weights))):
+        fault = f"was drawn from other weights than model.weights={model.weights}"
+    elif not build_schedule(ScheduleConfig.model_validate(drawn["sample.schedule"]), drawn["sample.gamma"]).is_zero:
+        fault = "was drawn with guidance, the reference is without"
+    elif isinstance(model, NextScaleModel) and drawn["tokenizer"] != sha256(find_weights(model.tokenizer)):
+        fault = f"was drawn with another tokenizer than {model.tokenizer}"
+    elif isinstance(model, NextScaleModel) and (drawn["sample.top_k"] or drawn["sample.top_p"] < 1):
+        fault = "was drawn with top_k or top_p, the reference is without"
+    if fault:
+        raise UserError(f"objective.generated={path} {fault}; draw them again: mclr sample {model.weights} --out DIR --dataset")
     return source
 
 
@@ -113,7 +110,7 @@ def posterior_warmup(config: RunConfig) -> int:
     In whole steps, so that neither micro-batches nor ranks decide which samples have a ratio.
     """
     model, batch = config.model, config.train.batch
-    if not isinstance(model, DiffusionModel) or model.posterior.weights or not build_objective(config).needs_posterior:
+    if not isinstance(model, DiffusionModel) or model.posterior.weights or not build_objective(config.objective).needs_posterior:
         return 0
     return -(-model.posterior.warmup_images // batch) * batch
 
@@ -135,64 +132,57 @@ class Networks:
 
 def build_networks(config: RunConfig, device: torch.device) -> Networks:
     """With the weights that the run starts from, or fresh ones by its seed. Raises UserError when weights do not fit."""
-    fp32_means_fp32()
-    model = config.model
+    model, data, objective = config.model, config.data, build_objective(config.objective)
+    # as in choose_kernels
+    torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(config.train.seed)
     encoder = build_encoder(config, device)
     net = build_net(config, encoder)
     if model.weights:
         weights = find_weights(model.weights)
-        load_into(net, weights, class_map(config, weights))
-    classifier = None
-    objective = build_objective(config)
-    if isinstance(model, DiffusionModel) and objective.needs_posterior:
-        classifier = build_classifier(config)
+        load_into(net, weights, class_map(model, data, weights, config.objective.generated))
+    classifier = build_classifier(config) if isinstance(model, DiffusionModel) and objective.needs_posterior else None
     reference = copy.deepcopy(net) if objective.needs_reference else None
-    generated = through_cache(open_generated(config), encoder, config.data, model) if objective.needs_generated else None
+    generated = through_cache(open_generated(config), encoder, data, model) if objective.needs_generated else None
     return Networks(encoder, net, classifier, reference, generated)
 
 
-LARGE = 2e9  # parameters of a reference that `auto` divides among the ranks: 8 GB
-
-
-def is_sharded(config: RunConfig, parameters: int, ranks: int) -> bool:
-    """Whether so many ranks divide a reference of so many parameters, instead of holding it whole."""
-    how = config.engine.reference
+def is_sharded(how: str, parameters: int, ranks: int) -> bool:
+    """Whether so many ranks divide a reference of so many parameters, instead of holding it whole. how: engine.reference."""
     return how == "sharded" or (how == "auto" and parameters > LARGE and ranks > 1)
 
 
 def build_task(config: RunConfig, source: Source, networks: Networks, device: torch.device, micro_batch: int) -> Task:
     """Everything that trains. micro_batch: images per forward of one rank. Collective with DeepSpeed."""
-    settings, model = config.train, config.model
-    bf16, launched = config.engine.precision == "bf16", config.engine.here() == "deepspeed"
+    settings, model, engine, ranks = config.train, config.model, config.engine, world()[2]
+    bf16 = engine.precision == "bf16"
     normalised = project(networks.net.to(device))
     reference = None
     if networks.reference is not None:
         project(networks.reference.to(device))
         fold(networks.reference)
         size = sum(p.numel() for p in networks.reference.parameters())
-        reference = (Sharded if is_sharded(config, size, world()[2]) else Frozen)(networks.reference, bf16)
+        reference = (Sharded if is_sharded(engine.reference, size, ranks) else Frozen)(networks.reference, bf16)
 
     def engine_of(net: nn.Module, lr: float, weight_decay: float, zero: int, offload: bool) -> Engine:
         net.to(device).train()
-        if config.engine.compile:
+        if engine.compile:
             compile_blocks(net)
         optimizer = make_optimizer(net, lr, settings.betas, settings.eps, weight_decay)
-        clip = config.engine.gradient_clipping
-        if not launched:
-            return Engine(net, optimizer, clip, settings.batch // micro_batch, bf16)
-        accumulation = settings.batch // world()[2] // micro_batch
-        return DeepSpeedEngine(net, optimizer, clip, accumulation, bf16, micro_batch, zero, offload)
+        if engine.here() != "deepspeed":
+            return Engine(net, optimizer, engine.gradient_clipping, settings.batch // micro_batch, bf16)
+        accumulation = settings.batch // ranks // micro_batch
+        return DeepSpeedEngine(net, optimizer, engine.gradient_clipping, accumulation, bf16, micro_batch, zero, offload)
 
-    engine = engine_of(networks.net, settings.lr, settings.weight_decay, config.engine.zero, config.engine.offload)
+    trained = engine_of(networks.net, settings.lr, settings.weight_decay, engine.zero, engine.offload)
+    posterior_lr = model.posterior.lr if isinstance(model, DiffusionModel) else 0.0
     posterior_engine = None
     if networks.classifier is not None:
-        assert isinstance(model, DiffusionModel)
         # too small to be worth dividing
-        posterior_engine = engine_of(networks.classifier, model.posterior.lr, 0.0, zero=0, offload=False)
+        posterior_engine = engine_of(networks.classifier, posterior_lr, 0.0, zero=0, offload=False)
     loss = Loss(
         build_paradigm(config, networks.encoder),
-        build_objective(config),
+        build_objective(config.objective),
         posterior=posterior_engine,
         reference=reference,
         drop_condition=settings.drop_condition,
@@ -203,10 +193,10 @@ def build_task(config: RunConfig, source: Source, networks: Networks, device: to
         source=source,
         encoder=networks.encoder,
         loss=loss,
-        engine=engine,
+        engine=trained,
         normalised=normalised,
         posterior_engine=posterior_engine,
-        posterior_lr=model.posterior.lr if isinstance(model, DiffusionModel) else 0.0,
+        posterior_lr=posterior_lr,
         generated=networks.generated,
         flip=config.data.flip,
         bf16=bf16,

@@ -4,7 +4,7 @@ B images of a forward; P = B, or 2B where the objective takes generated samples 
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,10 +21,11 @@ from mclr.train.data.dataset import Batch, DatasetInfo, SplitReader
 from mclr.train.data.source import permutation
 from mclr.train.engine.base import Engine, Frozen, eval_mode
 from mclr.train.system.files import ignore
+from mclr.train.system.ranks import collective, world
 from mclr.train.training.step import Task
 
-DRAWS = 640  # of a reading of the monitor: of so many images, or of fewer in turn
-RANKING = 2048  # of the loss that ranks checkpoints: with a contrast it is noisier, by .03 on the digits with 640 draws
+READING = 640  # samples of a reading of the monitor; those of a small split in turn
+RANKING = 2048  # samples of the loss that ranks checkpoints: with a contrast it is noisier, by .03 on the digits with 640
 BATCH = 64  # images of a forward
 
 
@@ -44,11 +45,22 @@ def refuse_unready(info: DatasetInfo, settings: Train) -> None:
 
 
 def fixed(reader: SplitReader, count: int | None = None) -> Iterator[tuple[range, Batch]]:
-    """`count` (DRAWS) samples of a split in batches, each with its position: always the same ones; those of a small split in turn."""
+    """`count` (READING) samples of a split in batches, each with its positions: always the same ones; those of a small split in turn."""
     order = permutation(0, 0, len(reader.samples))
-    for first in range(0, count or DRAWS, BATCH):
+    for first in range(0, count or READING, BATCH):
         positions = range(first, first + BATCH)
         yield positions, reader.batch([int(order[p % len(order)]) for p in positions])
+
+
+@contextmanager
+def beside_training(together: bool, beat: Callable[[], None]) -> Iterator[Callable[[], None] | None]:
+    """A block beside training for rank 0 alone, or for all ranks `together`, where they share a network. Collective.
+
+    Yields the beat to call in it, so that no watchdog takes it for a hang on any rank; None where this rank has nothing to do.
+    """
+    with collective(beat) as working:
+        # where all ranks work, rank 0 must not talk to the others in between: each beats for itself
+        yield (beat if together else working) if together or world()[0] == 0 else None
 
 
 @contextmanager
@@ -70,7 +82,7 @@ def with_weights(engine: Engine, given: Mapping[str, Tensor]) -> Iterator[None]:
 
 def mle_loss(task: Task, reader: SplitReader, beat: Callable[[], None] = ignore) -> float:
     """The loss of plain maximum likelihood, every image under its own condition, without dropout or mirroring."""
-    return _mean(_metrics(task, Loss(task.loss.paradigm, Objective()), task.engine.net, reader, DRAWS, beat), "loss")
+    return _means(task, Loss(task.loss.paradigm, Objective()), task.engine.net, reader, READING, beat)["loss"]
 
 
 class WithoutU:
@@ -107,25 +119,23 @@ class HeldOut:
         The loss as it is trained would not do: u differs between checkpoints, and with aux, which holds the error constant in its
         gradient alone, the sum is lowest at half of lam (derived; on the digits it puts the base before every checkpoint of mclr).
         """
-        loss, engine = self.task.loss, self.task.engine
+        loss, engine, trained = self.task.loss, self.task.engine, self.task.posterior_engine
         if loss.objective.contrast == "none":
             return mle_loss(self.task, self.reader, beat)
-        trained = self.task.posterior_engine
         classifier = self.classifier if trained is None or self.classifier is not None else trained.net
         reference = loss.reference.net if isinstance(loss.reference, Frozen) else None
         for net in (classifier, reference):
             if net is not None:
                 net.eval()
         loss = replace(loss, posterior=classifier, reference=reference)
-        found = list(_metrics(self.task, loss, WithoutU(engine), self.reader, RANKING, beat))
-        return _mean(found, "loss") - _mean(found, "aux")
+        found = _means(self.task, loss, WithoutU(engine), self.reader, RANKING, beat)
+        return found["loss"] - found["aux"]
 
 
 @torch.no_grad()
-def _metrics(
-    task: Task, loss: Loss, net: Any, reader: SplitReader, count: int, beat: Callable[[], None] = ignore
-) -> Iterator[dict[str, Tensor]]:
-    """The metrics of a loss on every batch of `count` samples."""
+def _means(task: Task, loss: Loss, net: Any, reader: SplitReader, count: int, beat: Callable[[], None]) -> dict[str, float]:
+    """loss and aux of a loss, averaged over `count` samples."""
+    found: list[dict[str, Tensor]] = []
     for positions, batch in fixed(reader, count):
         batches = [batch]
         if loss.objective.needs_generated and task.generated is not None:
@@ -134,9 +144,6 @@ def _metrics(
         c_P = torch.cat([each.c_B for each in batches]).to(task.device)
         x_P = task.encoder.draw(torch.cat([task.encode(each) for each in batches]), draws)
         with eval_mode(task.engine.net, task.bf16):
-            yield loss.per_sample(net, x_P, c_P, c_P, draws, first=loss.warmup)[2]
+            found.append(loss.per_sample(net, x_P, c_P, c_P, draws, first=loss.warmup)[2])
         beat()
-
-
-def _mean(metrics: Iterable[dict[str, Tensor]], name: str) -> float:
-    return torch.stack([each[name] for each in metrics]).mean().item()
+    return {name: torch.stack([each[name] for each in found]).mean().item() for name in ("loss", "aux")}

@@ -1,16 +1,22 @@
 """How a training run begins: what it reads is checked, the ranks meet, everything is built, and trained. Also what a dry run tells."""
 
-from __future__ import annotations
-
 import math
-import sys
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import nn
 
 from mclr.configs.schema import DiffusionModel, RunConfig, dump, flatten
 from mclr.errors import UserError
+from mclr.train.data.cache import data_line, precision_of, through_cache
+from mclr.train.data.dataset import SplitReader, open_dataset
+from mclr.train.data.encoders import VAE_WEIGHTS, find_vae
+from mclr.train.data.source import Source
+from mclr.train.data.write import open_or_prepare
+from mclr.train.system.files import checksum
+from mclr.train.system.gpus import peak_flops
 from mclr.train.system.ranks import (
     Interrupt,
     collective,
@@ -22,24 +28,20 @@ from mclr.train.system.ranks import (
     report_once,
     world,
 )
-
-if TYPE_CHECKING:
-    # torch, and what imports it, is imported where it is used: a misspelt setting is answered before
-    import torch
-
-    from mclr.train.data.dataset import SplitReader
-    from mclr.train.data.source import Source
-    from mclr.train.system.watchdog import Watchdog
-    from mclr.train.training.build import Networks
-    from mclr.train.training.log import Place
-    from mclr.train.training.loop import Session
-    from mclr.train.training.step import Task
-
-
-def end_early(number: int, frame: Any) -> NoReturn:
-    """Ends a run that has not begun to train."""
-    print("interrupted", file=sys.stderr)
-    raise SystemExit(128 + number)
+from mclr.train.system.watchdog import Watchdog
+from mclr.train.training.build import Networks, build_networks, build_task, choose_kernels, open_source, posterior_warmup
+from mclr.train.training.class_map import FRESH, SAME, class_map
+from mclr.train.training.compute import calls_of, rows_per_sample
+from mclr.train.training.held_out import RANKING, HeldOut, fixed, readers_of, refuse_unready
+from mclr.train.training.log import RunFolder
+from mclr.train.training.loop import Session
+from mclr.train.training.memorisation import Monitor
+from mclr.train.training.networks import build_classifier, build_encoder, build_net, build_objective, schedule_table
+from mclr.train.training.previews import Preview
+from mclr.train.training.state import Keeper
+from mclr.train.training.throughput import Throughput
+from mclr.train.weights.folder import find_weights, inherited, named_weights, refuse_misfit, sha256
+from mclr.train.weights.model_card import run_notes
 
 
 def rank_shares(config: RunConfig, ranks: int) -> list[int]:
@@ -62,6 +64,8 @@ def micro_batch_of(config: RunConfig, ranks: int) -> int:
     Raises UserError as rank_shares() does, and for an engine that needs a launcher.
     """
     shares, engine = rank_shares(config, ranks), config.engine
+    if engine.here() == "deepspeed" and not launched():
+        raise UserError("engine.kind=deepspeed needs a launcher: use `deepspeed train/run.py ...`, or --engine local")
     if engine.here() == "local" and engine.zero:
         raise UserError(
             f"engine.zero={engine.zero} needs a launcher: use `deepspeed train/run.py ...`, or engine.zero=0 engine.offload=false"
@@ -70,8 +74,6 @@ def micro_batch_of(config: RunConfig, ranks: int) -> int:
         raise UserError(
             "engine.reference=sharded needs ranks that share it: start with a launcher, or set engine.reference=whole"
         )
-    if engine.here() == "deepspeed" and not launched():
-        raise UserError("engine.kind=deepspeed needs a launcher: use `deepspeed train/run.py ...`, or --engine local")
     return max(d for d in shares if d <= (config.train.micro_batch or config.train.batch))
 
 
@@ -94,24 +96,23 @@ def start(config: RunConfig, out: Path, micro_batch: int, command: str, no_lock:
 
     Rank 0 finds everything good before it writes to the run folder, and before the ranks meet.
     """
-    import torch
-
-    from mclr.train.training.log import Place, RunFolder
-
-    device, interrupt, inputs, place = own_device(), Interrupt(), None, Place(out)
+    device, interrupt, inputs, folder = own_device(), Interrupt(), None, None
     with ExitStack() as held:
         if world()[0] == 0:
             inputs = open_inputs(config, device, held)
-            notes = notes_of(config, inputs) | {"command": command, "out": str(out)}
-            place = Place(out, RunFolder(out, flatten(config), dump(config), notes["inputs"], no_lock), notes)
+            encoder, source, init = inputs.networks.encoder, inputs.source, config.model.weights
+            notes = run_notes(config) | inherited(init) | {"init": init, "command": command, "out": str(out)}
+            notes |= {"inputs": checksums_of(config) | precision_of(source, encoder)}
+            notes |= {"data_images": len(source), "classes": source.info.class_names}
+            folder = RunFolder(out, flatten(config), dump(config), notes, no_lock)
         several = group(config.engine.here() == "deepspeed", config.engine.timeout)
-        with several, on_signals(interrupt.notice), report_once(), closing(place):
+        with several, on_signals(interrupt.notice), report_once(), closing(folder) if folder else nullcontext():
             with collective():
                 inputs = inputs or open_inputs(config, device, held)
             if any(data != inputs.data for data in gather_objects(inputs.data)):
                 raise UserError("a cache was finished while the ranks started, and some read it: run the same command again")
             try:
-                return build_and_run(config, inputs, place, micro_batch, device, interrupt)
+                return build_and_run(config, inputs, out, folder, micro_batch, device, interrupt)
             except torch.OutOfMemoryError as error:
                 smaller = f"halve train.micro_batch (now {micro_batch}), which leaves the result as it is"
                 raise UserError(f"out of GPU memory: {smaller}") from error
@@ -119,13 +120,8 @@ def start(config: RunConfig, out: Path, micro_batch: int, command: str, no_lock:
 
 def open_inputs(config: RunConfig, device: torch.device, held: ExitStack) -> Inputs:
     """Build the networks and open the data; `held` closes it. Raises UserError where something is missing, damaged or does not fit."""
-    from mclr.train.data.cache import data_line, through_cache
-    from mclr.train.data.write import open_or_prepare
-    from mclr.train.training.build import build_networks, choose_kernels, open_source
-    from mclr.train.training.held_out import RANKING, fixed, readers_of, refuse_unready
-
     data, settings = config.data, config.train
-    kernels, networks = choose_kernels(config, device), build_networks(config, device)
+    kernels, networks = choose_kernels(config.engine.kernels, device), build_networks(config, device)
     if world()[0] == 0 and not data.streamed:
         open_or_prepare(data.name, data.path)
     source = held.enter_context(closing(open_source(config)))
@@ -142,74 +138,42 @@ def open_inputs(config: RunConfig, device: torch.device, held: ExitStack) -> Inp
 
 
 def build_and_run(
-    config: RunConfig, inputs: Inputs, place: Place, micro_batch: int, device: torch.device, interrupt: Interrupt
+    config: RunConfig,
+    inputs: Inputs,
+    out: Path,
+    folder: RunFolder | None,
+    micro_batch: int,
+    device: torch.device,
+    interrupt: Interrupt,
 ) -> int:
     """Build what trains, say what it is, and train."""
-    from mclr.train.system.watchdog import Watchdog
-    from mclr.train.training.build import build_task
-
-    (rank, _, ranks), about = world(), describe(config, inputs.networks.net, micro_batch)
+    (rank, _, ranks), settings, ranking = world(), config.train, None
+    about = describe(config, inputs.networks.net, micro_batch)
     task = build_task(config, inputs.source, inputs.networks, device, micro_batch)
     if rank == 0:
         print(*about, *inputs.data, inputs.kernels, sep="\n")
-    with closing(Watchdog(place.path, rank, ranks, config.engine.timeout)) as watchdog:
-        return session_of(config, task, micro_batch, inputs.held_out, place, interrupt, watchdog).run()
-
-
-def session_of(
-    config: RunConfig,
-    task: Task,
-    micro_batch: int,
-    held_out: dict[str, SplitReader],
-    place: Place,
-    interrupt: Interrupt,
-    watchdog: Watchdog,
-) -> Session:
-    """What the loop works with. Collective."""
-    from mclr.train.system.gpus import peak_flops
-    from mclr.train.training.held_out import HeldOut
-    from mclr.train.training.loop import Session
-    from mclr.train.training.memorisation import Monitor
-    from mclr.train.training.networks import build_classifier
-    from mclr.train.training.previews import Preview
-    from mclr.train.training.state import Keeper
-    from mclr.train.training.throughput import Throughput
-
-    settings, monitor, ranking = config.train, None, None
-    if settings.monitor_every and (world()[0] == 0 or task.engine.lockstep):
-        monitor = Monitor(task, held_out, settings.monitor_every, settings.log_every * settings.batch)
     if settings.keep_best:
         # the classifier that the run begins with, where it has weights: so that all checkpoints are asked the same
         given = isinstance(config.model, DiffusionModel) and config.model.posterior.weights and task.posterior_engine is not None
-        ranking = HeldOut(task, held_out["val"], build_classifier(config).to(task.device) if given else None)
-    keeper = Keeper(task, settings, place, ranking, watchdog.beat)
-    throughput = Throughput(peak_flops(task.device, config.engine.precision), task.device)
-    preview = Preview(task, settings.grid_every, config.sample.batch, place.folder)
-    return Session(task, micro_batch, keeper, interrupt, watchdog, throughput, preview, monitor)
-
-
-def notes_of(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
-    """What is said about the run beside its weights."""
-    from mclr.train.data.cache import precision_of
-    from mclr.train.weights.folder import inherited
-    from mclr.train.weights.model_card import run_notes
-
-    source, start = inputs.source, config.model.weights
-    read = checksums_of(config) | precision_of(source, inputs.networks.encoder)
-    about = {"data_images": len(source), "classes": source.info.class_names}
-    return {"init": start, "inputs": read} | run_notes(config) | inherited(start) | about
+        ranking = HeldOut(task, inputs.held_out["val"], build_classifier(config).to(device) if given else None)
+    with closing(Watchdog(out, rank, ranks, config.engine.timeout)) as watchdog:
+        return Session(
+            task,
+            micro_batch,
+            Keeper(task, settings, out, folder, ranking, watchdog.beat),
+            interrupt,
+            watchdog,
+            Throughput(peak_flops(device, config.engine.precision), device),
+            Preview(task, settings.grid_every, config.sample.batch, folder, watchdog.beat),
+            Monitor(task, inputs.held_out, settings.monitor_every, settings.log_every * settings.batch, watchdog.beat),
+        ).run()
 
 
 def checksums_of(config: RunConfig) -> dict[str, str]:
     """Setting -> checksum of the weights, the class map or the dataset that it names."""
-    from mclr.train.data.encoders import VAE_WEIGHTS, find_vae
-    from mclr.train.system.files import checksum
-    from mclr.train.training.class_map import FRESH, SAME
-    from mclr.train.weights.folder import find_weights, named_weights, sha256
-
-    model, named = config.model, named_weights(flatten(config))
+    model = config.model
     # how a run is sampled decides nothing of it
-    inputs = {key: sha256(find_weights(name)) for key, name in named.items() if key != "sample.guide"}
+    inputs = {key: sha256(find_weights(name)) for key, name in named_weights(flatten(config)).items() if key != "sample.guide"}
     files = {"model.class_map": Path(model.class_map)} if model.class_map not in (None, FRESH, SAME) else {}
     if isinstance(model, DiffusionModel) and model.vae is not None:
         files["model.vae"] = find_vae(model.vae) / VAE_WEIGHTS
@@ -220,52 +184,40 @@ def checksums_of(config: RunConfig) -> dict[str, str]:
     return inputs | {key: checksum(file) for key, file in files.items()}
 
 
-def planned(config: RunConfig) -> Any:
+def planned(config: RunConfig) -> nn.Module:
     """The network of a run, without memory. Raises UserError where what the run needs is missing, or does not fit it."""
-    import torch
-
-    from mclr.train.data.dataset import open_dataset
-    from mclr.train.training.class_map import class_map
-    from mclr.train.training.held_out import refuse_unready
-    from mclr.train.training.networks import build_encoder, build_net
-    from mclr.train.weights.folder import find_weights, named_weights, refuse_misfit
-
     encoder = build_encoder(config, torch.device("cpu"))
     with torch.device("meta"):
         net = build_net(config, encoder)
     folders = {key: find_weights(name) for key, name in named_weights(flatten(config)).items()}
     if weights := folders.get("model.weights"):
-        refuse_misfit(net, weights, any_conditions=class_map(config, weights) is not None)
+        refuse_misfit(net, weights, any_conditions=class_map(config.model, config.data, weights) is not None)
     if not config.data.streamed and (Path(config.data.path) / "dataset.json").exists():
         refuse_unready(open_dataset(config.data.path), config.train)
     return net
 
 
-def describe(config: RunConfig, net: Any, micro_batch: int) -> list[str]:
+def describe(config: RunConfig, net: nn.Module, micro_batch: int) -> list[str]:
     """The run in a few lines: what is trained, on what, how, at what cost."""
-    from mclr.train.training.compute import calls_of, rows_per_sample
-    from mclr.train.training.networks import build_objective, schedule_table
-
     model, data, settings, engine, ranks = config.model, config.data, config.train, config.engine, world()[2]
-    objective, scales = build_objective(config), getattr(net.config, "patch_nums", None)
-    calls, terms = calls_of(objective, scales, data.num_classes, engine.zero == 3), getattr(net, "tokens", 1)
+    objective, options = build_objective(config.objective), vars(net.config)
+    calls = calls_of(objective, options.get("patch_nums"), data.num_classes, engine.zero == 3)
     grad, free, reference = (
-        math.ceil(settings.batch * calls.samples * rows_per_sample(each, terms))
+        math.ceil(settings.batch * calls.samples * rows_per_sample(each, getattr(net, "tokens", 1)))
         for each in (calls.grad, calls.free, calls.reference)
     )
-    count = sum(p.numel() for p in net.parameters())
-    begins = f"weights {model.weights}" if model.weights else "no weights given (--init): from scratch"
+    begins = f"from the weights {model.weights}" if model.weights else "from random weights (others: --init WEIGHTS)"
     vae = model.vae if isinstance(model, DiffusionModel) else None
-    latents = f", latents {net.config.img_channels} x {net.config.img_resolution}^2 of {vae}" if vae else ""
+    latents = f", latents {options['img_channels']} x {options['img_resolution']}^2 of {vae}" if vae else ""
     ways = [*([f"ZeRO {engine.zero}"] if engine.here() == "deepspeed" else []), engine.precision]
     ways += [way.replace("_", " ") for way in ("offload", "activation_checkpointing", "compile") if getattr(engine, way)]
     share = f"{settings.batch // ranks // micro_batch} x {micro_batch} images per rank and step"
     budget = f", or until the compute of {settings.mle_images} images of mle is spent" if settings.mle_images else ""
     return [
-        f"model      {model.name} ({model.paradigm}), {count / 1e6:.2f}M parameters, {begins}",
+        f"model      {model.name} ({model.paradigm}), {sum(p.numel() for p in net.parameters()) / 1e6:.2f}M parameters, {begins}",
         f"objective  {objective.name}, contrast {objective.contrast}, lam {config.objective.lam} ({config.objective.schedule.kind})",
-        *schedule_table("lam", objective.schedule, scales),
-        *posterior_line(config),
+        *schedule_table("lam", objective.schedule, options.get("patch_nums")),
+        *posterior_lines(config),
         f"data       {data.name}: {data.num_classes} classes, {data.channels} x {data.resolution}^2{latents}",
         f"engine     {engine.here()}, {', '.join(ways)}, {ranks} rank(s), {share}",
         f"rows       {settings.batch} samples per step, at most {grad} rows with gradient, {free + reference} without",
@@ -273,13 +225,10 @@ def describe(config: RunConfig, net: Any, micro_batch: int) -> list[str]:
     ]
 
 
-def posterior_line(config: RunConfig) -> list[str]:
+def posterior_lines(config: RunConfig) -> list[str]:
     """Where the posterior classifier of a diffusion run comes from; nothing where there is none."""
-    from mclr.train.training.build import posterior_warmup
-    from mclr.train.training.networks import build_objective
-
     model = config.model
-    if not (isinstance(model, DiffusionModel) and build_objective(config).needs_posterior):
+    if not (isinstance(model, DiffusionModel) and build_objective(config.objective).needs_posterior):
         return []
     if model.posterior.weights:
         return [f"posterior  weights {model.posterior.weights}"]

@@ -5,9 +5,8 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mclr.configs.schema import FILE, flatten, load_resolved
 from mclr.errors import UserError
@@ -15,31 +14,12 @@ from mclr.train.engine.checkpoint import MANIFEST, checkpoints
 from mclr.train.system.files import NoLocks, lock, regular, try_folder, write_file, write_json
 from mclr.train.training.trackers import Trackers
 
-# settings that may change between two starts of a run, since they do not decide what it learns; a whole section ends in a dot
-FREE = (
-    "data.damaged",
-    "data.path",
-    "engine.activation_checkpointing",
-    "engine.compile",
-    "engine.kernels",
-    "engine.kind",
-    "engine.offload",
-    "engine.reference",
-    "engine.timeout",
-    "engine.zero",
-    "sample.",
-    "train.checkpoint_every",
-    "train.grid_every",
-    "train.images",
-    "train.keep",
-    "train.keep_best",
-    "train.log_every",
-    "train.log_to",
-    "train.max_skipped",
-    "train.micro_batch",
-    "train.mle_images",
-    "train.monitor_every",
-)
+# Settings that may change between two starts of a run, by section: they do not decide what it learns. Nor does the section sample.
+FREE = {
+    "data": "damaged path",
+    "engine": "activation_checkpointing compile kernels kind offload reference timeout zero",
+    "train": "checkpoint_every grid_every images keep keep_best log_every log_to max_skipped micro_batch mle_images monitor_every",
+}
 INPUTS = "inputs.json"
 METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"
 LOCK = "lock"  # it holds the number of the process that was here last
@@ -49,19 +29,20 @@ WRITES = (INPUTS, LOCK, METRICS, SKIPPED, *FOLDERS)
 
 
 def is_free(key: str) -> bool:
-    return key in FREE or any(free.endswith(".") and key.startswith(free) for free in FREE)
+    section, _, name = key.partition(".")
+    return section == "sample" or name in FREE.get(section, "").split()
 
 
 class RunFolder:
     """A run folder, held by this process until it is closed.
 
     Raises UserError when it cannot be written, when another process holds it, or when it holds another run or something that no run
-    wrote. settings: dotted key -> value; text: the same as YAML. inputs: setting -> checksum of what it names, which could change
-    under that name. no_lock: go on where the file system has no locks.
+    wrote. settings: dotted key -> value; text: the same as YAML. notes: what the weights say about the run; notes["inputs"]: setting ->
+    checksum of what it names, which could change under that name. no_lock: go on where the file system has no locks.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], text: str, inputs: dict[str, str], no_lock: bool = False):
-        self.path = path
+    def __init__(self, path: Path, settings: dict[str, Any], text: str, notes: dict[str, Any], no_lock: bool = False):
+        self.path, self.notes = path, notes
         goes_on = _is_run(path)
         for name in () if goes_on else WRITES:
             if _holds_something(path / name):
@@ -69,25 +50,8 @@ class RunFolder:
                     f"{path / name} is of no run that could go on, and this one would write over it: choose another --out"
                 )
         if (path / FILE).exists():
-            _refuse_other(path, settings, inputs)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            self.lock, mine = lock(path / LOCK, none=no_lock)
-        except NoLocks as error:
-            raise UserError(
-                f"the file system of {path} has no locks ({error.strerror}), which keep two runs apart: choose another place with --out, "
-                "or give --no-lock and start no second run there"
-            ) from error
-        except OSError as error:
-            raise UserError(f"cannot write the run folder {path} ({error.strerror}): choose another with --out") from error
-        if not mine:
-            self.lock.seek(0)
-            holder = self.lock.read().strip()
-            self.lock.close()
-            raise UserError(f"run folder {path} is held by process {holder}: wait for it, or choose another with --out")
-        self.lock.truncate(0)
-        self.lock.write(str(os.getpid()))
-        self.lock.flush()
+            _refuse_other(path, settings, notes["inputs"])
+        self.lock = _locked(path, no_lock)
         # a process of this run that died while writing left these
         for torn in [*path.glob(".tmp-*"), *path.glob("checkpoints/.tmp-*"), *path.glob("grids/.tmp-*")] if goes_on else []:
             shutil.rmtree(torn) if torn.is_dir() else torn.unlink()
@@ -95,13 +59,13 @@ class RunFolder:
             if not folder.is_dir():
                 raise UserError(f"{folder} is a file, and the run would write a folder there: move it, or choose another --out")
             try_folder(folder)
-        write_json(path / INPUTS, inputs)
+        write_json(path / INPUTS, notes["inputs"])
         write_file(path / FILE, text.encode())
-        self.trackers = Trackers(settings["train.log_to"], path, settings)
+        self.trackers = Trackers(path, settings)
 
     def close(self) -> None:
         """Let go of the folder."""
-        self.trackers.close()
+        self.trackers.give("close")
         self.lock.close()
 
     def rewind(self, images_seen: int) -> None:
@@ -115,18 +79,14 @@ class RunFolder:
         for picture in self.path.glob("grids/*.png"):
             if picture.stem.isdigit() and int(picture.stem) > images_seen:
                 picture.unlink()
-        self.trackers.rewind(images_seen, last)
+        self.trackers.begun, self.trackers.last = images_seen, last
 
     def log(self, **values: Any) -> None:
         """Append one line to metrics.jsonl, and give its numbers to the trackers. What is not finite becomes null."""
         values = _finite(values)
         self._append(METRICS, values)
         images = values.pop("images")
-        self.trackers.log(images, {name: value for name, value in values.items() if value is not None})
-
-    def picture(self, name: str, images_seen: int, path: Path) -> None:
-        """Give a PNG file to the trackers."""
-        self.trackers.picture(name, images_seen, path)
+        self.trackers.give("log", images, {name: value for name, value in values.items() if value is not None})
 
     def note_skipped(self, images: int, loss: float, keys: Sequence[str]) -> None:
         """Append to skipped.jsonl a step that changed nothing, since its gradient was not finite. keys: the names of its samples."""
@@ -142,17 +102,27 @@ class RunFolder:
             ) from error
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a run writes. folder: the run folder at `path`, held by rank 0; None on other ranks. notes: what its weights say about it."""
-
-    path: Path
-    folder: RunFolder | None = None
-    notes: dict[str, Any] = field(default_factory=dict)
-
-    def close(self) -> None:
-        if self.folder is not None:
-            self.folder.close()
+def _locked(path: Path, no_lock: bool) -> IO[str]:
+    """Make the folder and take its lock, a file that says who holds it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        file, mine = lock(path / LOCK, none=no_lock)
+    except NoLocks as error:
+        raise UserError(
+            f"the file system of {path} has no locks ({error.strerror}), which keep two runs apart: choose another place with --out, "
+            "or give --no-lock and start no second run there"
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot write the run folder {path} ({error.strerror}): choose another with --out") from error
+    if not mine:
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise UserError(f"run folder {path} is held by process {holder}: wait for it, or choose another with --out")
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

@@ -20,20 +20,11 @@ from mclr.train.training.step import Task, train_step
 from mclr.train.training.throughput import Throughput
 
 
-class NotFinite(UserError):
-    """The end of a run that went wrong. images: seen until then."""
-
-    def __init__(self, message: str, images: int):
-        super().__init__(message)
-        self.images = images
-
-
 @dataclass
 class Session:
     """A run on this rank, from its newest checkpoint to its end. Its methods are collective.
 
     It trains until settings.images have been seen, or the compute of settings.mle_images is spent. micro_batch: images of a forward.
-    monitor: None where this rank has nothing to read.
     """
 
     task: Task
@@ -43,11 +34,10 @@ class Session:
     watchdog: Watchdog
     throughput: Throughput
     preview: Preview
-    monitor: Monitor | None
+    monitor: Monitor
 
     def __post_init__(self) -> None:
-        self.settings, (self.rank, _, self.ranks) = self.keeper.settings, world()
-        self.place, self.folder = self.keeper.place, self.keeper.place.folder
+        self.settings, self.folder, (self.rank, _, self.ranks) = self.keeper.settings, self.keeper.folder, world()
         self.state = self.keeper.resume()
         if self.folder is not None:
             self.folder.rewind(self.state.images)
@@ -55,8 +45,7 @@ class Session:
         self.checkpointed = self.state.images
         self.throughput.start(vars(self.state))
         self.flops = forward_flops(self.task)
-        mle_images = self.settings.mle_images
-        self.budget = 3 * self.flops["net"] * mle_images if mle_images else math.inf
+        self.budget = 3 * self.flops["net"] * (self.settings.mle_images or math.inf)
 
     def run(self) -> int:
         """Train to the end. Returns 0, or 128 + the signal that ended the run after a checkpoint.
@@ -64,7 +53,7 @@ class Session:
         Raises UserError when too many steps in a row are not finite; the newest checkpoint then still stands.
         """
         begun = self.state.images
-        if self.rank == 0 and not self.done() and (self.place.path / "weights").exists():
+        if self.rank == 0 and not self.done() and (self.keeper.path / "weights").exists():
             print(f"this run had finished at {begun} images; it goes on to train.images={self.settings.images}")
         with progress_bar(self.end(), begun, quiet=self.rank != 0 or self.done()) as self.bar:
             while not self.done() and self.step():
@@ -123,7 +112,7 @@ class Session:
         if state.images // settings.batch % settings.log_every == 0 or self.done():
             # what plain maximum likelihood would have trained on at the same cost: the length of a fair control
             mle_images = round(state.flops / (3 * self.flops["net"]))
-            readings = self.monitor.read(state.images) if self.monitor else {}
+            readings = self.monitor.read(state.images)
             readings |= self.throughput.read(vars(state), self.watchdog.waited, self.task.source.damaged)
             self.watchdog.waited = 0.0
             if self.folder is not None:
@@ -139,14 +128,11 @@ class Session:
                     **readings,
                 )
             self.bar.set_postfix(loss=f"{self.means['loss']:.4f}", refresh=False)
-        if self.rank == 0 and self.place.notes["init"] is None and state.images == settings.batch:
-            left = self.bar.format_interval(state.seconds * (self.end() / settings.batch - 1))
-            self.bar.write(f"no released weights were given: training from scratch, about {left} to go by the first step")
 
     def count_skipped(self) -> None:
         """Count and write down a step that changed nothing, since its gradient was not finite.
 
-        Raises NotFinite where that happens too often in a row.
+        Raises UserError where that happens too often in a row.
         """
         state, means = self.state, self.means
         if self.task.engine.stepped:
@@ -159,12 +145,11 @@ class Session:
         if self.folder is not None:
             self.folder.note_skipped(images=state.images, loss=means["loss"], keys=[key for each in keys for key in each])
         if state.skipped_in_a_row > self.settings.max_skipped:
-            path, checkpointed = self.place.path, self.checkpointed
-            kept = f"; {path} keeps its checkpoint of {checkpointed} images" if checkpointed else ""
+            kept = f"; {self.keeper.path} keeps its checkpoint of {self.checkpointed} images" if self.checkpointed else ""
             times = f"{state.skipped_in_a_row} step{'s' * (state.skipped_in_a_row > 1)} in a row"
             what = f"gradient_norm is {means['gradient_norm']} at {state.images} images, {times}"
             way_out = "start again with a lower train.lr or objective.lam and another --out"
-            raise NotFinite(f"{what}: {way_out}{kept}", state.images)
+            raise UserError(f"{what}: {way_out}{kept}")
 
     def save(self) -> None:
         """Write the picture, the snapshots and the checkpoint that are due after a step, in this order: a run that goes on from
@@ -172,7 +157,7 @@ class Session:
         settings, images = self.settings, self.state.images
         if self.preview.due(images, images - settings.batch, self.done()):
             self.watchdog.enter("grid")
-            self.preview.draw(images)
+            self.preview.write(images)
         if settings.snapshot_every and (images % settings.snapshot_every < settings.batch or self.done()):
             self.watchdog.enter("snapshot")
             self.keeper.snapshot(self.state)

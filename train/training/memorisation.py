@@ -11,6 +11,7 @@ memorise them (arXiv 2606.09718). On the 8x8 digits ICR did not tell a memorisin
 (mclr/EXPERIMENTS.md).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from mclr.metrics import icr
 from mclr.train.data.dataset import SplitReader
 from mclr.train.data.encoders import Encoder, from_uint8, mirrored
 from mclr.train.engine.base import eval_mode
-from mclr.train.training.held_out import fixed, mle_loss
+from mclr.train.system.files import ignore
+from mclr.train.training.held_out import beside_training, fixed, mle_loss
 from mclr.train.training.step import Task
 
 SIGMA = 0.29  # noise of a view; the paper's choice
@@ -63,10 +65,12 @@ def features(net: Any, x_BCHW: Tensor, draws: Draws) -> Tensor:
     return seen[0] if D <= WIDTH else seen[0] @ Draws(PROJECTION, list(range(D)), x_BCHW.device).normal(WIDTH) / D**0.5
 
 
-def measure(net: Any, encoder: Encoder, images: dict[str, SplitReader], flip: bool) -> dict[str, float]:
-    """icr and icr_val: that of the network on each of these splits, from DRAWS pairs of views, in fp32.
+def measure(
+    net: Any, encoder: Encoder, images: dict[str, SplitReader], flip: bool, beat: Callable[[], None] = ignore
+) -> dict[str, float]:
+    """icr and icr_val: that of the network on each of these splits, from READING pairs of views, in fp32.
 
-    Raises UserError where the features of two views do not differ, or are not finite.
+    beat: called after every batch. Raises UserError where the features of two views do not differ, or are not finite.
     """
     device = next(net.parameters()).device
     found = {}
@@ -77,6 +81,7 @@ def measure(net: Any, encoder: Encoder, images: dict[str, SplitReader], flip: bo
                 draws = Draws(VIEWS, [2 * p + which for p in pairs], device)
                 stored_B = encoder.encode(view(batch.image_BCHW.to(device), draws, flip))
                 h_BD.append(features(net, encoder.draw(stored_B, draws), draws).cpu())
+            beat()
         try:
             found[NAMES[split].format("icr")] = icr(torch.cat(views[0]), torch.cat(views[1]))
         except ValueError as error:
@@ -85,28 +90,31 @@ def measure(net: Any, encoder: Encoder, images: dict[str, SplitReader], flip: bo
 
 
 class Monitor:
-    """What is logged beside a step's metrics, once every `every` images.
+    """What is logged beside a step's metrics, once every `every` images (0: never).
 
-    It needs no other rank; but where ranks hold parts of the network, each has to read when rank 0 does. period: images between two
-    lines of the log. readers: the images of both splits (held_out.py).
+    period: images between two lines of the log. readers: the images of both splits (held_out.py). beat: called after every batch, so
+    that no watchdog takes a reading for a hang.
     """
 
-    def __init__(self, task: Task, readers: dict[str, SplitReader], every: int, period: int):
-        self.task, self.readers, self.every, self.period = task, readers, every, period
+    def __init__(self, task: Task, readers: dict[str, SplitReader], every: int, period: int, beat: Callable[[], None] = ignore):
+        self.task, self.readers, self.every, self.period, self.beat = task, readers, every, period, beat
 
     def read(self, images: int) -> dict[str, float]:
-        """At a line of the log, after so many images: nothing until a reading is due, then the loss; of diffusion also ICR.
+        """At a line of the log, after so many images: nothing until a reading is due, then the loss; of diffusion also ICR. Collective.
 
-        ICR looks at features under the null condition, so there is none where no condition is dropped.
+        ICR looks at features under the null condition, so there is none where no condition is dropped. Only ranks that run the network
+        get readings: rank 0, and all where each holds a part of it.
         """
-        line_before = (images - 1) // self.period * self.period
-        if images // self.every == line_before // self.every:
+        line_before, task = (images - 1) // self.period * self.period, self.task
+        if not self.every or images // self.every == line_before // self.every:
             return {}
-        found = {NAMES[split].format("mle_loss"): mle_loss(self.task, reader) for split, reader in self.readers.items()}
-        net = self.task.engine.net
-        if hasattr(net, "middle") and self.task.loss.drop_condition > 0:
-            try:
-                found |= measure(net, self.task.encoder, self.readers, self.task.flip)
-            except UserError as error:
-                tqdm.write(f"at {images} images {error}")
-        return found
+        with beside_training(task.engine.lockstep, self.beat) as working:
+            if working is None:
+                return {}
+            found = {NAMES[s].format("mle_loss"): mle_loss(task, reader, working) for s, reader in self.readers.items()}
+            if hasattr(task.engine.net, "middle") and task.loss.drop_condition > 0:
+                try:
+                    found |= measure(task.engine.net, task.encoder, self.readers, task.flip, working)
+                except UserError as error:
+                    tqdm.write(f"at {images} images {error}")
+            return found

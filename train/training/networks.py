@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import nn
 
-from mclr.configs.schema import DiffusionModel, NextScaleModel, RunConfig
+from mclr.configs.schema import DiffusionModel, NextScaleModel, RunConfig, Sample
+from mclr.configs.schema import Objective as ObjectiveConfig
 from mclr.configs.schema import Schedule as ScheduleConfig
 from mclr.diffusion import Diffusion, sigma_of
 from mclr.errors import UserError
@@ -16,7 +18,6 @@ from mclr.likelihood import Net, Paradigm
 from mclr.models.features import CONVNEXT_SMALLEST, NoiseClassifier, channel_mult_for
 from mclr.models.options import GIVEN, NoiseClassifierConfig, hints_of
 from mclr.models.registry import NETWORKS, kinds_of
-from mclr.models.vqvae import VQVAE
 from mclr.next_scale import NextScale, scale_progress
 from mclr.objective import Objective
 from mclr.schedule import Schedule
@@ -26,15 +27,14 @@ from mclr.train.weights.folder import find_weights, load_net, read_config, sha25
 
 def build_encoder(config: RunConfig, device: torch.device) -> Encoder:
     """The encoder of a run. Raises UserError when the VAE cannot be loaded, or the tokenizer is for other images than the data."""
-    if isinstance(config.model, DiffusionModel):
-        return Latents(load_vae(config.model.vae, device)) if config.model.vae else RGB()
-    tokenizer = load_net(config.model.tokenizer, "vqvae")
-    assert isinstance(tokenizer, VQVAE)
-    tokens, data = tokenizer.config, config.data
-    read = (tokens.img_channels, tokens.scales[-1] << (len(tokens.ch_mult) - 1))
-    if read != (data.channels, data.resolution):
+    model, data = config.model, config.data
+    if isinstance(model, DiffusionModel):
+        return Latents(load_vae(model.vae, device)) if model.vae else RGB()
+    tokenizer: Any = load_net(model.tokenizer, "vqvae")
+    channels, side = tokenizer.config.img_channels, tokenizer.config.scales[-1] << (len(tokenizer.config.ch_mult) - 1)
+    if (channels, side) != (data.channels, data.resolution):
         raise UserError(
-            f"model.tokenizer={config.model.tokenizer} is for {read[0]} x {read[1]}^2 images, {data.name} has {data.channels} x "
+            f"model.tokenizer={model.tokenizer} is for {channels} x {side}^2 images, {data.name} has {data.channels} x "
             f"{data.resolution}^2: for published weights give model.tokenizer= the converted vae_ch160v4096z32.pth (at 512 pixels with "
             f"its scales, `mclr convert --help`), for your own one by `mclr prepare tokenizer WEIGHTS --data {data.path}`"
         )
@@ -43,16 +43,15 @@ def build_encoder(config: RunConfig, device: torch.device) -> Encoder:
 
 def build_net(config: RunConfig, encoder: Encoder) -> nn.Module:
     """The generator, freshly initialised from torch's global generator. Raises UserError for an engine option that it lacks."""
-    data, model, network = config.data, config.model, NETWORKS[config.model.kind]
-    given: dict[str, Any] = {"num_classes": data.num_classes}
-    if isinstance(model, DiffusionModel):
-        shape = encoder.shape(data)
-        assert shape is not None
-        given |= {"img_resolution": shape[1], "img_channels": shape[0], "sigma_data": model.sigma_data}
-    else:
-        assert isinstance(encoder, Tokens)
+    model, network = config.model, NETWORKS[config.model.kind]
+    given: dict[str, Any] = {"num_classes": config.data.num_classes}
+    if isinstance(encoder, Tokens):
         tokens = encoder.tokenizer.config
         given |= {"vocab_size": tokens.vocab_size, "z_channels": tokens.z_channels, "patch_nums": tokens.scales}
+    else:
+        assert isinstance(model, DiffusionModel)
+        channels, side, _ = shape_of(encoder, config)
+        given |= {"img_resolution": side, "img_channels": channels, "sigma_data": model.sigma_data}
     wanted = hints_of(network.config)
     options = {name: value for name, value in given.items() if name in wanted} | model.net.model_dump()
     net = network.net(network.config(**options))
@@ -65,29 +64,22 @@ def build_net(config: RunConfig, encoder: Encoder) -> nn.Module:
 
 def build_paradigm(config: RunConfig, encoder: Encoder) -> Paradigm:
     """The paradigm of a run, with the settings of its sampler."""
-    data, model, sample = config.data, config.model, config.sample
-    x_shape = encoder.shape(data)
-    if isinstance(model, DiffusionModel):
-        assert x_shape is not None
-        return Diffusion(
-            shape=x_shape,
-            null=data.num_classes,
-            noise_mean=model.noise_mean,
-            noise_std=model.noise_std,
-            sigma_data=model.sigma_data,
-            steps=sample.steps,
-            sigma_min=sample.sigma_min,
-            sigma_max=sample.sigma_max,
-            rho=sample.rho,
-            solver=sample.solver,
-            churn=sample.churn,
-            churn_min=sample.churn_min,
-            churn_max=math.inf if sample.churn_max is None else sample.churn_max,
-            churn_noise=sample.churn_noise,
-        )
-    assert isinstance(encoder, Tokens)
-    tokenizer = encoder.tokenizer
-    return NextScale(tokenizer.config.scales, data.num_classes, tokenizer, sample.top_k, sample.top_p, sample.more_smooth)
+    model, sample, null = config.model, config.sample, config.data.num_classes
+    if isinstance(encoder, Tokens):
+        tokenizer = encoder.tokenizer
+        return NextScale(tokenizer.config.scales, null, tokenizer, sample.top_k, sample.top_p, sample.more_smooth)
+    named = {field.name for field in fields(Diffusion)}
+    settings = model.model_dump(include=named) | sample.model_dump(include=named)
+    if sample.churn_max is None:
+        settings["churn_max"] = math.inf
+    return Diffusion(shape_of(encoder, config), null, **settings)
+
+
+def shape_of(encoder: Encoder, config: RunConfig) -> tuple[int, int, int]:
+    """(C, H, W) of what a diffusion network models."""
+    shape = encoder.shape(config.data)
+    assert shape is not None
+    return shape
 
 
 def build_classifier(config: RunConfig) -> NoiseClassifier:
@@ -98,22 +90,19 @@ def build_classifier(config: RunConfig) -> NoiseClassifier:
     """
     data, model = config.data, config.model
     assert isinstance(model, DiffusionModel)
-    posterior, name = model.posterior, model.posterior.weights
+    posterior = model.posterior
     channels, side, _ = (Latents if model.vae else RGB).shape(data)
     needed: dict[str, Any] = {"img_channels": channels, "num_classes": data.num_classes, "sigma_data": model.sigma_data}
-    if name is None:
-        mult = channel_mult_for(side)
-        classifier = NoiseClassifier(
-            NoiseClassifierConfig(**needed, channels=posterior.channels, channel_mult=mult, backbone=posterior.backbone)
-        )
+    classifier: Any
+    if posterior.weights is None:
+        needed |= {"channels": posterior.channels, "channel_mult": channel_mult_for(side), "backbone": posterior.backbone}
+        classifier = NoiseClassifier(NoiseClassifierConfig(**needed))
     else:
-        loaded = load_net(name, "noise_classifier")
-        assert isinstance(loaded, NoiseClassifier)
-        classifier = loaded
+        classifier = load_net(posterior.weights, "noise_classifier")
         for key, here in needed.items():
             if (there := getattr(classifier.config, key)) != here:
                 raise UserError(
-                    f"model.posterior.weights={name} has {key} {there}, this run has {here}: "
+                    f"model.posterior.weights={posterior.weights} has {key} {there}, this run has {here}: "
                     "fit another with `mclr prepare posterior`, or give null to start from scratch"
                 )
     if classifier.config.backbone and side < CONVNEXT_SMALLEST:
@@ -124,21 +113,14 @@ def build_classifier(config: RunConfig) -> NoiseClassifier:
     return classifier
 
 
-def build_objective(config: RunConfig) -> Objective:
-    """The objective of a run."""
-    objective = config.objective
-    return Objective(
-        objective.name,
-        objective.contrast,
-        build_schedule(objective.schedule, objective.lam),
-        bound=objective.bound,
-        truncate=objective.truncate,
-        beta=objective.beta,
-    )
+def build_objective(objective: ObjectiveConfig) -> Objective:
+    schedule = build_schedule(objective.schedule, objective.lam)
+    more = objective.model_dump(include={"bound", "truncate", "beta"})
+    return Objective(objective.name, objective.contrast, schedule, **more)
 
 
-def build_guidance(config: RunConfig, guide: Net | None = None) -> Guidance:
-    return Guidance(build_schedule(config.sample.schedule, config.sample.gamma), guide)
+def build_guidance(sample: Sample, guide: Net | None = None) -> Guidance:
+    return Guidance(build_schedule(sample.schedule, sample.gamma), guide)
 
 
 def build_guide(config: RunConfig, net: nn.Module) -> nn.Module | None:

@@ -1,8 +1,10 @@
 """Previews: every so many images a picture of samples, RUN/grids/IMAGES.png, always of the same seeds and conditions.
 
-A column is a condition, at most ten of them. A row takes the next seeds. The network that is being trained draws, not its average, with
-the sampling of the configuration but without guidance. N images of a picture; C H W image.
+A column is a condition, at most ten of them. A row takes the next seeds. The network that is being trained is sampled, not its average,
+with the sampling of the configuration but without guidance. N images of a picture; C H W image.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,8 +15,8 @@ from mclr.likelihood import SAMPLING, Draws
 from mclr.train.data.encoders import to_uint8
 from mclr.train.data.images import image_grid
 from mclr.train.engine.base import eval_mode
-from mclr.train.system.files import write_file
-from mclr.train.system.ranks import collective
+from mclr.train.system.files import ignore, write_file
+from mclr.train.training.held_out import beside_training
 from mclr.train.training.log import RunFolder
 from mclr.train.training.step import Task
 
@@ -28,27 +30,29 @@ def columns(num_classes: int) -> list[int]:
 
 
 class Preview:
-    """Every rank has one. every: images between pictures, 0 for none. batch: images of a forward. folder: held by rank 0, else None."""
+    """Every rank has one. every: images between pictures, 0 for none. batch: images of a forward. folder: held by rank 0, else None.
 
-    def __init__(self, task: Task, every: int, batch: int, folder: RunFolder | None):
-        self.task, self.every, self.batch, self.folder = task, every, batch, folder
+    beat: called after every forward, so that no watchdog takes a picture for a hang.
+    """
+
+    def __init__(self, task: Task, every: int, batch: int, folder: RunFolder | None, beat: Callable[[], None] = ignore):
+        self.task, self.every, self.batch, self.folder, self.beat = task, every, batch, folder, beat
         self.conditions = columns(task.loss.paradigm.null)
 
     def due(self, images: int, before: int, done: bool) -> bool:
         """After a step that brought the images seen from `before` to `images`, and may have been the last."""
         return self.every > 0 and (done or images // self.every > before // self.every)
 
-    def draw(self, images: int) -> None:
+    def write(self, images: int) -> None:
         """Write the picture, and hand it to the trackers. Collective. Raises UserError when it cannot be written, or memory is short.
 
-        Training goes on as if nothing had been drawn: its random numbers and its counts of rows stay as they are.
+        Training goes on as if there had been no picture: its random numbers and its counts of rows stay as they are.
         """
-        with collective():
-            # ranks that hold parts of the weights run the network as often as rank 0 does
-            if self.folder is None and not self.task.engine.lockstep:
+        with beside_training(self.task.engine.lockstep, self.beat) as working:
+            if working is None:
                 return
             try:
-                images_NCHW = self._images()
+                images_NCHW = self._images(working)
             except torch.OutOfMemoryError as error:
                 raise UserError(f"out of GPU memory for a picture: lower sample.batch (now {self.batch})") from error
             if self.folder is not None:
@@ -61,15 +65,20 @@ class Preview:
                     ) from error
                 scale = max(64 // images_NCHW.shape[2], 1)
                 write_file(path, image_grid(images_NCHW.numpy(), ROWS, len(self.conditions), scale))
-                self.folder.picture("samples", images, path)
+                self.folder.trackers.give("picture", "samples", images, path)
 
-    def _images(self) -> Tensor:
-        """uint8 [N, C, H, W], row by row of the picture."""
-        net, device, drawn = self.task.engine.net, self.task.device, []
+    def _images(self, working: Callable[[], None]) -> Tensor:
+        """uint8 [N, C, H, W], row by row of the picture. working: called after every forward."""
+        net, device, found = self.task.engine.net, self.task.device, []
         c_N = torch.tensor(self.conditions * ROWS, device=device)
-        for seeds in torch.arange(len(c_N)).split(self.batch):
-            draws = Draws(SAMPLING, seeds.tolist(), device)
-            with eval_mode(net, self.task.bf16):
-                x = self.task.loss.paradigm.sample(net, c_N[seeds.to(device)], Guidance(), draws)
-            drawn.append(to_uint8(self.task.encoder.decode(x)).cpu())
-        return torch.cat(drawn)
+        beats = net.register_forward_hook(lambda *_: working())
+        try:
+            for seeds in torch.arange(len(c_N)).split(self.batch):
+                draws = Draws(SAMPLING, seeds.tolist(), device)
+                with eval_mode(net, self.task.bf16):
+                    x = self.task.loss.paradigm.sample(net, c_N[seeds.to(device)], Guidance(), draws)
+                found.append(to_uint8(self.task.encoder.decode(x)).cpu())
+                working()
+        finally:
+            beats.remove()
+        return torch.cat(found)

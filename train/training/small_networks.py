@@ -27,7 +27,9 @@ from mclr.train.weights.model_card import card
 
 BATCH = 256  # held-out images per forward
 
-Loss = Callable[[nn.Module, Tensor, Tensor, Draws], Tensor]
+Criterion = Callable[
+    [nn.Module, Tensor, Tensor, Draws], Tensor
+]  # of network, image [B, C, H, W] in [-1, 1], c [B], random numbers
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class Recipe:
     weight_decay: float = 0.01
 
 
-def fit(net: nn.Module, loss: Loss, source: Source, recipe: Recipe, seed: int, device: torch.device) -> nn.Module:
-    """Minimise loss(net, image_BCHW in [-1, 1], c_B, draws). Every random number is drawn per sample, from the seed.
+def fit(net: nn.Module, criterion: Criterion, source: Source, recipe: Recipe, seed: int, device: torch.device) -> nn.Module:
+    """Minimise a criterion. Every sample has its own random numbers, from the seed.
 
     Raises UserError when the loss or its gradient is not finite.
     """
@@ -52,7 +54,7 @@ def fit(net: nn.Module, loss: Loss, source: Source, recipe: Recipe, seed: int, d
             first = step * recipe.batch
             batch = source.batch(first, recipe.batch)
             draws = Draws(seed, list(range(first, first + recipe.batch)), device)
-            value = loss(net, from_uint8(batch.image_BCHW.to(device)), batch.c_B.to(device), draws)
+            value = criterion(net, from_uint8(batch.image_BCHW.to(device)), batch.c_B.to(device), draws)
             value.backward()
             norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             if not (value.detach() + norm).isfinite():
@@ -87,7 +89,7 @@ def fit_to_data(kind: str, data: str, out: str, recipe: Recipe, seed: int, half:
     size = sum(p.numel() for p in net.parameters())
     with new_folder(out) as folder:
         print(f"fitting {size} parameters: {recipe.steps} steps of {recipe.batch} images (--steps)", flush=True)
-        fit(net, LOSSES[kind], source, recipe, seed, device)
+        fit(net, CRITERIA[kind], source, recipe, seed, device)
         save_weights(folder, net, half=half, made_by=command, seed=seed, data=info.name)
     # the weights are written before the scoring, which may fail
     result = quality(kind, net, held_out, device)
@@ -103,10 +105,6 @@ def shifted(image_BCHW: Tensor, draws: Draws) -> Tensor:
     height, width = image_BCHW.shape[2:]
     offsets = (draws.uniform(2) * 3).long().clamp(max=2).tolist()
     return torch.stack([image[:, y : y + height, x : x + width] for image, (y, x) in zip(padded, offsets, strict=True)])
-
-
-def classifier_loss(net: nn.Module, image: Tensor, c_B: Tensor, draws: Draws) -> Tensor:
-    return cross_entropy(net(shifted(image, draws)), c_B)
 
 
 def tokenizer_loss(net: nn.Module, image: Tensor, c_B: Tensor, draws: Draws) -> Tensor:
@@ -158,13 +156,17 @@ def new_network(kind: str, resolution: int, channels: int, num_classes: int) -> 
     return NoiseClassifier(NoiseClassifierConfig(channels, num_classes, channel_mult=mult))
 
 
-LOSSES: dict[str, Loss] = {"tokenizer": tokenizer_loss, "classifier": classifier_loss, "posterior": posterior_loss}
+CRITERIA: dict[str, Criterion] = {
+    "tokenizer": tokenizer_loss,
+    "classifier": lambda net, image, c_B, draws: cross_entropy(net(shifted(image, draws)), c_B),
+    "posterior": posterior_loss,
+}
 
 
 @torch.no_grad()
 def quality(kind: str, net: Any, held_out: SplitReader, device: torch.device) -> str:
     """One line on the held-out images: accuracy of a classifier, error and code use of a tokenizer."""
-    N = len(held_out.samples)
+    N, c_N = len(held_out.samples), held_out.c_N
     batches = [list(range(first, min(first + BATCH, N))) for first in range(0, N, BATCH)]
     if kind == "tokenizer":
         error, used = 0.0, torch.zeros(net.config.vocab_size, dtype=torch.bool, device=device)
@@ -174,18 +176,21 @@ def quality(kind: str, net: Any, held_out: SplitReader, device: torch.device) ->
             used[tokens] = True
             error += float((net.decode(tokens) - image).square().flatten(1).mean(1).sum())
         return f"held-out reconstruction error {math.sqrt(error / N):.3f} (RMS, images in [-1, 1]), {int(used.sum())} codes used"
-    if kind == "classifier":
-        logits = torch.cat([net(from_uint8(held_out.images(batch).to(device))).cpu() for batch in batches])
-        return f"held-out accuracy {(logits.argmax(1) == held_out.c_N).float().mean():.4f}"
-    levels = []
-    for sigma in (0.1, 0.5, 1.0, 2.0):
+
+    def accuracy(sigma: float | None) -> tuple[float, float]:
+        """(accuracy, cross-entropy in nats), at this noise level."""
         parts = []
         for batch in batches:
             image = from_uint8(held_out.images(batch).to(device))
-            noisy = image + sigma * Draws(0, batch, device).normal(*image.shape[1:])
-            parts.append(net(noisy, torch.full((len(batch),), sigma, device=device)).cpu())
-        logits, c_N = torch.cat(parts), held_out.c_N
-        levels.append(
-            f"sigma {sigma}: accuracy {(logits.argmax(1) == c_N).float().mean():.3f}, nats {cross_entropy(logits, c_N):.3f}"
-        )
-    return "held-out, " + "; ".join(levels)
+            if sigma is None:
+                parts.append(net(image).cpu())
+            else:
+                noisy = image + sigma * Draws(0, batch, device).normal(*image.shape[1:])
+                parts.append(net(noisy, torch.full((len(batch),), sigma, device=device)).cpu())
+        logits = torch.cat(parts)
+        return float((logits.argmax(1) == c_N).float().mean()), float(cross_entropy(logits, c_N))
+
+    if kind == "classifier":
+        return f"held-out accuracy {accuracy(None)[0]:.4f}"
+    levels = [(sigma, *accuracy(sigma)) for sigma in (0.1, 0.5, 1.0, 2.0)]
+    return "held-out, " + "; ".join(f"sigma {sigma}: accuracy {right:.3f}, nats {nats:.3f}" for sigma, right, nats in levels)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -10,20 +10,13 @@ from torch import Tensor
 from mclr.configs.schema import Train
 from mclr.errors import UserError
 from mclr.train.engine.base import buffers_of
-from mclr.train.engine.checkpoint import (
-    Beat,
-    best_checkpoint,
-    checkpoints,
-    load_checkpoint,
-    newest_checkpoint,
-    save_checkpoint,
-)
-from mclr.train.engine.ema import EMA, averages_of, write_snapshot
+from mclr.train.engine.checkpoint import Beat, best_checkpoint, checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
+from mclr.train.engine.ema import averages_of, write_snapshot
 from mclr.train.engine.zero import Sharded
 from mclr.train.system.files import ignore
-from mclr.train.system.ranks import collective, from_rank_0, world
-from mclr.train.training.held_out import HeldOut, with_weights
-from mclr.train.training.log import METRICS, Place
+from mclr.train.system.ranks import collective, from_rank_0
+from mclr.train.training.held_out import HeldOut, beside_training, with_weights
+from mclr.train.training.log import METRICS, RunFolder
 from mclr.train.training.step import Task
 from mclr.train.weights.folder import describe, save_weights
 
@@ -56,23 +49,18 @@ class RunState:
         self.flops += flops["net"] * (3 * rows + no_grad) + flops["posterior"] * 3 * posterior_rows
 
 
-@dataclass
 class Keeper:
     """Writes what a run keeps in its folder, and reads it again. Its methods are collective.
 
-    held_out: what ranks the checkpoints, where the best one is kept. beat: called while files are written, so that
-    no watchdog takes a slow disk for a hang.
+    path: the run folder, held by rank 0 as `folder`. ranking: what ranks the checkpoints, where the best one is kept. beat: called
+    while files are written, so that no watchdog takes a slow disk for a hang.
     """
 
-    task: Task
-    settings: Train
-    place: Place
-    held_out: HeldOut | None = None
-    beat: Beat = ignore
-    averages: dict[str, EMA] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.averages = averages_of(self.task.engine.shards(), self.settings)
+    def __init__(
+        self, task: Task, settings: Train, path: Path, folder: RunFolder | None, ranking: HeldOut | None, beat: Beat = ignore
+    ):
+        self.task, self.settings, self.path, self.folder, self.ranking, self.beat = task, settings, path, folder, ranking, beat
+        self.averages = averages_of(task.engine.shards(), settings)
 
     def resume(self) -> RunState:
         """Load the newest whole checkpoint, if there is one, into engines and averages.
@@ -82,12 +70,12 @@ class Keeper:
         newest = None
         with collective(self.beat) as working:
             # one rank reads and checks it all
-            if world()[0] == 0:
-                newest, damaged = newest_checkpoint(self.place.path, working)
+            if self.folder is not None:
+                newest, damaged = newest_checkpoint(self.path, working)
                 if damaged and newest is None:
                     raise UserError(
-                        f"no checkpoint in {self.place.path / 'checkpoints'} is whole (newest: {damaged[0].name}): remove that folder to "
-                        "start from the beginning, or choose another --out"
+                        f"no checkpoint in {self.path / 'checkpoints'} is whole (newest: {damaged[0].name}): remove that folder to start "
+                        "from the beginning, or choose another --out"
                     )
                 for bad in damaged:
                     print(f"checkpoint {bad} is damaged and left out")
@@ -127,14 +115,13 @@ class Keeper:
                 whole[ema.std] = self.task.engine.gather(ema.average)
                 self.beat()
         with collective(self.beat) as working:
-            if world()[0] == 0:
-                for std, average in whole.items():
-                    write_snapshot(self.place.path, average, std, state.images, working)
+            for std, average in whole.items() if self.folder is not None else ():
+                write_snapshot(self.path, average, std, state.images, working)
 
     def checkpoint(self, state: RunState) -> None:
         """Write a checkpoint and, where the best is looked for, its held-out loss."""
         task, settings = self.task, self.settings
-        state.held_out = self._held_out_loss() if settings.keep_best and state.images > task.loss.warmup else None
+        state.held_out = self._held_out_loss() if state.images > task.loss.warmup else None
         tensors = {"engine": task.engine.save()}
         for name, ema in self.averages.items():
             self.beat()
@@ -143,27 +130,26 @@ class Keeper:
         if task.posterior_engine is not None:
             tensors["posterior"] = task.posterior_engine.save()
         with collective(self.beat) as working:
-            if world()[0] == 0:
+            if self.folder is not None:
                 # as `mclr sample` and `mclr convert` read weights, and no tensor twice
                 average = tensors.pop("ema", None) or taken(tensors["engine"], "weight:")
                 tensors["model"] = average | taken(tensors["engine"], "buffer:")
-                about = describe(task.engine.net, tensors["model"], self.place.notes | {"images_seen": state.images})
-                save_checkpoint(
-                    self.place.path, state.images, tensors, vars(state), about, settings.keep, settings.keep_best, working
-                )
+                about = describe(task.engine.net, tensors["model"], self.folder.notes | {"images_seen": state.images})
+                save_checkpoint(self.path, state.images, tensors, vars(state), about, settings.keep, settings.keep_best, working)
 
     def _held_out_loss(self) -> float | None:
         """The run's own loss on held-out images, of the weights that the checkpoint's folder holds; known to rank 0."""
+        if self.ranking is None:
+            return None
         engine, average = self.task.engine, self.averages.get("ema")
         given = {} if average is None else average.average if engine.lockstep else engine.gather(average.average)
         # ranks that share the network, or its reference, run it together
         together = engine.lockstep or isinstance(self.task.loss.reference, Sharded)
-        with collective(self.beat) as working:
-            if self.held_out is None or not (together or world()[0] == 0):
+        with beside_training(together, self.beat) as working:
+            if working is None:
                 return None
-            # where all ranks work, rank 0 must not talk to the others in between: each beats for itself
             with with_weights(engine, given):
-                return self.held_out.loss(self.beat if together else working)
+                return self.ranking.loss(working)
 
     def export(self, state: RunState) -> None:
         """Write RUN/weights of a finished run, with notes and the last line of its metrics, unless they are there.
@@ -173,19 +159,18 @@ class Keeper:
         engine = self.task.engine
         weights = engine.gather(self.averages["ema"].average if "ema" in self.averages else engine.shards())
         with collective(self.beat) as working:
-            if world()[0] != 0:
+            if self.folder is None:
                 return
-            folder, metrics = self.place.path / "weights", self.place.path / METRICS
-            if images_of(folder) == state.images:
-                print(f"finished already: {state.images} images, weights in {folder}")
+            target, metrics = self.path / "weights", self.path / METRICS
+            if images_of(target) == state.images:
+                print(f"finished already: {state.images} images, weights in {target}")
             else:
-                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(target, ignore_errors=True)
                 lines = metrics.read_text().splitlines() if metrics.exists() else []
-                last = json.loads(lines[-1]) if lines else {}
-                notes = self.place.notes | {"images_seen": state.images, "metrics": last}
-                save_weights(folder, engine.net, weights, beat=working, **notes)
-                print(f"finished: {state.images} images in {state.seconds:.0f} s, weights in {folder}")
-            if self.settings.keep_best and (best := best_checkpoint(checkpoints(self.place.path))):
+                notes = self.folder.notes | {"images_seen": state.images, "metrics": json.loads(lines[-1]) if lines else {}}
+                save_weights(target, engine.net, weights, beat=working, **notes)
+                print(f"finished: {state.images} images in {state.seconds:.0f} s, weights in {target}")
+            if self.settings.keep_best and (best := best_checkpoint(checkpoints(self.path))):
                 print(f"best checkpoint: {best[0]}, held-out loss {best[1]:.4g}")
 
 

@@ -7,10 +7,9 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
@@ -29,28 +28,10 @@ def refuse_missing(names: Sequence[str]) -> None:
             raise UserError(f"train.log_to={name} needs {name}: pip install -e '.[{name}]'")
 
 
-@dataclass(frozen=True)
-class Start:
-    """What a tracker begins with. begun: images seen where this process goes on. last: images seen at the last line that an earlier
-    process logged."""
-
-    run: Path
-    settings: dict[str, Any]
-    begun: int = 0
-    last: int = 0
-
-
-class Tracker(Protocol):
-    def __init__(self, start: Start): ...
-    def log(self, images: int, values: dict[str, Any]) -> None: ...
-    def picture(self, name: str, images: int, path: Path) -> None: ...
-    def close(self) -> None: ...
-
-
 class TensorBoard:
     """Event files in RUN/tensorboard. Lines after the checkpoint that a run goes on from are marked as void, and not shown."""
 
-    def __init__(self, start: Start):
+    def __init__(self, start: "Trackers"):
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(start.run / "tensorboard"), purge_step=start.begun + 1)
@@ -79,18 +60,17 @@ class WandB:
     for bit. Raises RuntimeError where W&B would ask for a key: nobody may sit at the terminal.
     """
 
-    def __init__(self, start: Start):
+    def __init__(self, start: "Trackers"):
         import wandb
 
         # these modes need no key
         if wandb.setup().settings.mode not in ("offline", "dryrun", "disabled") and not wandb.login(prompt=False, verify=False):
             raise RuntimeError("no API key: run `wandb login`, or set WANDB_MODE=offline")
         kept = start.run / "wandb.json"
+        about: dict[str, Any] = {"id": uuid.uuid4().hex, "images": 0}
         if kept.exists():
             about = json.loads(kept.read_text())
             about["images"] = max(about["images"], start.last)
-        else:
-            about = {"id": uuid.uuid4().hex, "images": 0}
         write_json(kept, about)
         self.sent, self.wandb = about["images"], wandb
         self.run = wandb.init(
@@ -115,39 +95,30 @@ class WandB:
         self.run.finish()
 
 
-TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": WandB}
+TRACKERS: dict[str, Callable[["Trackers"], Any]] = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
 class Trackers:
-    """The trackers of train.log_to. Each is opened when it first gets something: a run that had finished leaves them as they are."""
+    """The trackers of train.log_to. Each is opened when it first gets something: a run that had finished leaves them as they are.
 
-    def __init__(self, names: Sequence[str], run: Path, settings: dict[str, Any]):
-        self.names, self.start = list(names), Start(run, settings)
-        self.opened: dict[str, Tracker] = {}
+    begun: images seen where this process goes on. last: images seen at the last line that an earlier process logged.
+    """
 
-    def rewind(self, begun: int, last: int) -> None:
-        self.start = replace(self.start, begun=begun, last=last)
+    def __init__(self, run: Path, settings: dict[str, Any]):
+        self.run, self.settings, self.begun, self.last = run, settings, 0, 0
+        self.names: list[str] = list(settings["train.log_to"])
+        self.opened: dict[str, Any] = {}
 
-    def log(self, images: int, values: dict[str, Any]) -> None:
-        self._each(lambda tracker: tracker.log(images, values))
-
-    def picture(self, name: str, images: int, path: Path) -> None:
-        self._each(lambda tracker: tracker.picture(name, images, path))
-
-    def close(self) -> None:
-        self.names = list(self.opened)
-        self._each(lambda tracker: tracker.close())
-        self.names = []
-
-    def _each(self, use: Callable[[Tracker], None]) -> None:
-        for name in tuple(self.names):
+    def give(self, what: str, *values: Any) -> None:
+        """Call this method of every tracker: log(images, values), picture(name, images, path) or close()."""
+        for name in list(self.opened if what == "close" else self.names):
             try:
                 if name not in self.opened:
-                    self.opened[name] = TRACKERS[name](self.start)
-                use(self.opened[name])
+                    self.opened[name] = TRACKERS[name](self)
+                getattr(self.opened[name], what)(*values)
             # a foreign package, a network or a disk may raise anything
             except Exception as error:
                 self.names.remove(name)
                 self.opened.pop(name, None)
-                what = " ".join(str(error).split()) or type(error).__name__
-                tqdm.write(f"{name} failed ({what}): the run goes on without it, metrics.jsonl has everything")
+                why = " ".join(str(error).split()) or type(error).__name__
+                tqdm.write(f"{name} failed ({why}): the run goes on without it, metrics.jsonl has everything")
