@@ -191,7 +191,9 @@ def planned(config: RunConfig) -> nn.Module:
         net = build_net(config, encoder)
     folders = {key: find_weights(name) for key, name in named_weights(flatten(config)).items()}
     if weights := folders.get("model.weights"):
-        refuse_misfit(net, weights, any_conditions=class_map(config.model, config.data, weights) is not None)
+        refuse_misfit(
+            net, weights, any_conditions=class_map(config.model, config.data, weights, config.objective.generated) is not None
+        )
     if not config.data.streamed and (Path(config.data.path) / "dataset.json").exists():
         refuse_unready(open_dataset(config.data.path), config.train)
     return net
