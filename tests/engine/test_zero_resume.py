@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults_runs import arguments, differences, steps_logged
 from launch import RUN, environment, launcher
 from ranks import relative_rms
+from runs import BATCH, DROPOUT, MODELS, STEPS, arguments, differences, steps_logged
 from safetensors.torch import load_file
-from test_resume import BATCH, DROPOUT, MODELS, STEPS
 
 from mclr.train.cli import main
 

@@ -1,21 +1,17 @@
 """cc_dpo, cca, ddo and unlearn from the command line, beside a frozen reference: rounds, resumes, equal compute, bad input."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from ranks import tiny
+from runs import BATCH, MODELS, metrics
 from safetensors.torch import load_file
 
 import mclr.loss
 from mclr.train.cli import main
 from mclr.train.data.dataset import load_split, open_dataset
-from mclr.train.training.throughput import TIMING
-
-MODELS = ("edm2-digits", "var-digits")
-BATCH = 8
 
 
 @pytest.fixture
@@ -32,11 +28,6 @@ def fine_tune(digits, tokenizer, tmp_path, monkeypatch):
     for model in MODELS:
         assert fine_tune(model, "mle", out=f"{model}-base", weights="null", images=BATCH)[0] == 0
     return lambda model, *more, **named: fine_tune(model, *more, **{"weights": f"{model}-base/weights"} | named)
-
-
-def metrics(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
 
 
 @pytest.mark.parametrize("model", MODELS)

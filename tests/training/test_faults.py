@@ -21,9 +21,8 @@ from pathlib import Path
 import psutil
 import pytest
 from faults_child import child
-from faults_runs import arguments, differences, steps_logged
 from launch import RUN, environment, is_alive, launcher, of_ours, started, wait_for
-from test_resume import BATCH, MODELS, STEPS, same_tensors
+from runs import BATCH, MODELS, STEPS, arguments, assert_same_tensors, differences, steps_logged
 from test_zero_resume import follow
 
 from mclr.train.engine.checkpoint import MANIFEST
@@ -309,7 +308,7 @@ def test_batches_of_nan_are_left_out(begin):
     bad, settings = (2, 4, 5), ("train.max_skipped=2",)
     case = begin("batches of NaN", EDM2, settings, (0, "leave out", bad))
     assert case.start(0, "spoil", bad)[0] == 0
-    same_tensors(case.run, case.whole)
+    assert_same_tensors(case.run, case.whole)
     noted = [json.loads(line) for line in (case.run / "skipped.jsonl").read_text().splitlines()]
     assert [(each["images"] // BATCH, len(set(each["keys"]))) for each in noted] == [(step, BATCH) for step in bad]
     TABLE[case.fault][-1] = 0

@@ -10,6 +10,7 @@ import torch
 from launch import RUN, environment, launcher
 from PIL import Image
 from ranks import tiny
+from runs import BATCH, DROPOUT, STEPS, metrics
 from safetensors.torch import load_file
 
 from mclr.configs.schema import load
@@ -23,16 +24,13 @@ from mclr.train.data.source import permutation
 from mclr.train.data.write import prepare_images
 from mclr.train.training import held_out, memorisation
 from mclr.train.training.build import build_networks, build_task, open_source
-from mclr.train.training.throughput import TIMING
 from mclr.train.weights.folder import load_net
 
-BATCH, STEPS = 8, 6
 READ = {"mle_loss", "mle_loss_val", "icr", "icr_val"}
 
 
 def small(model, tokenizer=None):
-    dropout = "model.net.dropout=0.2" if model == "edm2-digits" else "model.net.drop_path=0.2"
-    return [word for word in tiny(model, tokenizer) if not word.startswith("objective")] + [dropout]
+    return [*(word for word in tiny(model, tokenizer) if not word.startswith("objective")), DROPOUT[model]]
 
 
 TINY = small("edm2-digits")
@@ -195,10 +193,6 @@ def start(digits, tmp_path, monkeypatch, few_draws):
     return start
 
 
-def lines(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def same_weights(run, other):
     here, there = (load_file(each / "weights" / "model.safetensors") for each in (run, other))
     return all(torch.equal(here[k], there[k]) for k in here)
@@ -209,12 +203,12 @@ def test_a_monitored_run_learns_what_it_would_have_learned(start):
     for steps in (3, STEPS):
         resumed = start("resumed", steps, f"train.monitor_every={2 * BATCH}")
     assert same_weights(plain, monitored) and same_weights(plain, resumed)
-    assert [{k: line.get(k) for k in READ} for line in lines(resumed)] == [
-        {k: line.get(k) for k in READ} for line in lines(monitored)
+    assert [{k: line.get(k) for k in READ} for line in metrics(resumed)] == [
+        {k: line.get(k) for k in READ} for line in metrics(monitored)
     ]
-    for i, (without, line) in enumerate(zip(lines(plain), lines(monitored), strict=True), start=1):
+    for i, (without, line) in enumerate(zip(metrics(plain), metrics(monitored), strict=True), start=1):
         assert line.keys() - without.keys() == (READ if i % 2 == 0 else set())
-        assert {k: line[k] for k in without if k not in TIMING} == {k: v for k, v in without.items() if k not in TIMING}
+        assert {k: line[k] for k in without} == without
 
 
 def test_evaluate_reads_the_icr_of_a_run(start, digits, capsys, tmp_path):
@@ -253,7 +247,7 @@ def test_ranks_read_what_one_process_reads(zero, start, digits, monkeypatch):
     assert ran.returncode == 0, ran.stderr[-2000:]
     monkeypatch.setattr(held_out, "READING", 640)  # as it is in the ranks
     start("alone", 2, f"train.monitor_every={BATCH}", "model.net.dropout=0.0", "train.keep_best=true")
-    ranks, alone = (lines(Path(name)) for name in ("ranks", "alone"))
+    ranks, alone = (metrics(Path(name)) for name in ("ranks", "alone"))
     for name in (*READ, "loss"):
         assert [line[name] for line in ranks] == pytest.approx([line[name] for line in alone], rel=1e-4)
     losses = [
@@ -294,7 +288,7 @@ def test_what_it_sees_of_a_run_that_memorises_and_of_one_that_does_not(few, digi
     for name, data in (("few", few), ("many", digits)):
         argv = ["train", "--model", "edm2-digits", "--data", str(data), "--out", name, *recipe, "train.monitor_every=6400"]
         assert main(argv) == 0
-        readings = [line for line in lines(tmp_path / name) if "icr" in line]
+        readings = [line for line in metrics(tmp_path / name) if "icr" in line]
         read[name] = {column: [line[column] for line in readings] for column in READ}
         assert len(readings) == 10
     share = {name: memorised(tmp_path / name, data) for name, data in (("few", few), ("many", digits))}

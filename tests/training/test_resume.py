@@ -1,5 +1,6 @@
 """A run that was stopped and goes on ends, bit for bit, where an uninterrupted one does; and nothing on the way can spoil it."""
 
+import functools
 import hashlib
 import json
 import os
@@ -8,8 +9,7 @@ import signal
 
 import pytest
 import torch
-from ranks import tiny
-from safetensors.torch import load_file
+from runs import BATCH, MODELS, STEPS, arguments, assert_same_tensors, metrics, tensors
 
 import mclr.loss
 import mclr.train.engine.checkpoint
@@ -18,26 +18,9 @@ import mclr.train.training.state
 import mclr.train.training.step
 from mclr.train.cli import main
 from mclr.train.engine.checkpoint import checkpoints
-from mclr.train.training.throughput import TIMING
 from mclr.train.weights.folder import load_net, read_config
 
-MODELS = ("edm2-digits", "var-digits")
-BATCH, STEPS = 8, 6
-# every source of chance and every state: dropout, averages, dropped conditions, micro-batches, warm-up, decay, clipping
-RECIPE = [
-    "train.ema_std=0.1",
-    "train.snapshot_every=16",
-    "train.drop_condition=0.3",
-    "train.micro_batch=4",
-    "train.warmup_images=32",
-    "train.weight_decay=0.1",
-    "train.log_every=1",
-    "train.checkpoint_every=1000000",
-    "train.keep=2",
-    "engine.gradient_clipping=1.0",
-]
 FILES = ["checkpoints", "config.yaml", "inputs.json", "lock", "metrics.jsonl", "snapshots", "watchdog", "weights"]
-DROPOUT = {"edm2-digits": "model.net.dropout=0.2", "var-digits": "model.net.drop_path=0.2"}
 
 
 @pytest.fixture
@@ -46,26 +29,14 @@ def start(digits, tokenizer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def start(model, steps, *overrides, out="run"):
-        argv = ["train", "--model", model, "--data", str(digits), "--engine", "local", "--out", out]
-        argv += [*tiny(model, tokenizer), *RECIPE, DROPOUT[model], f"train.batch={BATCH}", f"train.images={steps * BATCH}"]
-        return main([*argv, *overrides]), tmp_path / out
+        more = ["--out", out, f"train.images={steps * BATCH}", *overrides]
+        return main(["train", *arguments(model, digits, tokenizer, "local"), *more]), tmp_path / out
 
     return start
 
 
 def kind_of_model(model):
     return {"edm2-digits": "edm2", "var-digits": "var"}[model]
-
-
-def metrics(run):
-    """The lines of metrics.jsonl without the time they took."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
-
-
-def tensors(folder):
-    """By file and name."""
-    return {f"{path.name}:{k}": t for path in sorted(folder.glob("*.safetensors")) for k, t in load_file(path).items()}
 
 
 def assert_same(run, other, steps=STEPS):
@@ -99,14 +70,14 @@ def interrupt_in(step, monkeypatch, number=signal.SIGINT):
     in_step(step, monkeypatch, lambda: os.kill(os.getpid(), number))
 
 
-@pytest.fixture
-def whole(start, capsys):
-    """whole(model): the run folder of an uninterrupted run."""
+@pytest.fixture(scope="module")
+def whole(digits, tokenizer, tmp_path_factory):
+    """whole(model): the run folder of an uninterrupted run; each is run once."""
 
+    @functools.cache
     def whole(model):
-        status, run = start(model, STEPS, out="whole")
-        assert status == 0
-        capsys.readouterr()
+        run = tmp_path_factory.mktemp("whole") / "run"
+        assert main(["train", *arguments(model, digits, tokenizer, "local"), "--out", str(run)]) == 0
         return run
 
     return whole
@@ -289,14 +260,6 @@ def skip(steps, patch):
     patch.setattr(mclr.train.training.loop, "train_step", train_step)
 
 
-def same_tensors(run, other):
-    places = [place.relative_to(run) for place in (*(run / "checkpoints").iterdir(), run / "weights")]
-    for place in places:
-        here, there = tensors(run / place), tensors(other / place)
-        assert here.keys() == there.keys() and len(here) > 10
-        assert [k for k in here if not torch.equal(here[k], there[k])] == []
-
-
 def test_a_step_that_is_not_finite_is_skipped_as_if_its_batch_were_not_there(start, monkeypatch):
     model, bad, runs = MODELS[0], (2, 4, 5), {}
     for name, how in {"poisoned": poison, "told": skip}.items():
@@ -304,7 +267,7 @@ def test_a_step_that_is_not_finite_is_skipped_as_if_its_batch_were_not_there(sta
             how(bad, patch)
             status, runs[name] = start(model, STEPS, "train.max_skipped=2", out=name)
         assert status == 0
-    same_tensors(runs["poisoned"], runs["told"])
+    assert_same_tensors(runs["poisoned"], runs["told"])
     lines = metrics(runs["poisoned"])
     assert [line["skipped"] for line in lines] == [0, 1, 1, 2, 3, 3]
     assert [line["loss"] is None for line in lines] == [step in bad for step in range(1, STEPS + 1)]
@@ -319,7 +282,7 @@ def test_activations_that_are_computed_again_change_nothing(model, start):
     runs = [start(model, 3, f"engine.activation_checkpointing={on}", out=on) for on in ("false", "true")]
     assert [status for status, _ in runs] == [0, 0]
     assert metrics(runs[0][1]) == metrics(runs[1][1])
-    same_tensors(runs[0][1], runs[1][1])
+    assert_same_tensors(runs[0][1], runs[1][1])
 
 
 def test_a_checkpoint_is_a_weights_folder(start, tmp_path):

@@ -16,6 +16,7 @@ import torch
 import yaml
 from launch import ROOT, RUN, as_rank, environment, is_alive, launcher, of_ours, started, wait_for
 from ranks import tiny
+from runs import metrics
 from safetensors.torch import load_file, save_file
 from test_data import correct_size, edit_json, rewrite_shard
 
@@ -423,10 +424,6 @@ def test_ctrl_c_in_a_process_of_its_own(here, digits):
         out, err = run.communicate(timeout=60)
     assert run.returncode == 130 and "stopped by a signal at" in out.splitlines()[-1] and "Traceback" not in err
     assert main(["train", *argv, "train.images=8"]) == 0
-
-
-def metrics(run):
-    return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
 
 
 def test_ranks_whose_launcher_dies_leave_a_checkpoint_that_one_process_goes_on_from(here, digits, capsys):
