@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mclr.train.engine.ema import reconstruct
 from mclr.train.system.console import Parser, run
 from mclr.train.system.files import write_file
 from mclr.train.weights.folder import convert_published, find_weights, is_ours, load_net, notes_of, read_config, save_weights
+from mclr.train.weights.state_dict import LICENCE
 
 SUFFIXES = (".pth", ".pt", ".safetensors")  # of files that are written
 FOREIGN = (".pkl", ".bin", ".ckpt")  # of files that are only read
@@ -140,11 +142,15 @@ def to_file(src: str, dst: Path) -> None:
     net = load_net(src)
     config: Any = net.config
     state_dict = to_published(net, family.name_of) | family.constants(config)
+    licence = described.get("licence") or ""
     if dst.suffix.lower() == ".safetensors":
-        data = safetensors.torch.save(state_dict)
+        data = safetensors.torch.save(state_dict, {LICENCE: licence})
     else:
         buffer = io.BytesIO()
         torch.save(state_dict, buffer)
+        # readers pass over members that they do not know
+        with zipfile.ZipFile(buffer, "a") as archive:
+            archive.writestr(f"archive/{LICENCE}", licence)
         data = buffer.getvalue()
     write_file(dst, data)
     print(f"{dst}: {len(state_dict)} entries with the published names of {kind.net.__name__}")
@@ -152,8 +158,8 @@ def to_file(src: str, dst: Path) -> None:
     hidden = [f"'{key}={json.dumps(own[key])}'" for key in own if own[key] != inferred[key] and key not in TRAINING]
     if hidden:
         print(f"the file does not show {', '.join(hidden)}: repeat that when you convert it back")
-    if "licence" in described:
-        print(f"licence: {described['licence']}")
+    if licence:
+        print(f"licence: {licence}")
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ HOSTILE = {
     "one_network_many_times.pkl": (op(b"}(", text("k"), TENSORS, *[text(str(i)) + b"h\x00" for i in range(30_000)], b"u"), "networks ("),
     "network_of_text.pkl": (op(PART, b"}", text("_modules"), text("a"), b"sb"), "are none"),
     # storages and tensors
-    "persistent_id.pkl": (op(b"(", text("storage"), b"tQ"), "storages that it does not have"),
+    "persistent_id.pkl": (op(b"(", text("storage"), b"tQ"), "damaged"),
     "hostile_stream.pkl": (embedded(call(os.system, CODE)), CODE_REFUSED),
     "hostile_in_stream.pkl": (embedded(stream(named("posix", "system") + text(CODE) + b"\x85R")), CODE_REFUSED),
     "hostile_keys.pkl": (embedded(stream(keys=named("posix", "system") + text(CODE) + b"\x85R")), CODE_REFUSED),

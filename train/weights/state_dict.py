@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mclr.errors import UserError
@@ -18,7 +19,7 @@ from mclr.models.registry import NETWORKS
 from mclr.train.system.files import checksum
 from mclr.train.weights.edm2_pickle import LONGEST, MANY, entries_of
 from mclr.train.weights.torch_file import read
-from mclr.train.weights.unpickler import Module, Refused, View, refuse
+from mclr.train.weights.unpickler import AGAIN, ALONE, Module, Refused, View, refuse
 
 MAX_HEADER = 4 << 20  # bytes of what a safetensors file says of its entries; published: 0.1 MB
 # where the weights of a folder are, the better places first
@@ -30,15 +31,20 @@ INNER = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrap
 OUTER = re.compile(r"^(?:(?:module|model|net)\.)+")
 NAMED = 8  # keys that a message names
 CHOICES = ("taken", "left out", "names")  # notes on what was read of a file
+LICENCE = "licence"  # key in the metadata of a safetensors file, member of an archive of torch.save
 
 
 @dataclass
 class Found:
-    """The entries of a network by name; the pickled network that they come from (EDM2's); notes: what was chosen, for the user."""
+    """The entries of a network by name; the pickled network that they come from (EDM2's); notes: what was chosen, for the user.
+
+    licence: what `mclr convert` wrote into the file, "" for none; None in a file of another program.
+    """
 
     entries: dict[str, Tensor]
     pickled: Module | None
     notes: dict[str, str]
+    licence: str | None
 
 
 def find_state_dict(src: Path, key: str | None = None) -> Found:
@@ -46,40 +52,48 @@ def find_state_dict(src: Path, key: str | None = None) -> Found:
 
     Of several networks, those that we know are preferred to others, generators to tokenizers, averaged weights to raw ones.
     key: takes the network under this key instead.
-    Raises UserError for anything else than readable files of named tensors.
+    Raises Refused and OSError for anything else than readable files of named tensors.
     """
-    with _faults_of(src):
-        files = files_of(src)
-        content, *shards = [_read(file) for file in files]
-        if not all(isinstance(each, dict) for each in (content, *shards) if shards):
-            refuse("is in shards that are no state dicts", "save the state dict of the network alone")
-        for shard in shards:
-            content |= shard
-        networks = networks_in(content)
-        taken, notes = _choice(networks, key)
-        network = networks[taken]
-        entries = _tensors(_entries(network), sum(file.stat().st_size for file in files))
-        if taken == "" and isinstance(content, dict) and len(content) > len(entries):
-            notes["left out"] = listed(name for name in content if name not in entries)
-        bare, wrappers = unwrapped(entries)
-        if wrappers:
-            notes["names"] = f"without {', '.join(wrappers)}"
-        return Found(bare, network if isinstance(network, Module) else None, notes)
+    files = files_of(src)
+    content, *shards = [_read(file) for file in files]
+    if not all(isinstance(each, dict) for each in (content, *shards) if shards):
+        refuse("is in shards that are no state dicts", ALONE)
+    for shard in shards:
+        content |= shard
+    networks = networks_in(content)
+    taken, notes = _choice(networks, key)
+    network = networks[taken]
+    entries = _tensors(_entries(network), sum(file.stat().st_size for file in files))
+    if taken == "" and isinstance(content, dict) and len(content) > len(entries):
+        notes["left out"] = listed(name for name in content if name not in entries)
+    bare, wrappers = unwrapped(entries)
+    if wrappers:
+        notes["names"] = f"without {', '.join(wrappers)}"
+    return Found(bare, network if isinstance(network, Module) else None, notes, _licence(files[0]))
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The one state dict in a file, without what wrappers put before its names. Raises UserError for any other file."""
+    with faults_of(path):
+        return find_state_dict(path).entries
 
 
 @contextmanager
-def _faults_of(src: Path) -> Iterator[None]:
+def faults_of(src: Path, kind: str = "") -> Iterator[None]:
+    """What is wrong with a file becomes a UserError that names it. kind: of the network that anything else is a fault of."""
     try:
         yield
     except Refused as error:
         raise UserError(f"{src} {error}") from error
+    except UserError as error:
+        raise UserError(f"{src}: {error}") from error
     except OSError as error:
         raise UserError(f"cannot read {src} ({error.strerror}): give a published state dict, or weights of ours") from error
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The one state dict in a file, without what wrappers put before its names. Raises UserError as find_state_dict does."""
-    return find_state_dict(path).entries
+    # shapes that fit nothing make torch raise almost anything
+    except Exception as error:
+        if not kind:
+            raise
+        raise UserError(f"{src} is no whole {kind}: {error}; copy it again, or give another file") from error
 
 
 def files_of(src: Path) -> list[Path]:
@@ -102,7 +116,7 @@ def files_of(src: Path) -> list[Path]:
         names = sorted(set(json.loads(text)["weight_map"].values()))
         files = [src.parent / name for name in names if Path(name).name == name]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise Refused("is no index of shards: download it again") from error
+        raise Refused(f"is no index of shards: {AGAIN}") from error
     missing = [name for name in names if not (src.parent / name).is_file()]
     if missing or not files or len(files) < len(names):
         refuse(f"names shards that are not beside it ({listed(missing or names)})", "download them too")
@@ -115,8 +129,8 @@ def holds_weights(folder: Path) -> bool:
 
 
 def checksum_of(src: Path) -> str:
-    """sha256 of a file, or of the checksums of all files that `src` stands for. Raises UserError as find_state_dict does."""
-    with _faults_of(src):
+    """sha256 of a file, or of the checksums of all files that `src` stands for. Raises UserError for files that cannot be read."""
+    with faults_of(src):
         sums = [checksum(file) for file in files_of(src)]
     return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
@@ -127,7 +141,7 @@ def _read(path: Path) -> Any:
     with open(path, "rb") as file:
         head = file.read(200)
     if not head:
-        refuse("is empty", "download it again")
+        refuse("is empty", AGAIN)
     if head.startswith(b"\x1f\x8b"):
         refuse("is compressed by gzip", "unpack it")
     if all(byte >= 32 or byte in b"\t\r\n" for byte in head):
@@ -140,12 +154,26 @@ def _read(path: Path) -> Any:
         return read(path)
     header = int.from_bytes(head[:8], "little")
     if header > MAX_HEADER:
-        refuse(f"is damaged (a header of {header} bytes)", "download it again")
+        refuse(f"is damaged (a header of {header} bytes)", AGAIN)
     try:
         return safetensors.torch.load_file(path)
     except SafetensorError as error:
         what = "incomplete" if size < 8 + header or "incomplete" in str(error) else "damaged"
-        raise Refused(f"is {what} ({error}): download it again") from error
+        raise Refused(f"is {what} ({error}): {AGAIN}") from error
+
+
+def _licence(file: Path) -> str | None:
+    """Found.licence of a file that was read without a fault."""
+    with open(file, "rb") as opened:
+        head = opened.read(9)
+        if head[8:] == b"{":
+            with safe_open(file, "pt") as tensors:
+                return (tensors.metadata() or {}).get(LICENCE)
+        if not head.startswith(b"PK"):
+            return None
+        with zipfile.ZipFile(opened) as archive:
+            name = f"{archive.namelist()[0].partition('/')[0]}/{LICENCE}"
+            return archive.read(name).decode() if name in archive.namelist() else None
 
 
 def kind_in(entries: Mapping[str, Any]) -> str | None:
@@ -176,8 +204,9 @@ def networks_in(content: Any) -> dict[str, Any]:
 
     if is_network(content):
         return {"": content}
+    content = content if isinstance(content, dict) else {}
     found, opened = {}, set()
-    for key, part in content.items() if isinstance(content, dict) else ():
+    for key, part in content.items():
         if is_network(part):
             found[str(key)] = part
         elif isinstance(part, dict) and id(part) not in opened:
@@ -185,9 +214,9 @@ def networks_in(content: Any) -> dict[str, Any]:
             found |= {f"{key}.{inner}": value for inner, value in part.items() if is_network(value)}
     if sum(isinstance(part, Module) for part in found.values()) > NAMED:
         refuse("holds too many networks", "save one alone")
-    tensors = {k: v for k, v in content.items() if isinstance(v, View | Tensor)} if isinstance(content, dict) else {}
+    tensors = {name: value for name, value in content.items() if isinstance(value, View | Tensor)}
     if not (found or tensors):
-        refuse("is no state dict (entry name -> tensor)", "save the state dict of the network alone")
+        refuse("is no state dict (entry name -> tensor)", ALONE)
     return found or {"": tensors}
 
 
@@ -202,9 +231,9 @@ def _choice(networks: Mapping[str, Any], key: str | None) -> tuple[str, dict[str
     # by id: one object may be there many times
     parts = {id(part): part for part in networks.values()} if len(networks) > 1 else {}
     kinds = {number: _kind_of(part) for number, part in parts.items()}
-    known = {name: kinds[id(part)] for name, part in networks.items()} if kinds else {}
-    useful = [name for name, kind in known.items() if kind] or list(networks)
-    generators = [name for name in useful if (kind := known.get(name)) and NETWORKS[kind].paradigm] or useful
+    known = {name: kind for name, part in networks.items() if (kind := kinds.get(id(part)))}
+    useful = list(known or networks)
+    generators = [name for name, kind in known.items() if NETWORKS[kind].paradigm] or useful
     averaged = [name for name in generators if _is_averaged(name)] or generators
     if key is None and len(averaged) > 1:
         refuse(f"holds {len(averaged)} networks ({listed(averaged)})", "choose by `mclr convert FILE FOLDER --weights-key KEY`")
@@ -226,7 +255,7 @@ def _entries(network: Any) -> dict[str, Any]:
     """The entries of a network by the names in the file. Raises Refused for names that no network has."""
     entries = entries_of(network) if isinstance(network, Module) else network
     if len(entries) > MANY:
-        refuse(f"has {len(entries)} entries, more than any published network", "save the state dict of the network alone")
+        refuse(f"has {len(entries)} entries, more than any published network", ALONE)
     if not all(type(name) is str and name.isascii() and name.isprintable() and len(name) <= LONGEST for name in entries):
         refuse("has entries of impossible names")
     return entries
@@ -235,10 +264,12 @@ def _entries(network: Any) -> dict[str, Any]:
 def _tensors(entries: Mapping[str, Any], size: int) -> dict[str, Tensor]:
     """size: bytes of the file. Raises Refused where the tensors are empty or larger: a number under many names asks for any memory."""
     storages = {id(entry.storage): entry.storage for entry in entries.values() if isinstance(entry, View)}
-    fits = sum(storage.numel * storage.dtype.itemsize for storage in storages.values()) <= size
-    tensors = {name: entry.tensor() if isinstance(entry, View) else entry for name, entry in entries.items()} if fits else {}
-    if not fits or sum(t.numel() * t.dtype.itemsize for t in tensors.values()) > size:
-        refuse("has entries that are larger than the file", "save the state dict of the network alone")
+    too_large = ("has entries that are larger than the file", ALONE)
+    if sum(storage.nbytes for storage in storages.values()) > size:
+        refuse(*too_large)
+    tensors = {name: entry.tensor() if isinstance(entry, View) else entry for name, entry in entries.items()}
+    if sum(t.nbytes for t in tensors.values()) > size:
+        refuse(*too_large)
     empty = [name for name, t in tensors.items() if 0 in t.shape]
     if empty or not tensors:
         refuse(f"has no numbers{' at ' + repr(empty[0]) if empty else ''}")
@@ -254,5 +285,5 @@ def unwrapped(entries: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         bare[short] = t
         wrappers |= {*INNER.findall(name), *inner.removesuffix(short).split(".")} - {""} if short != name else set()
     if len(bare) < len(entries):
-        refuse("has entries of the same name, with and without module.", "save the state dict of the network alone")
+        refuse("has entries of the same name, with and without module.", ALONE)
     return bare, sorted(f"{wrapper.rstrip('.')}." for wrapper in wrappers)

@@ -4,22 +4,11 @@ import io
 import mmap
 import struct
 import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mclr.train.weights.unpickler import (
-    CALLS,
-    DTYPES,
-    EMBEDDED,
-    SCRIPT,
-    Machine,
-    Name,
-    Refused,
-    Script,
-    Storage,
-    refuse,
-    refuse_length,
-)
+from mclr.train.weights.unpickler import AGAIN, CALLS, EMBEDDED, SCRIPT, TOO_LONG, Machine, Refused, Script, Storage, refuse
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # torch.save's, before zip archives
 
@@ -33,62 +22,50 @@ def read(path: Path) -> Any:
         # a private mapping: torch wants memory that it may write to, and no write reaches the file
         data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
         try:
-            return _read_archive(data, file.fileno()) if data[:4] == b"PK\3\4" else _read_streams(Script(data))
+            if data[:4] == b"PK\3\4":
+                return _read_archive(data, file.fileno())
+            script = Script(data)
+            return _read_streams(script, CALLS | {EMBEDDED: lambda arguments: _embedded(script, arguments)})
         except Refused:
             raise
         # damaged bytes lead to nearly any error, in a machine and in zipfile
         except Exception as error:
             what = f"incomplete ({error})" if isinstance(error, zipfile.BadZipFile) else f"damaged ({type(error).__name__} in it)"
-            raise Refused(f"is {what}: download it again") from error
+            raise Refused(f"is {what}: {AGAIN}") from error
 
 
-def _storage(identity: Any) -> tuple[str, Storage]:
-    """(key, storage) of torch.save's persistent id: ("storage", type, key, device, numel), in streams also a view, which is None."""
-    _, kind, key, _, numel, *view = identity
-    if type(key) is not str or type(numel) is not int or numel < 0 or view not in ([], [None]):
-        refuse("holds a storage of an unknown form")
-    return key, Storage(DTYPES[kind if type(kind) is Name else ""], numel)
-
-
-def _read_streams(script: Script, embedded: bool = False) -> Any:
-    """One pickle, or what torch.save wrote before zip archives: five pickles, then numel and bytes of every storage.
-
-    embedded: the latter within the bytes of a pickle, which then hold one storage and no more.
-    """
-
-    def load(arguments: tuple[Any, ...]) -> Any:
-        (place,) = arguments
-        if type(place) is not slice:
-            refuse(f"calls {EMBEDDED!r} with no bytes")
-        inner = Script(script.data[: place.stop], place.start, script.left)
-        content = _read_streams(inner, embedded=True)
-        script.left = inner.left
-        return content
-
-    calls = {} if embedded else CALLS | {EMBEDDED: load}
-    content = Machine(script, calls).load()
-    storages: dict[str, Storage] = {}
+def _read_streams(script: Script, calls: Mapping[str, Callable]) -> Any:
+    """One pickle, or what torch.save wrote before zip archives: five pickles, then numel and bytes of every storage."""
+    machine = Machine(script, calls)
+    content = machine.load()
     if content == MAGIC:
         protocol, system = (Machine(script, {}).load() for _ in range(2))
         if protocol != PROTOCOL or system["little_endian"] is not True:
             refuse("is written for another kind of machine")
-
-        def storage(identity: Any) -> Storage:
-            key, new = _storage(identity)
-            return storages.setdefault(key, new)
-
-        content = Machine(script, calls, storage).load()
+        machine = Machine(script, calls)
+        content = machine.load()
         for key in Machine(script, {}).load():
             # text alone: the hash of tuples within tuples may take for ever
-            found = storages[key if type(key) is str else ""]
+            found = machine.storages[key if type(key) is str else ""]
             if script.number("<q") != found.numel:
                 refuse("holds storages of two sizes")
-            start = script.skip(size := found.numel * found.dtype.itemsize)
-            found.place = script.data[start : start + size]
-    if embedded and type(content) is not Storage:
-        refuse("holds other things than a storage among its storages")
-    if any(storage.place is None for storage in storages.values()) or script.at != len(script.data):
+            start = script.skip(found.nbytes)
+            found.place = script.data[start : script.at]
+    if any(storage.place is None for storage in machine.storages.values()) or script.at != len(script.data):
         refuse("does not end where its contents do")
+    return content
+
+
+def _embedded(script: Script, arguments: tuple[Any, ...]) -> Storage:
+    """The storage in a stream of torch.save that lies within the bytes of a pickle."""
+    (place,) = arguments
+    if type(place) is not slice:
+        refuse(f"calls {EMBEDDED!r} with no bytes")
+    inner = Script(script.data[: place.stop], place.start, script.left)
+    content = _read_streams(inner, {})
+    script.left = inner.left
+    if type(content) is not Storage:
+        refuse("holds other things than a storage among its storages")
     return content
 
 
@@ -98,7 +75,7 @@ class _Bounded(io.FileIO):
     def read(self, count: int | None = -1, /) -> bytes:
         found = super().read(count if count is not None and 0 <= count <= SCRIPT else SCRIPT + 1) or b""
         if len(found) > SCRIPT:
-            refuse_length()
+            refuse(*TOO_LONG)
         return found
 
 
@@ -119,15 +96,10 @@ def _read_archive(data: memoryview, descriptor: int) -> Any:
         refuse("is a zip archive, but none of torch.save")
     if members.get(f"{folder}byteorder", b"little") != b"little":
         refuse("is written for another kind of machine")
-    storages: dict[str, Storage] = {}
-
-    def storage(identity: Any) -> Storage:
-        key, new = _storage(identity)
-        if key not in storages:
-            new.place = members[f"{folder}data/{key}"]
-            if len(new.place) != new.numel * new.dtype.itemsize:
-                refuse("holds storages of two sizes")
-            storages[key] = new
-        return storages[key]
-
-    return Machine(Script(members[f"{folder}data.pkl"]), CALLS, storage).load()
+    machine = Machine(Script(members[f"{folder}data.pkl"]))
+    content = machine.load()
+    for key, storage in machine.storages.items():
+        storage.place = members[f"{folder}data/{key}"]
+        if len(storage.place) != storage.nbytes:
+            refuse("holds storages of two sizes")
+    return content

@@ -17,6 +17,8 @@ from torch import Tensor
 
 SCRIPT = 1 << 20  # bytes of a file beside its tensors; the largest published file has about a fifth
 LINE = 256  # bytes of a name
+ALONE, AGAIN = "save the state dict of the network alone", "download it again"  # ways out
+TOO_LONG = f"holds more than {SCRIPT >> 20} MiB beside its tensors", ALONE
 _KINDS = "Half BFloat16 Float Double ComplexFloat Long Int Short Char Byte Bool"
 _DTYPES = "float16 bfloat16 float32 float64 complex64 int64 int32 int16 int8 uint8 bool"
 DTYPES = {f"torch.{kind}Storage": getattr(torch, name) for kind, name in zip(_KINDS.split(), _DTYPES.split(), strict=True)}
@@ -28,10 +30,6 @@ class Refused(Exception):
 
 def refuse(what: str, way_out: str = "get it again from its publisher") -> NoReturn:
     raise Refused(f"{what}: {way_out}")
-
-
-def refuse_length() -> NoReturn:
-    refuse(f"holds more than {SCRIPT >> 20} MiB beside its tensors", "save the state dict of the network alone")
 
 
 class Name(str):
@@ -53,6 +51,10 @@ class Storage:
     numel: int
     place: memoryview | None = None
     vector: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
 
     def numbers(self) -> Tensor:
         """All of them, as a vector. It shares the bytes of the file where they are aligned, as torch needs them."""
@@ -137,14 +139,14 @@ class Script:
     def read(self, count: int) -> bytes:
         self.left -= count
         if self.left < 0:
-            refuse_length()
+            refuse(*TOO_LONG)
         return bytes(self.data[(place := self.skip(count)) : place + count])
 
     def skip(self, count: int) -> int:
         """Where the next `count` bytes begin, which stay unread."""
         place = self.at
         if count > len(self.data) - place:
-            refuse("is incomplete (it ends in the middle of its contents)", "download it again")
+            refuse("is incomplete (it ends in the middle of its contents)", AGAIN)
         self.at += count
         return place
 
@@ -165,7 +167,7 @@ class _Opcodes(dict[int, Callable[[Any], Any]]):
 
 
 class Machine(pickle._Unpickler):
-    """Reads one pickle of a script. calls: by name; storage: from a persistent id, None where there may be none.
+    """Reads one pickle of a script. calls: by name. storages: those that it refers to by persistent ids, by their keys.
 
     All opcodes that import, call or change an object are methods here; those taken from Python's machine make plain values.
     """
@@ -173,21 +175,23 @@ class Machine(pickle._Unpickler):
     dispatch = _Opcodes()
     pop_mark: Callable[[], list[Any]]
 
-    def __init__(self, script: Script, calls: Mapping[str, Callable], storage: Callable[[Any], Storage] | None = None):
+    def __init__(self, script: Script, calls: Mapping[str, Callable] = CALLS):
         super().__init__(script)  # type: ignore[arg-type]
-        self.script, self.calls, self.storage = script, calls, storage
+        self.script, self.calls, self.storages = script, calls, dict[str, Storage]()
         self.stack: list[Any] = []
 
     def find_class(self, module: str, name: str) -> Any:
         text = f"{'builtins' if module == '__builtin__' else module}.{name}" if len(module) + len(name) < LINE else "?"
         if text not in ALLOWED and not text.startswith(PARTS):
-            refuse(f"holds code ({text!r}), which is never run", "save the state dict of the network alone")
+            refuse(f"holds code ({text!r}), which is never run", ALONE)
         return Name(text)
 
     def persistent_load(self, identity: Any) -> Storage:
-        if self.storage is None:
-            refuse("refers to storages that it does not have")
-        return self.storage(identity)
+        """torch.save's id of a storage: ("storage", type, key, device, numel), in streams also a view, which is None."""
+        _, kind, key, _, numel, *view = identity
+        if type(key) is not str or type(numel) is not int or numel < 0 or view not in ([], [None]):
+            refuse("holds a storage of an unknown form")
+        return self.storages.setdefault(key, Storage(DTYPES[kind if type(kind) is Name else ""], numel))
 
     def call(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
