@@ -144,19 +144,20 @@ def test_presets_are_told_by_size(config, presets, tmp_path):
     [
         (
             VARConfig(10, 20, 1280, 20, mlp_ratio=4.0, **VAR_SIZE),
-            "weights net have depth 20, this run has 1; embed_dim 1280, not 16; num_heads 20, not 2: these look like var-d20, give "
+            "weights net have depth 20, this run has 1; embed_dim 1280, this run has 16; num_heads 20, this run has 2: these look "
+            "like var-d20, give "
             "--model var-d20 (in Python, model=)",
         ),
         (
             VARConfig(10, 3, 24, 3, mlp_ratio=2.0, shared_aln=True, **VAR_SIZE),
-            "weights net have depth 3, this run has 1; embed_dim 24, not 16; num_heads 3, not 2: give fitting weights by --init, or "
-            "change that",
+            "weights net have depth 3, this run has 1; embed_dim 24, this run has 16; num_heads 3, this run has 2: give fitting "
+            "weights by --init",
         ),
         (
             edm2(192),
             "weights net hold a network of kind edm2, not var: these look like edm2-img64-s, give --model edm2-img64-s (in Python, model=)",
         ),
-        (edm2(200), "weights net hold a network of kind edm2, not var: give others by --init"),
+        (edm2(200), "weights net hold a network of kind edm2, not var: give fitting weights by --init"),
         (
             VARConfig(5, 1, 16, 2, **VAR_SIZE),
             "weights net have num_classes 5, this run has 10: give the data they were trained on, or start from them with "

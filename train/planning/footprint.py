@@ -27,7 +27,7 @@ from mclr.train.data.encoders import Encoder, Tokens
 from mclr.train.engine.base import autocast_of, make_optimizer
 from mclr.train.training.compute import Calls, Forward, calls_of, flops_of, rows_per_sample
 from mclr.train.training.networks import build_classifier, build_net, build_objective, build_paradigm
-from mclr.train.weights.folder import find_weights, read_config, settings_of
+from mclr.train.weights.folder import find_weights, read_config
 
 POINTS = (1, 2, 4, 8, 16, 32, 64)  # micro-batches that are measured
 
@@ -110,7 +110,7 @@ class Model:
             return None
         if model.posterior.weights is None:
             return build_classifier(self.config)
-        return NoiseClassifier(NoiseClassifierConfig(**settings_of(read_config(find_weights(model.posterior.weights)))))
+        return NoiseClassifier(NoiseClassifierConfig(**read_config(find_weights(model.posterior.weights))["config"]))
 
     def _sizes(self) -> Sizes:
         optimizer = make_optimizer(self.net, 0.0, (0.0, 0.0), 0.0, 0.0)

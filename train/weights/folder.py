@@ -20,17 +20,8 @@ from mclr.models.conditions import Sources, map_conditions
 from mclr.models.convert import misfits
 from mclr.models.options import TRAINING, hints_of
 from mclr.models.registry import NETWORKS, kind_of
-from mclr.train.system.files import (
-    cache_folder,
-    checksum,
-    ignore,
-    lock,
-    new_folder,
-    regular,
-    write_json,
-    write_tensors,
-    write_text,
-)
+from mclr.train.system import files
+from mclr.train.system.files import checksum, ignore, new_folder, regular, write_json, write_tensors, write_text
 from mclr.train.system.hub import SCHEME, fetch
 from mclr.train.weights.model_card import card
 from mclr.train.weights.published import read_published
@@ -111,11 +102,11 @@ def converted(name: str) -> Path:
     Safe with several processes at once. Raises UserError as convert_published does.
     """
     file = fetch(name)
-    cache = cache_folder()
+    cache = files.cache_folder()
     folder = cache / f"{file.stem}-{checksum_of(file)[:16]}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        held, _ = lock(cache / "lock", wait=True, none=True)
+        held, _ = files.lock(cache / "lock", wait=True, none=True)
     except OSError as error:
         raise UserError(f"cannot write {cache} ({error.strerror}): set XDG_CACHE_HOME to a folder with room to spare") from error
     with held:
@@ -123,7 +114,7 @@ def converted(name: str) -> Path:
             _, notes = convert_published(name, folder)
             # stdout is for the answer of a program
             print(f"{name}: converted once, into {folder}", file=sys.stderr)
-            for what in (what for what in CHOICES if what in notes):
+            for what in CHOICES & notes.keys():
                 print(f"{name}: {what}: {notes[what]}", file=sys.stderr)
     return folder
 
@@ -176,13 +167,14 @@ def inherited(name: str | None) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a weights folder. Raises UserError when it cannot be read."""
+    """config.json of a weights folder; lists in its options are tuples. Raises UserError when it cannot be read."""
     try:
-        config = json.loads(regular(folder / "config.json").read_bytes())
-        if config["kind"] not in NETWORKS or not isinstance(config["config"], dict):
-            raise ValueError(f"unknown kind {config['kind']}")
-        return config
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        described = json.loads(regular(folder / "config.json").read_bytes())
+        if described["kind"] not in NETWORKS:
+            raise ValueError(f"unknown kind {described['kind']}")
+        options = {key: tuple(value) if isinstance(value, list) else value for key, value in described["config"].items()}
+        return described | {"config": options}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{folder / 'config.json'} is not the description of a network ({error}): choose other weights"
         ) from error
@@ -206,40 +198,29 @@ def named_weights(settings: Mapping[str, Any]) -> dict[str, str]:
     return {key: settings[key] for key in WEIGHTS if settings.get(key)}
 
 
-def settings_of(description: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of the network in config.json, lists as tuples."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in description["config"].items()}
-
-
 def presets_of(description: Mapping[str, Any]) -> list[str]:
     """The names of the model presets whose networks have these options."""
-    found, settings = [], settings_of(description)
+    found, network, options = [], NETWORKS[description["kind"]], description["config"]
     for path in sorted((schema.PRESETS / "model").glob("*.yaml")):
         model = schema.read_preset("model", path.stem)["model"]
         if schema.kind_of_model(model) != description["kind"]:
             continue
-        net = schema.net_section(NETWORKS[description["kind"]])
-        same = all(settings.get(k) == v for k, v in net.model_validate(model["net"]).model_dump().items() if k not in TRAINING)
-        latents = settings.get("img_channels") == 4
-        if same and latents == bool(model.get("vae")):
+        preset = schema.net_section(network).model_validate(model["net"]).model_dump()
+        same = all(options.get(key) == value for key, value in preset.items() if key not in TRAINING)
+        if same and (options.get("img_channels") == 4) == bool(model.get("vae")):
             found.append(path.stem)
     return found
 
 
 def images_of(net: Mapping[str, Any], preset: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     """num_classes, resolution and channels of the images that a network with these options makes."""
-    found = {"num_classes": net["num_classes"]}
     if "img_resolution" in net:
-        latents = bool(preset.get("vae"))
-        found |= {
-            "resolution": net["img_resolution"] * (schema.VAE_FACTOR if latents else 1),
-            "channels": 3 if latents else net["img_channels"],
-        }
-    else:
-        given = [text.partition("=")[2] for text in settings if text.startswith("model.tokenizer=")]
-        tokens = read_config(find_weights((given or [preset["tokenizer"]])[-1]))["config"]
-        found |= {"resolution": tokens["scales"][-1] << (len(tokens["ch_mult"]) - 1), "channels": tokens["img_channels"]}
-    return found
+        factor, channels = (schema.VAE_FACTOR, 3) if preset.get("vae") else (1, net["img_channels"])
+        return {"num_classes": net["num_classes"], "resolution": net["img_resolution"] * factor, "channels": channels}
+    given = [text.partition("=")[2] for text in settings if text.startswith("model.tokenizer=")]
+    tokens = read_config(find_weights((given or [preset["tokenizer"]])[-1]))["config"]
+    resolution = tokens["scales"][-1] << (len(tokens["ch_mult"]) - 1)
+    return {"num_classes": net["num_classes"], "resolution": resolution, "channels": tokens["img_channels"]}
 
 
 def load_net(name: str, *kinds: str) -> nn.Module:
@@ -253,16 +234,16 @@ def load_net(name: str, *kinds: str) -> nn.Module:
     if kinds and kind not in kinds:
         raise UserError(f"weights {name} hold a network of kind {kind}, not {' or '.join(kinds)}: choose other weights")
     config_class, net_class = NETWORKS[kind].config, NETWORKS[kind].net
-    hints, settings = hints_of(config_class), settings_of(described)
     try:
-        for key, value in settings.items():
-            if key in hints and not schema.fits(value, hints[key]):
+        hints, config = hints_of(config_class), config_class(**described["config"])
+        for key, value in described["config"].items():
+            if not schema.fits(value, hints[key]):
                 raise ValueError(f"{key} {value!r:.40}")
         tensors = read_tensors(folder)
         # first without memory: options may ask for any size
         with torch.device("meta"):
-            _refuse_others(net_class(config_class(**settings)).state_dict(), tensors, folder)
-        net = net_class(config_class(**settings))
+            _refuse_others(net_class(config).state_dict(), tensors, folder)
+        net = net_class(config)
         net.load_state_dict(tensors)
     except UserError:
         raise
@@ -293,22 +274,16 @@ def _refuse_others(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], fol
 def refuse_misfit(net: nn.Module, folder: Path, any_conditions: bool) -> None:
     """Raises UserError for weights of another kind, or with other options, than the network. any_conditions: num_classes may differ."""
     described, own = read_config(folder), dataclasses.asdict(net.config)  # type: ignore[call-overload]
-    theirs = settings_of(described)
-    if described["kind"] != kind_of(net):
-        way_out = _preset_to_give(described) or "give others by --init"
-        raise UserError(f"weights {folder.name} hold a network of kind {described['kind']}, not {kind_of(net)}: {way_out}")
-    checked = [k for k in own if not (k in TRAINING or (any_conditions and k == "num_classes"))]
-    differing = [k for k in checked if theirs.get(k, own[k]) != own[k]]
-    if differing:
-        size = [k for k in differing if k not in WAYS_OUT]
-        first, *others = (size or differing)[:MOST]
-        listed = f"{first} {theirs[first]}, this run has {own[first]}" + "".join(
-            f"; {k} {theirs[k]}, not {own[k]}" for k in others
-        )
-        way_out = (_preset_to_give(described) or "give fitting weights by --init, or change that") if size else WAYS_OUT[first]
-        raise UserError(f"weights {folder.name} have {listed}: {way_out}")
-
-
-def _preset_to_give(described: Mapping[str, Any]) -> str | None:
-    presets = presets_of(described)
-    return f"these look like {' or '.join(presets)}, give --model {presets[0]} (in Python, model=)" if presets else None
+    theirs = described["config"]
+    checked = [key for key in own if not (key in TRAINING or (any_conditions and key == "num_classes"))]
+    differing = [key for key in checked if theirs.get(key, own[key]) != own[key]]
+    size = [key for key in differing if key not in WAYS_OUT]
+    what = "have " + "; ".join(f"{key} {theirs[key]}, this run has {own[key]}" for key in (size or differing)[:MOST])
+    if other_kind := described["kind"] != kind_of(net):
+        what = f"hold a network of kind {described['kind']}, not {kind_of(net)}"
+    elif not differing:
+        return
+    way_out = "give fitting weights by --init" if size or other_kind else WAYS_OUT[differing[0]]
+    if (size or other_kind) and (presets := presets_of(described)):
+        way_out = f"these look like {' or '.join(presets)}, give --model {presets[0]} (in Python, model=)"
+    raise UserError(f"weights {folder.name} {what}: {way_out}")

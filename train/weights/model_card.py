@@ -106,7 +106,9 @@ def _training(description: Mapping[str, Any]) -> list[str]:
 
 def _settings(settings: Mapping[str, Any]) -> str:
     def text(value: Any) -> str:
-        return f"{value:.4g}" if isinstance(value, float) else _settings(value) if isinstance(value, dict) else str(value)
+        if isinstance(value, dict):
+            return _settings(value)
+        return f"{value:.4g}" if isinstance(value, float) else str(list(value) if isinstance(value, tuple) else value)
 
     return ", ".join(f"{key} {text(value)}" for key, value in settings.items())
 

@@ -30,7 +30,7 @@ AVERAGED = {"ema", "avg", "average", "averaged", "swa", "polyak"}  # words in th
 INNER = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 OUTER = re.compile(r"^(?:(?:module|model|net)\.)+")
 NAMED = 8  # keys that a message names
-CHOICES = ("taken", "left out", "names")  # notes on what was read of a file
+CHOICES = {"taken", "left out", "names"}  # notes on what was read of a file
 LICENCE = "licence"  # key in the metadata of a safetensors file, member of an archive of torch.save
 
 
