@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mclr.schedule import Schedule
     from mclr.train.sampling.generate import Model, load
 
+__version__ = "0.1.0"
 __all__ = ["Diffusion", "Draws", "Guidance", "Loss", "Model", "NextScale", "Objective", "PlainSequence", "Schedule", "UserError"]
 __all__ += ["from_denoiser", "from_logits", "load", "metrics", "project", "score"]
 # what the block above says, for Python itself

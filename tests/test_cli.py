@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import mclr
 from mclr.errors import UserError
 from mclr.train import cli
 
@@ -145,6 +146,11 @@ def test_our_own_mistakes_are_let_through(error):
     """A broken pipe that is not stdout is one, too."""
     with pytest.raises(type(error)), open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
         cli.run(raises(error), [])
+
+
+def test_version_is_that_of_the_package(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"mclr {mclr.__version__}\n"
 
 
 @pytest.mark.parametrize("argv", [[], ["-h"], ["--help"]])

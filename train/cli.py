@@ -4,6 +4,7 @@ import difflib
 import importlib
 import sys
 
+from mclr import __version__
 from mclr.errors import UserError
 from mclr.train.system.console import answer, run, run_and_exit
 
@@ -28,7 +29,7 @@ HELP = "\n".join(
         "",
         *(f"  {name:10}{summary}" for name, (_, summary) in PROGRAMS.items()),
         "",
-        "`mclr COMMAND --help` shows the arguments of a command.",
+        "`mclr COMMAND --help` shows the arguments of a command, `mclr --version` the version.",
     ]
 )
 
@@ -38,6 +39,9 @@ def dispatch(argv: list[str] | None = None) -> int | None:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         answer(HELP)
+        return 0
+    if argv[0] == "--version":
+        answer(f"mclr {__version__}")
         return 0
     name, *rest = argv
     if name not in PROGRAMS:
