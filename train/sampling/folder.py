@@ -164,7 +164,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         return record
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is no record of samples ({error}): draw them again into another folder") from error
 
 
