@@ -6,29 +6,12 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from mclr.errors import UserError
 from mclr.models.options import SCALES_256, SCALES_512
 
-NameOf = Callable[[str], str]  # our parameter or buffer name -> published name
 SCALES = (SCALES_256, SCALES_512, (1, 2, 3, 4))  # known scales: a file shows only the number of tokens or of scales
 NAMED = 3  # differences that an error names
-
-
-def load_published(net: nn.Module, state_dict: Mapping[str, Tensor], name_of: NameOf, ignore: tuple[str, ...] = ()) -> None:
-    """Copy a state dict with published names into the network.
-
-    ignore: endings of published names that our network does not keep (constants, counters).
-    Raises UserError for missing and unexpected entries and for wrong shapes; the network is then unchanged.
-    """
-    ours = published_entries(net, name_of)
-    if wrong := misfits(ours, state_dict, ignore):
-        raise UserError(f"the weights do not fit this {type(net).__name__}: {wrong}; choose the configuration of the same size")
-    with torch.no_grad():
-        for name, tensor in ours.items():
-            tensor.copy_(state_dict[name])
 
 
 def misfits(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], ignore: tuple[str, ...] = ()) -> str:
@@ -47,16 +30,6 @@ def misfits(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], ignore: tu
     faults = [fault for group in zip_longest(misshaped, missing, unexpected) for fault in group if fault]
     more = [f"and {len(faults) - NAMED} more entries"] if len(faults) > NAMED else []
     return ", ".join(faults[:NAMED] + more)
-
-
-def published_entries(net: nn.Module, name_of: NameOf) -> dict[str, Tensor]:
-    """Published name -> our parameter or buffer, in the network's order."""
-    return {name_of(ours): tensor for ours, tensor in net.state_dict(keep_vars=True).items()}
-
-
-def to_published(net: nn.Module, name_of: NameOf) -> dict[str, Tensor]:
-    """The network's entries under their published names, detached; they share memory with the network."""
-    return {name: tensor.detach() for name, tensor in published_entries(net, name_of).items()}
 
 
 @dataclass(frozen=True)
@@ -78,6 +51,10 @@ class Published:
         for ours, published in self.renames:
             name = re.sub(ours, published, name)
         return name
+
+    def entries(self, net: nn.Module) -> dict[str, Tensor]:
+        """The network's parameters and buffers under their published names, in its order: detached, in the network's memory."""
+        return {self.name_of(name): tensor for name, tensor in net.state_dict().items()}
 
 
 class Shapes(dict[str, tuple[int, ...]]):

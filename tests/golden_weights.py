@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from mclr.models.convert import Published, misfits
 
 FOLDER = Path(__file__).parent / "golden"
 NOT_BY_RULE = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV")  # constants and counters
@@ -30,6 +32,15 @@ def load_golden(file: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, li
 def rule_weights(names: dict[str, list[int]]) -> dict[str, Tensor]:
     """Published name -> shape becomes published name -> fp32 tensor; the first rule that fits counts."""
     return {name: _weight(name, shape) for name, shape in names.items() if not name.endswith(NOT_BY_RULE)}
+
+
+def load_rule(net: nn.Module, names: dict[str, list[int]], published: Published) -> nn.Module:
+    """The network with the weights of the rule, for inference."""
+    ours, weights = published.entries(net), rule_weights(names)
+    assert misfits(ours, weights) == ""
+    for name, entry in ours.items():
+        entry.copy_(weights[name])
+    return net.eval()
 
 
 def relative_rms(value: Tensor, expected: Tensor) -> float:

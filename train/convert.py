@@ -14,7 +14,7 @@ import torch
 
 from mclr.configs.schema import FILE
 from mclr.errors import UserError
-from mclr.models.convert import Shapes, to_published
+from mclr.models.convert import Shapes
 from mclr.models.options import SCALES_512, TRAINING
 from mclr.models.registry import NETWORKS
 from mclr.train.engine.ema import reconstruct
@@ -141,7 +141,7 @@ def to_file(src: str, dst: Path) -> None:
         raise UserError(f"weights {src} hold a network of kind {described['kind']}: only {known} have a published form")
     net = load_net(src)
     config: Any = net.config
-    state_dict = to_published(net, family.name_of) | family.constants(config)
+    state_dict = family.entries(net) | family.constants(config)
     licence = described.get("licence") or ""
     if dst.suffix.lower() == ".safetensors":
         data = safetensors.torch.save(state_dict, {LICENCE: licence})

@@ -4,13 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from golden_weights import load_golden, relative_rms, rule_weights
+from golden_weights import load_golden, load_rule, relative_rms
 from test_vqvae import published_net
 from toy import logits_of
 
 from mclr.guidance import Guidance
 from mclr.likelihood import Draws
-from mclr.models.convert import load_published
 from mclr.models.var import PUBLISHED, VAR, Attention, VARConfig
 from mclr.next_scale import NextScale
 from mclr.schedule import Schedule
@@ -30,9 +29,7 @@ def tokenizer():
 def published(request):
     arrays, config, names = load_golden(request.param)
     config["patch_nums"] = tuple(config["patch_nums"])
-    net = VAR(VARConfig(**config, vocab_size=64, z_channels=8)).eval()
-    load_published(net, rule_weights(names), PUBLISHED.name_of)
-    return net, arrays
+    return load_rule(VAR(VARConfig(**config, vocab_size=64, z_channels=8)), names, PUBLISHED), arrays
 
 
 def log_likelihood(net, arrays, condition):

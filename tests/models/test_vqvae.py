@@ -3,10 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_weights import load_golden, relative_rms, rule_weights
+from golden_weights import load_golden, load_rule, relative_rms
 
 from mclr.errors import UserError
-from mclr.models.convert import load_published
 from mclr.models.vqvae import PUBLISHED, VQVAE, VQVAEConfig
 
 DIGITS = VQVAEConfig(img_channels=1, ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=8, vocab_size=64, scales=(1, 2, 3, 4))
@@ -15,9 +14,7 @@ DIGITS = VQVAEConfig(img_channels=1, ch=32, ch_mult=(1, 1), num_res_blocks=1, z_
 def published_net(file):
     arrays, config, names = load_golden(file)
     config["scales"] = tuple(config.pop("v_patch_nums"))
-    net = VQVAE(VQVAEConfig(**config)).eval()
-    load_published(net, rule_weights(names), PUBLISHED.name_of, PUBLISHED.ignored)
-    return net, arrays
+    return load_rule(VQVAE(VQVAEConfig(**config)), names, PUBLISHED), arrays
 
 
 @pytest.fixture(scope="module", params=["vqvae_tiny.npz", "vqvae_10scales.npz"])

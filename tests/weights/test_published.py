@@ -15,7 +15,7 @@ import torch
 from golden_weights import FOLDER, load_golden, rule_weights
 
 from mclr.errors import UserError
-from mclr.models.convert import NAMED, to_published
+from mclr.models.convert import NAMED
 from mclr.models.edm2 import PUBLISHED, EDM2Config
 from mclr.train import convert
 from mclr.train.system.console import run
@@ -72,7 +72,7 @@ def network(state_dict, given=ARGUMENTS, states=None):
 def test_a_snapshot_becomes_its_network():
     net, notes = read_published(FOLDER / "edm2_tiny.pkl")
     assert net.config == CONFIG
-    found = to_published(net, PUBLISHED.name_of)
+    found = PUBLISHED.entries(net)
     assert found.keys() == TINY.keys() and all(torch.equal(found[name], TINY[name].half().float()) for name in TINY)
     assert "CC BY-NC-SA 4.0" in notes["licence"]
 

@@ -10,7 +10,6 @@ from golden_weights import FOLDER
 from photos import save_tiny_vae
 
 from mclr.configs.schema import PRESETS, load
-from mclr.models.convert import published_entries
 from mclr.models.edm2 import EDM2, EDM2Config
 from mclr.models.options import SCALES_256, SCALES_512
 from mclr.models.registry import NETWORKS, kind_of
@@ -94,7 +93,7 @@ def load_with(argv: list[str], *overrides: str):
 def assert_published(net, name: str):
     """Names and shapes, constants included, are those of the published state dict: no fewer and no more."""
     family = NETWORKS[kind_of(net)].published
-    ours = published_entries(net, family.name_of) | family.constants(net.config)
+    ours = family.entries(net) | family.constants(net.config)
     assert {name: tuple(tensor.shape) for name, tensor in ours.items()} == NAMES[name]
 
 

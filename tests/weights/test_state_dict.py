@@ -16,7 +16,6 @@ import torch
 from golden_weights import load_golden, rule_weights
 
 from mclr.errors import UserError
-from mclr.models.convert import to_published
 from mclr.models.var import PUBLISHED
 from mclr.train import convert
 from mclr.train.system.console import run
@@ -76,7 +75,7 @@ def convert_(*argv):
 
 
 def assert_read(folder, expected):
-    found = to_published(load_net(str(folder), "var"), PUBLISHED.name_of)
+    found = PUBLISHED.entries(load_net(str(folder), "var"))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name].float()) for name in expected)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from mclr.configs.schema import fits
 from mclr.errors import UserError
-from mclr.models.convert import Shapes, misfits, published_entries, to_published
+from mclr.models.convert import Shapes, misfits
 from mclr.models.options import EDM2Config, VARConfig, hints_of
 from mclr.models.registry import NETWORKS
 from mclr.train.weights.edm2_pickle import recorded_edm2
@@ -62,7 +62,7 @@ def read_published(
             refuse(f"shows {fault}", "give num_heads=... to `mclr convert`")
         # sizes from a file can ask for any amount of memory; without memory, every entry is compared with them first
         with torch.device("meta"):
-            known = published_entries(network.net(config), published.name_of)
+            known = published.entries(network.net(config))
         extra = [entry for entry in entries if entry not in known and not entry.endswith(published.ignored)]
         own = {entry: t for entry, t in entries.items() if entry not in extra}
         if extra and ignore_extra:
@@ -72,7 +72,7 @@ def read_published(
             way_out = "leave out what is unexpected by `mclr convert --ignore-extra`" if superfluous else "give a whole file"
             refuse(f"looks like {network.about[0].lower()}{network.about[1:]}, but {wrong}", way_out)
         net = network.net(config)
-        for entry, weight in to_published(net, published.name_of).items():
+        for entry, weight in published.entries(net).items():
             if entries[entry].dtype not in WEIGHTS:
                 refuse(f"holds {entries[entry].dtype} at {entry}, no weights", "get the file in fp16, bf16 or fp32")
             # one by one: a copy of the whole file would be as large as the network
