@@ -6,10 +6,9 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 
-from mclr.configs.schema import load
+from mclr.configs.schema import DatasetInfo, load
 from mclr.errors import UserError
 from mclr.kernels.timing import above_0
-from mclr.train.data.dataset import DatasetInfo
 from mclr.train.data.images import MEGAPIXELS
 from mclr.train.data.write import open_or_prepare, prepare_digits, prepare_images
 from mclr.train.system.console import Parser, run_and_exit

@@ -7,7 +7,8 @@ paradigm. Each section has a file. load.py reads, checks.py tells which settings
 """
 
 from mclr.configs.schema.config import RunConfig, flatten
-from mclr.configs.schema.data import Data, is_stream
+from mclr.configs.schema.data import Data, Images, is_stream
+from mclr.configs.schema.dataset import DATASET, UNFINISHED, DatasetInfo, Shard, read_dataset
 from mclr.configs.schema.engine import Engine
 from mclr.configs.schema.load import FILE, PRESETS, dump, from_dict, load, load_data, load_resolved, read_preset
 from mclr.configs.schema.model import VAE_FACTOR, DiffusionModel, NextScaleModel, fits, kind_of_model, net_section

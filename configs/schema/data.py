@@ -12,14 +12,19 @@ def is_stream(path: str) -> bool:
     return "://" in path or path.startswith(("pipe:", "file:")) or path.endswith(".tar")
 
 
-class Data(Section):
-    """The images of a run."""
+class Images(Section):
+    """What all images of a dataset have in common."""
 
     name: str = setting(..., "Name in logs and model cards")
-    path: str = setting(..., "Folder made by `mclr prepare`; or shards to stream: https://..., pipe:COMMAND, data/{000..099}.tar")
     resolution: Size = setting(..., "Side of the square images, in pixels")
     channels: Literal[1, 3] = setting(..., "1: grey, 3: RGB")
     num_classes: int = setting(..., "Number of conditions, without the null condition", gt=0, le=2**20)
+
+
+class Data(Images):
+    """The images of a run."""
+
+    path: str = setting(..., "Folder made by `mclr prepare`; or shards to stream: https://..., pipe:COMMAND, data/{000..099}.tar")
     flip: bool = setting(False, "Mirror half of the images, at random")
     balanced: bool = setting(False, "Draw every condition equally often; else every image")
     label: str = setting(

@@ -1,7 +1,6 @@
 """From presets, YAML files, dataset folders and overrides to one RunConfig, and back from the file that holds it."""
 
 import difflib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ from pydantic import ValidationError
 from mclr.combinations import CONTRASTS
 from mclr.configs.schema.checks import conflicts
 from mclr.configs.schema.config import RunConfig, config_class
-from mclr.configs.schema.data import Data
+from mclr.configs.schema.data import Data, Images
+from mclr.configs.schema.dataset import read_dataset
 from mclr.configs.schema.messages import invalid, user_error
 from mclr.configs.schema.model import kind_of_model
 from mclr.configs.schema.strict_yaml import MOST_LEVELS, Dumper, parse_yaml
@@ -109,7 +109,7 @@ def read_preset(kind: str, name: str) -> dict[str, Any]:
     )
     file = Path(name) if name.endswith(ENDINGS) else presets.get(name)
     if file is None and kind == "data" and Path(name).is_dir():
-        return {"data": _read_dataset(Path(name))}
+        return {"data": read_dataset(Path(name)).model_dump(include=set(Images.model_fields)) | {"path": name}}
     if file is None:
         close = difflib.get_close_matches(name, presets, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
@@ -127,22 +127,6 @@ def read_preset(kind: str, name: str) -> dict[str, Any]:
         raise UserError(f"{file}: its base {base} has a base of its own, {merged['base']}; name that one, and set the rest here")
     merge(merged, sections)
     return merged
-
-
-def _read_dataset(folder: Path) -> dict[str, Any]:
-    """The data section of a prepared folder. dataset.json also holds entries that train/data reads."""
-    path = folder / "dataset.json"
-    try:
-        described = json.loads(_bytes_of(path))
-        return {key: described[key] for key in ("name", "resolution", "channels", "num_classes")} | {"path": str(folder)}
-    except OSError:
-        # what train/data/write.py leaves where it was interrupted
-        if (folder / "preparing.json").is_file():
-            raise UserError(f"{folder} is not finished: run its `mclr prepare` command again") from None
-        make = f"`mclr prepare images {folder} OUT --resolution N`"
-        raise UserError(f"{folder} has no readable dataset.json: if it holds your images, run {make} and give OUT") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} does not describe a dataset ({error}); make the folder with `mclr prepare`") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

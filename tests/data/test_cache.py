@@ -242,7 +242,7 @@ def test_a_cache_is_for_its_encoder_data_and_mirroring(make, data, vae, tmp_path
 def test_a_stream_has_no_cache(data, vae):
     config, source, encoder = opened(data, vae)
     # no path at all
-    source.info = replace(source.info, splits={}, path=Path("pipe:" + 300 * "x"))
+    source.info = source.info.model_copy(update={"splits": {}, "path": Path("pipe:" + 300 * "x")})
     assert through_cache(source, encoder, config.data, config.model) is source
     says = "data       streamed, shards drawn with replacement: a resumed run sees other samples"
     assert data_line(source, encoder, config.data) == [says]

@@ -188,17 +188,19 @@ def cut(name, size):
 @pytest.mark.parametrize(
     "damage, says",
     [
-        (cut("dataset.json", 100), "dataset.json is damaged"),
-        (lambda folder: (folder / "dataset.json").write_text("[1]"), "dataset.json is damaged"),
-        (lambda folder: (folder / "dataset.json").write_bytes(b"\xff\xfe"), "dataset.json is damaged"),
-        (wrong(lambda record: record.pop("splits")), "splits"),
-        (wrong(lambda record: record.pop("resolution")), "resolution"),
-        (wrong(lambda record: record.update(resolution="8")), "dataset.json is damaged"),
-        (wrong(lambda record: record.update(channels=2)), "channels 2"),
-        (wrong(lambda record: record.update(num_classes=9)), "num_classes is 9"),
+        (cut("dataset.json", 100), "{} does not describe a dataset (Invalid JSON: EOF while parsing"),
+        (
+            lambda folder: (folder / "dataset.json").write_text("[1]"),
+            "{} does not describe a dataset (Input should be an object)",
+        ),
+        (lambda folder: (folder / "dataset.json").write_bytes(b"\xff\xfe"), "{} does not describe a dataset (Invalid JSON: "),
+        (wrong(lambda record: record.pop("splits")), "(splits: Field required): prepare the dataset again"),
+        (wrong(lambda record: record.update(resolution="8")), "(resolution: Input should be a valid integer)"),
+        (wrong(lambda record: record.update(channels=2)), "(channels: Input should be 1 or 3)"),
+        (wrong(lambda record: record.update(num_classes=9)), "num_classes is 9, class_names are 10"),
         (wrong(lambda record: record["splits"].pop("val")), "train and val"),
         (wrong(lambda record: record["splits"]["train"].update(count=1499)), "counts 1499"),
-        (wrong(lambda record: record["splits"]["train"].update(shards=[{"file": "x"}])), "dataset.json is damaged"),
+        (wrong(lambda record: record["splits"]["train"]["shards"][3].update(file="../x/0.tar")), "(splits.train.shards.3.file: "),
         (lambda folder: (folder / "train/000002.tar").unlink(), "train/000002.tar is missing"),
         (cut("train/000002.tar", 5000), "train/000002.tar has 5000 bytes"),
     ],
@@ -207,7 +209,8 @@ def test_unusable_folders_are_named_in_one_line(copy, damage, says):
     damage(copy)
     with pytest.raises(UserError) as error:
         open_dataset(copy)
-    assert says in str(error.value) and str(copy) in str(error.value) and "\n" not in str(error.value)
+    assert says.format(copy / "dataset.json") in str(error.value) and str(copy) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 MAKE = "`mclr prepare images {0} OUT --resolution N`"

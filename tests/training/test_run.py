@@ -115,7 +115,7 @@ def test_a_wrong_argument(argv, says, here, capsys):
 
 
 DATA = {
-    "empty": (lambda data: [shutil.rmtree(data), data.mkdir()], "has no readable dataset.json"),
+    "empty": (lambda data: [shutil.rmtree(data), data.mkdir()], "holds no dataset.json"),
     "not JSON": (lambda data: (data / "dataset.json").write_text("{"), "does not describe a dataset"),
     "half a shard": (lambda data: os.truncate(data / "train/000001.tar", 1000), "has 1000 bytes, but dataset.json says"),
     "no shard": (lambda data: (data / "train/000002.tar").unlink(), "train/000002.tar is missing"),

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mclr.configs.schema import Data, DiffusionModel, NextScaleModel
+from mclr.configs.schema import DATASET, Data, DiffusionModel, NextScaleModel
 from mclr.errors import UserError
 from mclr.train.data.dataset import Batch, SplitReader
 from mclr.train.data.encoders import VAE_WEIGHTS, Encoder, Latents, Tokens, find_vae, from_uint8
@@ -156,7 +156,7 @@ def cache_for(source: Source, encoder: Encoder, data: Data, model: Model, dtype:
         what, weights = "latents", checksum(find_vae(model.vae) / VAE_WEIGHTS)
     else:
         what, weights = "tokens", sha256(find_weights(model.tokenizer))
-    dataset, shape = checksum(source.info.path / "dataset.json"), storage(encoder, data)[0]
+    dataset, shape = checksum(source.info.path / DATASET), storage(encoder, data)[0]
     return Cache(source.info.path, CacheKey(what, weights, dataset, dtype, shape, views, len(source), CHUNK))
 
 

@@ -2,28 +2,26 @@
 
 import hashlib
 import io
-import json
 import math
+import os
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mclr.configs.schema import is_stream
+from mclr.configs.schema import DATASET, DatasetInfo, is_stream, read_dataset
 from mclr.errors import UserError
-from mclr.train.data.shards import Damaged, Shard, load_index, read_image
+from mclr.train.data.shards import Damaged, load_index, read_image
 
 # Decoded splits below this many bytes stay in memory, so that small runs read each image once.
 KEPT_BYTES = 256 * 2**20
 READERS = 4
 TOKENS = "tokens.npy"
-UNFINISHED = "preparing.json"  # in place of dataset.json until all shards are there
 
 
 @dataclass(frozen=True)
@@ -39,102 +37,17 @@ class Batch:
     stored_BV: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Split:
-    count: int
-    shards: tuple[Shard, ...]
-
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """What dataset.json says. resolution: in pixels; source: where the images come from; seed: of the split into train and val.
-
-    Where a network made the images (write.py, prepare_samples), drawn holds its settings. Where it was a token model, tokens is the
-    checksum of TOKENS: the tokens of the train split in shard order.
-    """
-
-    path: Path
-    name: str
-    resolution: int
-    channels: int
-    num_classes: int
-    class_names: tuple[str, ...]
-    splits: dict[str, Split]
-    source: str
-    seed: int
-    drawn: dict[str, Any] | None = None
-    tokens: str | None = None
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        return self.channels, self.resolution, self.resolution
-
-    @property
-    def shards(self) -> list[Shard]:
-        """Those of all splits."""
-        return [shard for split in self.splits.values() for shard in split.shards]
-
-
 def open_dataset(path: str | Path) -> DatasetInfo:
-    """Read dataset.json and check it against the shards on disk (existence, sizes, counts).
-
-    Raises UserError naming the file at fault and what to do.
-    """
+    """A dataset folder, with all its shards. Raises UserError that names the file at fault and says what to do."""
     if is_stream(str(path)):
         raise UserError(f"{path} is a stream: this needs a dataset folder (`mclr evaluate`: name one by --reference)")
-    path = Path(path)
-    file = path / "dataset.json"
-    try:
-        if not path.is_dir():
-            raise UserError(f"no dataset folder at {path}: make one with `mclr prepare`")
-        if (path / UNFINISHED).is_file() and not file.is_file():
-            raise UserError(f"{path} is not finished: run its `mclr prepare` command again")
-        if not file.is_file():
-            make = f"`mclr prepare images {path} OUT --resolution N`"
-            raise UserError(f"{path} holds no dataset.json: if it holds your images, run {make} and give OUT")
-        info = _parse(path, json.loads(file.read_bytes()))
-        for shard in info.shards:
-            tar = path / shard.file
-            size = tar.stat().st_size if tar.is_file() else None
-            if size != shard.bytes:
-                differs = "is missing" if size is None else f"has {size} bytes, but dataset.json says {shard.bytes}"
-                raise UserError(f"{tar} {differs}: copy it again, or remove the dataset and prepare it again")
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename} ({error.strerror}): make it readable") from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file} is damaged ({type(error).__name__}: {error}): prepare the dataset again") from error
-    return info
-
-
-def _parse(path: Path, record: dict) -> DatasetInfo:
-    """DatasetInfo of a parsed dataset.json; raises ValueError, TypeError, KeyError or AttributeError where it is malformed."""
-    splits = {
-        name: Split(each["count"], tuple(Shard(**shard) for shard in each["shards"])) for name, each in record["splits"].items()
-    }
-    numbers, texts = ("resolution", "channels", "num_classes", "seed"), ("name", "source")
-    fields: dict[str, Any] = {name: record[name] for name in numbers + texts}
-    drawn, tokens, names = record.get("drawn"), record.get("tokens"), tuple(record["class_names"])
-    info = DatasetInfo(path=path, splits=splits, class_names=names, drawn=drawn, tokens=tokens, **fields)
-    for kind, values in (
-        (int, [fields[name] for name in numbers] + [number for shard in info.shards for number in (shard.count, shard.bytes)]),
-        (str, [fields[name] for name in texts] + [text for shard in info.shards for text in (shard.file, shard.sha256)]),
-        (str, [*names, tokens or ""]),
-        (dict, [drawn or {}]),
-    ):
-        if odd := [value for value in values if type(value) is not kind]:
-            raise TypeError(f"{odd[0]!r:.40} is no {kind.__name__}")
-    if any(shard.count < 0 or Path(shard.file).is_absolute() or ".." in Path(shard.file).parts for shard in info.shards):
-        raise ValueError("a shard has a negative count, or is not inside of the folder")
-    if {"train", "val"} - splits.keys():
-        raise ValueError("splits must be train and val")
-    for name, split in splits.items():
-        if (counts := sum(shard.count for shard in split.shards)) != split.count:
-            raise ValueError(f"split {name} counts {split.count} samples, its shards {counts}")
-    if info.channels not in (1, 3) or info.resolution < 1:
-        raise ValueError(f"channels {info.channels}, resolution {info.resolution}")
-    if len(info.class_names) != info.num_classes:
-        raise ValueError(f"num_classes is {info.num_classes}, class_names are {len(info.class_names)}")
+    info = read_dataset(Path(path))
+    for shard in info.shards:
+        tar = info.path / shard.file
+        size = os.path.getsize(tar) if os.path.isfile(tar) else None
+        if size != shard.bytes:
+            differs = "is missing" if size is None else f"has {size} bytes, but {DATASET} says {shard.bytes}"
+            raise UserError(f"{tar} {differs}: copy it again, or remove the dataset and prepare it again")
     return info
 
 

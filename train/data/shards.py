@@ -6,29 +6,19 @@ import hashlib
 import json
 import tarfile
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from mclr.configs.schema import Shard
 from mclr.errors import UserError
 from mclr.train.data.images import PNG, endings, open_image
 from mclr.train.system.files import regular, write_file
 
 INDEX = "index.json"
 FIRST = ("jpg", "jpeg", "png", "webp")  # kinds of images that are read first where a sample has several
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A tar file as dataset.json records it; file is relative to the dataset folder ("train/000000.tar")."""
-
-    file: str
-    count: int
-    bytes: int
-    sha256: str
 
 
 class Sample(NamedTuple):

@@ -31,9 +31,9 @@ from webdataset.gopen import Pipe, gopen
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from mclr.configs.schema import Data
+from mclr.configs.schema import Data, DatasetInfo, Images
 from mclr.errors import UserError
-from mclr.train.data.dataset import READERS, Batch, DatasetInfo
+from mclr.train.data.dataset import READERS, Batch
 from mclr.train.data.images import center_crop, decode
 from mclr.train.data.shards import Damaged, image_kind, label_of
 from mclr.train.data.source import Source
@@ -98,9 +98,9 @@ class Stream(Source):
 
     def __init__(self, data: Data, seed: int):
         """Start to read and wait for the first image. Raises UserError where none comes, or data.path cannot be expanded."""
-        self.data, names = data, tuple(map(str, range(data.num_classes)))
-        image = (data.resolution, data.channels, data.num_classes)
-        self.info = DatasetInfo(Path(data.path), data.name, *image, names, splits={}, source=data.path, seed=seed)
+        self.data, about = data, data.model_dump(include=set(Images.model_fields)) | {"source": data.path, "seed": seed}
+        names = tuple(map(str, range(data.num_classes)))
+        self.info = DatasetInfo.model_construct(path=Path(data.path), class_names=names, splits={}, **about)
         try:
             self.urls = expand_urls(data.path)
         # braces that do not close, or variables that are not set

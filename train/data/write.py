@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,11 @@ import numpy as np
 from tqdm import tqdm
 from webdataset import TarWriter
 
-from mclr.configs.schema import Data, is_stream
+from mclr.configs.schema import DATASET, UNFINISHED, Data, DatasetInfo, Shard, is_stream
 from mclr.errors import UserError
-from mclr.train.data.dataset import TOKENS, UNFINISHED, DatasetInfo, SplitReader, open_dataset
+from mclr.train.data.dataset import TOKENS, SplitReader, open_dataset
 from mclr.train.data.folders import File, Found, find_images, listed, taken
 from mclr.train.data.images import MEGAPIXELS, center_crop, decode, png
-from mclr.train.data.shards import Shard
 from mclr.train.data.source import permutation
 from mclr.train.system.files import in_memory, lock, new_folder, write_file, write_json
 
@@ -60,7 +58,7 @@ def open_or_prepare(name: str, path: str | Path) -> DatasetInfo:
             return prepare_digits(path)
         except UserError:
             # unless another process has prepared them meanwhile
-            if not Path(path, "dataset.json").exists():
+            if not Path(path, DATASET).exists():
                 raise
     return open_dataset(path)
 
@@ -161,7 +159,7 @@ def _unfinished(out: Path, header: dict[str, Any]) -> Iterator[dict[str, Any]]:
             write_json(folder / UNFINISHED, state)
     held, ours = lock(out / "lock", none=True)
     with held:
-        if not ours or (out / "dataset.json").exists():
+        if not ours or (out / DATASET).exists():
             raise UserError(f"another process makes {out}: wait for it, or choose another place")
         begun: dict[str, Any] = {}
         with suppress(ValueError):
@@ -207,7 +205,7 @@ def _existing(out: str | Path, header: dict[str, Any]) -> DatasetInfo | None:
     """The dataset at `out`, None where there is none. Raises UserError where `header` describes another one, or `out` names a stream."""
     if is_stream(str(out)):
         raise UserError(f"{out} would be taken for a stream: choose another name for the dataset folder")
-    if not os.path.exists(Path(out, "dataset.json")):
+    if not os.path.exists(Path(out, DATASET)):
         return None
     info = open_dataset(out)
     for key, value in header.items():
@@ -238,7 +236,7 @@ def _write_split(
     for number, first in enumerate(samples, begun):
         file, keys = f"{split}/{number:06d}.tar", list[str]()
         sha256 = write_file(folder / file, _tar(chain([first], islice(samples, per_shard - 1)), number * per_shard, keys))
-        yield asdict(Shard(file, len(keys), (folder / file).stat().st_size, sha256))
+        yield Shard(file=file, count=len(keys), bytes=(folder / file).stat().st_size, sha256=sha256).model_dump()
 
 
 def _tar(samples: Iterable[Encoded], start: int, keys: list[str]) -> Iterator[bytes]:
@@ -258,7 +256,7 @@ def _tar(samples: Iterable[Encoded], start: int, keys: list[str]) -> Iterator[by
 def _finish(folder: Path, header: dict[str, Any], shards: dict[str, list[dict[str, Any]]]) -> DatasetInfo:
     """Write dataset.json with the shards of each split, check all shards, and write their index."""
     splits = {split: {"count": sum(shard["count"] for shard in made), "shards": made} for split, made in shards.items()}
-    write_json(folder / "dataset.json", header | {"splits": splits})
+    write_json(folder / DATASET, header | {"splits": splits})
     return SplitReader(open_dataset(folder), "train").info
 
 

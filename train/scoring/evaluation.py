@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from mclr.configs.schema import FILE, Data, DiffusionModel
+from mclr.configs.schema import FILE, Data, DatasetInfo, DiffusionModel
 from mclr.errors import UserError
 from mclr.models.features import ImageClassifier
-from mclr.train.data.dataset import DatasetInfo
 from mclr.train.sampling.folder import draw, read_record
 from mclr.train.sampling.generate import Model, find_generator, load_generator, record_of
 from mclr.train.scoring.extractors import PUBLISHED, Judge, open_judge

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mclr.configs.schema import DatasetInfo
 from mclr.errors import UserError
-from mclr.train.data.dataset import DatasetInfo, SplitReader
+from mclr.train.data.dataset import SplitReader
 from mclr.train.data.folders import images_below, taken
 from mclr.train.data.images import condition_of, format_of, image_paths, read_images
 from mclr.train.system.files import checksum, regular

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mclr.configs.schema import PRESETS, load_data
+from mclr.configs.schema import PRESETS, DatasetInfo, load_data
 from mclr.errors import UserError
 from mclr.metrics import NEIGHBOURS, Gaussian, Moments, neighbour_radii
-from mclr.train.data.dataset import DatasetInfo
 from mclr.train.data.source import permutation
 from mclr.train.data.write import open_or_prepare
 from mclr.train.scoring.extractors import Judge

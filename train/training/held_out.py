@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mclr.configs.schema import Train
+from mclr.configs.schema import DatasetInfo, Train
 from mclr.errors import UserError
 from mclr.likelihood import LOSS
 from mclr.loss import Loss
 from mclr.objective import Objective
-from mclr.train.data.dataset import Batch, DatasetInfo, SplitReader
+from mclr.train.data.dataset import Batch, SplitReader
 from mclr.train.data.source import permutation
 from mclr.train.engine.base import Engine, Frozen, eval_mode
 from mclr.train.system.files import ignore
