@@ -150,6 +150,16 @@ class VQVAEConfig(Options):
     quant_resi: Fraction = 0.5  # share of phi's convolution in its output
     beta: Positive = 0.25  # weight of the commitment term
 
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each resolution, the highest first."""
+        return [self.ch * mult for mult in self.ch_mult]
+
+    @property
+    def img_resolution(self) -> int:
+        """Side of the images, in pixels."""
+        return self.scales[-1] << (len(self.ch_mult) - 1)
+
 
 @dataclass(frozen=True)
 class ImageClassifierConfig(Options):

@@ -1,17 +1,7 @@
 """The list of networks: what each kind is, which options build it, and the words of its model card. Without torch.
 
 To add a network: one file in models/, its options without torch (like models/options.py), one entry here, a YAML in configs/model/ that
-says model.kind. A network may also have what stands in this table; whoever needs it asks by name, and a network without does without:
-
-| attribute | for |
-| --- | --- |
-| magnitude_preserving() -> list of parameters | weights whose rows training keeps at unit magnitude (mclr.project) |
-| fold() | constants of frozen weights are computed once, before sampling; there is no way back |
-| blocks | modules that run one after the other: compiled and gathered one at a time |
-| middle | a module of a diffusion network whose output [R, D, H, W] shows memorisation (train/training/memorisation.py) |
-| activation_checkpointing | set to true, backward computes the activations inside every block again |
-| tokens, tokens_of(*inputs, cache=None) | tokens of a whole row, and of each row of a call: a row cut short costs its share |
-| condition_layer, map_layer(old, fresh, sources) | the weight that embeds the conditions, and the same for others (models/conditions.py) |
+says model.kind. models/README.md lists what a network may have besides; whoever needs it asks by name.
 """
 
 from dataclasses import dataclass
@@ -26,9 +16,8 @@ class Network:
     """One kind of network.
 
     place: "module:class"; the class takes the config as its one argument and keeps it as `config`. A module whose networks others
-    publish holds PUBLISHED, a models.convert.Published.
-    config: dataclass of its options, which does not import torch. about, use: what its model card says, the latter a command.
-    paradigm: of generators, diffusion or next_scale: what the network answers as (mclr/diffusion.py, mclr/next_scale.py).
+    publish holds PUBLISHED, a models.convert.Published. config: dataclass of its options, which does not import torch. about, use: what
+    its model card says, the latter a command. paradigm: of generators, what they answer as: diffusion or next_scale.
     """
 
     place: str

@@ -62,7 +62,6 @@ def halve(channels: int) -> nn.Sequential:
 
 
 def double(channels: int) -> nn.Sequential:
-    """Twice the size."""
     return nn.Sequential(nn.Upsample(scale_factor=2.0, mode="nearest"), nn.Conv2d(channels, channels, 3, padding=1))
 
 
@@ -86,53 +85,39 @@ def middle(channels: int) -> nn.Sequential:
     return nn.Sequential(ResBlock(channels, channels), Attention(channels), ResBlock(channels, channels))
 
 
-class Encoder(nn.Module):
+class FromLast(nn.Sequential):
+    """Its modules in turn, the last one first."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        for module in reversed(self):
+            x_BCHW = module(x_BCHW)
+        return x_BCHW
+
+
+def encoder(config: VQVAEConfig) -> nn.Sequential:
     """Image [B, C, H, W] -> map [B, E, side, side]."""
-
-    def __init__(self, config: VQVAEConfig):
-        super().__init__()
-        widths = [config.ch * mult for mult in config.ch_mult]
-        last = len(widths) - 1
-        self.conv_in = nn.Conv2d(config.img_channels, widths[0], 3, padding=1)
-        self.down = nn.ModuleList(
-            Level(widths[max(i - 1, 0)], width, config.num_res_blocks, i == last, halve(width) if i < last else nn.Identity())
-            for i, width in enumerate(widths)
-        )
-        self.middle = middle(widths[-1])
-        self.norm_out = norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
-
-    def forward(self, image_BCHW: Tensor) -> Tensor:
-        x_BCHW = self.conv_in(image_BCHW)
-        for level in self.down:
-            x_BCHW = level(x_BCHW)
-        return self.conv_out(F.silu(self.norm_out(self.middle(x_BCHW))))
+    widths, last, net = config.widths, len(config.widths) - 1, nn.Sequential()
+    net.conv_in, net.down = nn.Conv2d(config.img_channels, widths[0], 3, padding=1), nn.Sequential()
+    for i, width in enumerate(widths):
+        resample = halve(width) if i < last else nn.Identity()
+        net.down.append(Level(widths[max(i - 1, 0)], width, config.num_res_blocks, i == last, resample))
+    net.middle, net.norm_out, net.silu = middle(widths[-1]), norm(widths[-1]), nn.SiLU()
+    net.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
+    return net
 
 
-class Decoder(nn.Module):
+def decoder(config: VQVAEConfig) -> nn.Sequential:
     """Map [B, E, side, side] -> image [B, C, H, W], not clamped."""
-
-    def __init__(self, config: VQVAEConfig):
-        super().__init__()
-        widths = [config.ch * mult for mult in config.ch_mult]
-        last = len(widths) - 1
-        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
-        self.middle = middle(widths[-1])
-        # Index 0 is the highest resolution, as in the encoder; the forward runs through them backwards.
-        self.up = nn.ModuleList(
-            Level(
-                widths[min(i + 1, last)], width, config.num_res_blocks + 1, i == last, double(width) if i > 0 else nn.Identity()
-            )
-            for i, width in enumerate(widths)
-        )
-        self.norm_out = norm(widths[0])
-        self.conv_out = nn.Conv2d(widths[0], config.img_channels, 3, padding=1)
-
-    def forward(self, f_hat: Tensor) -> Tensor:
-        x_BCHW = self.middle(self.conv_in(f_hat))
-        for level in reversed(self.up):
-            x_BCHW = level(x_BCHW)
-        return self.conv_out(F.silu(self.norm_out(x_BCHW)))
+    widths, last, net = config.widths, len(config.widths) - 1, nn.Sequential()
+    net.conv_in, net.middle = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1), middle(widths[-1])
+    # index 0 is the highest resolution, as in the encoder
+    net.up = FromLast()
+    for i, width in enumerate(widths):
+        resample = double(width) if i > 0 else nn.Identity()
+        net.up.append(Level(widths[min(i + 1, last)], width, config.num_res_blocks + 1, i == last, resample))
+    net.norm_out, net.silu = norm(widths[0]), nn.SiLU()
+    net.conv_out = nn.Conv2d(widths[0], config.img_channels, 3, padding=1)
+    return net
 
 
 class VQVAE(nn.Module):
@@ -142,14 +127,14 @@ class VQVAE(nn.Module):
         super().__init__()
         self.config = config
         E = config.z_channels
-        self.encoder = Encoder(config)
+        self.encoder = encoder(config)
         self.to_features = nn.Conv2d(E, E, 3, padding=1)
         self.codebook = nn.Embedding(config.vocab_size, E)
         # codes begin close together, so that all are used from the start; most unit normal ones would stay unused
         nn.init.uniform_(self.codebook.weight, -1 / config.vocab_size, 1 / config.vocab_size)
         self.phis = nn.ModuleList(nn.Conv2d(E, E, 3, padding=1) for _ in range(config.share_quant_resi))
         self.from_features = nn.Conv2d(E, E, 3, padding=1)
-        self.decoder = Decoder(config)
+        self.decoder = decoder(config)
 
     def forward(self, image_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Training: image in [-1, 1] -> (reconstruction, not clamped; quantisation loss, a scalar in fp32; tokens [B, L]).
@@ -181,12 +166,10 @@ class VQVAE(nn.Module):
 
     def replay(self, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
         """All scales in turn: tokens [B, L] -> (f_hat, teacher inputs [B, L-1, E])."""
-        f_hat = self.start(len(tokens_BL))
-        teachers = [f_hat.new_empty(len(f_hat), 0, f_hat.shape[1])]
+        f_hat, teachers = self.start(len(tokens_BL)), []
         for scale, tokens_Bl in enumerate(tokens_BL.split([side**2 for side in self.config.scales], dim=1)):
             f_hat, teacher_BlE = self.advance(f_hat, tokens_Bl, scale)
-            if teacher_BlE is not None:
-                teachers.append(teacher_BlE)
+            teachers.append(teacher_BlE)
         return f_hat, torch.cat(teachers, dim=1)
 
     def start(self, B: int) -> Tensor:
@@ -194,18 +177,18 @@ class VQVAE(nn.Module):
         side = self.config.scales[-1]
         return torch.zeros(B, self.config.z_channels, side, side, device=self.codebook.weight.device)
 
-    def advance(self, f_hat: Tensor, codes: Tensor, scale: int) -> tuple[Tensor, Tensor | None]:
-        """Adds one scale to f_hat; returns it and the teacher inputs of the next scale, [B, l, E] (None after the last).
+    def advance(self, f_hat: Tensor, codes: Tensor, scale: int) -> tuple[Tensor, Tensor]:
+        """Adds one scale to f_hat; returns it and the teacher inputs of the next scale, [B, l, E] (after the last, l = 0).
 
         codes: tokens [B, l], or the shares of all codes in a blend of them [B, l, V].
         """
         with torch.autocast(f_hat.device.type, enabled=False):
-            side, config = self.config.scales[scale], self.config
+            config, side, last = self.config, self.config.scales[scale], len(self.config.scales) - 1
             vectors_BlE = codes @ self.codebook.weight if codes.is_floating_point() else self.codebook(codes)
             vectors_BEhw = rearrange(vectors_BlE, "B (h w) E -> B E h w", h=side)
             h = F.interpolate(vectors_BEhw, size=f_hat.shape[-2:], mode="bicubic")  # exactly the identity at the last scale
             f_hat = f_hat + (1 - config.quant_resi) * h + config.quant_resi * self.phis[self.phi_index(scale)](h)
-            return f_hat, None if scale == len(config.scales) - 1 else self.vectors(f_hat, scale + 1)
+            return f_hat, self.vectors(f_hat, scale + 1) if scale < last else vectors_BlE[:, :0]
 
     def quantize(self, f: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Feature map -> tokens [B, L] and f_hat after each scale; the gradient reaches the codebook and phi, never f."""
@@ -223,10 +206,11 @@ class VQVAE(nn.Module):
 
     def features(self, image_BCHW: Tensor) -> Tensor:
         """Image in [-1, 1] -> feature map, fp32. Raises UserError where the image is not of the tokenizer's size."""
-        side = self.config.scales[-1] * 2 ** (len(self.config.ch_mult) - 1)
-        found, wanted = ("x".join(map(str, s)) for s in (image_BCHW.shape[1:], (self.config.img_channels, side, side)))
-        if found != wanted:
-            raise UserError(f"the images are {found} but this tokenizer reads {wanted}; resize them or choose another tokenizer")
+        config = self.config
+        wanted = (config.img_channels, config.img_resolution, config.img_resolution)
+        if image_BCHW.shape[1:] != wanted:
+            found, reads = ("x".join(map(str, shape)) for shape in (image_BCHW.shape[1:], wanted))
+            raise UserError(f"the images are {found} but this tokenizer reads {reads}; resize them or choose another tokenizer")
         return self.to_features(self.encoder(image_BCHW)).float()
 
     def vectors(self, f: Tensor, scale: int) -> Tensor:

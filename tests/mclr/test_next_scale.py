@@ -250,8 +250,7 @@ def test_smooth_samples_against_plain_sampling():
         shares = mix(logits, null, 1.5 * k / 4)[:, -side * side :]
         shares = blend(shares, draws.uniform(side * side, 16), paradigm.top_k, paradigm.top_p, k / 4)
         f_hat, following = tokenizer.advance(f_hat, shares, k)
-        if following is not None:
-            teacher = torch.cat([teacher, following], 1)
+        teacher = torch.cat([teacher, following], 1)
     sampled = in_pieces(smooth, net, [(0, 6)])
     # the temperature of the last scale multiplies the rounding of its logits by 150
     assert sampled.shape == (6, 4, 5, 5) and torch.allclose(sampled, f_hat, atol=1e-3)

@@ -31,7 +31,7 @@ def build_encoder(config: RunConfig, device: torch.device) -> Encoder:
     if isinstance(model, DiffusionModel):
         return Latents(load_vae(model.vae, device)) if model.vae else RGB()
     tokenizer: Any = load_net(model.tokenizer, "vqvae")
-    channels, side = tokenizer.config.img_channels, tokenizer.config.scales[-1] << (len(tokenizer.config.ch_mult) - 1)
+    channels, side = tokenizer.config.img_channels, tokenizer.config.img_resolution
     if (channels, side) != (data.channels, data.resolution):
         raise UserError(
             f"model.tokenizer={model.tokenizer} is for {channels} x {side}^2 images, {data.name} has {data.channels} x "
