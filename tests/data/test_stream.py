@@ -23,7 +23,7 @@ from mclr.train.cli import main
 from mclr.train.data.dataset import load_split
 from mclr.train.data.images import center_crop
 from mclr.train.data.source import open_images
-from mclr.train.data.stream import Stream
+from mclr.train.data.stream import Reader, Stream
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,7 @@ def hurry(monkeypatch):
 
 def readers():
     """The threads that read for any stream."""
-    return [thread for thread in threading.enumerate() if "_fill" in thread.name]
+    return [thread for thread in threading.enumerate() if isinstance(thread, Reader)]
 
 
 def colour(c):
