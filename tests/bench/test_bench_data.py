@@ -39,7 +39,7 @@ class Slow:
 
     def __init__(self, clock, seconds, copy=0.0):
         self.clock, self.seconds, self.copy = clock, seconds, copy
-        self.reader, self.busy, self.asked = SimpleNamespace(coming={}), 0.0, []
+        self.coming, self.busy, self.asked = {}, 0.0, []
         self.split = SimpleNamespace()
 
     def indices(self, positions):
@@ -47,14 +47,14 @@ class Slow:
 
     def prefetch(self, positions):
         for p in positions:
-            if p not in self.reader.coming:
+            if p not in self.coming:
                 self.busy = max(self.busy, self.clock.now) + self.seconds
-                self.reader.coming[p] = Coming(self.clock, self.busy)
+                self.coming[p] = Coming(self.clock, self.busy)
 
     def batch(self, first, count):
         self.asked.append(first)
         for p in range(first, first + count):
-            self.reader.coming.pop(p).exception()
+            self.coming.pop(p).exception()
         self.clock.now += self.copy
 
 

@@ -90,7 +90,7 @@ def test_a_cache_holds_what_the_encoder_gives(views, make, data, vae):
     what = "latents of 22 images and their mirror images" if views == 2 else "latents of 22 images"
     assert said == f"{folder(data)}: {what}, float32, 0.{views - 1} MiB\n"
     source = cached(data, vae, f"data.flip={views == 2}")
-    stored_NV = np.stack([source.reader.cache.read(i) for i in range(COUNT)])
+    stored_NV = np.stack([source.cache.read(i) for i in range(COUNT)])
     assert stored_NV.shape == (COUNT, views, 8, 8, 8)
     for view in range(views):
         np.testing.assert_allclose(stored_NV[:, view], expected(data, vae, mirror=view == 1), rtol=0, atol=1e-4)
@@ -124,14 +124,14 @@ def test_a_run_reads_its_cache_and_no_image(make, data, vae, monkeypatch):
     flip_B, batch = Draws(task.loss.seed, list(range(30, 70))).uniform() < 0.5, source.batch(30, 40)
     changed_B = (task.encode(batch, flip_B) - task.encode(batch)).flatten(1).abs().amax(1) > 1e-2
     assert 8 < flip_B.sum() < 32 and torch.equal(changed_B, flip_B)
-    assert not source.reader.coming
+    assert not source.coming
 
 
 def test_fp16_moves_latents_by_as_much_as_is_said(make, data, vae):
     """Half is one cache, exact another, and the exact one is read where both are there."""
     assert "float16" in make("--half")[1]
     half = cached(data, vae)
-    assert half.reader.cache.key.dtype == "float16"
+    assert half.cache.key.dtype == "float16"
     _, _, encoder = opened(data, vae)
     assert precision_of(half, encoder) == {"latents": "float16"}
     stored = half.batch(0, COUNT).stored_BV
@@ -139,8 +139,8 @@ def test_fp16_moves_latents_by_as_much_as_is_said(make, data, vae):
     half_size = sum(path.stat().st_size for path in folder(data).glob("*.npy"))
     make()
     exact = cached(data, vae)
-    assert exact.reader.cache.key.dtype == "float32" and precision_of(exact, encoder) == {"latents": "float32"}
-    assert sum(path.stat().st_size for path in exact.reader.cache.folder.glob("*.npy")) > 1.7 * half_size
+    assert exact.cache.key.dtype == "float32" and precision_of(exact, encoder) == {"latents": "float32"}
+    assert sum(path.stat().st_size for path in exact.cache.folder.glob("*.npy")) > 1.7 * half_size
     assert 0 < (stored - exact.batch(0, COUNT).stored_BV).abs().max() < 2**-10
     # latents of EDM2's statistics: means as spread as all of them, a small standard deviation
     mean, std = (torch.tensor(v)[None, :, None, None] for v in (Latents.MEAN, Latents.STD))
@@ -231,8 +231,8 @@ def test_a_cache_is_for_its_encoder_data_and_mirroring(make, data, vae, tmp_path
     assert cache_of(cached(data, vae, "data.flip=true")).key.views == 2
     # the one without mirror images is shorter; with it gone the other serves as well
     source = cached(data, vae)
-    assert source.reader.cache.key.views == 1
-    shutil.rmtree(source.reader.cache.folder)
+    assert source.cache.key.views == 1
+    shutil.rmtree(source.cache.folder)
     assert cache_of(cached(data, vae)).key.views == 2
     record = json.loads((data / "dataset.json").read_text())
     (data / "dataset.json").write_text(json.dumps(record | {"source": "elsewhere"}))

@@ -60,7 +60,7 @@ def simulate(source: Source, first: int, steps: int, batch: int, sleep: float) -
     for positions in (range(start, start + batch) for start in range(first, first + (steps + 1) * batch, batch)):
         # this step's samples too, since nobody asked for those of the first step
         source.prefetch(range(positions.start, positions.stop + batch))
-        indices, asked, coming = source.indices(positions), time.perf_counter(), source.reader.coming
+        indices, asked, coming = source.indices(positions), time.perf_counter(), source.coming
         for i in indices:
             if i in coming:
                 coming[i].exception()

@@ -11,8 +11,6 @@ B samples of a batch; n samples of a file; V views of a sample: the image and, f
 import hashlib
 import json
 import zlib
-from concurrent.futures import Future
-from copy import copy
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from io import BytesIO
@@ -24,7 +22,7 @@ import torch
 
 from mclr.configs.schema import DATASET, Data, DiffusionModel, NextScaleModel
 from mclr.errors import UserError
-from mclr.train.data.dataset import Batch, SplitReader
+from mclr.train.data.dataset import Batch
 from mclr.train.data.encoders import VAE_WEIGHTS, Encoder, Latents, Tokens, find_vae, from_uint8
 from mclr.train.data.source import Source
 from mclr.train.system.console import progress_bar
@@ -160,22 +158,24 @@ def cache_for(source: Source, encoder: Encoder, data: Data, model: Model, dtype:
     return Cache(source.info.path, CacheKey(what, weights, dataset, dtype, shape, views, len(source), CHUNK))
 
 
-class CacheReader:
-    """Reads a complete cache of a split, and never an image (source.py, Reader)."""
+class CachedSource(Source):
+    """The samples of a source, of which a complete cache is read and never an image."""
 
-    def __init__(self, cache: Cache, split: SplitReader):
+    def __init__(self, source: Source, cache: Cache):
         """Raises UserError where a file of the cache is missing or cut off."""
+        super().__init__(source.split, source.seed, source.balanced)
         cache.check()
-        self.cache, self.split = cache, split
-        self.coming: dict[int, Future[np.ndarray]] = {}
+        self.cache, self.coming = cache, {}
 
-    def read_ahead(self, indices: list[int]) -> None:
-        for i in indices:
+    def prefetch(self, positions: range) -> None:
+        for i in self.indices(positions):
             if i not in self.coming:
                 self.coming[i] = self.split.readers.submit(self.cache.read, i)
 
-    def batch(self, indices: list[int]) -> Batch:
-        self.read_ahead(indices)
+    def batch(self, first: int, count: int) -> Batch:
+        positions = range(first, first + count)
+        self.prefetch(positions)
+        indices = self.indices(positions)
         read = {i: self.coming.pop(i).result() for i in dict.fromkeys(indices)}
         stored_BV = np.stack([read[i] for i in indices])
         dtype = np.int64 if stored_BV.dtype.kind == "u" else np.float32
@@ -195,16 +195,13 @@ def through_cache(source: Source, encoder: Encoder, data: Data, model: Model) ->
         for views in (2,) if data.flip else (1, 2):
             cache = cache_for(source, encoder, data, model, dtype, views)
             if cache.complete:
-                cached = copy(source)
-                cached.reader = CacheReader(cache, source.split)
-                return cached
+                return CachedSource(source, cache)
     return source
 
 
 def cache_of(source: Source) -> Cache | None:
     """The cache that a source reads; None where it reads images."""
-    reader = getattr(source, "reader", None)
-    return reader.cache if isinstance(reader, CacheReader) else None
+    return source.cache if isinstance(source, CachedSource) else None
 
 
 def data_line(source: Source, encoder: Encoder, data: Data) -> list[str]:

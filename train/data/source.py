@@ -1,9 +1,7 @@
-"""The endless stream of training samples: which sample stands at which global position, and what reads it."""
+"""The endless stream of training samples: which sample stands at which global position."""
 
-from concurrent.futures import Future
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -12,15 +10,6 @@ from mclr.train.data.dataset import Batch, SplitReader, open_dataset, read_token
 
 # what a permutation orders: 0 all samples of a split, ROUND the conditions of a round, WITHIN + c the samples of condition c
 ROUND, WITHIN = 1, 2
-
-
-class Reader(Protocol):
-    """Reads samples of a split by number: images (SplitReader), or what an encoder stores (CacheReader). coming: those read ahead."""
-
-    coming: dict[int, Future[np.ndarray]]
-
-    def read_ahead(self, indices: list[int]) -> None: ...
-    def batch(self, indices: list[int]) -> Batch: ...
 
 
 class Source:
@@ -34,7 +23,7 @@ class Source:
     def __init__(self, split: SplitReader, seed: int, balanced: bool = False):
         """balanced: show every condition equally often, not every sample. Raises UserError where a condition then has no samples."""
         self.split, self.info, self.seed, self.balanced = split, split.info, seed, balanced
-        self.reader: Reader = split
+        self.coming = split.coming  # what is read ahead
         self.of_round: dict[int, tuple[int, np.ndarray]] = {}
         empty = [name for name, alike in zip(split.info.class_names, split.of_condition, strict=True) if not len(alike)]
         if balanced and empty:
@@ -69,7 +58,7 @@ class Source:
 
     def batch(self, first: int, count: int) -> Batch:
         """The samples at global positions first .. first + count - 1."""
-        return self.reader.batch(self.indices(range(first, first + count)))
+        return self.split.batch(self.indices(range(first, first + count)))
 
     def keys(self, first: int, count: int) -> list[str]:
         """SHARD:KEY of the samples that these global positions gave."""
@@ -78,7 +67,7 @@ class Source:
 
     def prefetch(self, positions: range) -> None:
         """Start reading the samples at these global positions in the background."""
-        self.reader.read_ahead(self.indices(positions))
+        self.split.read_ahead(self.indices(positions))
 
     def close(self) -> None:
         """End what reads in the background. Here each read ends by itself."""
