@@ -38,16 +38,15 @@ def prepare_digits(out: str | Path) -> DatasetInfo:
     """
     source = "scikit-learn load_digits: optical recognition of handwritten digits (UCI), test part"
     header = _header("digits", 8, 1, tuple("0123456789"), source)
-    return _write(out, header, {split: _digits(split) for split in ("train", "val")}, 375)
+    return _write(out, header, {"train": _digits(slice(1500)), "val": _digits(slice(1500, None))}, 375)
 
 
-def _digits(split: str) -> Iterator[Encoded]:
+def _digits(which: slice) -> Iterator[Encoded]:
     # slow to import
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    order = permutation(0, 0, len(digits.images)).tolist()
-    for i in _progress(order[:1500] if split == "train" else order[1500:], split):
+    for i in permutation(0, 0, len(digits.images))[which].tolist():
         yield png(np.round(digits.images[i] * 255 / 16).astype(np.uint8)[None]), int(digits.target[i])
 
 
@@ -277,7 +276,8 @@ def _encode(found: Found, files: list[File], split: str, state: dict[str, Any]) 
         # a chunk at a time: what is encoded and not yet written fills memory
         chunks = ([name for name, _ in files[start : start + CHUNK]] for start in range(0, len(files), CHUNK))
         encoded = chain.from_iterable(threads.map(encode, chunk) for chunk in chunks)
-        for (name, c), result in zip(_progress(files, split), encoded, strict=True):
+        # disable=None: no bar where stderr is not a terminal
+        for (name, c), result in zip(tqdm(files, split, unit="image", disable=None), encoded, strict=True):
             made["taken"] += 1
             if isinstance(result, Exception):
                 why = result.strerror if isinstance(result, OSError) and result.strerror else str(result)
@@ -287,8 +287,3 @@ def _encode(found: Found, files: list[File], split: str, state: dict[str, Any]) 
             else:
                 state["formats"][result[1]] = state["formats"].get(result[1], 0) + 1
                 yield result[0], c
-
-
-def _progress(items: list, split: str) -> tqdm:
-    # disable=None: no bar where stderr is not a terminal
-    return tqdm(items, split, unit="image", disable=None)
