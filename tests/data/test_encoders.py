@@ -123,7 +123,7 @@ def test_a_vae_that_is_not_there_is_one_line(vae, tmp_path, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", out_of_reach)
     with pytest.raises(
-        UserError, match=rf"^cannot fetch config.json and {VAE_WEIGHTS} of some/vae \(a network.*that holds both instead$"
+        UserError, match=rf"^cannot fetch config.json and {VAE_WEIGHTS} of some/vae: .*that holds both \(a network.*\)$"
     ):
         find_vae("hf://some/vae")
     (tmp_path / "half" / "config.json").parent.mkdir()

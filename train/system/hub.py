@@ -55,6 +55,6 @@ def fetch(name: str, folder: tuple[str, ...] = FOLDER) -> Path:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         path = "its path" if file else "the path of the folder that holds both"
         raise UserError(
-            f"cannot fetch {' and '.join(files)} of {repo} ({reason}): download {' and '.join(urls)}, and give {path} instead"
+            f"cannot fetch {' and '.join(files)} of {repo}: download {' and '.join(urls)}, and give {path} ({reason})"
         ) from error
     return paths[0] if file else paths[0].parent
