@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mclr.guidance import Guidance, mix
 from mclr.likelihood import Draws, Net, Probe, Scores, ask, network
-from mclr.solvers import SOLVERS, churned_heun, sigma_grid
+from mclr.solvers import SOLVERS, sigma_grid
 
 HINT = "give it as mclr.from_denoiser makes it, with one condition more than classes, the null condition"
 LOG_RANGE = (math.log(80.0), math.log(0.002))
@@ -152,6 +152,5 @@ class Diffusion:
 
         sigmas = sigma_grid(self.steps, self.sigma_min, self.sigma_max, self.rho)
         x = noise() * sigmas[0]
-        if self.churn:
-            return churned_heun(denoise, x, sigmas, noise, self.churn, self.churn_min, self.churn_max, self.churn_noise)
-        return SOLVERS[self.solver](denoise, x, sigmas, noise)
+        churn = (self.churn, self.churn_min, self.churn_max, self.churn_noise) if self.churn else ()
+        return SOLVERS[self.solver](denoise, x, sigmas, noise, *churn)

@@ -1,7 +1,7 @@
 """Solvers of the probability-flow ODE dx/dsigma = (x - D(x; sigma)) / sigma and of the reverse SDE: pure functions of a denoiser.
 
 All are called alike: the denoiser, x (noise at sigmas[0]), the noise levels, and a source of standard normal numbers like x, which
-only the SDE and churned_heun draw from.
+only the SDE and a churned Heun draw from.
 """
 
 import math
@@ -28,39 +28,32 @@ def euler(denoise: Denoiser, x: Tensor, sigmas: list[float], noise: Noise) -> Te
     return x
 
 
-def heun(denoise: Denoiser, x: Tensor, sigmas: list[float], noise: Noise) -> Tensor:
-    """Second order (EDM, algorithm 1): two evaluations per step, one in the last."""
+def heun(
+    denoise: Denoiser,
+    x: Tensor,
+    sigmas: list[float],
+    noise: Noise,
+    churn: float = 0.0,
+    churn_min: float = 0.0,
+    churn_max: float = math.inf,
+    churn_noise: float = 1.0,
+) -> Tensor:
+    """Second order: two evaluations per step, one in the last (EDM, algorithm 2: S_churn, S_min, S_max, S_noise).
+
+    A step from sigma in [churn_min, churn_max] begins at (1 + min(churn / steps, sqrt(2) - 1)) sigma, with noise added to x.
+    Many parameters: those of every solver, and EDM's four.
+    """
+    rise = min(churn / (len(sigmas) - 1), math.sqrt(2) - 1)
     for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+        if rise and churn_min <= sigma <= churn_max:
+            raised = (1 + rise) * sigma
+            x = x + churn_noise * (raised**2 - sigma**2) ** 0.5 * noise()
+            sigma = raised
         slope = (x - denoise(x, sigma)) / sigma
         guess = x + (following - sigma) * slope
         if following > 0:
             slope = (slope + (guess - denoise(guess, following)) / following) / 2
         x = x + (following - sigma) * slope
-    return x
-
-
-def churned_heun(
-    denoise: Denoiser,
-    x: Tensor,
-    sigmas: list[float],
-    noise: Noise,
-    churn: float,
-    churn_min: float = 0.0,
-    churn_max: float = math.inf,
-    churn_noise: float = 1.0,
-) -> Tensor:
-    """Heun's method whose steps begin with noise added to x (EDM, algorithm 2: S_churn, S_min, S_max, S_noise).
-
-    A step from sigma in [churn_min, churn_max] begins at (1 + min(churn / steps, sqrt(2) - 1)) sigma. Nothing is drawn elsewhere.
-    Many parameters: those of every solver, and EDM's four.
-    """
-    rise = min(churn / (len(sigmas) - 1), math.sqrt(2) - 1)
-    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
-        if churn_min <= sigma <= churn_max:
-            raised = (1 + rise) * sigma
-            x = x + churn_noise * (raised**2 - sigma**2) ** 0.5 * noise()
-            sigma = raised
-        x = heun(denoise, x, [sigma, following], noise)
     return x
 
 

@@ -10,7 +10,7 @@ from mclr.diffusion import Diffusion, denoising_value, progress_of, scales, sigm
 from mclr.guidance import Guidance, mix
 from mclr.likelihood import Draws, Probe
 from mclr.schedule import Schedule
-from mclr.solvers import churned_heun, sigma_grid
+from mclr.solvers import heun, sigma_grid
 
 
 def test_progress_and_sigma_are_inverse_and_progress_is_clipped():
@@ -105,7 +105,7 @@ def test_churn_is_that_of_the_solver():
 
     noises, sigmas = Draws64(0, [4, 0, 9]), sigma_grid(8, 0.002, 80.0)
     start = 80 * noises.normal(*SHAPE)
-    expected = churned_heun(denoise, start, sigmas, lambda: noises.normal(*SHAPE), **settings)
+    expected = heun(denoise, start, sigmas, lambda: noises.normal(*SHAPE), **settings)
     assert torch.allclose(x, expected, rtol=1e-12, atol=1e-14)
     assert draws.normal(1).equal(noises.normal(1))
 

@@ -15,7 +15,7 @@ from mclr.adapters import from_denoiser
 from mclr.diffusion import Diffusion, progress_of
 from mclr.guidance import Guidance
 from mclr.schedule import Schedule
-from mclr.solvers import churned_heun, euler, heun, sde, sigma_grid
+from mclr.solvers import euler, heun, sde, sigma_grid
 
 MU, C, U = 1.0, 0.5, 2.0
 R = C / U
@@ -60,7 +60,7 @@ ORDERS = {
     "heun": (heun, 2, 2),
     "sde": (sde, 2, 2),
     # noise makes of N(mu, c) at sigma exactly that at the raised sigma
-    "churned heun": (partial(churned_heun, churn=10.0), 2, 2),
+    "churned heun": (partial(heun, churn=10.0), 2, 2),
 }
 
 
@@ -111,7 +111,7 @@ def test_variance_of_churned_samples_in_closed_form(churn_noise):
         expected = (expected + churn_noise**2 * (raised**2 - sigma**2)) * (C + following**2) / (C + raised**2)
     draws = UnitNoises(inside + 1)
     start = MU + math.sqrt(C + 80.0**2) * draws.normal()
-    x = churned_heun(gaussian(MU, C), start, sigmas, draws.normal, rise * steps, *window, churn_noise)
+    x = heun(gaussian(MU, C), start, sigmas, draws.normal, rise * steps, *window, churn_noise)
     assert moments(x) == pytest.approx((MU, expected / C), rel=1e-3)
     assert next(draws.noises, None) is None and (abs(expected / C - 1) < 0.01) == (churn_noise == 1)
 
@@ -129,7 +129,7 @@ def test_noise_is_added_inside_the_window_alone(churn, rise):
         drawn.append(len(asked))
         return torch.ones((), dtype=torch.float64)
 
-    x = churned_heun(denoise, torch.ones((), dtype=torch.float64), sigmas, noise, churn, 0.5, 10.0, 1.5)
+    x = heun(denoise, torch.ones((), dtype=torch.float64), sigmas, noise, churn, 0.5, 10.0, 1.5)
     raised = [(1 + rise) * sigma for sigma in (10.0, 3.0, 0.5)]
     assert asked == pytest.approx([80.0, 10.0, raised[0], 3.0, raised[1], 0.5, raised[2], 0.1, 0.1], rel=1e-12)
     assert drawn == [2, 4, 6]
@@ -140,8 +140,8 @@ def test_churn_outside_its_window_is_heun():
     """Bit for bit, and without a source of noise."""
     start, sigmas = torch.tensor([7.0, -50.0, 0.3]), sigma_grid(18, 0.002, 80.0)
     plain = heun(gaussian(MU, C), start, sigmas, None)
-    assert torch.equal(churned_heun(gaussian(MU, C), start, sigmas, None, 40.0, churn_min=100.0), plain)
-    assert torch.equal(churned_heun(gaussian(MU, C), start, sigmas, None, 40.0, churn_max=0.001), plain)
+    assert torch.equal(heun(gaussian(MU, C), start, sigmas, None, 40.0, churn_min=100.0), plain)
+    assert torch.equal(heun(gaussian(MU, C), start, sigmas, None, 40.0, churn_max=0.001), plain)
 
 
 def test_the_last_step_goes_to_the_denoised_image():
