@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mclr.guidance import Guidance, mix
-from mclr.likelihood import Draws, Net, Probe, Scores, ask, network
+from mclr.likelihood import Draws, Net, Prediction, Probe, Scores, ask, network
 from mclr.solvers import SOLVERS, sigma_grid
 
 HINT = "give it as mclr.from_denoiser makes it, with one condition more than classes, the null condition"
@@ -105,17 +105,12 @@ class Diffusion:
         c_skip, c_out = scales(sigma_B, self.sigma_data)
         return c_skip * noisy_BCHW + c_out * raw_BCHW.float()
 
-    def predict(self, net: Net, probe: Probe, index_R: Tensor, c_R: Tensor, terms: int | None = None) -> tuple[Tensor, Tensor]:
+    def predict(self, net: Net, probe: Probe, index_R: Tensor, c_R: Tensor, terms: int | None = None) -> Prediction:
         """(raw_RCHW, logvar_R): the answer, whose mixture makes the mixture of denoised images, and the learned log-variance u."""
         return ask(net, (len(c_R), *self.shape), HINT, probe.inputs["noisy"], probe.inputs["sigma"], c_R, index_R)
 
     def log_likelihood(
-        self,
-        prediction: tuple[Tensor, Tensor],
-        probe: Probe,
-        index_R: Tensor,
-        guide: Tensor | None = None,
-        mix_RT: Tensor | None = None,
+        self, prediction: Prediction, probe: Probe, index_R: Tensor, guide: Tensor | None = None, mix_RT: Tensor | None = None
     ) -> Scores:
         """-(weighted squared error) exp(-u) with u held constant; u is calibrated by aux alone, on the matched rows.
 
@@ -130,7 +125,7 @@ class Diffusion:
             value_R = denoising_value(mix(raw, guide, mix_RT), *given)
         return Scores((value_R * (-logvar_R.detach()).exp())[:, None], err_R * (-logvar_R).exp() + logvar_R)
 
-    def compared(self, value_RT: Tensor, prediction: tuple[Tensor, Tensor], frozen: tuple[Tensor, Tensor]) -> Tensor:
+    def compared(self, value_RT: Tensor, prediction: Prediction, frozen: Prediction) -> Tensor:
         return value_RT * (prediction[1].detach() - frozen[1]).exp()[:, None]
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 Net = Callable[..., Any]
+Prediction = tuple[Tensor, Any]  # (answer, rest) of a network
 # Seeds of Draws beyond those of training, one per purpose: no image and no measurement repeats the random numbers of training.
 # A measurement takes the same draws every time, so that their noise does not move its curve.
 SAMPLING, VIEWS, PROJECTION, LOSS, ENCODING = (2**63 + n for n in range(5))
@@ -79,18 +80,6 @@ class Rows:
         ratio_T = self.lam_BT.ne(0).any(0)
         return int(ratio_T.nonzero().max()) + 1 if ratio_T.any() else 0
 
-    @property
-    def terms_R(self) -> Tensor:
-        """How many leading terms each row is scored on: all for a matched row, else up to the last term whose contrast it is.
-
-        Coarser scales do not see finer ones, so a token row that is cut short after a scale is exact.
-        """
-        batch, terms = self.lam_BT.shape
-        number_BT = torch.arange(1, terms + 1, device=self.index_R.device).expand(batch, -1)
-        terms_R = torch.zeros_like(self.index_R).scatter_reduce(0, self.contrast_BT.flatten(), number_BT.flatten(), "amax")
-        terms_R[:batch] = terms
-        return terms_R
-
 
 @dataclass(frozen=True)
 class Scores:
@@ -122,23 +111,18 @@ class Paradigm(Protocol):
     def probe(self, x_B: Tensor, draws: Draws) -> Probe:
         """The inputs on which these samples are scored, drawn."""
 
-    def predict(self, net: Net, probe: Probe, index_R: Tensor, c_R: Tensor, terms: int | None = None) -> tuple[Tensor, Any]:
+    def predict(self, net: Net, probe: Probe, index_R: Tensor, c_R: Tensor, terms: int | None = None) -> Prediction:
         """(answer, rest) of the network for these rows. Guidance mixes answers, so only affine steps may follow.
 
         The network gets the inputs of each sample once, and index_R. terms: how many leading terms are wanted; None: all of them.
         """
 
     def log_likelihood(
-        self,
-        prediction: tuple[Tensor, Any],
-        probe: Probe,
-        index_R: Tensor,
-        guide: Tensor | None = None,
-        mix_RT: Tensor | None = None,
+        self, prediction: Prediction, probe: Probe, index_R: Tensor, guide: Tensor | None = None, mix_RT: Tensor | None = None
     ) -> Scores:
         """Values and aux of these rows. guide: an answer, a constant; the values are then those of answer + mix (answer - guide)."""
 
-    def compared(self, value_RT: Tensor, prediction: tuple[Tensor, Any], frozen: tuple[Tensor, Any]) -> Tensor:
+    def compared(self, value_RT: Tensor, prediction: Prediction, frozen: Prediction) -> Tensor:
         """The values of a prediction under the uncertainty of the reference, whose prediction is `frozen`."""
 
     def sample(self, net: Net, c_B: Tensor, guidance: Any, draws: Draws) -> Tensor:
@@ -153,7 +137,7 @@ def network(given: Any, name: str) -> Any:
     return net
 
 
-def ask(net: Net, shape: tuple[int, ...], hint: str, *inputs: Any, alone: bool = False, **cache: Any) -> tuple[Tensor, Any]:
+def ask(net: Net, shape: tuple[int, ...], hint: str, *inputs: Any, alone: bool = False, **cache: Any) -> Prediction:
     """(answer, rest) of a network. Raises ValueError for what a network of a user's own may do wrong, in one line that ends with `hint`.
 
     shape: of the answer, or how it begins. alone: the answer may come without a rest, which is then None.
@@ -178,17 +162,24 @@ def score(paradigm: Paradigm, net: Net, probe: Probe, rows: Rows, reference: Net
     there always is a null forward.
     """
     batch, terms = rows.lam_BT.shape
-    # terms_R waits for a GPU, so it is not asked for where nothing can be cut short.
+    # Whether rows can be cut short is asked of a GPU, and so only where it is possible.
     if rows.mix_BT is None and reference is None and len(rows.index_R) > batch and terms > 1 and not lockstep:
         return _score_cut_short(paradigm, net, probe, rows)
-    null_R, null = _null_answers(paradigm, net, probe, rows, lockstep)
-    prediction = paradigm.predict(net, probe, rows.index_R, rows.c_R)
-    guide = None
+    guide, null, guided_R = None, None, rows.index_R[:0]
     if rows.mix_BT is not None:
-        guide = prediction[0].detach().clone()
-        if null is not None:
-            guide[null_R, : null.shape[1]] = null
-    own = paradigm.log_likelihood(prediction, probe, rows.index_R, guide, rows.mix_BT)
+        guided_R = rows.mix_BT.ne(0).any(1).nonzero()[:, 0]
+        if lockstep and not len(guided_R):
+            guided_R = rows.index_R[:1]
+    # Not every network takes zero rows.
+    if len(guided_R):
+        # Before the forward with gradient, whose backward checkpointing and ZeRO 3 need right after it.
+        with torch.no_grad():
+            null = paradigm.predict(net, probe, guided_R, torch.full_like(guided_R, paradigm.null), rows.terms or None)[0]
+    prediction = paradigm.predict(net, probe, rows.index_R, rows.c_R)
+    if null is not None:
+        guide = torch.zeros_like(prediction[0])
+        guide[guided_R, : null.shape[1]] = null
+    own = paradigm.log_likelihood(prediction, probe, rows.index_R, guide, None if guide is None else rows.mix_BT)
     if reference is None:
         return own
     with torch.no_grad():
@@ -199,31 +190,20 @@ def score(paradigm: Paradigm, net: Net, probe: Probe, rows: Rows, reference: Net
     return replace(own, delta_R=paradigm.dims * (policy_RT - reference_RT).mean(1))
 
 
-@torch.no_grad()
-def _null_answers(paradigm: Paradigm, net: Net, probe: Probe, rows: Rows, lockstep: bool) -> tuple[Tensor, Tensor | None]:
-    """(the rows whose mixing weight is not 0, their answers under the null condition), or None for answers where there are none.
-
-    It comes before the forward with gradient, whose backward checkpointing and ZeRO 3 need right after it. Zero rows are not
-    asked for: not every network takes them.
-    """
-    if rows.mix_BT is None:
-        return rows.index_R[:0], None
-    guided_R = rows.mix_BT.ne(0).any(1).nonzero()[:, 0]
-    if lockstep and not len(guided_R):
-        guided_R = rows.index_R[:1]
-    if not len(guided_R):
-        return guided_R, None
-    return guided_R, paradigm.predict(net, probe, guided_R, torch.full_like(guided_R, paradigm.null), rows.terms or None)[0]
-
-
 def _score_cut_short(paradigm: Paradigm, net: Net, probe: Probe, rows: Rows) -> Scores:
-    """One forward for every number of terms that rows are scored on, up to one per scale; the values beyond are 0."""
-    terms_R = rows.terms_R
-    value_RT = rows.lam_BT.new_zeros(len(rows.index_R), rows.lam_BT.shape[1])
-    aux_R = rows.lam_BT.new_zeros(len(rows.index_R))
-    for terms in terms_R.unique(sorted=True).flip(0).tolist():
-        cut = (terms_R == terms).nonzero()[:, 0]
-        prediction = paradigm.predict(net, probe, rows.index_R[cut], rows.c_R[cut], terms)
+    """One forward for every number of leading terms that rows are scored on, up to one per scale; the values beyond are 0.
+
+    A matched row is scored on all terms, another one up to the last term whose contrast it is. Coarser scales do not see finer ones, so a
+    token row that is cut short after a scale is exact.
+    """
+    batch, terms = rows.lam_BT.shape
+    number_BT = torch.arange(1, terms + 1, device=rows.index_R.device).expand(batch, -1)
+    terms_R = torch.zeros_like(rows.index_R).scatter_reduce(0, rows.contrast_BT.flatten(), number_BT.flatten(), "amax")
+    terms_R[:batch] = terms
+    value_RT, aux_R = rows.lam_BT.new_zeros(len(terms_R), terms), rows.lam_BT.new_zeros(len(terms_R))
+    for number in terms_R.unique(sorted=True).flip(0).tolist():
+        cut = (terms_R == number).nonzero()[:, 0]
+        prediction = paradigm.predict(net, probe, rows.index_R[cut], rows.c_R[cut], number)
         some = paradigm.log_likelihood(prediction, probe, rows.index_R[cut])
-        value_RT[cut, :terms], aux_R[cut] = some.value_RT, some.aux_R
+        value_RT[cut, :number], aux_R[cut] = some.value_RT, some.aux_R
     return Scores(value_RT, aux_R)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mclr.guidance import Guidance, mix
-from mclr.likelihood import Draws, Net, Probe, Scores, ask, network
+from mclr.likelihood import Draws, Net, Prediction, Probe, Scores, ask, network
 
 HINT = "give it as mclr.from_logits makes it, with one condition more than classes, the null condition"
 
@@ -106,7 +106,7 @@ class NextScale:
             teacher = self.tokenizer.teacher(x_B)
         return Probe({"tokens": x_B, "teacher": teacher}, progress_L.expand(len(x_B), -1))
 
-    def predict(self, net: Net, probe: Probe, index_R: Tensor, c_R: Tensor, terms: int | None = None) -> tuple[Tensor, Any]:
+    def predict(self, net: Net, probe: Probe, index_R: Tensor, c_R: Tensor, terms: int | None = None) -> Prediction:
         """(h of the first `terms` tokens [R, terms, D], head): a mixture of h makes the same mixture of logits.
 
         terms: tokens of whole scales.
@@ -117,19 +117,14 @@ class NextScale:
         return ask(net, (len(c_R), terms or self.dims), HINT, teacher, c_R, index_R)
 
     def log_likelihood(
-        self,
-        prediction: tuple[Tensor, Any],
-        probe: Probe,
-        index_R: Tensor,
-        guide: Tensor | None = None,
-        mix_RT: Tensor | None = None,
+        self, prediction: Prediction, probe: Probe, index_R: Tensor, guide: Tensor | None = None, mix_RT: Tensor | None = None
     ) -> Scores:
         """log p(token | coarser scales, c) of every token, exact, in nats; tokens need no calibration."""
         h, head = prediction
         value_RL = head(h, probe.inputs["tokens"][:, : h.shape[1]], index_R, guide, mix_RT)
         return Scores(value_RL, value_RL.new_zeros(len(value_RL)))
 
-    def compared(self, value_RT: Tensor, prediction: tuple[Tensor, Any], frozen: tuple[Tensor, Any]) -> Tensor:
+    def compared(self, value_RT: Tensor, prediction: Prediction, frozen: Prediction) -> Tensor:
         return value_RT
 
     @torch.no_grad()
