@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
     number = parser.add_mutually_exclusive_group()
-    number.add_argument("--count", type=int, metavar="N", help="images in all (default: 100)")
+    number.add_argument("--count", type=int, default=100, metavar="N", help="images in all (default: %(default)s)")
     number.add_argument("--per-class", type=int, metavar="N", help="images of every condition")
     parser.add_argument("--classes", metavar="0,3,7", help="draw these conditions alone, by number or name (default: all)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the first image (default: %(default)s)")
@@ -76,16 +76,16 @@ def main(argv: list[str] | None = None) -> int:
             tokens = isinstance(config.model, NextScaleModel)
             if args.dataset and config.sample.more_smooth:
                 raise UserError("sample.more_smooth=true makes pictures of no tokens: leave out --dataset, or set it to false")
-        count = args.per_class * len(conditions) if args.per_class is not None else 100 if args.count is None else args.count
-        # In a program whose ranks have met already, one of them calls this.
-        shared = launched() and not torch.distributed.is_initialized()
-        with group(shared), report_once():
+        count = args.count if args.per_class is None else args.per_class * len(conditions)
+        with group(launched() and not torch.distributed.is_initialized()), report_once():
             seeds = range(args.seed, args.seed + count)
-            draw(partial(load_generator, config, weights), record, args.out, conditions, seeds, args.dataset and tokens, shared)
+            settings = draw(
+                partial(load_generator, config, weights), record, args.out, conditions, seeds, args.dataset and tokens
+            )
             if rank == 0 and args.npz:
                 write_npz(args.out)
             if rank == 0 and args.dataset:
-                write_dataset(args.out, config.data, tokens)
+                write_dataset(args.out, config.data, settings, tokens)
     return 0
 
 

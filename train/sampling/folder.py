@@ -5,13 +5,13 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable
-from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from mclr.configs.schema import Data, Sample
 from mclr.errors import UserError
@@ -35,15 +35,13 @@ def draw(
     conditions: list[int],
     seeds: range,
     keep_tokens: bool = False,
-    shared: bool = False,
-) -> None:
-    """Write the images of these seeds that `out` does not hold yet, its contact sheet and its sample.json.
+) -> dict[str, Any]:
+    """Write the images of these seeds that `out` does not hold yet, its contact sheet and its sample.json. Returns the settings.
 
     The image of a seed depends on its seed, its condition conditions[seed % len] and the generator alone: it always has the place
-    seed % batch of a full micro-batch.
+    seed % batch of a full micro-batch. The ranks of a process group all call this and share the micro-batches.
     load, record: the generator, and what record_of says of it. keep_tokens: of a token model, also write what was drawn, before it is
-    decoded. shared: all ranks call, and share the micro-batches. Raises UserError when `out` cannot be written, or holds images made
-    otherwise.
+    decoded. Raises UserError when `out` cannot be written, or holds images made otherwise.
     """
     asked = f"{seeds.stop - seeds.start} images from seed {seeds.start}"
     if not seeds or seeds.start < 0:
@@ -51,37 +49,37 @@ def draw(
     # len() of a longer range overflows
     if seeds.stop - seeds.start > MOST_IMAGES or seeds.start >= 2**63:
         raise UserError(f"{asked}: draw at most {MOST_IMAGES} at a time, from a seed below 2^63")
-    rank, agree = (world()[0], collective) if shared else (0, nullcontext)
     paths = {s: out / "images" / f"{s:06d}-{conditions[s % len(conditions)]}.png" for s in seeds}
-    chosen = {"conditions": conditions, "seed": seeds[0]}
-    record = record | {"settings": record["settings"] | chosen, "count": len(seeds)}
-    missing = {}
-    with agree():
+    settings = record["settings"] | {"conditions": conditions, "seed": seeds[0]}
+    record = record | {"settings": settings, "count": len(seeds)}
+    rank, missing = world()[0] if dist.is_initialized() else 0, {}
+    with collective():
         # Only rank 0 looks: others might look when there are new images already.
         if rank == 0:
-            refuse_other(out, record, read_record(out))
+            refuse_other(out, record)
             missing = {s: p for s, p in paths.items() if not p.exists() or (keep_tokens and not token_path(p).exists())}
-    missing = from_rank_0(missing) if shared else missing
-    try:
-        made = draw_missing(load, record, missing, out, keep_tokens, shared) if missing else None
-    except KeyboardInterrupt:
-        there = sum(path.exists() for path in paths.values())
-        raise KeyboardInterrupt(f"{out} holds {there} of {len(paths)} images; the same command draws the rest") from None
+    missing = from_rank_0(missing)
+    said = f"{out} is complete: {len(seeds)} images of these settings; nothing to draw"
+    if missing:
+        try:
+            said = draw_missing(load, record, missing, out, keep_tokens)
+        except KeyboardInterrupt:
+            there = sum(path.exists() for path in paths.values())
+            raise KeyboardInterrupt(f"{out} holds {there} of {len(paths)} images; the same command draws the rest") from None
     if rank == 0:
-        if made or not (out / "grid.png").exists():  # stopped just before it
+        if missing or not (out / "grid.png").exists():  # stopped just before it
             write_file(out / "grid.png", contact_sheet(list(paths.values()), columns=len(conditions)))
-        print(made or f"{out} is complete: {len(seeds)} images of these settings; nothing to draw")
+        print(said)
+    return settings
 
 
 def draw_missing(
-    load: Callable[[], Model], record: dict[str, Any], missing: dict[int, Path], out: Path, keep_tokens: bool, shared: bool
+    load: Callable[[], Model], record: dict[str, Any], missing: dict[int, Path], out: Path, keep_tokens: bool
 ) -> str:
     """Draw these seeds, write their images and sample.json. missing: seed -> path of its image. Returns what was done, in words."""
-    rank, _, ranks = world() if shared else (0, 0, 1)
-    agree = collective if shared else nullcontext
-    with agree():
+    rank, _, ranks = world() if dist.is_initialized() else (0, 0, 1)
+    with collective():
         model = load().counted()
-    with agree():
         if rank == 0:
             make_folder(out, record, keep_tokens)
     # a block: the missing seeds of one micro-batch; a turn: one block for every rank, the last one perhaps for some
@@ -89,7 +87,7 @@ def draw_missing(
     turns = [blocks[first : first + ranks] for first in range(0, len(blocks), ranks)]
     with progress_bar(len(missing), begun=0, quiet=rank != 0) as bar:
         for turn in turns:
-            with agree():
+            with collective():
                 for block in turn[rank : rank + 1]:
                     draw_block(model, block, record["settings"]["conditions"], keep_tokens)
             # The images of a micro-batch come all at once.
@@ -137,8 +135,9 @@ def make_folder(out: Path, record: dict[str, Any], keep_tokens: bool) -> None:
     shutil.rmtree(out / "dataset", ignore_errors=True)
 
 
-def refuse_other(out: Path, record: dict[str, Any], there: dict[str, Any] | None) -> None:
+def refuse_other(out: Path, record: dict[str, Any]) -> None:
     """Raises UserError where the folder holds images of other settings, or more images than asked for."""
+    there = read_record(out)
     if there is None:
         if out.is_dir() and any(out.iterdir()):
             raise UserError(f"{out} holds files of unknown origin: choose another folder with --out")
@@ -204,12 +203,11 @@ def write_npz(folder: Path) -> None:
     print(f"{folder / 'samples.npz'}: {len(paths)} images")
 
 
-def write_dataset(folder: Path, data: Data, tokens: bool) -> None:
-    """Write DIR/dataset: a dataset folder of the images. tokens: and of the tokens that they were decoded from."""
-    images, record = [(path, condition_of(path)) for path in image_paths(folder)], read_record(folder)
-    assert record is not None
+def write_dataset(folder: Path, data: Data, settings: dict[str, Any], tokens: bool) -> None:
+    """Write DIR/dataset: a dataset folder of the images. settings: those that drew them. tokens: and of the tokens they are made of."""
+    images = [(path, condition_of(path)) for path in image_paths(folder)]
     drawn = [token_path(path) for path, _ in images] if tokens else []
-    info = prepare_samples(images, drawn, folder / "dataset", data, record["settings"])
+    info = prepare_samples(images, drawn, folder / "dataset", data, settings)
     print(f"{info.path}: {info.splits['train'].count} images")
 
 
