@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mclr.configs.schema import FILE, PRESETS, NextScaleModel, RunConfig, kind_of_model, read_preset
+from mclr.configs.schema import FILE, PRESETS, DiffusionModel, NextScaleModel, RunConfig, kind_of_model, read_preset
 from mclr.configs.schema import load as load_config
 from mclr.diffusion import Diffusion
 from mclr.errors import UserError
@@ -44,11 +44,10 @@ def conditions_of(classes: Iterable[int | str], count: int, names: Sequence[str]
         raise ValueError(f"classes={classes!r} is no list: give a list of conditions, as in [3]")
     found = []
     for each in classes:
-        if isinstance(each, str) and each in names:
-            each = names.index(each)
-        elif isinstance(each, str) and not each.isdecimal():
+        c = names.index(each) if each in names else each
+        if isinstance(c, str) and not c.isdecimal():
             raise ValueError(f"no class is named {each!r}: give numbers{f', or names like {names[0]}' if names else ''}")
-        found.append(whole("class", int(each) if isinstance(each, str) else each))
+        found.append(whole("class", int(c) if isinstance(c, str) else c))
         if found[-1] >= count:
             raise ValueError(f"class {each} is out of range: must be 0 .. {count - 1}")
     return found
@@ -125,28 +124,28 @@ class Model:
         gamma = self.guidance.gamma if gamma is None else gamma
         if not isinstance(gamma, Schedule):
             gamma = replace(self.guidance.gamma, weight=gamma)
-        if guide is not None:
-            guide = self.fitting(guide)
-        elif not gamma.is_zero:
+        if guide is None and not gamma.is_zero:
             guide = self.guidance.guide
+        elif guide is not None:
+            self.refuse_misfit(guide)
         this = replace(self, paradigm=paradigm, guidance=Guidance(gamma, guide))
         # `mclr sample` draws full micro-batches, in which the image of a seed has the place seed % batch.
-        before = seed % self.batch if exact else 0
-        after = -(before + len(conditions)) % self.batch if exact else 0
-        seeds = range(seed - before, seed + len(conditions) + after)
-        x_N = this.draw(torch.tensor(conditions[:1] * before + conditions + conditions[:1] * after), seeds, short=not exact)
+        before, after = (seed % self.batch, -(seed + len(conditions)) % self.batch) if exact else (0, 0)
+        c_N = torch.nn.functional.pad(torch.tensor(conditions), (before, after))
+        x_N = this.draw(c_N, range(seed - before, seed + len(conditions) + after), short=not exact)
         return this.images(x_N)[before : before + len(conditions)]
 
-    def fitting(self, guide: Any) -> Any:
-        """The network of a guide. Raises ValueError for one of other samples."""
+    def refuse_misfit(self, guide: Any) -> None:
+        """Raises ValueError for a guide, a network or a Model, of other samples."""
         net = guide.net if isinstance(guide, Model) else guide
-        if misfit := guide_misfit(self.net, net, "diffusion" if isinstance(self.paradigm, Diffusion) else "next_scale"):
-            raise ValueError(f"guide= {misfit}: give a guide for the same samples")
-        if isinstance(guide, Model) and isinstance(self.encoder, Tokens) and isinstance(guide.encoder, Tokens):
-            here, there = (encoder.tokenizer.state_dict() for encoder in (self.encoder, guide.encoder))
+        misfit = guide_misfit(self.net, net, "diffusion" if isinstance(self.paradigm, Diffusion) else "next_scale")
+        if misfit is None and isinstance(guide, Model) and isinstance(self.encoder, Tokens):
+            encoders: list[Any] = [self.encoder, guide.encoder]
+            here, there = (encoder.tokenizer.state_dict() for encoder in encoders)
             if here.keys() != there.keys() or any(not torch.equal(here[k], there[k].to(here[k])) for k in here):
-                raise ValueError("guide= is of another tokenizer: give a guide for the same tokens")
-        return net
+                misfit = "is of another tokenizer"
+        if misfit:
+            raise ValueError(f"guide= {misfit}: give a guide for the same samples")
 
     @torch.no_grad()
     def draw(self, c_N: Tensor, seeds: Sequence[int], short: bool = False) -> Tensor:
@@ -197,8 +196,7 @@ class Model:
             self.work += rows_in(module, *inputs, **cache)
 
         for module in filter(None, (self.net, self.guidance.guide)):
-            module.requires_grad_(False)
-            fold(module)
+            fold(module.requires_grad_(False))
             module.register_forward_pre_hook(count, with_kwargs=True)
         return self
 
@@ -253,10 +251,8 @@ def find_generator(source: str, model: str | None, data: str | None, overrides: 
 
 def preset_of(source: str, description: Mapping[str, Any]) -> str:
     """The model preset of weights: of their name, the one they record, or the only one of their size. Raises UserError for none."""
-    for name in (source, description.get("model")):
-        if name and (PRESETS / "model" / f"{name}.yaml").is_file():
-            return str(name)
-    presets = presets_of(description)
+    named = [str(name) for name in (source, description.get("model")) if (PRESETS / "model" / f"{name}.yaml").is_file()]
+    presets = named[:1] or presets_of(description)
     if len(presets) == 1:
         return presets[0]
     fitting = f" ({' or '.join(presets)}, by their size)" if presets else ""
@@ -278,20 +274,18 @@ def data_of(description: Mapping[str, Any], model: str, settings: Sequence[str])
         found = images_of(description["config"], preset, settings)
     except (LookupError, TypeError, ValueError, AttributeError):
         return []
-    if name := description.get("data") or ("unknown" if any(digits[key] != value for key, value in found.items()) else None):
+    differing = {key: value for key, value in found.items() if digits[key] != value}
+    if name := description.get("data") or (differing and "unknown"):
         # A name is that of a dataset, whose folder is data/NAME unless somebody chose another: it is opened by `mclr evaluate` alone.
-        found |= {"name": str(name), "path": f"data/{name}"}
-    return [f"data.{key}={json.dumps(value)}" for key, value in found.items() if digits[key] != value]
+        differing |= {"name": str(name), "path": f"data/{name}"}
+    return [f"data.{key}={json.dumps(value)}" for key, value in differing.items()]
 
 
 def record_of(config: RunConfig, weights: Path) -> dict[str, Any]:
     """What sample.json says of a generator before it draws. settings: all that decides the image of a seed and a condition."""
-    guide = find_weights(config.sample.guide) if config.sample.guide else None
-    tokenizer = vae = None
-    if isinstance(config.model, NextScaleModel):
-        tokenizer = sha256(find_weights(config.model.tokenizer))
-    elif config.model.vae:
-        vae = checksum(find_vae(config.model.vae) / VAE_WEIGHTS)
+    model, guide = config.model, config.sample.guide and find_weights(config.sample.guide)
+    tokenizer = sha256(find_weights(model.tokenizer)) if isinstance(model, NextScaleModel) else None
+    vae = checksum(find_vae(model.vae) / VAE_WEIGHTS) if isinstance(model, DiffusionModel) and model.vae else None
     return {
         "settings": {
             "weights": sha256(weights),
@@ -302,7 +296,7 @@ def record_of(config: RunConfig, weights: Path) -> dict[str, Any]:
             "precision": config.engine.precision,
             "rounding": ROUNDING,
         },
-        "model": config.model.name,
+        "model": model.name,
         "from": str(weights),
         "guide": guide and str(guide),
         "guide_size": None,  # its parameters as a share of the model's
