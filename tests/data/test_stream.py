@@ -95,14 +95,10 @@ def test_images_and_conditions_arrive(tmp_path, notation, capsys):
         assert batch.c_B.tolist() == conditions_of(batch.image_BCHW)
     keys = stream.keys(100, 600)
     # every shard, in no order of its own
-    assert len(set(keys)) == 30 and all(
-        int(key[-1]) == c for key, c in zip(keys, torch.cat([b.c_B for b in batches]), strict=True)
-    )
+    assert len(set(keys)) == 30 and [int(key[-1]) for key in keys] == torch.cat([batch.c_B for batch in batches]).tolist()
     assert keys[0].startswith(("file:", "pipe:")) and sorted(keys[:30]) != keys[:30]
-    assert (
-        (stream.damaged, len(stream)) == (0, 0) and stream.info.class_names == tuple("0123456789") and stream.info.drawn is None
-    )
-    assert capsys.readouterr() == ("", "")
+    assert (stream.damaged, len(stream)) == (0, 0) and stream.info.class_names == tuple("0123456789")
+    assert stream.info.drawn is None and capsys.readouterr() == ("", "")
 
 
 def test_local_shards_need_no_scheme(tmp_path):
@@ -188,12 +184,8 @@ def test_damaged_samples_are_passed_over_and_named_once(tmp_path, capsys):
     assert not {"0003", "0050", "0060", "0070"} & {key.rpartition(":")[2] for key in stream.keys(0, 1500)}
     lines = capsys.readouterr().err.splitlines()
     assert stream.damaged == len(lines) == 4 and stream.unreadable > 10
-    for key, says in (
-        ("0003", "damaged"),
-        ("0050", "no .cls, but .png;"),
-        ("0060", "no image, but .cls;"),
-        ("0070", "invalid literal"),
-    ):
+    faults = {"0003": "damaged", "0050": "no .cls, but .png;", "0060": "no image, but .cls;", "0070": "invalid literal"}
+    for key, says in faults.items():
         (line,) = (line for line in lines if f"a.tar:{key} " in line)
         assert says in line and line.startswith("passed over: ")
 
@@ -202,30 +194,18 @@ DOTS = [(f"a.{c}.x", {"png": png(c), "cls": b"1"}) for c in range(3)]
 APART = [*((key, {"png": files["png"]}) for key, files in ten()), *((key, {"cls": files["cls"]}) for key, files in ten())]
 
 
-@pytest.mark.parametrize(
-    "samples, label, says",
-    [
-        (
-            DOTS,
-            "cls",
-            "a.tar:a is damaged (it has no .cls, but .0.x.png, .0.x.cls, .1.x.png, .1.x.cls and 2 more; a key ends at the first",
-        ),
-        (APART, "cls", "it has no .cls, but .png; a sample's files must follow each other in the tar file"),
-        ([("k", {"png": png(1)})], "cls", "a.tar:k is damaged (it has no .cls, but .png; "),
-        ([("k", {"cls": b"1", "txt": b"1"})], "cls", "it has no image, but .cls, .txt; "),
-        (
-            [("k", {"png": png(1), "json": b"{}"})],
-            "cls",
-            "no .cls, but .png, .json; data.label=json.NAME reads the entry NAME of the .json",
-        ),
-        (
-            [("k", {"png": png(1), "json": b'{"id": 1, "y": 2}'})],
-            "json.label",
-            "has no label for data.label=json.label, but id, y",
-        ),
-        ([("k", {"png": png(1), "json": b"[1]"})], "json.label", "has no label for data.label=json.label, but [1]"),
-    ],
-)
+JSON = [("k", {"png": png(1), "json": b'{"id": 1, "y": 2}'})]
+
+
+@pytest.mark.parametrize("samples, label, says", [
+    (DOTS, "cls", "a.tar:a is damaged (it has no .cls, but .0.x.png, .0.x.cls, .1.x.png, .1.x.cls and 2 more; a key ends at the first"),
+    (APART, "cls", "it has no .cls, but .png; a sample's files must follow each other in the tar file"),
+    ([("k", {"png": png(1)})], "cls", "a.tar:k is damaged (it has no .cls, but .png; "),
+    ([("k", {"cls": b"1", "txt": b"1"})], "cls", "it has no image, but .cls, .txt; "),
+    (JSON, "cls", "no .cls, but .png, .json; data.label=json.NAME reads the entry NAME of the .json"),
+    (JSON, "json.label", "has no label for data.label=json.label, but id, y"),
+    ([("k", {"png": png(1), "json": b"[1]"})], "json.label", "has no label for data.label=json.label, but [1]"),
+])  # fmt: skip
 def test_what_a_sample_lacks_is_said_with_what_it_has(tmp_path, samples, label, says):
     shard(tmp_path / "a.tar", samples)
     with pytest.raises(UserError) as error:
@@ -243,20 +223,13 @@ def test_conditions_may_stand_in_json_files(tmp_path):
 ALL = [f"{c:04d}" for c in range(10)]
 
 
-@pytest.mark.parametrize(
-    "bad, settings, says",
-    [
-        (
-            ["0003"],
-            {"damaged": 0.01},
-            "samples read from .* are damaged, more than data.damaged=0.01; sample .*a.tar:0003 is damaged",
-        ),
-        (["0003"], {"damaged": 0.0}, "^sample .*a.tar:0003 is damaged"),
-        (ALL, {}, "11 of 11 samples read from"),
-        (ALL, {"damaged": 1.0}, "no image came from"),
-        ([], {"num_classes": 9}, r"has condition 9, outside of 0..8: correct data.num_classes"),
-    ],
-)
+@pytest.mark.parametrize("bad, settings, says", [
+    (["0003"], {"damaged": 0.01}, "samples read from .* are damaged, more than data.damaged=0.01; sample .*a.tar:0003 is damaged"),
+    (["0003"], {"damaged": 0.0}, "^sample .*a.tar:0003 is damaged"),
+    (ALL, {}, "11 of 11 samples read from"),
+    (ALL, {"damaged": 1.0}, "no image came from"),
+    ([], {"num_classes": 9}, r"has condition 9, outside of 0..8: correct data.num_classes"),
+])  # fmt: skip
 def test_too_much_damage_ends_the_run(tmp_path, monkeypatch, bad, settings, says):
     monkeypatch.setattr(mclr.train.data.stream, "PATIENCE", 2.0)
     shard(tmp_path / "a.tar", damage(ten(), *bad))
@@ -264,38 +237,24 @@ def test_too_much_damage_ends_the_run(tmp_path, monkeypatch, bad, settings, says
         Stream(data(f"file://{tmp_path}/a.tar", **settings), seed=0).batch(0, 1000)
 
 
-def empty_shard(folder):
-    return f"file://{shard(folder / 'empty.tar', [])}"
-
-
-def cut_shard(folder):
-    whole = shard(folder / "cut.tar", ten())
-    whole.write_bytes(whole.read_bytes()[:3000])
-    return f"file://{whole}"
-
-
-@pytest.mark.parametrize(
-    "url, says",
-    [
-        (lambda folder: f"file://{folder}/{{0..9}}.tar", "No such file or directory"),
-        (lambda folder: f"pipe:cat {folder}/nowhere.tar 2>/dev/null", "its command ended with status 1"),
-        (
-            lambda folder: f"pipe:cat {shard(folder / 'a.tar', ten())} && head -c 1000000 /dev/zero && exit 7",
-            "its command ended with status 7",
-        ),
-        (lambda folder: f"pipe:head -c 3000 {shard(folder / 'a.tar', ten())}", "unexpected end of data"),
-        (lambda folder: "pipe:echo hello", "read failed|not be opened|empty|invalid|truncated|bad"),
-        (lambda folder: f"file://{folder}", "Is a directory"),
-        (cut_shard, "unexpected end of data"),
-        (empty_shard, "it holds no samples"),
-        (lambda folder: "s3://bucket/a.tar", "no gopen handler"),
-        (lambda folder: "file:///a{.tar", "cannot be expanded"),
-        (lambda folder: "file:///${NOWHERE}.tar", "cannot be expanded"),
-    ],
-)
+@pytest.mark.parametrize("url, says", [
+    ("file://{}/{{0..9}}.tar", "No such file or directory"),
+    ("pipe:cat {}/nowhere.tar 2>/dev/null", "its command ended with status 1"),
+    ("pipe:cat {}/a.tar && head -c 1000000 /dev/zero && exit 7", "its command ended with status 7"),
+    ("pipe:head -c 3000 {}/a.tar", "unexpected end of data"),
+    ("pipe:echo hello", "read failed|not be opened|empty|invalid|truncated|bad"),
+    ("file://{}", "Is a directory"),
+    ("file://{}/cut.tar", "unexpected end of data"),
+    ("file://{}/empty.tar", "it holds no samples"),
+    ("s3://bucket/a.tar", "no gopen handler"),
+    ("file:///a{{.tar", "cannot be expanded"),
+    ("file:///${{NOWHERE}}.tar", "cannot be expanded"),
+])  # fmt: skip
 def test_what_cannot_be_read_ends_in_one_line(tmp_path, capfd, url, says):
+    (tmp_path / "cut.tar").write_bytes(shard(tmp_path / "a.tar", ten()).read_bytes()[:3000])
+    shard(tmp_path / "empty.tar", [])
     with pytest.raises(UserError, match=says) as error:
-        Stream(data(url(tmp_path)), seed=0).batch(0, 1000)
+        Stream(data(url.format(tmp_path)), seed=0).batch(0, 1000)
     assert "\n" not in str(error.value) and "@ <" not in str(error.value)
     assert all("; trying again (" in line for line in capfd.readouterr().err.splitlines())
 
