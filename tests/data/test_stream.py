@@ -20,9 +20,7 @@ import mclr.train.data.stream
 from mclr.configs.schema import Data
 from mclr.errors import UserError
 from mclr.train.cli import main
-from mclr.train.data.dataset import load_split
 from mclr.train.data.images import center_crop
-from mclr.train.data.source import open_images
 from mclr.train.data.stream import Reader, Stream
 
 
@@ -110,25 +108,9 @@ def test_local_shards_need_no_scheme(tmp_path):
     assert stream.data.streamed and stream.batch(0, 200).c_B.shape == (200,) and len(set(stream.keys(0, 200))) == 30
 
 
-@pytest.mark.parametrize(
-    "path, streamed",
-    [
-        *((path, True) for path in ("data/{0..3}.tar", "file:data/a.tar", "pipe:cat a", "https://x/y", "s3://x")),
-        *((path, False) for path in ("data/digits", "data/v1.5", "pipe", "a.tar/b")),
-    ],
-)
-def test_which_paths_are_streams(path, streamed):
-    assert data(path).streamed is streamed
-
-
-def test_a_dataset_folder_streams_the_same_images(digits):
-    """Pixel by pixel what Source reads: cropping leaves images of the right size alone."""
-    image_NCHW, c_N = load_split(digits, "train")
-    known = {sample.file + sample.key: i for i, sample in enumerate(open_images(digits, "train", 0).split.samples)}
-    stream = Stream(data(f"file://{digits}/train/{{000000..000003}}.tar", channels=1), seed=0)
-    batch = stream.batch(0, 200)
-    indices = [known["train/" + key.rpartition("/")[2].replace(":", "")] for key in stream.keys(0, 200)]
-    assert torch.equal(batch.image_BCHW, image_NCHW[indices]) and torch.equal(batch.c_B, c_N[indices])
+def test_which_paths_are_streams():
+    assert all(data(path).streamed for path in ("data/{0..3}.tar", "file:data/a.tar", "pipe:cat a", "https://x/y", "s3://x"))
+    assert not any(data(path).streamed for path in ("data/digits", "data/v1.5", "pipe", "a.tar/b"))
 
 
 def test_images_of_other_sizes_and_kinds(tmp_path):
@@ -138,8 +120,7 @@ def test_images_of_other_sizes_and_kinds(tmp_path):
         samples.append((f"n0/{c}", {suffix: png(c, size, kind), "cls": b"%d\n" % c, "json": b"{}"}))
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50), np.uint8))
     samples.append(("gray", {"png": encoded(noise), "cls": b"9"}))
-    shard(tmp_path / "a.tar", samples)
-    stream = Stream(data(f"file://{tmp_path}/a.tar"), seed=0)
+    stream = Stream(data(f"file://{shard(tmp_path / 'a.tar', samples)}"), seed=0)
     batch = stream.batch(0, 100)
     for image, c in zip(batch.image_BCHW, batch.c_B.tolist(), strict=True):
         if c == 9:
