@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from foreign import archive, saved
 from golden_weights import FOLDER
 
 from mclr.errors import UserError
@@ -90,20 +91,6 @@ def view(shape=b"K\x01\x85", stride=b"K\x01\x85", offset=b"K\x00", numel=b"K\x01
 
 def tensor(**extents):
     return op(b"}", text("unet.out_gain"), view(**extents), b"s")
-
-
-def archive(members, method=zipfile.ZIP_STORED):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", method) as file:
-        for name, content in members.items():
-            file.writestr(name, content)
-    return buffer.getvalue()
-
-
-def saved(content, **how):
-    buffer = io.BytesIO()
-    torch.save(content, buffer, **how)
-    return buffer.getvalue()
 
 
 def planted(payload):

@@ -7,13 +7,12 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from test_convert import published
+from foreign import convert_, published
 
 from mclr.errors import UserError
 from mclr.models.edm2 import EDM2Config
-from mclr.models.features import ImageClassifier, ImageClassifierConfig
 from mclr.models.var import VAR, VARConfig
-from mclr.train import convert, sample
+from mclr.train import sample
 from mclr.train.system.console import run
 from mclr.train.system.hub import fetch
 from mclr.train.weights.folder import (
@@ -112,7 +111,7 @@ def test_weights_on_the_hub(tmp_path, cache, monkeypatch, capsys):
 
 def test_a_published_file_samples_with_the_only_preset_of_its_size(tmp_path):
     file = tmp_path / "net.pth"
-    assert run(convert.main, ["var-digits", str(file)]) == 0
+    assert convert_("var-digits", file) == 0
     for source in (str(file), "var-digits"):
         assert run(sample.main, [source, "--out", str(tmp_path / Path(source).stem), "--count", "2"]) == 0
     assert sha256(find_weights(str(file))) == sha256(BUNDLED / "var-digits")
@@ -182,14 +181,3 @@ def test_three_entries_at_most_are_named(tmp_path):
         match=r"do not fit the network: extra0 is unexpected, extra1 is unexpected, .*, and 2 more entries; choose",
     ):
         load_into(tiny_var(), tmp_path / "net")
-
-
-def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
-    import mclr.train.system.files
-
-    monkeypatch.setattr(
-        mclr.train.system.files.os, "fsync", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-    )
-    with pytest.raises(UserError, match=r"cannot write .* \(No space left on device\)"):
-        save_weights(tmp_path / "net", ImageClassifier(ImageClassifierConfig(1, 3)))
-    assert list(tmp_path.iterdir()) == []

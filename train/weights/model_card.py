@@ -12,13 +12,7 @@ from mclr.train.system.files import write_json, write_text
 
 METRICS = ("loss", "value", "ratio", "posterior_ece", "mle_loss", "mle_loss_val")  # of training, for the card
 FEW = 20  # class names that a card lists
-# type of each note; others are printed as they are
-TYPES: dict[str, Any] = {
-    **dict.fromkeys(("config", "objective", "metrics", "evaluations"), dict),
-    **dict.fromkeys(("parameters", "images_seen"), int),
-    **dict.fromkeys(("model", "data", "licence"), str | None),
-    **{"data_images": int | None, "classes": list | tuple},
-}
+LICENCES = {"CC BY-NC-SA 4.0": "cc-by-nc-sa-4.0", "Apache-2.0": "apache-2.0"}  # words in a note -> the name on the hub
 NO_LICENCE = "None is recorded: that of the data and of the weights it was trained from."
 
 
@@ -32,26 +26,19 @@ def run_notes(config: RunConfig) -> dict[str, Any]:
 
 
 def card(description: Mapping[str, Any]) -> str:
-    """The model card. description: config.json of the folder. Raises UserError for notes of the wrong type."""
-    for name, kind in TYPES.items():
-        if name in description and not isinstance(description[name], kind):
-            raise _damaged(f"{name} is {description[name]!r:.40}")
-    try:
-        scores = [_scores(result) for result in description.get("evaluations", {}).values()]
-    except (TypeError, ValueError, AttributeError, LookupError) as error:
-        raise _damaged(f"evaluations: {error}") from error
-    parts = [_front_matter(description), f"# {_title(description)}", _network(description), *_training(description)]
+    """The model card. description: config.json of the folder. Raises UserError for notes that are none."""
     names = {key: description.get(key, key.upper()) for key in ("model", "data", "tokenizer")}
     for key in ("model", "data"):
         # a name that is no preset was a file or folder, which may have moved
         names[key] = names[key] if (PRESETS / key / f"{names[key]}.yaml").exists() else key.upper()
-    parts += scores
-    parts.append(f"## Use\n```\n{NETWORKS[description['kind']].use.format(**names)}\n```")
-    return "\n\n".join([*parts, f"## Licence\n{description.get('licence', NO_LICENCE)}"]) + "\n"
-
-
-def _damaged(why: str) -> UserError:
-    return UserError(f"the notes of these weights (config.json) are damaged ({why}): choose other weights")
+    use = f"## Use\n```\n{NETWORKS[description['kind']].use.format(**names)}\n```"
+    licence = f"## Licence\n{description.get('licence', NO_LICENCE)}"
+    try:
+        about = [_front_matter(description), f"# {_title(description)}", _network(description), *_training(description)]
+        scores = [_scores(result) for result in description.get("evaluations", {}).values()]
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        raise UserError(f"the notes of these weights (config.json) are damaged ({error}): choose other weights") from error
+    return "\n\n".join([*about, *scores, use, licence]) + "\n"
 
 
 def add_scores(folder: Path, result: Mapping[str, Any]) -> None:
@@ -63,15 +50,13 @@ def add_scores(folder: Path, result: Mapping[str, Any]) -> None:
 
 
 def _front_matter(description: Mapping[str, Any]) -> str:
-    licence = description.get("licence")
-    known = {"CC BY-NC-SA 4.0": "cc-by-nc-sa-4.0", "Apache-2.0": "apache-2.0"}
-    name = next((name for words, name in known.items() if words in (licence or "")), "other" if licence else "unknown")
+    licence = description.get("licence") or ""
+    name = next((name for words, name in LICENCES.items() if words in licence), "other" if licence else "unknown")
     lines = [f"license: {name}", "library_name: mclr", f"tags: [mclr, {description['kind']}, image-generation]"]
     # the repository of the hub that the weights, or their base, came from
     places = [str(description.get(key)) for key in ("init", "base")]
-    lines += [f"base_model: {'/'.join(place[5:].split('@')[0].split('/')[:2])}" for place in places if place.startswith("hf://")][
-        :1
-    ]
+    repositories = ["/".join(place[5:].split("@")[0].split("/")[:2]) for place in places if place.startswith("hf://")]
+    lines += [f"base_model: {repository}" for repository in repositories[:1]]
     return "\n".join(["---", *lines, "---"])
 
 
