@@ -172,7 +172,7 @@ def test_what_cannot_be_used_is_found_before_the_fit(digits, tmp_path, monkeypat
         (tmp_path / "file/out", digits, "cannot write"),
         (tmp_path / "taken", digits, "exists already"),
         (tmp_path / "out", tmp_path / "nine", "9-pixel images"),
-        (tmp_path / "out", tmp_path / "no-val", "has no held-out images"),
+        (tmp_path / "out", tmp_path / "no-val", "has no images in its val split"),
         (tmp_path / "out", "digit", "did you mean digits?"),
         (tmp_path / "out", digits, "--steps is 0 and --batch 128: both must be at least 1", "--steps", "0"),
         (tmp_path / "out", digits, "--steps is 1000 and --batch -1: both", "--batch", "-1"),

@@ -61,14 +61,11 @@ class SplitReader:
     def __init__(self, info: DatasetInfo, split: str, tolerated: float = 0.0, tokens_NL: Tensor | None = None):
         """tolerated: the largest share of the split that may be damaged; 0: none. tokens_NL: of the images, for the batches.
 
-        Raises UserError for an unknown or empty split, a damaged shard, or a condition out of range.
+        Raises UserError for an empty split, a damaged shard, or a condition out of range.
         """
-        if split not in info.splits:
-            raise UserError(f"{info.path} has no split {split}: it has {', '.join(info.splits)}")
         if info.splits[split].count == 0:
-            held_out = split == "val"
-            what = "has no held-out images (its val split is empty)" if held_out else f"has no images in its {split} split"
-            raise UserError(f"{info.path} {what}: prepare the images again{' with a larger --val-share' * held_out}")
+            how = "prepare the images again" + " with a larger --val-share" * (split == "val")
+            raise UserError(f"{info.path} has no images in its {split} split: {how}")
         index = load_index(info.path, info.shards)
         self.info, self.split, self.tolerated, self.tokens_NL = info, split, tolerated, tokens_NL
         self.samples = [sample for shard in info.splits[split].shards for sample in index[shard.file]]
@@ -79,7 +76,6 @@ class SplitReader:
         ends = torch.bincount(self.c_N, minlength=info.num_classes).cumsum(0).numpy()
         self.of_condition = np.split(np.argsort(self.c_N.numpy(), kind="stable"), ends[:-1])
         self.keep = len(self.samples) * math.prod(info.image_shape) < KEPT_BYTES
-        self.kept: dict[int, np.ndarray] = {}
         self.readers = ThreadPoolExecutor(READERS)
         self.coming: dict[int, Future[np.ndarray]] = {}
         self.damaged: set[int] = set()
@@ -87,7 +83,7 @@ class SplitReader:
     def read_ahead(self, indices: list[int]) -> None:
         """Start reading these samples in the background; `images` then finds them."""
         for i in indices:
-            if not (i in self.kept or i in self.coming or i in self.damaged):
+            if not (i in self.coming or i in self.damaged):
                 self.coming[i] = self.readers.submit(read_image, self.info.path, self.samples[i], self.info.image_shape)
 
     def batch(self, indices: list[int]) -> Batch:
@@ -104,8 +100,6 @@ class SplitReader:
         """
         self.read_ahead(indices)
         read = {i: self._image(i) for i in dict.fromkeys(indices)}
-        if self.keep:
-            self.kept.update(read)
         return torch.from_numpy(np.stack([read[i] for i in indices]))
 
     def substitute(self, i: int) -> int:
@@ -122,14 +116,14 @@ class SplitReader:
     def _image(self, i: int) -> np.ndarray:
         while True:
             i = self.substitute(i)
-            if i in self.kept:
-                return self.kept[i]
             self.read_ahead([i])
+            coming = self.coming[i] if self.keep else self.coming.pop(i)
             try:
-                return self.coming.pop(i).result()
+                return coming.result()
             except Damaged as error:
                 if not self.tolerated:
                     raise
+                self.coming.pop(i, None)
                 self.damaged.add(i)
                 tqdm.write(f"passed over: {error}", file=sys.stderr)
                 found, count = len(self.damaged), len(self.samples)
