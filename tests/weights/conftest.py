@@ -1,18 +1,12 @@
 """What tests of weights share."""
 
+import photos
 import pytest
-from foreign import convert_
+
+from mclr.train import convert
 
 
 @pytest.fixture
 def refused(capsys):
-    """refused(ARGUMENTS of mclr convert): the line that it says, alone, and nothing else."""
-
-    def refused(*argv):
-        capsys.readouterr()
-        assert convert_(*argv) == 2
-        out, err = capsys.readouterr()
-        assert out == "" and err.startswith("error: ") and err.count("\n") == 1
-        return err
-
-    return refused
+    """refused(ARGUMENTS of mclr convert): the one line that it prints before it exits with status 2."""
+    return lambda *argv: photos.refused(convert.main, argv, capsys)

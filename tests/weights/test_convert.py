@@ -125,6 +125,10 @@ def test_a_target_that_cannot_be_written_is_one_line(tmp_path, refused):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "judge"]
 
 
+def no_room(*args):
+    raise OSError(28, "No space left on device", args[0])
+
+
 def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -151,16 +155,9 @@ def test_force_replaces_weights_and_nothing_else(tmp_path, monkeypatch, refused)
         assert line in refused(*argv) and contents(tmp_path) == before
     # a failure in the last moment leaves the old weights
     with monkeypatch.context() as patch:
-        rename = os.rename
-
-        def fail(src, dst):
-            if str(dst).endswith("old") and patch_on:
-                patch_on.clear()
-                raise OSError(28, "No space left on device", str(src))
-            rename(src, dst)
-
-        patch_on = [True]
-        patch.setattr(os, "rename", fail)
+        # the old folder goes aside, the new one cannot take its place, the old one comes back
+        renames = iter([os.rename, no_room, os.rename])
+        patch.setattr(os, "rename", lambda src, dst: next(renames)(src, dst))
         assert "No space left" in refused(tmp_path / "a.pth", tmp_path / "old", "--force")
     assert contents(tmp_path) == before
 
@@ -232,11 +229,8 @@ def test_the_licence_goes_with_all_that_is_made_from_weights(licence, file, snap
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch, refused):
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
     torch.save(published("var_tiny.npz")[0], tmp_path / "a.pth")
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", no_room)
     for argv in (
         (tmp_path / "a.pth", tmp_path / "b"),
         ("var-digits", tmp_path / "b.pth"),

@@ -126,7 +126,7 @@ def is_ours(folder: Path) -> bool:
     except OSError:
         return False
     except (ValueError, TypeError, RecursionError):
-        # whoever reads it says so
+        # read_config reports the damage
         return True
 
 

@@ -5,7 +5,7 @@ import json
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from mclr.train.weights.torch_file import read
 from mclr.train.weights.unpickler import AGAIN, ALONE, Module, Refused, View, refuse
 
 MAX_HEADER = 4 << 20  # bytes of what a safetensors file says of its entries; published: 0.1 MB
-# where the weights of a folder are, the better places first
+# patterns of weights in a folder; the first that matches counts
 IN_FOLDERS = ("*.index.json", "model.safetensors", "*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt", "*.pkl")
 SHARD = re.compile(r"-\d+-of-(\d+)\.")
 AVERAGED = {"ema", "avg", "average", "averaged", "swa", "polyak"}  # words in the keys of averaged weights
@@ -80,7 +80,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def faults_of(src: Path, kind: str = "") -> Iterator[None]:
-    """What is wrong with a file becomes a UserError that names it. kind: of the network that anything else is a fault of."""
+    """Raise what is wrong with a file as a UserError that names it. kind: of network; then every other error says that it is no whole one."""
     try:
         yield
     except Refused as error:
@@ -181,14 +181,6 @@ def kind_in(entries: Mapping[str, Any]) -> str | None:
     return next((kind for kind, each in NETWORKS.items() if each.published and each.published.mark in entries), None)
 
 
-def _kind_of(network: Any) -> str | None:
-    try:
-        return kind_in(unwrapped(_entries(network))[0])
-    except Refused:
-        # it may lie beside the one that is wanted
-        return None
-
-
 def networks_in(content: Any) -> dict[str, Any]:
     """Key -> network (Module, or dict of named tensors): the content itself under "", else those in it and one level below.
 
@@ -230,7 +222,11 @@ def _choice(networks: Mapping[str, Any], key: str | None) -> tuple[str, dict[str
         refuse(f"holds no network under {key!r}, but {listed(networks)}", "give one of these by --weights-key")
     # by id: one object may be there many times
     parts = {id(part): part for part in networks.values()} if len(networks) > 1 else {}
-    kinds = {number: _kind_of(part) for number, part in parts.items()}
+    kinds: dict[int, str | None] = {}
+    for number, part in parts.items():
+        # a damaged network may lie beside the one that is wanted
+        with suppress(Refused):
+            kinds[number] = kind_in(unwrapped(_entries(part))[0])
     known = {name: kind for name, part in networks.items() if (kind := kinds.get(id(part)))}
     useful = list(known or networks)
     generators = [name for name, kind in known.items() if NETWORKS[kind].paradigm] or useful
