@@ -80,7 +80,10 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def faults_of(src: Path, kind: str = "") -> Iterator[None]:
-    """Raise what is wrong with a file as a UserError that names it. kind: of network; then every other error says that it is no whole one."""
+    """Raise what is wrong with a file as a UserError that names it.
+
+    kind: of the network in it; with that, every other error means that the file is no whole one.
+    """
     try:
         yield
     except Refused as error:
