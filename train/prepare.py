@@ -14,7 +14,6 @@ from mclr.train.data.write import open_or_prepare, prepare_digits, prepare_image
 from mclr.train.system.console import Parser, run_and_exit
 from mclr.train.system.ranks import end_early, on_signals, own_device, report_once, world
 
-Option = Callable[..., object]  # of a parser: add_argument
 NETWORKS = {
     "tokenizer": "the tokenizer of next-scale models (multi-scale VQVAE)",
     "classifier": "the classifier whose features judge samples",
@@ -34,40 +33,21 @@ CACHE_EXAMPLE = """--model edm2-img512-l --data data/imagenet-512
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`mclr prepare WHAT ...`: each subcommand sets `program`, which gets the parsed arguments."""
+    """`mclr prepare WHAT ...`. In one piece: it is the list of all options."""
     parser = Parser(
         prog="mclr prepare",
         description="Prepare what training reads.",
         epilog=f"example: mclr prepare images {IMAGES_EXAMPLE}\n`mclr prepare WHAT --help` shows the arguments of one.",
     )
     commands = parser.add_subparsers(metavar="WHAT", required=True)
-    for name, program, options, example, text in (
-        ("images", _images, _image_options, IMAGES_EXAMPLE, IMAGES),
-        ("digits", lambda args: _show(prepare_digits(args.out)), _digits_options, "data/digits", DIGITS),
-        *(
-            (kind, _network, _network_options, f"weights/{kind} --data digits", f"Fit {what} to a dataset.")
-            for kind, what in NETWORKS.items()
-        ),
-        ("cache", _cache, _cache_options, CACHE_EXAMPLE, CACHE),
-    ):
-        command = commands.add_parser(
-            name, epilog=f"example: mclr prepare {name} {example}", help=text.partition(".")[0], description=text
-        )
+
+    def add(name: str, program: Callable[[argparse.Namespace], None], example: str, text: str) -> argparse.ArgumentParser:
+        epilog, about = f"example: mclr prepare {name} {example}", text.partition(".")[0]
+        command = commands.add_parser(name, epilog=epilog, help=about, description=text)
         command.set_defaults(program=program, kind=name)
-        options(command.add_argument)
-    argv = sys.argv[1:] if argv is None else argv
-    # a parser of subcommands does not allow overrides anywhere; the cache's is the last one
-    args = command.parse_intermixed_args(argv[1:]) if argv[:1] == ["cache"] else parser.parse_args(argv)
-    args.command = "mclr prepare " + " ".join(argv)
-    args.program(args)
-    return 0
+        return command
 
-
-def _digits_options(option: Option) -> None:
-    option("out", metavar="OUT", help="dataset folder to make; reused when it holds the digits already")
-
-
-def _image_options(option: Option) -> None:
+    option = add("images", _images, IMAGES_EXAMPLE, IMAGES).add_argument
     option("src", metavar="SRC", help="folder or .zip with one subfolder of images per class")
     option("out", metavar="OUT", help="dataset folder to make; reused when it holds these images already")
     option("--resolution", type=above_0(int), required=True, metavar="N", help="pixels per side after crop and resize")
@@ -78,23 +58,32 @@ def _image_options(option: Option) -> None:
     largest = "largest image read, in 2^20 pixels (default: %(default)g)"
     option("--megapixels", type=float, default=MEGAPIXELS, metavar="M", help=largest)
 
+    option = add("digits", lambda args: _show(prepare_digits(args.out)), "data/digits", DIGITS).add_argument
+    option("out", metavar="OUT", help="dataset folder to make; reused when it holds the digits already")
 
-def _network_options(option: Option) -> None:
-    option("out", metavar="OUT", help="weights folder to make")
-    option("--data", required=True, metavar="D", help="preset or dataset folder, like digits")
-    option("--steps", type=int, default=1000, metavar="N", help="(default: %(default)s)")
-    option("--batch", type=int, default=128, metavar="N", help="images per step (default: %(default)s)")
-    option("--lr", type=float, default=0.002, metavar="X", help="at the start (default: %(default)s)")
-    option("--seed", type=int, default=0, metavar="N", help="of everything random (default: %(default)s)")
-    option("--half", action="store_true", help="store fp16")
+    for kind, what in NETWORKS.items():
+        option = add(kind, _network, f"weights/{kind} --data digits", f"Fit {what} to a dataset.").add_argument
+        option("out", metavar="OUT", help="weights folder to make")
+        option("--data", required=True, metavar="D", help="preset or dataset folder, like digits")
+        option("--steps", type=int, default=1000, metavar="N", help="(default: %(default)s)")
+        option("--batch", type=int, default=128, metavar="N", help="images per step (default: %(default)s)")
+        option("--lr", type=float, default=0.002, metavar="X", help="at the start (default: %(default)s)")
+        option("--seed", type=int, default=0, metavar="N", help="of everything random (default: %(default)s)")
+        option("--half", action="store_true", help="store fp16")
 
-
-def _cache_options(option: Option) -> None:
-    option("--model", required=True, help="preset whose encoder is used, or a YAML path")
-    option("--data", required=True, metavar="D", help="preset or dataset folder")
-    option("--half", action="store_true", help="latents in fp16: half the disk, 11 bits of every number")
+    cache = add("cache", _cache, CACHE_EXAMPLE, CACHE)
+    cache.add_argument("--model", required=True, help="preset whose encoder is used, or a YAML path")
+    cache.add_argument("--data", required=True, metavar="D", help="preset or dataset folder")
+    cache.add_argument("--half", action="store_true", help="latents in fp16: half the disk, 11 bits of every number")
     settings = "as in the run: data.flip=true, model.vae=, model.tokenizer="
-    option("overrides", nargs="*", metavar="section.key=value", help=settings)
+    cache.add_argument("overrides", nargs="*", metavar="section.key=value", help=settings)
+
+    argv = sys.argv[1:] if argv is None else argv
+    # a parser of subcommands does not allow overrides anywhere
+    args = cache.parse_intermixed_args(argv[1:]) if argv[:1] == ["cache"] else parser.parse_args(argv)
+    args.command = "mclr prepare " + " ".join(argv)
+    args.program(args)
+    return 0
 
 
 def _images(args: argparse.Namespace) -> None:
