@@ -143,7 +143,7 @@ def test_unusable_places_and_arguments(tree, tmp_path, capsys):
         (["images", tree, tmp_path / "out", "--resolution", 0], "--resolution: 0: a finite number above 0 is needed"),
         ([*images, "--shard-size", 0], "--shard-size: 0: a finite number above 0 is needed"),
         ([*images, "--val-share", 1], "val share is 1.0"),
-        ([*images, "--val-share", 0.99], "leaves none to train on"),
+        ([*images, "--val-share", 0.99], "to train on: lower it"),
         ([*images, "--seed", -1], "seed -1"),
     ):
         assert says in refused(main, argv, capsys)

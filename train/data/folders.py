@@ -40,18 +40,17 @@ class Tree:
         self.src, self.root, self.place = src, "", src
         self.skipped: Kinds = defaultdict(list)
         self.archive = ZipFile(src) if src.suffix.lower() == ".zip" and src.is_file() else None
+        found = self._below() if self.archive is None else self._packed(self.archive)
         # the content of a folder stays together
-        self.entries = sorted(
-            self._below() if self.archive is None else self._packed(self.archive), key=lambda name: name.split("/")
-        )
+        self.entries = sorted(found, key=lambda name: name.split("/"))
         self.names = [name for name in self.entries if self._is_taken(name)]
 
     def enter(self, folder: str) -> None:
         """Make this folder the root of all names."""
         self.root, self.place = self.root + folder, self.place / folder
-        inside = slice(len(folder), None)
         self.entries, self.names = (
-            [name[inside] for name in names if name.startswith(folder) and name != folder] for names in (self.entries, self.names)
+            [name.removeprefix(folder) for name in names if name.startswith(folder) and name != folder]
+            for names in (self.entries, self.names)
         )
 
     def read(self, name: str) -> bytes:
@@ -60,11 +59,8 @@ class Tree:
     def size(self, name: str) -> int:
         if self.archive is not None:
             return self.archive.getinfo(self.root + name).file_size
-        try:
-            return (self.place / name).stat().st_size
-        except OSError:
-            # a dangling link counts among the unreadable images
-            return -1
+        # a dangling link counts among the unreadable images
+        return os.path.getsize(self.place / name) if os.path.exists(self.place / name) else -1
 
     def _below(self) -> Iterator[str]:
         todo: list[tuple[str, frozenset[str]]] = [("", frozenset())]
@@ -211,10 +207,8 @@ def _readable(src: Path) -> Iterator[None]:
 
 def _level(tree: Tree, folder: str = "") -> tuple[list[str], list[str]]:
     """(the folders in a folder, the images anywhere below it), by names relative to it."""
-    names = [name.removeprefix(folder) for name in tree.names if name.startswith(folder)]
-    return [name for name in names if name.find("/") == len(name) - 1 >= 0], [
-        name for name in names if name[-1:] not in ("/", "")
-    ]
+    names = [name.removeprefix(folder) for name in tree.names if name.startswith(folder) and name != folder]
+    return [name for name in names if name.find("/") == len(name) - 1], [name for name in names if not name.endswith("/")]
 
 
 def _only_folder(tree: Tree) -> str | None:

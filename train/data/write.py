@@ -110,10 +110,10 @@ def prepare_images(
         info = _finish(out, header, {split: made["shards"] for split, made in state["splits"].items()})
     print(taken(src, state["formats"], found.tree.skipped))
     for split, files in splits.items():
-        filled = {c for _, c in files}
-        missing = [name for c, name in enumerate(info.class_names) if c not in filled]
+        missing = sorted(set(range(info.num_classes)) - {c for _, c in files})
         if files and missing:
-            print(f"{len(missing)} of {info.num_classes} classes have no image in {split}, like {missing[0]}", file=sys.stderr)
+            like = info.class_names[missing[0]]
+            print(f"{len(missing)} of {info.num_classes} classes have no image in {split}, like {like}", file=sys.stderr)
     return info
 
 
@@ -136,7 +136,7 @@ def split_images(found: Found, val_share: float | None, seed: int) -> tuple[dict
     num_train = len(files) - round(val_share * len(files))
     if num_train == 0:
         raise UserError(
-            f"of the {len(files)} images of {found.tree.src} a val share of {val_share} leaves none to train on: lower it"
+            f"a val share of {val_share} leaves none of the {len(files)} images of {found.tree.src} to train on: lower it"
         )
     train, trained = files[:num_train], {c for _, c in files[:num_train]}
     val: list[File] = []
