@@ -106,10 +106,8 @@ class EDM2Config(Options):
         # the middle of the net always has attention
         for resolution in {*net.attn_resolutions, side >> halvings} & channels.keys():
             if channels[resolution] % net.channels_per_head:
-                yield (
-                    f"channels_per_head={net.channels_per_head} must divide the {channels[resolution]} channels "
-                    f"at resolution {resolution}"
-                )
+                have = f"the {channels[resolution]} channels at resolution {resolution}"
+                yield f"channels_per_head={net.channels_per_head} must divide {have}"
 
 
 @dataclass(frozen=True)

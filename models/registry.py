@@ -37,38 +37,27 @@ class Network:
         return getattr(resolve_name(self.place.partition(":")[0]), "PUBLISHED", None)
 
 
-NETWORKS: dict[str, Network] = {
-    "edm2": Network(
-        "mclr.models.edm2:EDM2",
-        EDM2Config,
-        "An EDM2 diffusion network",
-        "mclr sample FOLDER --model {model} --data {data} --out samples/mine",
-        paradigm="diffusion",
-    ),
+SAMPLE, TRAIN = "mclr sample FOLDER --model {model} --data {data} --out samples/mine", "mclr train --model MODEL --data {data}"
+JUDGE = "mclr evaluate SAMPLES --reference {data} --judge FOLDER"
+NETWORKS = {
+    "edm2": Network("mclr.models.edm2:EDM2", EDM2Config, "An EDM2 diffusion network", SAMPLE, "diffusion"),
     "var": Network(
-        "mclr.models.var:VAR",
-        VARConfig,
-        "A VAR next-scale network",
-        "mclr sample FOLDER --model {model} --data {data} --out samples/mine model.tokenizer={tokenizer}",
-        paradigm="next_scale",
+        "mclr.models.var:VAR", VARConfig, "A VAR next-scale network", SAMPLE + " model.tokenizer={tokenizer}", "next_scale"
     ),
     "vqvae": Network(
         "mclr.models.vqvae:VQVAE",
         VQVAEConfig,
         "A multi-scale VQVAE, the tokenizer of VAR networks",
-        "mclr train --model MODEL --data {data} model.tokenizer=FOLDER",
+        TRAIN + " model.tokenizer=FOLDER",
     ),
     "image_classifier": Network(
-        "mclr.models.features:ImageClassifier",
-        ImageClassifierConfig,
-        "A classifier of images, the judge of samples",
-        "mclr evaluate SAMPLES --reference {data} --judge FOLDER",
+        "mclr.models.features:ImageClassifier", ImageClassifierConfig, "A classifier of images, the judge of samples", JUDGE
     ),
     "noise_classifier": Network(
         "mclr.models.features:NoiseClassifier",
         NoiseClassifierConfig,
         "A classifier of noisy images, the posterior of diffusion runs",
-        "mclr train --model MODEL --data {data} model.posterior.weights=FOLDER",
+        TRAIN + " model.posterior.weights=FOLDER",
     ),
 }
 

@@ -27,9 +27,7 @@ class Data(Images):
     path: str = setting(..., "Folder made by `mclr prepare`; or shards to stream: https://..., pipe:COMMAND, data/{000..099}.tar")
     flip: bool = setting(False, "Mirror half of the images, at random")
     balanced: bool = setting(False, "Draw every condition equally often; else every image")
-    label: str = setting(
-        "cls", "Streams: ending of the file that holds the condition, or json.NAME for an entry of the .json file", pattern=LABEL
-    )
+    label: str = setting("cls", "Streams: ending of the condition's file, or json.NAME for an entry of the .json", pattern=LABEL)
     damaged: Fraction = setting(0.001, "Largest share of unreadable images that training passes over; more end the run")
 
     @property

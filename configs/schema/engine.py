@@ -12,25 +12,18 @@ class Engine(Section):
     kind: Literal["auto", "local", "deepspeed"] = setting(
         "auto", "local: plain torch in one process; deepspeed: under a launcher; auto: deepspeed where there is a launcher"
     )
-    zero: int = setting(
-        0, "Stage of DeepSpeed's ZeRO. 0: nothing is sharded; 1: optimizer; 2: gradients too; 3: weights too", ge=0, le=3
-    )
+    zero: int = setting(0, "Stage of ZeRO. 0: nothing is sharded; 1: optimizer; 2: also gradients; 3: also weights", ge=0, le=3)
     offload: bool = setting(False, "ZeRO 1 to 3: keep the optimizer's fp32 weights and moments in host memory")
-    precision: Literal["fp32", "bf16"] = setting(
-        "fp32", "Precision of matrix products, fp32 or the faster bf16; weights are always fp32"
-    )
+    precision: Literal["fp32", "bf16"] = setting("fp32", "Of matrix products, fp32 or the faster bf16; weights are always fp32")
     gradient_clipping: NotNegative = setting(0.0, "Largest norm of the gradient; 0: no clipping")
     activation_checkpointing: bool = setting(False, "Compute the activations of every block again in the backward pass")
     compile: bool = setting(False, "Compile every block with torch.compile")
     reference: Literal["auto", "whole", "sharded"] = setting(
         "auto", "cc_dpo, cca, ddo: the reference is whole on every rank, or sharded over ranks; auto: whole up to 2e9 parameters"
     )
-    timeout: int = setting(
-        1800, "Seconds after which a rank without progress ends the run; below 180 only on a local disk", gt=0, le=10**6
-    )
+    timeout: int = setting(1800, "Seconds without progress that end the run; below 180 only on a local disk", gt=0, le=10**6)
     kernels: Literal["auto", "torch", "triton"] = setting(
-        "auto",
-        "Fused operations. auto: Triton kernels where they won on this GPU (kernels/RESULTS.json); torch: never; triton: always",
+        "auto", "Triton kernels. auto: where they won on this GPU (kernels/RESULTS.json); torch: never; triton: always"
     )
 
     def here(self) -> Literal["local", "deepspeed"]:

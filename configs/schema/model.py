@@ -39,16 +39,11 @@ def fits(value: Any, hint: Any) -> bool:
 class Posterior(Section):
     """The noise-conditional classifier p(c | x_t) of the contrasts posterior and weighted."""
 
-    weights: str | None = setting(
-        None,
-        "Weights of the classifier of noisy images, for contrast posterior or weighted; null: it learns with the run",
-    )
+    weights: str | None = setting(None, "Weights, for contrast posterior or weighted; null: the classifier learns with the run")
     backbone: str | None = setting(None, "A ConvNeXt by timm's name, for sides of 16 or more; null: our small network")
     channels: Size = setting(32, "Width of our small network")
     lr: Positive = setting(0.001, "Learning rate of the classifier")
-    warmup_images: Whole = setting(
-        0, "weights=null: images that train the classifier first, while the network learns by maximum likelihood"
-    )
+    warmup_images: Whole = setting(0, "weights=null: images that train the classifier first, while the network learns by mle")
 
 
 PARADIGM = "diffusion: denoises pixels or latents; next_scale: predicts tokens, scale by scale"
@@ -60,7 +55,7 @@ class _Model(Section):
 
     name: str = setting(..., "Name in logs and model cards")
     weights: str | None = setting(
-        None, "Where training starts: weights folder, run, bundled name, published file or hf://ORG/REPO; null: from scratch"
+        None, "Where training starts: a folder, run, bundled name, published file or hf://ORG/REPO; null: fresh"
     )
     class_map: str | None = setting(
         None,

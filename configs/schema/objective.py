@@ -49,15 +49,10 @@ class Objective(Section):
     )
     schedule: Schedule = Schedule()
     bound: Positive | None = setting(
-        None,
-        "mclr of a next_scale model, not with contrast null: ratio in nats beyond which the contrast has no gradient; null: no bound",
+        None, "mclr of a next_scale model, not with contrast null: nats beyond which the contrast has no gradient; null: no bound"
     )
-    beta: Positive | None = setting(
-        None, "cc_dpo, cca, ddo (required there): factor of the log-likelihood ratio to the reference; else null"
-    )
+    beta: Positive | None = setting(None, "cc_dpo, cca, ddo (required there): factor of the ratio to the reference; else null")
     generated: str | None = setting(
         None, "ddo (required there): dataset folder of samples of the reference, made by `mclr sample --dataset`; else null"
     )
-    truncate: float = setting(
-        0.02, "posterior: total probability of the least likely conditions, which are never drawn", ge=0, lt=0.5
-    )
+    truncate: float = setting(0.02, "posterior: total probability of the least likely conditions, never drawn", ge=0, lt=0.5)

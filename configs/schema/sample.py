@@ -12,8 +12,7 @@ class Sample(Section):
     steps: Count = setting(32, "diffusion: steps of the solver")
     solver: Literal["heun", "euler", "sde"] = setting(
         "heun",
-        "diffusion: the solver. heun: second order, two forwards per step; euler: first order, one forward; sde: heun with new noise in "
-        "every step",
+        "diffusion: the solver. heun: second order, two forwards per step; euler: one forward; sde: heun with new noise per step",
     )
     batch: Count = setting(64, "Images drawn at once")
     gamma: float = setting(0.0, "Extra weight of guidance, whose total weight is 1 + gamma; 0: no guidance")
