@@ -9,12 +9,12 @@ from mclr.configs.schema.model import VAE_FACTOR, DiffusionModel
 from mclr.models.options import TRAINING
 from mclr.models.registry import NETWORKS
 
-SOLVER = ("steps", "solver", "sigma_min", "sigma_max", "rho", "churn")  # settings of sample, of diffusion alone
+SOLVER = "sample.steps sample.solver sample.sigma_min sample.sigma_max sample.rho sample.churn"  # of diffusion alone
 
 
 def conflicts(config: RunConfig) -> list[str]:
     """The faults of a configuration, one line each."""
-    checks = (_objective, _reference, _null_condition, _needs, _numbers, _net)
+    checks = (_objective, _null_condition, _needs, _numbers, _net)
     return [fault for check in checks for fault in check(config)]
 
 
@@ -35,7 +35,7 @@ def _needs(config: RunConfig) -> Iterator[str]:
         ("engine.reference", "objective.name=cc_dpo, cca or ddo", objective.name in WITH_REFERENCE),
         ("engine.zero", "engine.kind=deepspeed or auto", engine.kind != "local"),
         ("engine.offload", "engine.zero=1, 2 or 3", engine.zero),
-        (f"sample.{' sample.'.join(SOLVER)}", f"a diffusion model; {which}", diffusion),
+        (SOLVER, f"a diffusion model; {which}", diffusion),
         ("sample.top_k sample.top_p sample.more_smooth", f"a next_scale model; {which}", not diffusion),
         ("sample.guide", "sample.gamma, the weight of guidance", sample.gamma or sample.schedule.kind == "negative_window"),
         ("sample.churn", "sample.solver=heun", sample.solver == "heun"),
@@ -73,27 +73,21 @@ def _numbers(config: RunConfig) -> Iterator[str]:
 
 
 def _objective(config: RunConfig) -> Iterator[str]:
-    objective, diffusion = config.objective, config.model.paradigm == "diffusion"
+    objective, model, name = config.objective, config.model, config.objective.name
+    diffusion = model.paradigm == "diffusion"
     yield from objective_conflicts(objective, objective.lam, objective.schedule, "objective.", diffusion, config.data.num_classes)
-    if objective.name == "ddo" and objective.generated is None:
+    if name == "ddo" and objective.generated is None:
         yield "missing key objective.generated; objective ddo needs a dataset folder made by `mclr sample --dataset`"
-
-
-def _reference(config: RunConfig) -> Iterator[str]:
-    model, name = config.model, config.objective.name
-    if name not in WITH_REFERENCE:
-        return
-    if model.weights is None:
-        yield f"objective {name} compares with the network before fine-tuning; give its weights by --init"
-    # at the start the network equals the reference and the ratio must be 0; dropout would make it differ
-    for key in TRAINING:
-        if getattr(model.net, key, 0) != 0:
-            yield f"objective {name} compares whole networks; set model.net.{key}=0"
-    if model.paradigm == "diffusion" and config.engine.precision == "bf16":
-        yield (
-            f"engine.precision=bf16 is too coarse for objective {name} of a diffusion model, whose ratio is a small difference "
-            "times all dimensions; set engine.precision=fp32"
-        )
+    if name in WITH_REFERENCE:
+        if model.weights is None:
+            yield f"objective {name} compares with the network before fine-tuning; give its weights by --init"
+        # at the start the network equals the reference and the ratio must be 0; dropout would make it differ
+        for key in TRAINING:
+            if getattr(model.net, key, 0) != 0:
+                yield f"objective {name} compares whole networks; set model.net.{key}=0"
+        if diffusion and config.engine.precision == "bf16":
+            coarse = "a diffusion model, whose ratio is a small difference times all dimensions; set engine.precision=fp32"
+            yield f"engine.precision=bf16 is too coarse for objective {name} of {coarse}"
 
 
 def _null_condition(config: RunConfig) -> Iterator[str]:

@@ -109,7 +109,7 @@ def read_preset(kind: str, name: str) -> dict[str, Any]:
     )
     file = Path(name) if name.endswith(ENDINGS) else presets.get(name)
     if file is None and kind == "data" and Path(name).is_dir():
-        return {"data": read_dataset(Path(name)).model_dump(include=set(Images.model_fields)) | {"path": name}}
+        return {"data": read_dataset(Path(name)).model_dump(mode="json", include={*Images.model_fields, "path"})}
     if file is None:
         close = difflib.get_close_matches(name, presets, n=1)
         hint = f"; did you mean {close[0]}?" if close else ""
@@ -131,8 +131,11 @@ def read_preset(kind: str, name: str) -> dict[str, Any]:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The sections of a YAML file. Raises UserError with the place of the fault."""
+    # reading a pipe would wait, and a device may have no end
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot read {path}: it is no regular file")
     try:
-        sections = parse_yaml(_bytes_of(path))
+        sections = parse_yaml(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except yaml.MarkedYAMLError as error:
@@ -143,10 +146,3 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(sections, dict):
         raise UserError(f"{path}: expected sections ({', '.join(RunConfig.model_fields)}), each with its keys")
     return sections
-
-
-def _bytes_of(path: Path) -> bytes:
-    # reading a pipe would wait, and a device may have no end
-    if path.exists() and not path.is_file():
-        raise UserError(f"cannot read {path}: it is no regular file")
-    return path.read_bytes()
