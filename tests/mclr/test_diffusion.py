@@ -36,6 +36,7 @@ def test_probe_draws_edm2s_noise_law():
     assert (unit.mean(0)).abs().max() < error and (unit.var(0) - 1).abs().max() < error * 2**0.5
     assert abs((unit[:, 0, 0, 0] * unit[:, 0, 1, 1]).mean()) < error and abs((unit.mean((1, 2, 3)) * sigma.log()).mean()) < error
     assert torch.equal(probe.inputs["x"], x_B) and Diffusion((3, 8, 4), K).dims == 96
+    Diffusion([3, 8, 4], K).check(torch.zeros(2, 3, 8, 4))  # a list serves as a shape
     assert probe.progress_BT.shape == (B, 1) and torch.equal(probe.progress_BT[:, 0], progress_of(sigma))
 
 

@@ -11,20 +11,15 @@ IMAGES, GUIDE_IMAGES = wave(3, 2, 4, 4), wave(3, 2, 4, 4, phase=1)
 LOGITS, GUIDE_LOGITS = wave(3, 5, 7), wave(3, 5, 7, phase=1)
 
 
-def test_one_weight_per_image():
-    weight_R1 = torch.tensor([[0.0], [2.0], [-0.5]], dtype=torch.float64)
-    mixed = mix(IMAGES, GUIDE_IMAGES, weight_R1)
-    for row, weight in enumerate([0.0, 2.0, -0.5]):
-        assert torch.equal(mixed[row], IMAGES[row] + weight * (IMAGES[row] - GUIDE_IMAGES[row]))
-
-
-def test_one_weight_per_token():
-    weight_RL = wave(3, 5, phase=2)
-    mixed = mix(LOGITS, GUIDE_LOGITS, weight_RL)
+@pytest.mark.parametrize(("pred", "guide", "terms"), [(IMAGES, GUIDE_IMAGES, 1), (LOGITS, GUIDE_LOGITS, 5)])
+def test_one_weight_per_image_or_token(pred, guide, terms):
+    weight_RT = wave(3, terms, phase=2)
+    mixed = mix(pred, guide, weight_RT)
     for row in range(3):
-        for token in range(5):
-            pred, guide = LOGITS[row, token], GUIDE_LOGITS[row, token]
-            assert torch.equal(mixed[row, token], pred + weight_RL[row, token] * (pred - guide))
+        for term in range(terms):
+            here = (row, term) if terms > 1 else (row,)
+            assert torch.equal(mixed[here], pred[here] + weight_RT[row, term] * (pred[here] - guide[here]))
+    assert torch.equal(mix(pred, guide, 0.0), pred)
 
 
 @pytest.mark.parametrize(("pred", "guide", "terms"), [(IMAGES, GUIDE_IMAGES, 1), (LOGITS, GUIDE_LOGITS, 5)])
@@ -35,12 +30,6 @@ def test_negative_weights_undo_positive_ones(pred, guide, terms, weight):
         guided = mix(pred, guide, form(weight))
         assert (guided - pred).abs().max() > 0.1
         assert (mix(guided, guide, form(-weight / (1 + weight))) - pred).abs().max() < 1e-13
-
-
-def test_special_weights():
-    assert torch.equal(mix(LOGITS, GUIDE_LOGITS, 0.0), LOGITS)
-    assert torch.allclose(mix(LOGITS, GUIDE_LOGITS, -1.0), GUIDE_LOGITS)
-    assert torch.allclose(mix(IMAGES, GUIDE_IMAGES, 1.0), 2 * IMAGES - GUIDE_IMAGES)
 
 
 def test_no_guidance_is_the_default():

@@ -45,9 +45,12 @@ def loss_of(kind, objective, **settings):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_it_is_the_mean_of_the_objective_and_the_posteriors_loss(name, kind):
-    """From draws that belong to the positions: first the dropped conditions, then the probe, then the rows, with that share."""
-    loss, case, more = loss_of(kind, OBJECTIVES[name], drop_condition=0.4, seed=3)
-    value, metrics = loss(case.net, case.x_B, TRUE, first=16, **more)
+    """The order of its draws, which belong to the positions: first the dropped conditions, then the probe, then the rows, with that share.
+
+    The values themselves are those of the parts; test_objective.py compares these with the published formulas.
+    """
+    criterion, case, more = loss_of(kind, OBJECTIVES[name], drop_condition=0.4, seed=3)
+    loss, metrics = criterion(case.net, case.x_B, TRUE, first=16, **more)
     x, c = case.x_B, TRUE
     keys = list(range(16, 24))
     if more:
@@ -58,33 +61,34 @@ def test_it_is_the_mean_of_the_objective_and_the_posteriors_loss(name, kind):
     assert dropped.any() and not dropped.all()
     case.x_B, case.c_B = x, torch.where(dropped, K, c)
     probe = case.paradigm.probe(x, draws)
-    posterior_BTK, extra = case.posterior(probe, c) if loss.objective.needs_posterior else (None, None)
-    rows = loss.objective.rows(probe, case.c_B, K, draws, posterior_BTK, null_share=0.4)
-    loss_B, expected = loss.objective(case.score_rows(probe, rows, loss.objective), rows)
+    objective = criterion.objective
+    posterior_BTK, extra = case.posterior(probe, c) if objective.needs_posterior else (None, None)
+    rows = objective.rows(probe, case.c_B, K, draws, posterior_BTK, null_share=0.4)
+    loss_B, expected = objective(case.score_rows(probe, rows, objective), rows)
     assert metrics["loss"] == loss_B.mean() and metrics["value"] == expected["value"]
-    assert torch.equal(value, loss_B.mean() if extra is None else loss_B.mean() + extra.mean())
-    assert value.ndim == 0 and value.requires_grad
+    assert torch.equal(loss, loss_B.mean() if extra is None else loss_B.mean() + extra.mean())
+    assert loss.ndim == 0 and loss.requires_grad
     assert all(each.ndim == 0 and not each.requires_grad for each in metrics.values())
 
 
 def test_a_trainable_posterior_learns_and_a_frozen_one_does_not():
-    """Its cross-entropy is part of the value; the network's gradient is the same in both cases."""
+    """Its cross-entropy is part of the loss; the network's gradient is the same in both cases."""
     gradients = []
     for trainable in (True, False):
-        loss, case, _ = loss_of("diffusion", OBJECTIVES["posterior"])
-        classifier = loss.posterior.requires_grad_(trainable)
-        value, metrics = loss(case.net, case.x_B, TRUE, first=0)
-        value.backward()
+        criterion, case, _ = loss_of("diffusion", OBJECTIVES["posterior"])
+        classifier = criterion.posterior.requires_grad_(trainable)
+        loss, metrics = criterion(case.net, case.x_B, TRUE, first=0)
+        loss.backward()
         assert (classifier.weight.grad is not None) == trainable and metrics["posterior_loss"] > 0
-        assert torch.isclose(value, metrics["loss"] + trainable * metrics["posterior_loss"])
+        assert torch.isclose(loss, metrics["loss"] + trainable * metrics["posterior_loss"])
         gradients.append([p.grad for p in case.net.parameters()])
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
 def test_before_the_warmup_ends_there_is_no_ratio():
-    loss, case, _ = loss_of("diffusion", OBJECTIVES["posterior"], warmup=8)
+    criterion, case, _ = loss_of("diffusion", OBJECTIVES["posterior"], warmup=8)
     plain, _, _ = loss_of("diffusion", OBJECTIVES["mle"])
-    losses = [[each(case.net, case.x_B, TRUE, first=first)[1]["loss"] for each in (loss, plain)] for first in (0, 8)]
+    losses = [[each(case.net, case.x_B, TRUE, first=first)[1]["loss"] for each in (criterion, plain)] for first in (0, 8)]
     assert losses[0][0] == losses[0][1] and losses[1][0] != losses[1][1]
 
 
@@ -109,21 +113,19 @@ def test_parts_that_do_not_fit_are_refused(case):
     assert "\n" not in str(error.value)
 
 
-def test_tokens_take_no_posterior():
+def test_tokens_take_no_posterior_and_alone_a_bound():
     with pytest.raises(ValueError, match="posterior= has no effect with tokens"):
         loss_of("tokens", OBJECTIVES["posterior"], posterior=torch.nn.Linear(2, 2))
-
-
-def test_a_posterior_of_other_conditions_is_refused():
-    loss, case, _ = loss_of("diffusion", OBJECTIVES["posterior"], posterior=lambda noisy, sigma: torch.zeros(len(noisy), K - 1))
-    with pytest.raises(ValueError, match=r"answers \[8, 2\], not \[8, 3\]: give posterior=classifier"):
-        loss(case.net, case.x_B, TRUE, first=0)
-
-
-def test_a_bound_needs_tokens():
     loss_of("tokens", replace(OBJECTIVES["uniform"], bound=1.0))
     with pytest.raises(ValueError, match=r"bound=1.0 needs mclr, a next_scale model"):
         loss_of("diffusion", replace(OBJECTIVES["uniform"], bound=1.0))
+
+
+def test_a_posterior_of_other_conditions_is_refused():
+    wrong = loss_of("diffusion", OBJECTIVES["posterior"], posterior=lambda noisy, sigma: torch.zeros(len(noisy), K - 1))
+    criterion, case, _ = wrong
+    with pytest.raises(ValueError, match=r"answers \[8, 2\], not \[8, 3\]: give posterior=classifier"):
+        criterion(case.net, case.x_B, TRUE, first=0)
 
 
 def test_what_is_no_part_at_all_is_refused():
@@ -144,10 +146,12 @@ def test_what_is_no_part_at_all_is_refused():
 def test_a_model_stands_for_its_network():
     """As the network, the posterior, the reference and the guide."""
     for name in ("posterior", "cca"):
-        loss, case, _ = loss_of("diffusion", OBJECTIVES[name])
-        given = {part: SimpleNamespace(net=getattr(loss, part)) for part in ("posterior", "reference") if getattr(loss, part)}
-        found, _ = replace(loss, **given)(SimpleNamespace(net=case.net), case.x_B, TRUE, first=0)
-        assert torch.equal(found, loss(case.net, case.x_B, TRUE, first=0)[0])
+        criterion, case, _ = loss_of("diffusion", OBJECTIVES[name])
+        given = {
+            part: SimpleNamespace(net=getattr(criterion, part)) for part in ("posterior", "reference") if getattr(criterion, part)
+        }
+        found, _ = replace(criterion, **given)(SimpleNamespace(net=case.net), case.x_B, TRUE, first=0)
+        assert torch.equal(found, criterion(case.net, case.x_B, TRUE, first=0)[0])
     assert Guidance(Schedule("constant", 1.0), SimpleNamespace(net=project)).guide is project
     assert project(SimpleNamespace(net=torch.nn.Linear(2, 2))) == []
 
@@ -172,13 +176,13 @@ WRONG_CALLS = {
 @pytest.mark.parametrize("name", WRONG_CALLS)
 def test_samples_that_do_not_fit_are_refused(name):
     kind, wrong, message = WRONG_CALLS[name]
-    loss, case, _ = loss_of(kind, OBJECTIVES["mle"])
+    criterion, case, _ = loss_of(kind, OBJECTIVES["mle"])
     with pytest.raises(ValueError, match=message):
-        loss(**{"net": case.net, "x": case.x_B, "c": TRUE, "first": 0} | wrong)
+        criterion(**{"net": case.net, "x": case.x_B, "c": TRUE, "first": 0} | wrong)
 
 
 def test_ddo_needs_as_many_generated_samples():
-    loss, case, more = loss_of("diffusion", OBJECTIVES["ddo"])
+    criterion, case, more = loss_of("diffusion", OBJECTIVES["ddo"])
     x, c = more["generated"]
     for generated, message in (
         (None, r"needs generated=\(x, c\)"),
@@ -187,7 +191,7 @@ def test_ddo_needs_as_many_generated_samples():
         ((x, c + 1), "generated c has conditions 1 .. 3"),
     ):
         with pytest.raises(ValueError, match=message):
-            loss(case.net, case.x_B, TRUE, first=0, generated=generated)
+            criterion(case.net, case.x_B, TRUE, first=0, generated=generated)
 
 
 class Elsewhere(torch.Tensor):
@@ -201,17 +205,17 @@ class Elsewhere(torch.Tensor):
 
 
 def test_generated_samples_move_to_the_device_of_x():
-    loss, case, more = loss_of("diffusion", OBJECTIVES["ddo"])
+    criterion, case, more = loss_of("diffusion", OBJECTIVES["ddo"])
     elsewhere = tuple(each.as_subclass(Elsewhere) for each in more["generated"])
-    values = [loss(case.net, case.x_B, TRUE, first=0, generated=each)[0] for each in (more["generated"], elsewhere)]
-    assert torch.equal(*values)
+    losses = [criterion(case.net, case.x_B, TRUE, first=0, generated=each)[0] for each in (more["generated"], elsewhere)]
+    assert torch.equal(*losses)
 
 
 def test_every_sample_is_checked_once(monkeypatch):
-    loss, case, _ = loss_of("diffusion", OBJECTIVES["mle"])
+    criterion, case, _ = loss_of("diffusion", OBJECTIVES["mle"])
     checked = []
     monkeypatch.setattr(Diffusion, "check", lambda self, x_B: checked.append(x_B))
-    loss(case.net, case.x_B, TRUE, first=0)
+    criterion(case.net, case.x_B, TRUE, first=0)
     assert len(checked) == 1
 
 

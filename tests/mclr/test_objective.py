@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from toy import CONTRASTS, GENERATED, KINDS, MISMATCHED, RAMP, Counted, Draws64, Given, K, V, float64, logits_of, toy, wave
+from toy import CONTRASTS, GENERATED, KINDS, MISMATCHED, RAMP, Counted, Draws64, Given, K, float64, logits_of, toy
 
-from mclr.adapters import PlainSequence, from_denoiser, from_logits, own_logits
+from mclr.adapters import from_denoiser, own_logits
 from mclr.likelihood import Probe, score
 from mclr.next_scale import NextScale
 from mclr.objective import Objective
@@ -290,28 +290,6 @@ def test_metrics_are_averages_without_gradient():
     own = torch.arange(8)[:, None]
     assert 0 < metrics["contrast_share"] < 1 and torch.isclose(metrics["contrast_share"], rows.contrast_BT.ne(own).float().mean())
     assert loss_B.shape == (8,) and loss_B.dtype == torch.float32
-
-
-@pytest.mark.parametrize("lam", [0.3, 1.0, 4.0, -0.5])
-@float64()
-def test_null_loss_of_tokens_is_likelihood_and_renyi_divergence(lam):
-    """loss = -l+ - lam D_b(q_c, sg q_null) - lam l_null: the last term is a constant, so the gradients are those of the first two."""
-
-    def loss_V(logits_2V: Tensor) -> Tensor:
-        """Of each of the V codes as a single token under condition 0; K = 1, so the null condition is row 1."""
-        paradigm, objective, c_B = NextScale((1,), 1, PlainSequence()), Objective("mclr", "null", lam), torch.zeros(V).long()
-        probe = paradigm.probe(torch.arange(V)[:, None], Given())
-        rows = objective.rows(probe, c_B, 1, Given(), None)
-        return objective(score(paradigm, from_logits(lambda before, c_R: logits_2V[c_R][:, None]), probe, rows), rows)[0]
-
-    def expected_V(logits_2V: Tensor) -> Tensor:
-        z_V, null_V = logits_2V[0].log_softmax(-1), logits_2V[1].log_softmax(-1).detach()
-        return -z_V - lam * (b * z_V + (1 - b) * null_V).logsumexp(-1) / (b - 1)
-
-    logits_2V, b = 2 * wave(2, V), 1 / (1 + lam)
-    assert close(loss_V(logits_2V), expected_V(logits_2V) - lam * logits_2V[1].log_softmax(-1))
-    jacobians = [torch.autograd.functional.jacobian(function, logits_2V) for function in (loss_V, expected_V)]
-    assert close(*jacobians) and jacobians[0][:, 1].eq(0).all()
 
 
 @float64()

@@ -29,14 +29,14 @@ class Denoiser(nn.Module):
 
 def trained(denoiser, objective, posterior, steps=1100, batch=128):
     paradigm = mclr.Diffusion(shape=(1, 1, 1), null=K, noise_mean=-0.6, noise_std=1.4, sigma_data=1.0)
-    loss = mclr.Loss(paradigm, objective, posterior=posterior)
+    criterion = mclr.Loss(paradigm, objective, posterior=posterior)
     net = mclr.from_denoiser(denoiser, sigma_data=1.0)
     optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99))
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 0.02 * min(1, step / 50) * (1 - step / steps)
         x, c = ORACLE.sample(mclr.Draws(1, list(range(step * batch, (step + 1) * batch))))
-        value, _ = loss(net, x, c, first=step * batch)
-        value.backward()
+        loss, _ = criterion(net, x, c, first=step * batch)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return net, paradigm
@@ -58,14 +58,16 @@ def test_a_plain_denoiser_reaches_the_guided_optimum():
     with torch.no_grad():
         mine = denoiser(noisy, sigma, c)
 
-    def off(pred):
-        return float(((pred - guided).square().sum() / guided.square().sum()).sqrt())
+    def off(found, expected):
+        return float(((found - expected).square().sum() / expected.square().sum()).sqrt())
 
-    assert off(mine) < 0.05 and off(conditional) > 0.2, (off(mine), off(conditional))
-    samples = paradigm.sample(
-        net, torch.tensor([0, 1, 2, K]), mclr.Guidance(mclr.Schedule("constant", 0.5)), mclr.Draws(3, [0, 1, 2, 3])
-    )
-    assert samples.shape == (4, 1, 1, 1) and samples.isfinite().all()
+    assert off(mine, guided) < 0.05 and off(conditional, guided) > 0.2, (off(mine, guided), off(conditional, guided))
+    # the same noise becomes nearly the same samples, without guidance
+    oracle, guidance = mclr.from_denoiser(ORACLE.denoise, sigma_data=1.0), mclr.Guidance(mclr.Schedule("constant", LAM))
+    c, seeds = torch.arange(300) % K, list(range(300))
+    asked = ((net, mclr.Guidance()), (oracle, guidance), (oracle, mclr.Guidance()))
+    mine, guided, plain = (paradigm.sample(network, c, how, mclr.Draws(3, seeds)) for network, how in asked)
+    assert off(mine, guided) < 0.1 and off(plain, guided) > 0.2, (off(mine, guided), off(plain, guided))
 
 
 L, V = 5, 4
@@ -123,9 +125,9 @@ def test_logits_of_ones_own_have_a_loss_with_a_gradient(contrast, spoken):
     """Plain maximum likelihood is the cross-entropy of the network's own logits; the ratio changes it."""
     language, net, paradigm = spoken
     tokens, c = torch.arange(30).view(6, L) % V, torch.arange(6) % K
-    loss = mclr.Loss(paradigm, mclr.Objective("mclr" if contrast else "mle", contrast, lam=0.7 if contrast else 0.0))
-    value, metrics = loss(net, tokens, c, first=0)
-    value.backward()
+    criterion = mclr.Loss(paradigm, mclr.Objective("mclr" if contrast else "mle", contrast, lam=0.7 if contrast else 0.0))
+    loss, metrics = criterion(net, tokens, c, first=0)
+    loss.backward()
     assert all(p.grad is not None for p in language.parameters())
     kept = mclr.Loss(paradigm, mclr.Objective(), drop_condition=0.0)(net, tokens, c, first=0)[0]
     expected = nn.functional.cross_entropy(language(tokens[:, :-1], c).transpose(1, 2), tokens)
@@ -136,7 +138,7 @@ def test_logits_of_ones_own_have_a_loss_with_a_gradient(contrast, spoken):
 def test_logits_of_ones_own_are_sampled_and_guided(spoken):
     """With guidance the tokens are those of a network whose logits are mixed: (1 + gamma) z_c - gamma z_null."""
     language, net, paradigm = spoken
-    c, seeds = torch.arange(600) % K, list(range(600))
+    c, seeds = torch.arange(3000) % K, list(range(3000))
 
     def mixed(previous, c):
         return 1.8 * language(previous, c) - 0.8 * language(previous, torch.full_like(c, K))
@@ -144,8 +146,8 @@ def test_logits_of_ones_own_are_sampled_and_guided(spoken):
     guidance = mclr.Guidance(mclr.Schedule("constant", 0.8))
     guided = paradigm.sample(net, c, guidance, mclr.Draws(0, seeds))
     plain = paradigm.sample(mclr.from_logits(mixed), c, mclr.Guidance(), mclr.Draws(0, seeds))
-    assert guided.shape == (600, L) and (guided == plain).all(1).float().mean() >= 0.99
-    # and they follow the logits: first token, by condition
-    share = torch.stack([torch.bincount(plain[c == k, 0], minlength=V) / 200 for k in range(K)])
+    assert guided.shape == (3000, L) and (guided == plain).all(1).float().mean() >= 0.99
+    # and they follow the logits: first token, by condition, within five standard errors
+    share = torch.stack([torch.bincount(plain[c == k, 0], minlength=V) / 1000 for k in range(K)])
     expected = mixed(plain[:K, :0], torch.arange(K))[:, 0].softmax(-1)
-    assert (share - expected).abs().max() < 0.12
+    assert ((share - expected).abs() < 5 * (expected * (1 - expected) / 1000).sqrt() + 1e-3).all()

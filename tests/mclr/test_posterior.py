@@ -40,21 +40,6 @@ def test_prefix_posterior_is_bayes_rule_by_enumeration(scales):
     assert (posterior_NLK[:, -1] - 1 / K).abs().max() > 0.1
 
 
-@float64()
-def test_tokens_of_a_scale_share_the_posterior_of_the_scales_before():
-    case = toy("tokens")
-    probe, _ = case.ask(Objective())
-    posterior_BLK, _ = case.posterior(probe, case.c_B)
-    assert posterior_BLK[:, 0].eq(1 / K).all()
-    first, second, third = posterior_BLK[:, :1], posterior_BLK[:, 1:5], posterior_BLK[:, 5:]
-    for scale in (first, second, third):
-        assert scale.eq(scale[:, :1]).all()
-    changed = case.x_B.clone()
-    changed[:, 1] = (changed[:, 1] + 1) % V
-    again, _ = case.posterior(case.paradigm.probe(changed, None), case.c_B)
-    assert torch.equal(again[:, :5], posterior_BLK[:, :5]) and (again[:, 5:] - third).abs().amin(1).max() > 1e-3
-
-
 def test_prefix_posterior_carries_no_gradient_and_is_fp32():
     case = toy("tokens", torch.float32)
     probe, _ = case.ask(Objective())

@@ -136,14 +136,6 @@ def test_noise_is_added_inside_the_window_alone(churn, rise):
     assert x.item() == pytest.approx(1 + 1.5 * math.sqrt((1 + rise) ** 2 - 1) * (10 + 3 + 0.5), rel=1e-12)
 
 
-def test_churn_outside_its_window_is_heun():
-    """Bit for bit, and without a source of noise."""
-    start, sigmas = torch.tensor([7.0, -50.0, 0.3]), sigma_grid(18, 0.002, 80.0)
-    plain = heun(gaussian(MU, C), start, sigmas, None)
-    assert torch.equal(heun(gaussian(MU, C), start, sigmas, None, 40.0, churn_min=100.0), plain)
-    assert torch.equal(heun(gaussian(MU, C), start, sigmas, None, 40.0, churn_max=0.001), plain)
-
-
 def test_the_last_step_goes_to_the_denoised_image():
     """Down to 0 there is one evaluation, no correction and no noise: 2 * steps - 1 evaluations of Heun and of the SDE."""
     for solver, evaluations in ((euler, 5), (heun, 9), (sde, 9)):
@@ -241,16 +233,6 @@ def test_mean_and_variance_are_those_of_the_continuous_limit(name):
     assert exact["sde"] == pytest.approx(of_sde, abs=0.006) and exact["heun"] == pytest.approx(of_ode, abs=0.006)
     for solver in ("sde", "heun"):
         assert sampled(schedule, 900, solver, sigma_max=800.0) == pytest.approx(exact[solver], rel=0.01, abs=0.002)
-
-
-@float64()
-def test_the_window_that_keeps_the_variance_of_the_ode():
-    """ln z* = k ln r / (w + k), sigma*^2 = (c - z* u) / (z* - 1) for +w above sigma* and -k below (derived)."""
-    for weight in (1.0, 3.0):
-        z = math.exp(math.log(R) / (weight + 1))
-        turn = math.sqrt((C - z * U) / (z - 1))
-        assert limit(window(turn, weight))["heun"][1] == pytest.approx(1, abs=1e-3)
-    assert turn == pytest.approx(1.767, abs=5e-4)
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,7 @@ def loaded(name):
     return mclr.load(name, device="cpu")
 
 
-@pytest.mark.parametrize("gamma", [0.0, 1.5])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "gamma"), [("edm2-digits", 1.5), ("var-digits", 0.0), ("var-digits", 1.5)])
 def test_exact_images_are_those_of_the_command(name, gamma, tmp_path):
     """Bit for bit, with the command's own steps and micro-batch, from a seed in the middle of it."""
     argv = [name, "--out", str(tmp_path), "--count", "13", "--seed", "10", f"sample.gamma={gamma}"]
@@ -42,29 +41,23 @@ def test_exact_images_are_those_of_the_command(name, gamma, tmp_path):
         assert np.array_equal(model.sample(classes, seed=10, gamma=given, exact=True).numpy(), expected)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_few_images_take_a_short_batch_and_look_the_same(name):
-    """As the command's full micro-batches: before rounding diffusion differs by less than 1e-4; of tokens 99.9 % of images are equal."""
-    model, widths = loaded(name), []
+@pytest.mark.parametrize(("name", "count"), [("edm2-digits", 60), ("var-digits", 300)])
+def test_few_images_take_a_short_batch_and_look_the_same(name, count, monkeypatch):
+    """As the command's full micro-batches: before rounding diffusion differs by less than 1e-4, and tokens are the same."""
+    model, widths, c_N, seeds = loaded(name), [], torch.arange(count) % 10, range(32, 32 + count)
     real = type(model.paradigm).sample
 
-    def counted(self, net, c_B, *others):
+    def counted(self, net, c_B, *more):
         widths.append(len(c_B))
-        return real(self, net, c_B, *others)
+        return real(self, net, c_B, *more)
 
-    count = 1000 if name == "var-digits" else 60
-    c_N = torch.arange(count) % 10
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(model.paradigm), "sample", counted)
-        short = torch.cat([model.draw(c_N[i : i + 5], range(i, i + 5), short=True) for i in range(0, count, 5)])
-        assert set(widths) == {8}
-        widths.clear()
-        exact = model.draw(c_N, range(count))
-        assert set(widths) == {model.batch} and model.batch > 60
-    if name == "var-digits":
-        assert (short == exact).all(1).float().mean() >= 0.999
-    else:
-        assert (short - exact).abs().max() < 1e-4
+    monkeypatch.setattr(type(model.paradigm), "sample", counted)
+    short = torch.cat([model.draw(c_N[i : i + 5], seeds[i : i + 5], short=True) for i in range(0, count, 5)])
+    assert set(widths) == {8}
+    widths.clear()
+    exact = model.draw(c_N, seeds)
+    assert set(widths) == {model.batch} and model.batch > 60
+    assert torch.equal(short, exact) if name == "var-digits" else (short - exact).abs().max() < 1e-4
 
 
 def test_a_training_network_samples_without_dropout_and_trains_on(tmp_path):
@@ -198,7 +191,3 @@ def test_classes_have_numbers_and_names():
     assert conditions_of(["dog", 0, "1", "3"], 3, names) == [1, 0, 1, 2]
     with pytest.raises(ValueError, match="no class is named 'cow': give numbers, or names like cat"):
         conditions_of(["cow"], 3, names)
-
-
-def test_a_shape_may_be_a_list():
-    mclr.Diffusion(shape=[1, 8, 8], null=10).check(torch.zeros(2, 1, 8, 8))
