@@ -259,9 +259,8 @@ def infer_vqvae(shape: Shapes) -> VQVAEConfig:
     )
 
 
-def vqvae_constants(config: VQVAEConfig) -> dict[str, Tensor]:
-    """How often each code was used at each scale in training, which we do not record."""
+def counters(config: VQVAEConfig) -> dict[str, Tensor]:
     return {"quantize.ema_vocab_hit_SV": torch.zeros(len(config.scales), config.vocab_size)}
 
 
-PUBLISHED = Published("quantize.embedding.weight", infer_vqvae, RENAMES, IGNORED, vqvae_constants)
+PUBLISHED = Published("quantize.embedding.weight", infer_vqvae, RENAMES, IGNORED, counters)

@@ -131,10 +131,10 @@ def read_preset(kind: str, name: str) -> dict[str, Any]:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The sections of a YAML file. Raises UserError with the place of the fault."""
-    # reading a pipe would wait, and a device may have no end
-    if path.exists() and not path.is_file():
-        raise UserError(f"cannot read {path}: it is no regular file")
     try:
+        # reading a pipe would wait, and a device may have no end
+        if path.exists() and not path.is_file():
+            raise UserError(f"cannot read {path}: it is no regular file")
         sections = parse_yaml(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None

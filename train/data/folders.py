@@ -185,11 +185,14 @@ def find_images(src: Path) -> Found:
         else:
             labels = _by_folders(tree)
     class_names = sorted(set(labels.values()))
-    if all(map(str.isdecimal, class_names)):
+    by_number = all(map(str.isdecimal, class_names))
+    if by_number:
         class_names.sort(key=int)
     condition = {name: c for c, name in enumerate(class_names)}
     files, val = ([(name, condition[label]) for name, label in split.items()] for split in (labels, held_out))
-    said.append(f"{len(class_names)} classes: {_numbered(class_names)}")
+    shown = [f"{c} {name}" for c, name in enumerate(class_names)]
+    shown[10:-1] = ["..."] if len(shown) > 12 else shown[10:-1]
+    said.append(f"{len(class_names)} classes: {', '.join(shown)}" + " (in numeric order)" * by_number)
     return Found(tree, tuple(class_names), files, val or None, said)
 
 
@@ -216,13 +219,6 @@ def _only_folder(tree: Tree) -> str | None:
     folders, images = _level(tree)
     alone = len(folders) == 1 and not {LABELS, TABLE}.intersection(tree.entries)
     return folders[0] if alone and min((name.count("/") for name in images), default=0) > 1 else None
-
-
-def _numbered(class_names: list[str]) -> str:
-    """The first classes and the last one, each with its condition."""
-    shown = [f"{c} {name}" for c, name in enumerate(class_names)]
-    shown[10:-1] = ["..."] if len(shown) > 12 else shown[10:-1]
-    return ", ".join(shown) + " (in numeric order)" * (class_names != sorted(class_names))
 
 
 def _splits(tree: Tree) -> tuple[str, str] | None:

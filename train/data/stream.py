@@ -288,17 +288,13 @@ class Stream(Source):
             self.taken += 1
             if not isinstance(drawn.image, Damaged):
                 return drawn
-            self._pass_over(drawn.key, drawn.image)
+            if not self.data.damaged:
+                raise drawn.image
+            if drawn.key not in self.found:
+                self.found.add(drawn.key)
+                tqdm.write(f"passed over: {drawn.image}", file=sys.stderr)
+            self.unreadable += 1
+            if self.unreadable > max(FEW, self.data.damaged * self.taken):
+                what = f"{self.unreadable} of {self.taken} samples read from {self.data.path} are damaged"
+                raise UserError(f"{what}, more than data.damaged={self.data.damaged:g}; {drawn.image}")
         raise UserError(f"no image came from {reader.url} for {PATIENCE:.0f} s: see that it is there and can be reached")
-
-    def _pass_over(self, key: str, why: Damaged) -> None:
-        tolerated = self.data.damaged
-        if not tolerated:
-            raise why
-        if key not in self.found:
-            self.found.add(key)
-            tqdm.write(f"passed over: {why}", file=sys.stderr)
-        self.unreadable += 1
-        if self.unreadable > max(FEW, tolerated * self.taken):
-            what = f"{self.unreadable} of {self.taken} samples read from {self.data.path} are damaged"
-            raise UserError(f"{what}, more than data.damaged={tolerated:g}; {why}")
