@@ -18,10 +18,7 @@ Gaussian = tuple[Tensor, Tensor]  # mean [D] and covariance [D, D]
 
 
 class Moments:
-    """Mean [D] and covariance [D, D] of rows that come a batch at a time, in float64 (Chan et al. 1982, eq. 2.1).
-
-    Each batch is summed around its own mean, so that large means cost no digits.
-    """
+    """Mean [D] and covariance [D, D] of rows that come in batches, each summed around its own mean (Chan et al. 1982, eq. 2.1)."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -38,17 +35,16 @@ class Moments:
         self.count += len(rows_BD)
 
     def gaussian(self) -> Gaussian:
-        """The covariance is the unbiased one, divided by N - 1. N >= 2."""
+        """The covariance is the unbiased one. Raises ValueError for fewer than two rows."""
         if self.count < 2:
             raise ValueError(f"{self.count} rows of features; at least 2 are needed")
         return self.mean_D, self.scatter_DD / (self.count - 1)
 
 
 def moments(features_ND: Tensor) -> Gaussian:
-    """Mean [D] and unbiased covariance [D, D] of the rows, float64. N >= 2."""
-    _checked(features_ND, "features", rows=2)
+    """Mean [D] and unbiased covariance [D, D] of two rows or more."""
     running = Moments()
-    for rows in features_ND.split(CHUNK):
+    for rows in _checked(features_ND, "features", rows=2).split(CHUNK):
         running.add(rows)
     return running.gaussian()
 
@@ -58,8 +54,8 @@ def frechet_from_moments(mean_a_D: Tensor, cov_a_DD: Tensor, mean_b_D: Tensor, c
 
     Units: feature units squared. Singular covariances are fine. Source: Heusel et al. 2017 (arXiv 1706.08500), eq. 6.
     """
-    mean_a_1D, mean_b_1D = (mean_D.double() for mean_D in _checked_pair(mean_a_D[None], mean_b_D[None], "means", 1))
-    cov_a_DD, cov_b_DD = (cov_DD.double() for cov_DD in _checked_pair(cov_a_DD, cov_b_DD, "covariances", 1))
+    mean_a_1D, mean_b_1D = _checked_pair(mean_a_D[None].double(), mean_b_D[None].double(), "means", 1)
+    cov_a_DD, cov_b_DD = _checked_pair(cov_a_DD.double(), cov_b_DD.double(), "covariances", 1)
     # tr (A^1/2 B A^1/2)^1/2 is the sum of the singular values of A^1/2 B^1/2; so no square root of a rounding error is taken.
     overlap = torch.linalg.svdvals(_square_root(cov_a_DD) @ _square_root(cov_b_DD)).sum()
     distance = (mean_a_1D - mean_b_1D).square().sum() + cov_a_DD.trace() + cov_b_DD.trace() - 2 * overlap
@@ -72,10 +68,7 @@ def frechet_distance(features_a_ND: Tensor, features_b_MD: Tensor) -> float:
 
 
 def class_frechet_distance(a: Mapping[int, Gaussian], b: Mapping[int, Gaussian]) -> float:
-    """Mean over conditions of the FD between the Gaussians of that condition: also sees a right image under a wrong condition.
-
-    Both sets need all conditions. Source: derived from frechet_distance; the mean has equal weights.
-    """
+    """Mean over conditions of the FD within each, which both sets need: also sees a right image under a wrong condition (derived)."""
     if missing := sorted(a.keys() ^ b.keys()):
         raise ValueError(f"condition {missing[0]} is in one set alone; both sets need at least 2 rows of each")
     if not a:
@@ -85,10 +78,8 @@ def class_frechet_distance(a: Mapping[int, Gaussian], b: Mapping[int, Gaussian])
 
 def neighbour_radii(features_ND: Tensor, k: tuple[int, ...] = NEIGHBOURS, progress: Progress = iter) -> Tensor:
     """Distance of every row to its k-th neighbour, float64 [N, len(k)], in one pass over the chunks. N > k; as exact as one distance."""
-    features_ND = _checked(features_ND, "features", rows=max(k) + 1)
-    radii_NK = torch.empty(len(features_ND), len(k), dtype=torch.float64, device=features_ND.device)
-    # Each row is its own nearest neighbour.
-    most = max(k) + 1
+    most = max(k) + 1  # each row is its own nearest neighbour
+    radii_NK = torch.empty(len(_checked(features_ND, "features", most)), len(k), dtype=torch.float64, device=features_ND.device)
     for rows, square_BN, slack in _squares(features_ND, features_ND, progress):
         farthest_B1 = square_BN.topk(most, largest=False).values[:, -1:]
         _recompute(square_BN, square_BN <= farthest_B1 + slack, features_ND[rows], features_ND)
@@ -106,11 +97,9 @@ def neighbour_scores(
     """precision, recall, density and coverage, in one pass over the distances beside those for radii. N, M > k.
 
     precision: share of the fake rows on the real manifold; recall: of the real rows on the fake one. A manifold is the union of closed
-    balls that reach to each row's k[0]-th neighbour. Source: Kynkäänniemi et al. 2019 (arXiv 1904.06991), eq. 1 and 2. One outlier
-    owns a huge ball, which does not matter to the other two.
+    balls that reach to each row's k[0]-th neighbour (Kynkäänniemi et al. 2019, arXiv 1904.06991, eq. 1 and 2).
     density: real balls around a fake row, mean over rows, divided by k[1] (may exceed 1); coverage: share of real balls hit. These
-    balls reach to the k[1]-th real neighbour and are open, so that a set has density exactly 1 with itself.
-    Source: Naeem et al. 2020 (arXiv 2002.09797), section 3.2.
+    balls are open and reach to the k[1]-th real neighbour, so that outliers matter less (Naeem et al. 2020, arXiv 2002.09797, section 3.2).
     real_radii: neighbour_radii(real, k), where they are known. Every comparison is that of distances computed as differences.
     """
     real_ND, fake_MD = _checked_pair(real_ND, fake_MD, "features", rows=max(k) + 1)
@@ -165,7 +154,7 @@ def icr(h1_ND: Tensor, h2_ND: Tensor) -> float:
     h1, h2: features of two independent views of each image, s + xi_1 and s + xi_2: S_s is the covariance of what the views of an
     image share, S_xi that of what they do not. 1: they share nothing. N >= 2 D; unchanged by any invertible linear map.
     The trace is debiased for Gaussian features, E[S^-1] = (N - 1) / (N - D - 2) Sigma^-1 (derived); so an estimate may exceed 1 a
-    little. Raises ValueError, beside the rest, where the views do not differ in some direction. Source: arXiv 2606.09718.
+    little. Source: arXiv 2606.09718.
     """
     if h1_ND.shape != h2_ND.shape or h1_ND.ndim != 2:
         raise ValueError(f"views {tuple(h1_ND.shape)} and {tuple(h2_ND.shape)} are not two of each image")
