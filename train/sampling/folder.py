@@ -29,12 +29,7 @@ MOST_IMAGES = 10_000_000  # of one call, each a file
 
 
 def draw(
-    load: Callable[[], Model],
-    record: dict[str, Any],
-    out: Path,
-    conditions: list[int],
-    seeds: range,
-    keep_tokens: bool = False,
+    load: Callable[[], Model], record: dict[str, Any], out: Path, conditions: list[int], seeds: range, keep_tokens: bool = False
 ) -> dict[str, Any]:
     """Write the images of these seeds that `out` does not hold yet, its contact sheet and its sample.json. Returns the settings.
 
@@ -81,7 +76,15 @@ def draw_missing(
     with collective():
         model = load().counted()
         if rank == 0:
-            make_folder(out, record, keep_tokens)
+            try:
+                for folder in ("images", "tokens") if keep_tokens else ("images",):
+                    (out / folder).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise CannotWrite(out, error) from error
+            write_json(out / "sample.json", record)
+            # what was made from fewer images
+            (out / "samples.npz").unlink(missing_ok=True)
+            shutil.rmtree(out / "dataset", ignore_errors=True)
     # a block: the missing seeds of one micro-batch; a turn: one block for every rank, the last one perhaps for some
     blocks = [dict(block) for _, block in groupby(missing.items(), lambda item: item[0] // model.batch)]
     turns = [blocks[first : first + ranks] for first in range(0, len(blocks), ranks)]
@@ -121,18 +124,6 @@ def draw_block(model: Model, wanted: dict[int, Path], conditions: list[int], kee
         if keep_tokens:
             write_file(token_path(path), in_memory(np.save, arr=x_N[s - first].cpu().numpy()))
         write_file(path, png(images_NCHW[s - first]))
-
-
-def make_folder(out: Path, record: dict[str, Any], keep_tokens: bool) -> None:
-    """Make the folders for images, and remove what was made from fewer images. Raises CannotWrite."""
-    try:
-        for folder in ("images", "tokens") if keep_tokens else ("images",):
-            (out / folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CannotWrite(out, error) from error
-    write_json(out / "sample.json", record)
-    (out / "samples.npz").unlink(missing_ok=True)
-    shutil.rmtree(out / "dataset", ignore_errors=True)
 
 
 def refuse_other(out: Path, record: dict[str, Any]) -> None:
