@@ -19,11 +19,10 @@ SAMPLING, VIEWS, PROJECTION, LOSS, ENCODING = (2**63 + n for n in range(5))
 
 
 class Draws:
-    """Random numbers of a batch, drawn per sample from (seed, position): the same on any number of ranks, after any resume.
+    """Random numbers of a batch, drawn per sample from (seed, position): the same in any batch, on any number of ranks, after any resume.
 
     seed: of the run. positions: one integer per sample, its global place in training, or the seed of the image in sampling.
-    Every call advances each sample's own stream, so a sample's numbers do not depend on the batch it sits in.
-    Philox is counter-based (numpy), so neighbouring positions are independent and no global generator is touched.
+    Philox is counter-based (numpy), so neighbouring positions are independent. No global generator is touched.
     """
 
     def __init__(self, seed: int, positions: list[int], device: torch.device | str = "cpu"):
@@ -34,14 +33,13 @@ class Draws:
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal [B, *shape], fp32."""
-        return self._stack([stream.standard_normal(shape, dtype=np.float32) for stream in self.streams])
+        drawn = [stream.standard_normal(shape, dtype=np.float32) for stream in self.streams]
+        return torch.from_numpy(np.stack(drawn)).to(self.device)
 
     def uniform(self, *shape: int) -> Tensor:
         """Uniform in [0, 1), [B, *shape], fp32."""
-        return self._stack([stream.random(shape, dtype=np.float32) for stream in self.streams])
-
-    def _stack(self, arrays: list) -> Tensor:
-        return torch.from_numpy(np.stack(arrays)).to(self.device)
+        drawn = [stream.random(shape, dtype=np.float32) for stream in self.streams]
+        return torch.from_numpy(np.stack(drawn)).to(self.device)
 
 
 @dataclass(frozen=True)

@@ -124,14 +124,11 @@ def neighbour_scores(
     }
 
 
-def class_accuracy(prediction: Tensor, c_N: Tensor) -> float:
-    """Share of the rows that the judge puts under their own condition. prediction: scores [N, K], or conditions [N]."""
-    if c_N.ndim != 1 or len(prediction) != len(c_N) or len(c_N) == 0:
-        raise ValueError(f"conditions {tuple(c_N.shape)} do not go with values {tuple(prediction.shape)}: one per row is needed")
-    if not prediction.isfinite().all():
-        raise ValueError("the predictions hold non-finite values")
-    predicted_N = prediction.argmax(1) if prediction.ndim == 2 else prediction
-    return (predicted_N == c_N).double().mean().item()
+def class_accuracy(prob_NK: Tensor, c_N: Tensor) -> float:
+    """Share of the rows that the judge puts under their own condition. prob_NK: its scores of the conditions."""
+    if c_N.shape != _checked(prob_NK, "scores", rows=1).shape[:1]:
+        raise ValueError(f"conditions {tuple(c_N.shape)} do not go with scores {tuple(prob_NK.shape)}: one per row is needed")
+    return (prob_NK.argmax(1) == c_N).double().mean().item()
 
 
 def inception_score(prob_NK: Tensor, split: int = 5000) -> float:

@@ -63,10 +63,9 @@ class PrefixPosterior:
 def calibration(posterior_BTK: Tensor, c_B: Tensor, truncate: float) -> dict[str, Tensor]:
     """Calibration of the posterior on samples of known conditions c_B: 0-d tensors, averages over samples x terms.
 
-    posterior_bin_0 ... 9: hit minus confidence where the largest probability lies in that one of ten equal bins, 0 elsewhere; averages
-    over micro-batches and ranks are those of the whole batch, which their absolute values would not be (fold_bins).
-    posterior_tail: share whose own class is in the tail that `truncate` never draws (classes of equal probability count as drawn); at
-    most `truncate` where the posterior is calibrated, more where it is over-confident.
+    posterior_bin_0 ... 9: hit minus confidence where the largest probability lies in that one of ten equal bins, 0 elsewhere; they can
+    be averaged over micro-batches and ranks, as their absolute values (fold_bins) cannot. posterior_tail: share whose own class is in
+    the tail that `truncate` never draws; at most `truncate` where the posterior is calibrated, more where it is over-confident.
     """
     c_BT1 = c_B[:, None, None].expand(*posterior_BTK.shape[:2], 1)
     confidence_BT1, guess_BT1 = posterior_BTK.max(-1, keepdim=True)
@@ -88,6 +87,6 @@ def fold_bins(metrics: dict[str, float]) -> dict[str, float]:
     al. 2017, arXiv 1706.04599, Eq. 3), on the training images of one step. Small batches bias it upward: a perfect posterior
     reads up to 1.1 / sqrt(batch), .14 at 64 samples (derived), so compare readings of one train.batch.
     """
-    bins = [value for name, value in metrics.items() if name.startswith(BIN)]
     rest = {name: value for name, value in metrics.items() if not name.startswith(BIN)}
-    return rest | {"posterior_ece": sum(map(abs, bins))} if bins else rest
+    ece = sum(abs(value) for name, value in metrics.items() if name.startswith(BIN))
+    return rest | {"posterior_ece": ece} if len(rest) < len(metrics) else rest

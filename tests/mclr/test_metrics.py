@@ -26,20 +26,6 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def rotation(size: int) -> torch.Tensor:
-    return torch.linalg.qr(draw(size, size, seed=7)).Q
-
-
-def test_frechet_is_a_squared_distance():
-    a, b, turn = draw(50, 6), 1.5 * draw(70, 6, seed=1) + 0.3, rotation(6)
-    distance = frechet_distance(a, b)
-    assert frechet_distance(b, a) == pytest.approx(distance, rel=1e-10)
-    assert frechet_distance(a @ turn + 4, b @ turn + 4) == pytest.approx(distance, rel=1e-10)
-    assert frechet_distance(3 * a, 3 * b) == pytest.approx(9 * distance, rel=1e-10)
-    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-12)
-    assert frechet_distance(a, a + 2) == pytest.approx(6 * 4, rel=1e-10)
-
-
 def test_frechet_of_singular_covariances():
     # Fewer rows than features, and a constant feature: exact zero with itself, the shift alone with a shifted copy.
     few = 100 * draw(5, 64)
@@ -69,11 +55,6 @@ def test_running_moments_do_not_depend_on_batches_or_on_large_means(sizes):
         running.add(part)
     assert running.count == 60
     torch.testing.assert_close(running.gaussian(), (rows.mean(0), torch.cov(rows.T)), rtol=1e-7, atol=1e-7)
-
-
-def test_moments_of_one_feature():
-    mean, covariance = moments(torch.tensor([[1.0], [3.0]]))
-    assert (mean.tolist(), covariance.tolist()) == ([2.0], [[2.0]])
 
 
 def test_class_frechet_sees_swapped_conditions():
@@ -176,7 +157,7 @@ def test_error_of_squared_distances_is_bounded(scale):
 
 def test_class_accuracy():
     c, scores = torch.tensor([0, 1, 2, 2]), torch.eye(3)[[0, 1, 2, 0]]
-    assert class_accuracy(scores, c) == class_accuracy(scores.argmax(1), c) == 0.75
+    assert class_accuracy(scores, c) == 0.75
 
 
 def test_inception_score_is_a_mean_over_splits():
@@ -238,7 +219,7 @@ BROKEN[3, 1] = math.nan
         (lambda: neighbour_scores(GOOD, GOOD[:, :2]), "3 and 2 features"),
         (lambda: neighbour_radii(GOOD[:5]), "5 rows of features; at least 6"),
         (lambda: class_accuracy(GOOD, C[:3]), "one per row is needed"),
-        (lambda: class_accuracy(BROKEN, C), "non-finite"),
+        (lambda: class_accuracy(BROKEN, C), "1 of 10 rows of scores are not finite"),
         (lambda: inception_score(GOOD), "softmax"),
         (lambda: icr(GOOD, GOOD[:5]), "not two of each image"),
         (lambda: icr(GOOD[:5], GOOD[:5]), "5 rows of views; at least 6"),
