@@ -12,8 +12,6 @@ import hashlib
 import json
 import zlib
 from dataclasses import asdict, dataclass
-from functools import lru_cache
-from io import BytesIO
 from itertools import zip_longest
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from mclr.train.data.dataset import Batch
 from mclr.train.data.encoders import VAE_WEIGHTS, Encoder, Latents, Tokens, find_vae, from_uint8
 from mclr.train.data.source import Source
 from mclr.train.system.console import progress_bar
-from mclr.train.system.files import checksum, lock, write_file, write_json
+from mclr.train.system.files import checksum, in_memory, lock, write_file, write_json
 from mclr.train.system.ranks import world
 from mclr.train.weights.folder import find_weights, sha256
 
@@ -74,6 +72,8 @@ class Cache:
         self.folder = dataset / FOLDER / name
         self.record = np.dtype([("crc", "<u4"), ("x", np.dtype(key.dtype).newbyteorder("<"), key.shape)])
         self.stride = key.views * self.record.itemsize  # bytes of a sample
+        # bytes of the npy header: numpy pads it, so that it does not depend on the number of records
+        self.offset = len(in_memory(np.save, arr=np.empty((0, key.views), self.record)))
         self.files = [self.folder / f"{k:06d}.npy" for k in range(-(-key.count // key.chunk))]
         self.complete = (self.folder / RECORD).exists()
 
@@ -83,7 +83,7 @@ class Cache:
 
     def missing(self) -> list[int]:
         """The files that are not there, or not of their size."""
-        sizes = [len(self._header(k)) + len(self.samples(k)) * self.stride for k in range(len(self.files))]
+        sizes = [self.offset + len(self.samples(k)) * self.stride for k in range(len(self.files))]
         return [k for k, file in enumerate(self.files) if not file.exists() or file.stat().st_size != sizes[k]]
 
     def write(self, k: int, x_nV: np.ndarray) -> None:
@@ -96,7 +96,7 @@ class Cache:
             raise UserError(f"{why}: give weights that are whole, or no --half")
         for i, records_V in zip(self.samples(k), records_nV, strict=True):
             records_V["crc"] = self._crcs(i, records_V)
-        write_file(self.files[k], self._header(k) + records_nV.tobytes())
+        write_file(self.files[k], in_memory(np.save, arr=records_nV))
 
     def finish(self, command: str) -> bool:
         """Remove what a killed job left, and record that the cache is complete. False where another rank has done so."""
@@ -120,7 +120,7 @@ class Cache:
         k, place = divmod(i, self.key.chunk)
         try:
             with open(self.files[k], "rb") as file:
-                file.seek(len(self._header(k)) + place * self.stride)
+                file.seek(self.offset + place * self.stride)
                 records_V = np.frombuffer(file.read(self.stride), self.record)
             if len(records_V) != self.key.views or (records_V["crc"] != self._crcs(i, records_V)).any():
                 raise ValueError("its checksum differs")
@@ -131,20 +131,9 @@ class Cache:
     def _damaged(self, why: str) -> UserError:
         return UserError(f"{self.folder} is damaged ({why}): remove this folder, and make it again with `mclr prepare cache`")
 
-    def _header(self, k: int) -> bytes:
-        return header(self.record, (len(self.samples(k)), self.key.views))
-
     def _crcs(self, i: int, records_V: np.ndarray) -> list[int]:
         # the sum starts at the number of the view, so that the record of another sample does not fit
         return [zlib.crc32(x.tobytes(), i * self.key.views + view) for view, x in enumerate(records_V["x"])]
-
-
-@lru_cache
-def header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
-    """The header of the npy file of such an array."""
-    buffer = BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": dtype.descr, "fortran_order": False, "shape": shape})
-    return buffer.getvalue()
 
 
 def cache_for(source: Source, encoder: Encoder, data: Data, model: Model, dtype: str, views: int) -> Cache:
