@@ -4,6 +4,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+from photos import refused
 
 import mclr.train.bench.data
 from mclr.train.bench.data import main, measure, simulate
@@ -125,6 +126,4 @@ def test_the_digits_are_read_from_shards_and_from_a_cache(digits, tokenizer, tmp
     ],
 )
 def test_bad_arguments_are_one_line(argv, says, capsys):
-    assert run(main, argv) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and says in err
+    assert says in refused(main, argv, capsys)

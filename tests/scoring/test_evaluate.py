@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from photos import refused
 from PIL import Image
 
 from mclr import metrics
@@ -231,9 +232,7 @@ def test_misuse_is_one_line_and_writes_nothing(home, real, tmp_path, capsys):
         ((tmp_path / "short.npz", *data, *judge_), "are not one whole number per image"),
         ((part, *judge_), "holds 59 of 60 images: repeat its `mclr sample` command"),
     ]:
-        assert evaluate_(*argv) == 2, argv
-        out, err = capsys.readouterr()
-        assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and line in err, err
+        assert line in refused(evaluate.main, argv, capsys)
     assert not list(tmp_path.rglob("*evaluation.json"))
 
 
