@@ -14,9 +14,9 @@ import yaml
 from fuzz import cases, check
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from mclr.configs.schema import PRESETS, dump, flatten, load
+from mclr.train.data.images import png
 from mclr.train.data.write import prepare_images
 from mclr.train.weights.folder import BUNDLED
 
@@ -78,7 +78,7 @@ def place(tmp_path_factory, digits):
     for i, image in enumerate(pixels):
         for path in (f"photos/{'ab'[i % 2]}/{i}.png", f"samples/images/{i:06d}-{i % 10}.png"):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(folder / path)
+            (folder / path).write_bytes(png(image[None]))
     (folder / "data").mkdir()
     shutil.copytree(digits, folder / "data/digits")
     prepare_images(folder / "photos", folder / "data/mine", 8, 1)
@@ -123,9 +123,8 @@ def bounds(place):
 def mutated_word(draw, word: str) -> str:
     """A letter dropped, doubled or replaced; or a part of it."""
     i = draw(st.integers(0, max(len(word) - 1, 0)))
-    return draw(
-        st.sampled_from([word[:i] + word[i + 1 :], word[: i + 1] + word[i:], word[:i], word[i:], word.upper(), word + "."])
-    )
+    changed = [word[:i] + word[i + 1 :], word[: i + 1] + word[i:], word[:i], word[i:], word.upper(), word + "."]
+    return draw(st.sampled_from(changed))
 
 
 def sections_of(tree: object) -> list[dict]:
@@ -242,15 +241,18 @@ SAMPLING = st.builds(
     arguments,
 )
 PRESET = mostly("edm2-digits var-digits good.yaml", st.one_of(NAMES, st.sampled_from(MODELS)))
-RUN = {
-    "--model": PRESET,
-    "--objective": mostly("mclr mle cca ddo", NAMES),
-    "--data": DATA,
-    "--engine": mostly("auto local zero1 zero3 8x80gb", NAMES),
-    "--dry-run": None,
-}
+RUN = {"--model": PRESET, "--objective": mostly("mclr mle cca ddo", NAMES), "--data": DATA, "--dry-run": None}
+RUN |= {"--engine": mostly("auto local zero1 zero3 8x80gb", NAMES)}
 INIT = mostly("edm2-digits weights none edm2.pkl", NAMES)
 FIT = {"--data": DATA, "--steps": SMALL, "--batch": SMALL, "--lr": FLOATS, "--seed": HUGE, "--half": None}
+IMAGES = {"--channels": mostly("1 3", SMALL), "--val-share": FLOATS, "--seed": HUGE, "--shard-size": HUGE}
+IMAGES |= {"--resolution": mostly("8 7 16", st.sampled_from(["0", "-1", "x", "1", "9" * 9, "9" * 30]))}
+SAMPLES = {"--out": OUTS, "--data": DATA, "--npz": None, "--dataset": None, "--model": mostly("edm2-digits var-digits", NAMES)}
+SAMPLES |= dict.fromkeys(("--count", "--per-class", "--seed"), HUGE)
+SAMPLES |= {"--classes": mostly("0 0,3", st.sampled_from(["3,3", "10", "-1", "a", "", ",", "9" * 5000]))}
+SCORES = {"--reference": mostly("digits data/digits photos samples.npz samples", NAMES), "--ranges": HUGE, "--icr": None}
+SCORES |= {"--real": st.sampled_from(["all", "train", "val", "x", ""]), "--judge": mostly("digits-classifier", NAMES)}
+SCORES |= {"--judge-weights": NAMES}
 # of each program: what every call begins with, positional arguments, options with their values (None: a switch), what it ends with
 GRAMMAR: dict[str, tuple[list[str], list[st.SearchStrategy[str]], dict[str, st.SearchStrategy[str] | None], list[str]]] = {
     "train": (["--dry-run"], [overrides()], {**RUN, "--init": INIT, "--out": OUTS, "--local_rank": SMALL}, []),
@@ -258,37 +260,13 @@ GRAMMAR: dict[str, tuple[list[str], list[st.SearchStrategy[str]], dict[str, st.S
     "sample": (
         ["--count=2"],
         [mostly("edm2-digits var-digits weights edm2.pkl", NAMES), SAMPLING],
-        {
-            **{"--out": OUTS, "--data": DATA, "--npz": None, "--dataset": None},
-            **dict.fromkeys(("--count", "--per-class", "--seed"), HUGE),
-            "--classes": mostly("0 0,3", st.sampled_from(["3,3", "10", "-1", "a", "", ",", "9" * 5000])),
-            "--model": mostly("edm2-digits var-digits", NAMES),
-        },
+        SAMPLES,
         ["sample.steps=1", "sample.batch=2"],
     ),
-    "evaluate": (
-        [],
-        [mostly("samples samples.npz photos", st.sampled_from(PLACES))],
-        {
-            "--reference": mostly("digits data/digits photos samples.npz samples", NAMES),
-            "--real": st.sampled_from(["all", "train", "val", "x", ""]),
-            "--judge": mostly("digits-classifier", NAMES),
-            **{"--judge-weights": NAMES, "--ranges": HUGE, "--icr": None},
-        },
-        [],
-    ),
+    "evaluate": ([], [mostly("samples samples.npz photos", st.sampled_from(PLACES))], SCORES, []),
     "report": ([], [mostly("tour", NAMES)], {"--out": OUTS, "--markdown": None}, []),
     "prepare digits": ([], [OUTS], {}, []),
-    "prepare images": (
-        [],
-        [mostly("photos", NAMES), OUTS],
-        {
-            "--resolution": mostly("8 7 16", st.sampled_from(["0", "-1", "x", "1", "9" * 9, "9" * 30])),
-            "--channels": mostly("1 3", SMALL),
-            **{"--val-share": FLOATS, "--seed": HUGE, "--shard-size": HUGE},
-        },
-        [],
-    ),
+    "prepare images": ([], [mostly("photos", NAMES), OUTS], IMAGES, []),
     **{f"prepare {kind}": (["--steps=1", "--batch=2"], [OUTS], FIT, []) for kind in ("tokenizer", "classifier", "posterior")},
     "prepare cache": ([], [overrides()], {"--model": PRESET, "--data": DATA, "--half": None}, []),
     "convert": (

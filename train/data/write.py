@@ -81,6 +81,8 @@ def prepare_images(
     src, out = Path(src), Path(out)
     if not (0 <= (val_share or 0) < 1 and 0 <= seed < 2**64):
         raise UserError(f"val share is {val_share} and seed {seed}: the share must be in [0, 1), the seed in [0, 2^64)")
+    if resolution > 2**16:
+        raise UserError(f"resolution {resolution}: at most {2**16} pixels are possible")
     # not resolve(), which raises at a loop of links
     place = Path(os.path.realpath(out))
     if Path(os.path.realpath(src)) in place.parents:
