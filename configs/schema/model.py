@@ -62,8 +62,6 @@ class _Model(Section):
         "Conditions of model.weights. same: those of the data; fresh: all start anew; or a JSON file {class here: condition there, or "
         "null}; null: the same number is taken as the same, any other is refused",
     )
-    paradigm: str = setting(..., PARADIGM)
-    kind: str = setting(..., KIND)
     net: Any = setting(..., "Options of the network")  # its net_section()
 
 

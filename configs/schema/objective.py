@@ -1,18 +1,20 @@
 """The objective section, and the schedule of a weight (objective.lam, sample.gamma)."""
 
 from itertools import chain
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
 
 from mclr.combinations import CONTRASTS, SCHEDULES
-from mclr.configs.schema.section import Fraction, OneOf, Positive, Section, setting
+from mclr.configs.schema.section import Fraction, Positive, Section, setting
+
+ALL = tuple(dict.fromkeys(chain(["auto"], *CONTRASTS.values())))
 
 
 class Schedule(Section):
     """The shape of a weight over progress (mclr/schedule.py). configs/README.md says what progress is."""
 
-    kind: Annotated[str, OneOf(SCHEDULES)] = setting(
+    kind: Literal[SCHEDULES] = setting(
         "constant",
         "constant: the weight everywhere; ramp: weight x progress; interval: the weight from low to high, else 0; "
         "negative_window: the weight before turn, minus below from turn on",
@@ -26,18 +28,14 @@ class Schedule(Section):
 class Objective(Section):
     """What training minimises (mclr/objective.py); mclr/combinations.py says which settings go together."""
 
-    name: Annotated[str, OneOf(CONTRASTS)] = setting(
+    name: Literal[tuple(CONTRASTS)] = setting(
         ...,
         "mle: maximum likelihood, plain training; mclr: likelihood under the sample's own condition against that under a contrast; "
         "unlearn: plain training, and less likelihood under the contrast; cc_dpo, cca, ddo: likelihood ratios to the reference, a frozen "
         "copy of the weights at the start. Formulas: mclr/README.md",
     )
-    # YAML reads the word null as nothing.
-    contrast: Annotated[
-        str,
-        OneOf(dict.fromkeys(chain(["auto"], *CONTRASTS.values()))),
-        BeforeValidator(lambda value: "null" if value is None else value),
-    ] = setting(
+    # YAML reads the word null as nothing
+    contrast: Annotated[Literal[ALL], BeforeValidator(lambda value: "null" if value is None else value)] = setting(
         "auto",
         "What the sample's own condition is compared with. auto: the only one of the objective; of mclr posterior (diffusion) or null "
         "(next_scale). posterior: a condition drawn from p(c given the noisy sample); weighted: any condition, weighted by that; "

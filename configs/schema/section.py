@@ -1,6 +1,5 @@
 """What all sections share: their base class, the declaration of a setting, common types."""
 
-from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,16 +13,6 @@ from mclr.models.options import Within
 Whole = Annotated[int, Within(ge=0)]
 Count = Annotated[int, Within(gt=0)]
 NotNegative = Annotated[float, Within(ge=0)]
-
-
-class OneOf:
-    """For Annotated[str, OneOf(names)]: a Literal whose names another file owns."""
-
-    def __init__(self, names: Iterable[str]):
-        self.names = list(names)
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> dict[str, Any]:
-        return {"type": "literal", "expected": self.names}
 
 
 class Section(BaseModel):
