@@ -40,7 +40,7 @@ class Mixture:
         return -(offset_BKD**2 / variance_BKD + (2 * math.pi * variance_BKD).log()).sum(-1) / 2
 
     def log_joint(self, x_B: Tensor, sigma_B: Tensor) -> Tensor:
-        """log p(x_t, c), [B, K]; its logsumexp is the marginal. As logits it is the perfect classifier of NoisyPosterior."""
+        """log p(x_t, c), [B, K]; its logsumexp is the marginal. As logits it is the perfect classifier of noisy_posterior."""
         return self.log_density(x_B, sigma_B) + self.prior_K.log()
 
     def posterior(self, x_B: Tensor, sigma_B: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from mclr.diffusion import Diffusion
 from mclr.kernels.weight_norm import force_weights
 from mclr.likelihood import Draws, Net, Paradigm, network, score
 from mclr.objective import Objective
-from mclr.posterior import NoisyPosterior, PrefixPosterior, calibration
+from mclr.posterior import calibration, noisy_posterior, prefix_posterior
 
 # Where the random numbers of generated samples begin: beyond all positions of training.
 GENERATED = 2**62
@@ -126,11 +126,10 @@ class Loss:
         """
         probe = self.paradigm.probe(x_P, draws)
         posterior_BTK, posterior_loss_B = None, None
-        if self.objective.needs_posterior:
-            if self.posterior is None:
-                posterior_BTK, posterior_loss_B = PrefixPosterior(self.paradigm, net)(probe, true_c_P)
-            else:
-                posterior_BTK, posterior_loss_B = NoisyPosterior(self.posterior, self.paradigm.null)(probe, true_c_P)
+        if self.posterior is not None:
+            posterior_BTK, posterior_loss_B = noisy_posterior(self.posterior, self.paradigm.null, probe, true_c_P)
+        elif self.objective.needs_posterior:
+            posterior_BTK = prefix_posterior(self.paradigm, net, probe)
         # A classifier that knows nothing yet draws any condition: that ratio has no bound, and the network would not recover.
         objective = self.objective if first >= self.warmup else replace(self.objective, lam=0.0)
         rows = objective.rows(probe, c_P, self.paradigm.null, draws, posterior_BTK, self.drop_condition)

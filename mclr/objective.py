@@ -6,14 +6,8 @@ B samples; T terms per sample (1 for diffusion, L tokens); R scored rows; K clas
 
 v is the value of each term (mle, mclr, unlearn), or beta times the log-likelihood ratio to a frozen reference, one term per sample
 (cc_dpo, cca, ddo). lam(progress) is the strength. Where lam = 0 the loss is plain maximum likelihood in every objective, and so it is for
-samples whose condition was dropped (not in cca). README.md lists the objectives, the contrasts and their sources;
+samples whose condition was dropped (not in cca). README.md lists the objectives, the contrasts, their sources and what `bound` does;
 tests/mclr/test_theorem.py checks the optima.
-
-`bound` m (tokens, mclr) acts on the contrast alone: v- becomes max(v-, sg(v+) - m), which leaves the matched gradient whole where the
-ratio already exceeds m nats. At a prefix the optimum is then
-q_c(v) ~ (1 + lam) p_c(v) - lam sum_k s(c,k) p_k(v) over the k with q_k(v) < e^m q_c(v), resting at q_c(v) = e^-m q_k(v) where neither
-side of that jump has a solution; s(c,k) = p(k|prefix) for weighted and posterior, p(k|prefix) / (p(c|prefix) (K-1)), k != c, for
-uniform: additive, without the negatives already m nats less likely than under their own condition (derived).
 """
 
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 B samples; T terms; K classes.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
@@ -14,50 +12,36 @@ from mclr.likelihood import Net, Paradigm, Probe, ask
 BINS, BIN = 10, "posterior_bin_"
 
 
-@dataclass(frozen=True)
-class NoisyPosterior:
-    """p(c | x_t) from classifier(noisy_BCHW, sigma_B) -> logits_BK, trained in the same job on the same probes. conditions: K."""
+def noisy_posterior(classifier: Net, conditions: int, probe: Probe, c_B: Tensor) -> tuple[Tensor, Tensor]:
+    """(p(c | x_t) [B, 1, K] without gradient, cross-entropy [B] with the true conditions c_B), from one forward.
 
-    classifier: Net
-    conditions: int
-
-    def __call__(self, probe: Probe, c_B: Tensor) -> tuple[Tensor, Tensor]:
-        """(posterior [B, 1, K] without gradient, cross-entropy [B] with the true conditions c_B), from one forward.
-
-        No label smoothing: an under-confident posterior unbounds MCLR. Raises ValueError for logits of another shape.
-        """
-        hint = "give posterior=classifier(noisy, sigma) -> logits, one per condition"
-        wanted, asked = (len(c_B), self.conditions), (probe.inputs["noisy"], probe.inputs["sigma"])
-        logits_BK = ask(self.classifier, wanted, hint, *asked, alone=True)[0].float()
-        return logits_BK.detach().softmax(-1)[:, None], cross_entropy(logits_BK, c_B, reduction="none")
+    classifier(noisy_BCHW, sigma_B) -> logits_BK. conditions: K. Raises ValueError for logits of another shape.
+    No label smoothing: an under-confident posterior unbounds MCLR.
+    """
+    hint = "give posterior=classifier(noisy, sigma) -> logits, one per condition"
+    asked = (probe.inputs["noisy"], probe.inputs["sigma"])
+    logits_BK = ask(classifier, (len(c_B), conditions), hint, *asked, alone=True)[0].float()
+    return logits_BK.detach().softmax(-1)[:, None], cross_entropy(logits_BK, c_B, reduction="none")
 
 
-@dataclass(frozen=True)
-class PrefixPosterior:
-    """p(c | coarser scales) by Bayes' rule from the network's own values: exact for the model, K rows per sample without gradient.
+@torch.no_grad()
+def prefix_posterior(paradigm: Paradigm, net: Net, probe: Probe) -> Tensor:
+    """p(c | coarser scales) [B, L, K] by Bayes' rule from the network's own values: exact for the model, K rows per sample.
 
     All tokens of a scale share the posterior given the scales before it; the prior over the classes is uniform. The last scale is
     never needed, so rows end before it.
     """
-
-    paradigm: Paradigm
-    net: Net
-
-    @torch.no_grad()
-    def __call__(self, probe: Probe, c_B: Tensor) -> tuple[Tensor, None]:
-        """(posterior [B, L, K], None): nothing is trained, and c_B is not used."""
-        batch, K = len(probe.progress_BT), self.paradigm.null
-        index = torch.arange(batch, device=probe.progress_BT.device)
-        # The number of tokens before each token's scale: the prefix that its logits come from.
-        progress_L = probe.progress_BT[0].contiguous()
-        first_L = torch.searchsorted(progress_L, progress_L)
-        terms = int(first_L[-1])
-        total_BLK = torch.zeros(batch, terms + 1, K, dtype=torch.float64, device=index.device)
-        for c in range(K if terms else 0):
-            prediction = self.paradigm.predict(self.net, probe, index, torch.full_like(index, c), terms)
-            value_BL = self.paradigm.log_likelihood(prediction, probe, index).value_RT
-            total_BLK[:, 1:, c] = value_BL.double().cumsum(1)
-        return total_BLK[:, first_L].softmax(-1).float(), None
+    batch, K = len(probe.progress_BT), paradigm.null
+    index = torch.arange(batch, device=probe.progress_BT.device)
+    # The number of tokens before each token's scale: the prefix that its logits come from.
+    progress_L = probe.progress_BT[0].contiguous()
+    first_L = torch.searchsorted(progress_L, progress_L)
+    terms = int(first_L[-1])
+    total_BLK = torch.zeros(batch, terms + 1, K, dtype=torch.float64, device=index.device)
+    for c in range(K if terms else 0):
+        prediction = paradigm.predict(net, probe, index, torch.full_like(index, c), terms)
+        total_BLK[:, 1:, c] = paradigm.log_likelihood(prediction, probe, index).value_RT.double().cumsum(1)
+    return total_BLK[:, first_L].softmax(-1).float()
 
 
 def calibration(posterior_BTK: Tensor, c_B: Tensor, truncate: float) -> dict[str, Tensor]:

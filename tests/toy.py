@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -19,7 +20,7 @@ from mclr.kernels.token_logp import token_logp
 from mclr.likelihood import Draws, Paradigm, Probe, Rows, Scores, score
 from mclr.next_scale import NextScale
 from mclr.objective import Objective
-from mclr.posterior import NoisyPosterior, PrefixPosterior
+from mclr.posterior import noisy_posterior, prefix_posterior
 from mclr.schedule import Schedule
 
 K, V, E, SHAPE, SCALES = 3, 5, 4, (1, 2, 2), (1, 2, 3)
@@ -200,9 +201,14 @@ def toy(kind: str, dtype: torch.dtype = torch.float64, c_B: Tensor = CONDITIONS)
         denoiser, classifier = ToyDenoiser().to(dtype), ToyClassifier().to(dtype)
         x_B, generated_B = (wave(len(c_B), *SHAPE, phase=phase).to(dtype) for phase in (8, 10))
         reference = ToyDenoiser(phase=0.5).to(dtype)
-        return Toy(Diffusion(SHAPE, K), denoiser, x_B, NoisyPosterior(classifier, K), c_B, draws, reference, generated_B)
+        posterior = partial(noisy_posterior, classifier, K)
+        return Toy(Diffusion(SHAPE, K), denoiser, x_B, posterior, c_B, draws, reference, generated_B)
     paradigm = NextScale(SCALES, K, ToyTokenizer(SCALES, dtype))
     net = ToyTokens(SCALES).to(dtype)
     tokens_BL, generated_BL = ((wave(len(c_B), paradigm.dims, phase=phase) * 1000).long() % V for phase in (9, 11))
     reference = ToyTokens(SCALES, phase=0.5).to(dtype)
-    return Toy(paradigm, net, tokens_BL, PrefixPosterior(paradigm, net), c_B, draws, reference, generated_BL)
+
+    def posterior(probe: Probe, c_B: Tensor) -> tuple[Tensor, None]:
+        return prefix_posterior(paradigm, net, probe), None
+
+    return Toy(paradigm, net, tokens_BL, posterior, c_B, draws, reference, generated_BL)

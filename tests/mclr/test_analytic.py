@@ -10,7 +10,7 @@ from mclr.adapters import from_denoiser
 from mclr.analytic import Mixture
 from mclr.diffusion import Diffusion
 from mclr.likelihood import Probe
-from mclr.posterior import NoisyPosterior
+from mclr.posterior import noisy_posterior
 
 
 def mixture(dims: int, diagonal: bool = True) -> Mixture:
@@ -84,5 +84,5 @@ def test_it_is_a_denoiser_and_a_classifier_of_the_paradigm():
     denoised = paradigm.denoised(raw, noisy, sigma_B).flatten(1)
     assert torch.allclose(denoised.double(), oracle.denoisers(noisy, sigma_B)[torch.arange(4), c_B], atol=1e-6)
     assert logvar.eq(0).all()
-    posterior_B1K, _ = NoisyPosterior(oracle.log_joint, 3)(probe, c_B.clamp(max=2))
+    posterior_B1K, _ = noisy_posterior(oracle.log_joint, 3, probe, c_B.clamp(max=2))
     assert torch.allclose(posterior_B1K[:, 0].double(), oracle.posterior(noisy, sigma_B), atol=1e-6)

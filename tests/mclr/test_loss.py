@@ -34,7 +34,7 @@ def loss_of(kind, objective, **settings):
     case = toy(kind, torch.float32, c_B=TRUE)
     diffusion = kind == "diffusion" and objective.needs_posterior
     parts = {
-        "posterior": case.posterior.classifier if diffusion else None,
+        "posterior": case.posterior.args[0] if diffusion else None,
         "reference": case.reference if objective.needs_reference else None,
         "paradigm": case.paradigm,
     }

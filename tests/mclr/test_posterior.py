@@ -10,7 +10,7 @@ from mclr.contrast import draw_posterior
 from mclr.likelihood import Probe
 from mclr.next_scale import NextScale
 from mclr.objective import Objective
-from mclr.posterior import NoisyPosterior, PrefixPosterior, calibration, fold_bins
+from mclr.posterior import calibration, fold_bins, noisy_posterior, prefix_posterior
 
 
 @pytest.mark.parametrize("scales", [(1, 1, 1), (1, 1, 1, 1), (1, 2)], ids=str)
@@ -30,8 +30,8 @@ def test_prefix_posterior_is_bayes_rule_by_enumeration(scales):
     joint_NK = torch.stack(joint, 1)
     assert torch.allclose(joint_NK.sum(0), torch.full((K,), 1 / K))
 
-    posterior_NLK, loss = PrefixPosterior(paradigm, net)(probe, torch.zeros_like(everyone))
-    assert loss is None and posterior_NLK.shape == (len(tokens_NL), L, K)
+    posterior_NLK = prefix_posterior(paradigm, net, probe)
+    assert posterior_NLK.shape == (len(tokens_NL), L, K)
     for t in range(L):
         before = scale_L.index(scale_L[t])
         prefix_N = (tokens_NL[:, :before] * V ** torch.arange(before)).sum(1)
@@ -58,7 +58,7 @@ def test_noisy_posterior_is_the_classifier_at_the_noisy_point():
     x, noisy, sigma = wave(6, 1, 2, 2).float(), wave(6, 1, 2, 2, phase=1).float(), torch.linspace(0.5, 2, 6)
     true_c_B = torch.tensor([0, 1, 2, 0, 1, 2])
     probe = Probe({"x": x, "noisy": noisy, "sigma": sigma}, torch.zeros(6, 1))
-    posterior_B1K, loss_B = NoisyPosterior(counted, 3)(probe, true_c_B)
+    posterior_B1K, loss_B = noisy_posterior(counted, 3, probe, true_c_B)
     assert len(asked) == 1 and asked[0][0] is noisy and asked[0][1] is sigma
     logits = classifier(noisy, sigma)
     assert not posterior_B1K.requires_grad and torch.equal(posterior_B1K, logits.softmax(-1).detach()[:, None])

@@ -22,7 +22,7 @@ from mclr.diffusion import Diffusion, progress_of
 from mclr.guidance import Guidance, mix
 from mclr.likelihood import score
 from mclr.objective import Objective
-from mclr.posterior import NoisyPosterior
+from mclr.posterior import noisy_posterior
 from mclr.schedule import Schedule
 
 SCHEDULES = {
@@ -272,13 +272,13 @@ def test_training_internalises_the_guided_sampler(kind):
         out_R1 = layers(torch.cat(seen, 1)).gather(1, c_R[:, None])
         return (x_R1 / size_R1**2 + sigma_R1 / size_R1 * out_R1).view_as(noisy_RCHW)
 
-    net, posterior, draws = from_denoiser(denoise), NoisyPosterior(oracle.log_joint, K), QuasiRandom(5, 512)
+    net, draws = from_denoiser(denoise), QuasiRandom(5, 512)
     optimizer = torch.optim.Adam(layers.parameters(), betas=(0.9, 0.99))
     for i in range(steps):
         optimizer.param_groups[0]["lr"] = 0.04 * min(1, i / 100) * (1 - i / steps) ** 2
         x_B, c_B = oracle.sample(draws)
         probe = paradigm.probe(x_B, draws)
-        rows = objective.rows(probe, c_B, K, draws, posterior(probe, c_B)[0])
+        rows = objective.rows(probe, c_B, K, draws, noisy_posterior(oracle.log_joint, K, probe, c_B)[0])
         loss_B, _ = objective(score(paradigm, net, probe, rows), rows)
         optimizer.zero_grad()
         loss_B.mean().backward()
