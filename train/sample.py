@@ -1,8 +1,4 @@
-"""`mclr sample`: images from a run or from weights.
-
-Every random number of an image comes from its own seed, so an image does not depend on the number of images, their order, a resume or
-the number of ranks.
-"""
+"""`mclr sample`: images from a run or from weights. An image depends on its seed and its condition alone."""
 
 import argparse
 import re

@@ -38,15 +38,14 @@ def draw(
     load, record: the generator, and what record_of says of it. keep_tokens: of a token model, also write what was drawn, before it is
     decoded. Raises UserError when `out` cannot be written, or holds images made otherwise.
     """
-    asked = f"{seeds.stop - seeds.start} images from seed {seeds.start}"
-    if not seeds or seeds.start < 0:
-        raise UserError(f"{asked}: there must be at least one, and seeds start at 0")
-    # len() of a longer range overflows
-    if seeds.stop - seeds.start > MOST_IMAGES or seeds.start >= 2**63:
-        raise UserError(f"{asked}: draw at most {MOST_IMAGES} at a time, from a seed below 2^63")
+    count = seeds.stop - seeds.start  # len() of a long range overflows
+    if not 1 <= count <= MOST_IMAGES or not 0 <= seeds.start < 2**63:
+        raise UserError(
+            f"{count} images from seed {seeds.start}: draw 1 to {MOST_IMAGES} at a time, from a seed of 0 to 2^63 - 1"
+        )
     paths = {s: out / "images" / f"{s:06d}-{conditions[s % len(conditions)]}.png" for s in seeds}
     settings = record["settings"] | {"conditions": conditions, "seed": seeds[0]}
-    record = record | {"settings": settings, "count": len(seeds)}
+    record = record | {"settings": settings, "count": count}
     rank, missing = world()[0] if dist.is_initialized() else 0, {}
     with collective():
         # Only rank 0 looks: others might look when there are new images already.
@@ -54,7 +53,7 @@ def draw(
             refuse_other(out, record)
             missing = {s: p for s, p in paths.items() if not p.exists() or (keep_tokens and not token_path(p).exists())}
     missing = from_rank_0(missing)
-    said = f"{out} is complete: {len(seeds)} images of these settings; nothing to draw"
+    said = f"{out} is complete: {count} images of these settings; nothing to draw"
     if missing:
         try:
             said = draw_missing(load, record, missing, out, keep_tokens)
@@ -102,7 +101,7 @@ def draw_missing(
     if guide is not None:
         nets: list[Any] = [guide, model.net]
         other, own = (sum(p.numel() for p in net.parameters()) for net in nets)
-        record["guide_size"] = other / own
+        record["guide_size"] = other / own  # parameters
         how += f" by {record['guide']} ({other / own:.3g} x the model's size)"
     if rank == 0:
         write_json(out / "sample.json", record)

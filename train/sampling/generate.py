@@ -299,7 +299,6 @@ def record_of(config: RunConfig, weights: Path) -> dict[str, Any]:
         "model": model.name,
         "from": str(weights),
         "guide": guide and str(guide),
-        "guide_size": None,  # its parameters as a share of the model's
         "data": {"name": config.data.name, "path": config.data.path},
         "forwards_per_image": None,
     }
