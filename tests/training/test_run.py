@@ -48,7 +48,7 @@ def here(tmp_path, monkeypatch):
 def copy(digits, tmp_path):
     """The digits, to be damaged; without the index that spares reading the shards."""
     shutil.copytree(digits, tmp_path / "digits")
-    (tmp_path / "digits" / "index.json").unlink()
+    (tmp_path / "digits" / "index.npz").unlink()
     return tmp_path / "digits"
 
 

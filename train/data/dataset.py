@@ -68,11 +68,11 @@ class SplitReader:
             raise UserError(f"{info.path} has no images in its {split} split: {how}")
         index = load_index(info.path, info.shards)
         self.info, self.split, self.tolerated, self.tokens_NL = info, split, tolerated, tokens_NL
-        self.samples = [sample for shard in info.splits[split].shards for sample in index[shard.file]]
-        for file, key, _, _, c in self.samples:
-            if not 0 <= c < info.num_classes:
-                raise UserError(f"{info.path / file}: sample {key} has condition {c}, outside of 0..{info.num_classes - 1}")
-        self.c_N = torch.tensor([sample.c for sample in self.samples], dtype=torch.int64)
+        self.samples = np.concatenate([index[shard.file] for shard in info.splits[split].shards]).view(np.recarray)
+        for odd in self.samples[(self.samples.c < 0) | (self.samples.c >= info.num_classes)][:1]:
+            where = f"{info.path / odd.file}: sample {odd.key}"
+            raise UserError(f"{where} has condition {odd.c}, outside of 0..{info.num_classes - 1}")
+        self.c_N = torch.from_numpy(self.samples.c.copy())
         ends = torch.bincount(self.c_N, minlength=info.num_classes).cumsum(0).numpy()
         self.of_condition = np.split(np.argsort(self.c_N.numpy(), kind="stable"), ends[:-1])
         self.keep = len(self.samples) * math.prod(info.image_shape) < KEPT_BYTES

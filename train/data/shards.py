@@ -1,84 +1,43 @@
 """Samples in shards, which are tar files of KEY.png + KEY.cls: an index of them, reading one, and what a streamed sample holds."""
 
 import errno
-import gc
 import hashlib
+import io
 import json
 import tarfile
 from contextlib import suppress
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 
 from mclr.configs.schema import Shard
 from mclr.errors import UserError
 from mclr.train.data.images import PNG, endings, open_image
-from mclr.train.system.files import regular, write_file
+from mclr.train.system.files import in_memory, regular, write_file
 
-INDEX = "index.json"
+INDEX = "index.npz"
 FIRST = ("jpg", "jpeg", "png", "webp")  # kinds of images that are read first where a sample has several
 
 
-class Sample(NamedTuple):
-    """One sample of a shard: its condition c, and where its image lies in the tar file (offset and size in bytes)."""
+def load_index(folder: Path, shards: list[Shard]) -> dict[str, np.ndarray]:
+    """{shard: its samples}, from index.npz where that knows all shards, else from the tar files.
 
-    file: str
-    key: str
-    offset: int
-    size: int
-    c: int
-
-
-def load_index(folder: Path, shards: list[Shard]) -> dict[str, list[Sample]]:
-    """{shard: its samples}, from index.json where that fits the shard, else from the tar file.
-
-    A missing or stale index.json is written anew, unless the folder is read-only. Raises UserError where a shard without an index is not
-    the one in dataset.json.
+    A sample has a key, a condition c, and the file, offset and length (in bytes) of its image. A missing or stale index.npz is written
+    anew, unless the folder is read-only. Raises UserError where a shard without an index is not the one in dataset.json.
     """
-    saved = {}
-    with suppress(OSError):
-        stat = regular(folder / INDEX).stat()
-        saved = _parsed_index(folder / INDEX, stat.st_size, stat.st_mtime_ns)
-    known = {shard.file for shard in shards if _fits(saved.get(shard.file), shard)}
-    index = {shard.file: saved[shard.file][1] if shard.file in known else _index_shard(folder, shard) for shard in shards}
-    if len(known) < len(shards):
-        record = {shard.file: [shard.sha256, [sample[1:] for sample in index[shard.file]]] for shard in shards}
-        with suppress(UserError):
-            write_file(folder / INDEX, json.dumps(record, separators=(",", ":")).encode())
+    names = {shard.file: f"{shard.file}:{shard.count}:{shard.sha256}" for shard in shards}
+    # a zip file knows the checksums of what it holds; a damaged one raises nearly anything
+    with suppress(Exception), ZipFile(regular(folder / INDEX)) as archive:
+        return {file: np.load(io.BytesIO(archive.read(f"{name}.npy"))) for file, name in names.items()}
+    index = {shard.file: _index_shard(folder, shard) for shard in shards}
+    with suppress(UserError):
+        write_file(folder / INDEX, in_memory(np.savez, **{names[file]: samples for file, samples in index.items()}))
     return index
 
 
-# kept for the readers of both splits; no more than one, since 4 million samples take most of a gigabyte
-@lru_cache(maxsize=1)
-def _parsed_index(path: Path, size: int, changed: int) -> dict[str, tuple[str, list[Sample]]]:
-    """{shard: (sha256, samples)} of index.json, whose types are not checked yet; empty where it is malformed."""
-    # else the garbage collector visits the millions of tuples again and again
-    gc.disable()
-    try:
-        record = json.loads(path.read_bytes())
-        return {file: (sha256, [Sample(file, *row) for row in rows]) for file, (sha256, rows) in record.items()}
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        return {}
-    finally:
-        gc.enable()
-
-
-def _fits(saved: tuple[str, list[Sample]] | None, shard: Shard) -> bool:
-    """Whether this entry of index.json can be that of the shard."""
-    return (
-        saved is not None
-        and saved[0] == shard.sha256
-        and len(saved[1]) == shard.count
-        and all(
-            type(key) is str and type(offset) is type(size) is type(c) is int and 0 <= offset <= offset + size <= shard.bytes
-            for _, key, offset, size, c in saved[1]
-        )
-    )
-
-
-def _index_shard(folder: Path, shard: Shard) -> list[Sample]:
+def _index_shard(folder: Path, shard: Shard) -> np.ndarray:
     """The samples of a tar file. Raises UserError where it is damaged, or not the one in dataset.json."""
     path, key = folder / shard.file, ""
     place: dict[str, tuple[int, int]] = {}
@@ -105,18 +64,20 @@ def _index_shard(folder: Path, shard: Shard) -> list[Sample]:
             raise ValueError("its .png or its .cls is missing")
         if len(place) != shard.count:
             raise ValueError(f"it holds {len(place)} samples, but dataset.json says {shard.count}")
+        texts = [("file", f"U{len(shard.file)}"), ("key", f"U{max(map(len, place), default=1)}")]
+        numbers = [(name, np.int64) for name in ("offset", "length", "c")]
+        return np.array([(shard.file, key, *place[key], condition[key]) for key in place], texts + numbers)
     # tarfile raises nearly anything on damaged headers
     except Exception as error:
         where = f" at or after sample {key}" * bool(key)
         raise UserError(f"{path} is damaged{where} ({error}): copy it again, or prepare the dataset again") from error
-    return [Sample(shard.file, key, offset, size, condition[key]) for key, (offset, size) in place.items()]
 
 
 class Damaged(UserError):
     """An image that cannot be decoded. Training alone may pass over it (dataset.py, SplitReader)."""
 
 
-def read_image(folder: Path, sample: Sample, shape: tuple[int, int, int]) -> np.ndarray:
+def read_image(folder: Path, sample: np.record, shape: tuple[int, int, int]) -> np.ndarray:
     """One sample's image, uint8 [C, H, W]. Raises Damaged, with shard and key, where it cannot be decoded or has another shape.
 
     Raises UserError where the shard is missing, unreadable or cut short.
@@ -126,8 +87,8 @@ def read_image(folder: Path, sample: Sample, shape: tuple[int, int, int]) -> np.
     try:
         with open(path, "rb") as stream:
             stream.seek(sample.offset)
-            data = stream.read(sample.size)
-        if len(data) < sample.size:
+            data = stream.read(sample.length)
+        if len(data) < sample.length:
             raise OSError(errno.EIO, f"it ends within sample {sample.key}")
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): put it back, and the same command goes on") from error
