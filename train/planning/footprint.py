@@ -6,7 +6,6 @@ the matched one saves a row). Gradients are dropped as soon as they are made. Ke
 """
 
 from collections.abc import Callable, Set
-from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -66,42 +65,35 @@ class Watch(TorchDispatchMode):
         return forget
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of the networks of a run.
-
-    groups: elements of every weight, in the groups of the optimizer. block: elements of the largest block. buffers, reference: bytes.
-    classifier: parameters. flops, classifier_flops: of one row's forward.
-    """
-
-    groups: tuple[tuple[int, ...], ...]
-    block: int
-    buffers: int
-    reference: int
-    classifier: int
-    flops: int
-    classifier_flops: int
-
-    @property
-    def count(self) -> int:
-        return sum(map(sum, self.groups))
-
-
 class Model:
-    """The networks of a run as fake tensors, and what was measured of them. encoder: that of the run."""
+    """The networks of a run as fake tensors, and what was measured of them. encoder: that of the run.
+
+    groups: elements of every weight, in the groups of the optimizer; count: of all. block: elements of the largest block. buffers,
+    reference: bytes. posterior: parameters of the classifier. flops, classifier_flops: of one row's forward.
+    """
 
     def __init__(self, config: RunConfig, encoder: Encoder):
         self.config, self.bf16 = config, config.engine.precision == "bf16"
         self.objective = build_objective(config.objective)
-        self.scales = encoder.tokenizer.config.scales if isinstance(encoder, Tokens) else None
         self.paradigm: Paradigm = build_paradigm(config, encoder)
-        self.shape = encoder.shape(config.data)
-        self.code_width = encoder.tokenizer.config.z_channels if isinstance(encoder, Tokens) else 0
+        self.shape, self.scales, self.code_width = encoder.shape(config.data), None, 0
+        if isinstance(encoder, Tokens):
+            self.scales, self.code_width = encoder.tokenizer.config.scales, encoder.tokenizer.config.z_channels
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self.fake, Watch():
-            self.net = build_net(config, encoder).train()
+            net = self.net = build_net(config, encoder).train()
             self.classifier = self._classifier()
-            self.sizes = self._sizes()
+            optimizer = make_optimizer(net, 0.0, (0.0, 0.0), 0.0, 0.0)
+            self.groups = tuple(tuple(p.numel() for p in group["params"]) for group in optimizer.param_groups)
+            self.count = sum(map(sum, self.groups))
+            self.block = max((elements_of(block) for block in getattr(net, "blocks", [net])), default=0)
+            self.buffers = sum(t.nbytes for t in net.buffers())
+            # Frozen stores linear layers in bf16
+            linear = sum(elements_of(m) for m in net.modules() if isinstance(m, nn.Linear))
+            self.reference = 4 * elements_of(net) - (2 * linear if self.bf16 else 0)
+            self.posterior = elements_of(self.classifier) if self.classifier else 0
+            self.flops = self._of_all_blocks(lambda: flops_of(lambda: self._values(self._probe(1), Forward(1), 1)))
+            self.classifier_flops = flops_of(lambda: self._classify(self._probe(1))) if self.classifier else 0
         self.measured = cache(lambda *call: self._of_all_blocks(lambda: self._measured(*call)))
 
     def _classifier(self) -> NoiseClassifier | None:
@@ -112,22 +104,7 @@ class Model:
             return build_classifier(self.config)
         return NoiseClassifier(NoiseClassifierConfig(**read_config(find_weights(model.posterior.weights))["config"]))
 
-    def _sizes(self) -> Sizes:
-        optimizer = make_optimizer(self.net, 0.0, (0.0, 0.0), 0.0, 0.0)
-        blocks = [sum(p.numel() for p in block.parameters()) for block in getattr(self.net, "blocks", [self.net])]
-        linear = sum(p.numel() for m in self.net.modules() if isinstance(m, nn.Linear) for p in m.parameters())
-        return Sizes(
-            groups=tuple(tuple(p.numel() for p in group["params"]) for group in optimizer.param_groups),
-            block=max(blocks, default=0),
-            buffers=sum(t.nbytes for t in self.net.buffers()),
-            # Frozen stores linear layers in bf16
-            reference=4 * sum(p.numel() for p in self.net.parameters()) - (2 * linear if self.bf16 else 0),
-            classifier=sum(p.numel() for p in self.classifier.parameters()) if self.classifier else 0,
-            flops=self._of_all_blocks(lambda: (flops_of(lambda: self._values(self._probe(1), Forward(1), 1)),))[0],
-            classifier_flops=flops_of(lambda: self._classify(self._probe(1))) if self.classifier else 0,
-        )
-
-    def _of_all_blocks(self, measure: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
+    def _of_all_blocks(self, measure: Callable[[], int]) -> int:
         """What `measure` finds of the network. Each further block adds the same where all are alike: then it looks at 2 and 3 of them."""
         blocks = getattr(self.net, "blocks", None)
         if not isinstance(blocks, nn.ModuleList) or len({tuple(p.shape for p in block.parameters()) for block in blocks}) > 1:
@@ -137,7 +114,7 @@ class Model:
             self.net.blocks = blocks[:count]
             found.append(measure())
         self.net.blocks = blocks
-        return tuple(two + (three - two) * (len(blocks) - 2) for two, three in zip(*found, strict=True))
+        return found[0] + (found[1] - found[0]) * (len(blocks) - 2)
 
     def _probe(self, samples: int) -> Probe:
         if isinstance(self.paradigm, NextScale):
@@ -165,38 +142,27 @@ class Model:
     def activations(self, micro_batch: int, lockstep: bool) -> float:
         """The most bytes alive in forward and backward of this many images: measured at POINTS, linear between and beyond."""
         if micro_batch in POINTS:
-            return self.measured(micro_batch, lockstep)[1]
+            return self.measured(micro_batch, lockstep)
         low, high = next(((a, b) for a, b in pairwise(POINTS) if micro_batch < b), POINTS[-2:])
-        (_, first), (_, last) = self.measured(low, lockstep), self.measured(high, lockstep)
+        first, last = self.measured(low, lockstep), self.measured(high, lockstep)
         return first + (last - first) * (micro_batch - low) / (high - low)
 
-    def _measured(self, micro_batch: int, lockstep: bool) -> tuple[int, int]:
-        """(bytes saved for backward, the most bytes alive in forward and backward)."""
-        calls, saved = self.calls(lockstep), {}
+    def _measured(self, micro_batch: int, lockstep: bool) -> int:
+        """The most bytes alive in forward and backward."""
+        calls = self.calls(lockstep)
         samples = calls.samples * micro_batch
-        nets = [self.net, *([self.classifier] if self.classifier else [])]
-        parameters = [p for net in nets for p in net.parameters()]
-        known = {t.untyped_storage()._cdata for t in (*parameters, *(t for net in nets for t in net.buffers()))}
-
-        def keep(t: Tensor) -> Tensor:
-            storage = t.untyped_storage()
-            if storage._cdata not in known:
-                saved[storage._cdata] = storage
-            return t
-
-        hooks = [p.register_post_accumulate_grad_hook(drop_gradient) for p in parameters]
-        with self.fake, using("torch"), Watch(known) as watch:
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), autocast_of(self.net, self.bf16):
+        weights = [t for net in (self.net, self.classifier) if net for t in (*net.parameters(), *net.buffers())]
+        hooks = [t.register_post_accumulate_grad_hook(drop_gradient) for t in weights if t.requires_grad]
+        with self.fake, using("torch"), Watch({t.untyped_storage()._cdata for t in weights}) as watch:
+            with autocast_of(self.net, self.bf16):
                 probe = self._probe(samples)
                 loss = sum((self._values(probe, forward, samples) for forward in calls.grad), torch.zeros(()))
                 if self.classifier is not None:
                     loss = loss + self._classify(probe)
-            held = sum(storage.nbytes() for storage in saved.values())
-            saved.clear()
             loss.backward()
         for hook in hooks:
             hook.remove()
-        return held, watch.most
+        return watch.most
 
     def calls(self, lockstep: bool) -> Calls:
         return calls_of(self.objective, self.scales, self.config.data.num_classes, lockstep)
@@ -204,6 +170,10 @@ class Model:
     def share_of(self, forwards: tuple[Forward, ...]) -> float:
         """Rows per sample; a row that is cut short counts by its share of the terms."""
         return rows_per_sample(forwards, self.paradigm.dims if self.scales else 1)
+
+
+def elements_of(net: nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
 
 
 def drop_gradient(p: Tensor) -> None:

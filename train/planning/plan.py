@@ -32,7 +32,6 @@ Time of a step = FLOPs / (peak x MFU) + sent / (REACHED x link), without overlap
 import math
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
@@ -87,30 +86,6 @@ def encoder_of(config: RunConfig) -> Encoder:
     return build_encoder(config, torch.device("cpu"))
 
 
-def model_of(config: RunConfig) -> Model:
-    return Model(config, encoder_of(config))
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one GPU; host: in host memory, per rank."""
-
-    weights: float
-    gathered: float
-    gradients: float
-    optimizer: float
-    averages: float
-    reference: float
-    classifier: float
-    buckets: float
-    activations: float
-    host: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return sum(vars(self).values()) - self.host
-
-
 def largest_share(groups: tuple[tuple[int, ...], ...], ranks: int) -> int:
     """Elements of all weights of which a rank holds a part at ZeRO 1 and 2, for the rank with most.
 
@@ -126,46 +101,39 @@ def largest_share(groups: tuple[tuple[int, ...], ...], ranks: int) -> int:
     return max(totals)
 
 
-def memory_of(model: Model, ranks: int, micro_batch: int) -> Memory:
-    """Bytes on one of so many GPUs, by the table above."""
-    config, sizes = model.config, model.sizes
-    zero, offload, P, share = config.engine.zero, config.engine.offload, sizes.count, 1 / ranks
-    accumulates = config.train.batch // ranks > micro_batch
+def memory_of(model: Model, ranks: int, micro_batch: int) -> dict[str, float]:
+    """Part -> bytes on one of so many GPUs, by the table above."""
+    train, zero, P, share = model.config.train, model.config.engine.zero, model.count, 1 / ranks
+    accumulates = train.batch // ranks > micro_batch
     bucket = bucket_of(P)
-    partial = 4 * largest_share(sizes.groups, ranks)
+    touched = 4 * largest_share(model.groups, ranks)
     # gradients of the last micro-batch go straight into a bucket
-    gradients = (4 * P, 4 * P if accumulates else partial, partial * (2 if accumulates else 1), 4 * P * share)[zero]
-    optimizer = 12 * P * share if zero else 8 * P
-    buckets = 8 * bucket if zero else 4 * min(P, 500_000_000) if ranks > 1 else 0
-    gathered = 4 * (max(bucket, sizes.block) + min(P, bucket + sizes.block))
-    settings = config.train
-    averages = {settings.ema_std, *(settings.snapshot_stds if settings.snapshot_every else ())} - {0.0}
-    reference = 0.0
-    if model.objective.needs_reference:
-        reference = 4 * P * share + gathered if sharded(model, ranks) else sizes.reference
-    host = 0.0
-    if offload:
-        host = optimizer + 4 * P * share
+    gradients = (4 * P, 4 * P if accumulates else touched, touched * (2 if accumulates else 1), 4 * P * share)[zero]
+    # ZeRO 1 and 2 flatten the gradients for AdamW
+    optimizer, stepping = (12 * P * share if zero else 8 * P), (4 * P * share if zero in (1, 2) else 0)
+    if model.config.engine.offload:
         # gradients left on the GPU: at ZeRO 1 those that accumulate, else none
-        gradients, optimizer = 4 * P if zero == 1 and accumulates else 0, 0.0
-    stepping = 4 * P * share if zero in (1, 2) and not offload else 0
-    return Memory(
-        weights=4 * P * (share if zero == 3 else 1) + sizes.buffers,
-        gathered=gathered if zero == 3 and ranks > 1 else 0,
-        gradients=gradients,
-        optimizer=optimizer,
-        averages=len(averages) * 4 * P * share,
-        reference=reference,
-        classifier=16 * sizes.classifier,
-        buckets=buckets,
-        activations=max(model.activations(micro_batch, zero == 3), stepping),
-        host=host,
-    )
+        gradients, optimizer, stepping = (4 * P if zero == 1 and accumulates else 0), 0, 0
+    flat = 4 * min(P, 500_000_000) if ranks > 1 else 0
+    averages = {train.ema_std, *(train.snapshot_stds if train.snapshot_every else ())} - {0.0}
+    gathered = 4 * (max(bucket, model.block) + min(P, bucket + model.block))
+    reference = 4 * P * share + gathered if sharded(model, ranks) else model.reference
+    return {
+        "weights": 4 * P * (share if zero == 3 else 1) + model.buffers,
+        "gathered": gathered if zero == 3 and ranks > 1 else 0,
+        "gradients": gradients,
+        "optimizer": optimizer,
+        "averages": len(averages) * 4 * P * share,
+        "reference": reference if model.objective.needs_reference else 0,
+        "classifier": 16 * model.posterior,
+        "buckets": 8 * bucket if zero else flat,
+        "activations": max(model.activations(micro_batch, zero == 3), stepping),
+    }
 
 
 def sent_by(model: Model, ranks: int, micro_batch: int) -> float:
     """Bytes that a rank sends per step, in rings: an all-reduce sends a tensor twice, all-gather and reduce-scatter once."""
-    config, P = model.config, model.sizes.count
+    config, P = model.config, model.count
     zero, steps = config.engine.zero, config.train.batch // ranks // micro_batch
     calls = model.calls(zero == 3)
     # with two kinds of forwards DeepSpeed, which learns the order of one, fetches nothing ahead and keeps nothing
@@ -173,20 +141,25 @@ def sent_by(model: Model, ranks: int, micro_batch: int) -> float:
     sent = {0: 2 * P, 1: 3 * P, 2: (2 * steps + 1) * P, 3: steps * (P * (1 + len(calls.grad + calls.free)) + again)}[zero]
     if sharded(model, ranks):
         sent += steps * len(calls.reference) * P
-    return 4 * (sent + 2 * model.sizes.classifier) * (ranks - 1) / ranks
+    return 4 * (sent + 2 * model.posterior) * (ranks - 1) / ranks
 
 
 def sharded(model: Model, ranks: int) -> bool:
     """Whether the ranks divide the reference."""
-    return model.objective.needs_reference and is_sharded(model.config.engine.reference, model.sizes.count, ranks)
+    return model.objective.needs_reference and is_sharded(model.config.engine.reference, model.count, ranks)
+
+
+def rows_of(model: Model) -> tuple[float, float]:
+    """The most rows per image, (with, without) gradient."""
+    calls = model.calls(model.config.engine.zero == 3)
+    return calls.samples * model.share_of(calls.grad), calls.samples * model.share_of(calls.free + calls.reference)
 
 
 def flops_per_image(model: Model) -> float:
     """The most FLOPs that one image costs, without its encoding."""
-    calls = model.calls(model.config.engine.zero == 3)
+    rows, free = rows_of(model)
     with_gradient = 4 if model.config.engine.activation_checkpointing else 3
-    rows = with_gradient * model.share_of(calls.grad) + model.share_of(calls.free) + model.share_of(calls.reference)
-    return calls.samples * rows * model.sizes.flops + 3 * model.sizes.classifier_flops
+    return (with_gradient * rows + free) * model.flops + 3 * model.classifier_flops
 
 
 def seconds_per_step(model: Model, ranks: int, micro_batch: int, gpu: GPU) -> float:
@@ -200,13 +173,13 @@ def largest_that_fits(model: Model, ranks: int, memory: float) -> int | None:
     """The largest micro-batch whose bytes are no more than `memory`; None where not even the smallest fits."""
 
     def without_gradients(micro_batch: int) -> float:
-        taken = memory_of(model, ranks, micro_batch)
-        return taken.total - taken.gradients
+        parts = memory_of(model, ranks, micro_batch)
+        return sum(parts.values()) - parts["gradients"]
 
     sizes = rank_shares(model.config, ranks)
     # only the gradients may shrink where a micro-batch grows
     sizes = sizes[: bisect_right(sizes, memory, key=without_gradients)]
-    return next((n for n in reversed(sizes) if memory_of(model, ranks, n).total <= memory), None)
+    return next((n for n in reversed(sizes) if sum(memory_of(model, ranks, n).values()) <= memory), None)
 
 
 def way_out(config: RunConfig, ranks: int) -> str:
@@ -224,39 +197,12 @@ HEAD = (
 )
 
 
-def gpu_of(name: str | None) -> str:
-    """The key of GPUS that is given; else that of this machine's GPU; else h100. Raises UserError for an unknown GPU."""
-    here = gpu_named(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-    found = (name or here or "h100").lower()
-    if found not in GPUS:
-        raise UserError(f"unknown GPU {name}: give one of {', '.join(GPUS)}")
-    return found
-
-
-def counts_of(config: RunConfig, gpus: int | None) -> tuple[int, ...]:
-    """The numbers of ranks to plan for: the given one, or those of COUNTS that can share the batch."""
-    if gpus is None:
-        return tuple(n for n in COUNTS if config.train.batch % n == 0 and (n == 1 or config.engine.kind != "local"))
-    if not 1 <= gpus <= MOST:
-        raise UserError(f"--gpus {gpus}: must be 1 to {MOST}")
-    rank_shares(config, gpus)
-    return (gpus,)
-
-
-def rows_of(model: Model) -> tuple[float, float]:
-    """The most rows per image, (with, without) gradient."""
-    calls = model.calls(model.config.engine.zero == 3)
-    return calls.samples * model.share_of(calls.grad), calls.samples * (
-        model.share_of(calls.free) + model.share_of(calls.reference)
-    )
-
-
 def heading(model: Model, name: str) -> Iterator[str]:
     config, gpu, (rows, free) = model.config, GPUS[name], rows_of(model)
     data, engine = config.data, config.engine
     ways = [f"ZeRO {engine.zero}", engine.precision]
     ways += [way.replace("_", " ") for way in ("offload", "activation_checkpointing") if getattr(engine, way)]
-    yield f"plan       {config.model.name}, {model.sizes.count / 1e6:.2f}M parameters"
+    yield f"plan       {config.model.name}, {model.count / 1e6:.2f}M parameters"
     yield f"objective  {config.objective.name}, contrast {model.objective.contrast}"
     yield f"data       {data.name}: {data.num_classes} classes, {data.channels} x {data.resolution}^2"
     yield f"engine     {', '.join(ways)}, on {name}: {gpu.memory:g} GiB each, of which {1 - MARGIN:.0%} are planned with"
@@ -271,26 +217,25 @@ def heading(model: Model, name: str) -> Iterator[str]:
     yield "GiB per GPU; images: per forward of one GPU; most images: as many as fit"
 
 
-def line_of(model: Model, ranks: int, gpu: GPU) -> tuple[tuple[str, ...], list[str]]:
+def line_of(model: Model, ranks: int, gpu: GPU) -> tuple[list[str], list[str]]:
     """(one line of the table, in the order of HEAD; advice for so many GPUs)."""
     config, batch = model.config, model.config.train.batch
     micro_batch = max(d for d in rank_shares(config, ranks) if d <= (config.train.micro_batch or batch))
-    memory, largest = memory_of(model, ranks, micro_batch), largest_that_fits(model, ranks, gpu.memory * (1 - MARGIN) * GIB)
+    parts = memory_of(model, ranks, micro_batch).values()
+    largest = largest_that_fits(model, ranks, gpu.memory * (1 - MARGIN) * GIB)
     seconds = seconds_per_step(model, ranks, micro_batch, gpu)
-    parts = [value for key, value in vars(memory).items() if key != "host"]
-    rates = (seconds, batch / seconds, batch * sum(rows_of(model)) / seconds)
-    line = (
-        *(f"{ranks}", f"{micro_batch}", *(f"{part / GIB:.2f}" for part in (*parts, memory.total))),
-        *(f"{largest or 'none'}", f"{sent_by(model, ranks, micro_batch) / 1e9:.1f}"),
-        *(f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}" for rate in rates),
-    )
+    line = [f"{ranks}", f"{micro_batch}", *(f"{part / GIB:.2f}" for part in (*parts, sum(parts)))]
+    line += [f"{largest or 'none'}", f"{sent_by(model, ranks, micro_batch) / 1e9:.1f}"]
+    for rate in (seconds, batch / seconds, batch * sum(rows_of(model)) / seconds):
+        line.append(f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}")
     where, advice = f"{ranks} GPU" + "s" * (ranks > 1), []
     if largest is None:
         advice.append(f"nothing fits on {where}: {way_out(config, ranks)}")
     elif largest < micro_batch:
         advice.append(f"{micro_batch} images do not fit on {where}: use train.micro_batch={largest}")
-    if memory.host:
-        advice.append(f"in host memory on {where}: {memory.host / GIB:.1f} GiB per GPU")
+    if config.engine.offload:
+        # masters, moments and gradients
+        advice.append(f"in host memory on {where}: {16 * model.count / ranks / GIB:.1f} GiB per GPU")
     return line, advice
 
 
@@ -299,8 +244,18 @@ def plan(config: RunConfig, gpus: int | None, gpu: str | None) -> Iterator[str]:
 
     Raises UserError for an unknown GPU, and for a number of GPUs that cannot share the batch.
     """
-    name, counts = gpu_of(gpu), counts_of(config, gpus)
-    model = model_of(config)
+    here = gpu_named(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    name = (gpu or here or "h100").lower()
+    if name not in GPUS:
+        raise UserError(f"unknown GPU {gpu}: give one of {', '.join(GPUS)}")
+    # without a number, those of COUNTS that can share the batch
+    counts = [n for n in COUNTS if config.train.batch % n == 0 and (n == 1 or config.engine.kind != "local")]
+    if gpus is not None:
+        if not 1 <= gpus <= MOST:
+            raise UserError(f"--gpus {gpus}: must be 1 to {MOST}")
+        rank_shares(config, gpus)
+        counts = [gpus]
+    model = Model(config, encoder_of(config))
     yield from heading(model, name)
     found = [line_of(model, ranks, GPUS[name]) for ranks in counts]
     table = [HEAD, *(line for line, _ in found)]
