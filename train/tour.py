@@ -9,7 +9,7 @@ from typing import Any
 
 from mclr.errors import UserError
 from mclr.train.studies.report import markdown_table, write_report
-from mclr.train.studies.tour import ABOUT, GAMMAS, SEEDS, SEEDS_FULL, Tour, compare, digits_judge
+from mclr.train.studies.tour import ABOUT, GAMMAS, SEEDS, SEEDS_FULL, DigitsJudge, Tour, compare
 from mclr.train.system.console import Parser, run
 from mclr.train.system.files import write_json
 
@@ -21,12 +21,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", choices=list(GAMMAS), help="one paradigm alone (default: both)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of every run, for a quick look")
     args = parser.parse_intermixed_args(argv)
-    real = digits_judge()
+    judge = DigitsJudge()
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {args.out} ({error.strerror}): choose another --out") from None
-    tour = Tour(args.out, args.full, args.overrides, real)
+    tour = Tour(args.out, args.full, args.overrides, judge)
     print("the judge")
     for key, text in ABOUT.items():
         print(f"  {key}: {text}")

@@ -4,6 +4,7 @@ import base64
 import json
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ METRICS = [
     ("density", "density ↑", ".3f"),
     ("coverage", "coverage ↑", ".3f"),
     ("forwards_per_image", "forwards per image ↓", "g"),
+    ("images_per_second", "images/s ↑", None),
 ]
-HEADINGS = ["model", *(heading for _, heading, _ in METRICS), "images/s ↑"]
+HEADINGS = ["model", *(heading for _, heading, _ in METRICS)]
 # Okabe and Ito's blue and vermilion, which colour-blind readers can tell apart; the markers differ as well
 STYLES = {"cfg": ("#0072B2", "o"), "mclr": ("#D55E00", "s"), "base": ("#6B7280", "D"), "control": ("#6B7280", "^")}
 INK = "#1F2937"
@@ -74,16 +76,23 @@ def models(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: entry for name, entry in results.items() if isinstance(entry, dict) and ROWS.keys() & entry.keys()}
 
 
+@contextmanager
+def written_by_a_tour() -> Iterator[None]:
+    """Turns an error of what is done inside, with results, into a UserError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"results.json is not as a tour writes it ({type(error).__name__}: {error}): repeat the tour") from error
+
+
 def write_report(results: dict[str, Any], tour: Path, out: Path) -> Path:
     """Write OUT/figures/MODEL-curves.png and OUT/report.html, and return the path of the page. tour: the folder of the sample grids.
 
     Raises UserError if results are not as a tour writes them (then nothing is written), or if `out` cannot be written.
     """
-    try:
+    with written_by_a_tour():
         figures = {name: curves_figure(name, model) for name, model in models(results).items() if model.get("sweep")}
         page = html_page(results, tour, figures)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _damaged(error) from error
     try:
         (out / "figures").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -96,17 +105,9 @@ def write_report(results: dict[str, Any], tour: Path, out: Path) -> Path:
 
 def markdown_table(results: dict[str, Any]) -> str:
     """One markdown table per model. Raises UserError as write_report does."""
-    parts = []
-    try:
-        for name, model in models(results).items():
-            parts.append(f"**{name}**\n\n{table(HEADINGS, table_rows(model))}\n\n{gap_sentence(model)}")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _damaged(error) from error
-    return "\n\n".join(parts)
-
-
-def _damaged(error: Exception) -> UserError:
-    return UserError(f"results.json is not as a tour writes it ({type(error).__name__}: {error}): repeat the tour")
+    with written_by_a_tour():
+        parts = (f"**{name}**\n\n{table(HEADINGS, table_rows(m))}\n\n{gap_sentence(m)}" for name, m in models(results).items())
+        return "\n\n".join(parts)
 
 
 def table_rows(model: dict[str, Any]) -> Iterator[list[str]]:
@@ -117,11 +118,7 @@ def table_rows(model: dict[str, Any]) -> Iterator[list[str]]:
             if row in WEIGHTS and WEIGHTS[row][0] in scores:
                 key, symbol = WEIGHTS[row]
                 label += f", {symbol} = {scores[key]:g}"
-            yield [
-                label,
-                *(score_cell(scores.get(key), form) for key, _, form in METRICS),
-                _speed(scores.get("images_per_second")),
-            ]
+            yield [label, *(cell(scores.get(key), form) for key, _, form in METRICS)]
 
 
 def gap_sentence(model: dict[str, Any]) -> str:
@@ -130,9 +127,8 @@ def gap_sentence(model: dict[str, Any]) -> str:
         return "Gap closed: not measured in this run."
     if model["gap_closed"] is None:
         return "Gap closed: –. CFG's class-wise FD is no lower than the control's, so there is no gap to close."
-    return (
-        f"Gap closed: MCLR reaches {model['gap_closed']:.0%} of CFG's gain in class-wise FD over the control, without guidance."
-    )
+    share = f"{model['gap_closed']:.0%}"
+    return f"Gap closed: MCLR reaches {share} of CFG's gain in class-wise FD over the control, without guidance."
 
 
 def html_page(results: dict[str, Any], tour: Path, figures: dict[str, bytes]) -> str:
@@ -145,28 +141,21 @@ def html_page(results: dict[str, Any], tour: Path, figures: dict[str, bytes]) ->
         body.append(f"<p><strong>{escape(gap_sentence(model))}</strong></p>")
         if name in figures:
             body.append(_picture(figures[name], f"{name}: class-wise FD over both sweeps"))
-        grids = [
-            (ROWS[row], (tour / path).read_bytes()) for row, path in model.get("grids", {}).items() if (tour / path).is_file()
-        ]
+        grids = {ROWS[row]: tour / path for row, path in model.get("grids", {}).items() if (tour / path).is_file()}
         if grids:
-            pictures = "".join(
-                f"<figure>{_picture(png, f'samples of {row}')}<figcaption>{escape(row)}</figcaption></figure>"
-                for row, png in grids
-            )
-            body += ["<h3>Samples, the same seeds in the same places</h3>", f'<div class="grids">{pictures}</div>']
+            body += ["<h3>Samples, the same seeds in the same places</h3>", '<div class="grids">']
+            for row, path in grids.items():
+                picture = _picture(path.read_bytes(), f"samples of {row}")
+                body.append(f"<figure>{picture}<figcaption>{escape(row)}</figcaption></figure>")
+            body.append("</div>")
         if model.get("compute"):
             body += ["<h3>Compute</h3>", _table(["quantity", "value"], _facts(model["compute"]))]
-    if results.get("phases"):
-        body += ["<h2>Cost</h2>", _phases(results["phases"])]
+    if phases := results.get("phases"):
+        total = sum(phase["seconds"] for phase in phases)
+        rows = [[one["name"], f"{one['seconds']:,.1f}", f"{one['seconds'] / max(total, 1e-9):.0%}"] for one in phases]
+        body += ["<h2>Cost</h2>", _table(["phase", "seconds", "share"], [*rows, ["total", f"{total:,.1f}", ""]])]
     head = f'<meta charset="utf-8"><title>{title}</title><style>{CSS}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(body) + "\n</body></html>\n"
-
-
-def _phases(phases: list[dict[str, Any]]) -> str:
-    """A table of the phases: seconds and share of each, and the sum."""
-    total = sum(phase["seconds"] for phase in phases)
-    rows = [[phase["name"], f"{phase['seconds']:,.1f}", f"{phase['seconds'] / max(total, 1e-9):.0%}"] for phase in phases]
-    return _table(["phase", "seconds", "share"], [*rows, ["total", f"{total:,.1f}", ""]])
 
 
 def _table(headings: list[str], rows: Iterable[list[str]]) -> str:
@@ -223,20 +212,15 @@ def _mean(value: float | dict[str, float]) -> float:
     return value["mean"] if isinstance(value, dict) else value
 
 
-def score_cell(value: float | dict[str, float] | None, form: str | None) -> str:
-    """A number, or {mean, std} as "mean ± std" with the same decimals; a dash for None."""
+def cell(value: float | dict[str, Any] | None, form: str | None) -> str:
+    """A number, {mean, std} as "mean ± std" with the same decimals, or {median, runs} as the median and the range; a dash for None."""
     if value is None:
         return "–"
+    if isinstance(value, dict) and "runs" in value:
+        return f"{_digits(value['median'])} ({_digits(min(value['runs']))}–{_digits(max(value['runs']))})"
     form = form or f".{_decimals(_mean(value), least=1)}f"
     deviation = f" ± {value['std']:{form}}" if isinstance(value, dict) and "std" in value else ""
     return f"{_mean(value):{form}}{deviation}"
-
-
-def _speed(value: dict[str, Any] | None) -> str:
-    """The median of the runs and their range; a dash for None."""
-    if value is None:
-        return "–"
-    return f"{_digits(value['median'])} ({_digits(min(value['runs']))}–{_digits(max(value['runs']))})"
 
 
 def _facts(values: dict[str, Any]) -> Iterator[list[str]]:

@@ -21,10 +21,10 @@ from mclr.train.data.encoders import ROUNDING
 from mclr.train.data.images import image_grid
 from mclr.train.data.write import prepare_digits
 from mclr.train.sampling.generate import load_generator
-from mclr.train.scoring.extractors import Judge, classifier_judge
+from mclr.train.scoring.extractors import classifier_judge
 from mclr.train.scoring.image_readers import in_memory_images
 from mclr.train.scoring.scores import score
-from mclr.train.scoring.statistics import Statistics, measure
+from mclr.train.scoring.statistics import measure
 from mclr.train.system.files import write_file, write_json
 from mclr.train.training.launch import micro_batch_of, start
 from mclr.train.weights.folder import find_weights, load_net, sha256
@@ -50,27 +50,23 @@ ABOUT = {
 }
 
 
-@dataclass(frozen=True)
 class DigitsJudge:
-    """The judge of the tour, and its statistics of all real digits. c_N: their conditions; samples are drawn for the same ones."""
+    """The bundled classifier of the digits, and its statistics of all real ones. c_N: their conditions; samples are drawn for the same.
 
-    judge: Judge
-    real: Statistics
-    c_N: torch.Tensor
+    Prepares the digits if they are missing.
+    """
+
+    def __init__(self) -> None:
+        prepare_digits("data/digits")
+        images, conditions = zip(*(load_split("data/digits", name) for name in ("train", "val")), strict=True)
+        classifier = load_net("digits-classifier", "image_classifier")
+        assert isinstance(classifier, ImageClassifier)
+        self.judge, self.c_N = classifier_judge(classifier), torch.cat(conditions)
+        self.real = measure(self.judge, in_memory_images(torch.cat(images), self.c_N))
 
     def scores(self, images_N: torch.Tensor) -> dict[str, float]:
         """The scores of samples [N, C, H, W] uint8, drawn for the conditions c_N."""
         return score(self.judge, self.real, measure(self.judge, in_memory_images(images_N, self.c_N), with_prob=True))
-
-
-def digits_judge() -> DigitsJudge:
-    """The bundled classifier of the digits. Prepares the digits if they are missing."""
-    prepare_digits("data/digits")
-    images, conditions = zip(*(load_split("data/digits", name) for name in ("train", "val")), strict=True)
-    classifier = load_net("digits-classifier", "image_classifier")
-    assert isinstance(classifier, ImageClassifier)
-    judge, c_N = classifier_judge(classifier), torch.cat(conditions)
-    return DigitsJudge(judge, measure(judge, in_memory_images(torch.cat(images), c_N)), c_N)
 
 
 class Arm:
@@ -89,12 +85,7 @@ class Arm:
         x_N = self.draw(judge.c_N, seed * 1_000_000)
         batch = self.config.sample.batch
         padded = -(-len(x_N) // batch) * batch
-        scores = judge.scores(self.model.images(x_N))
-        return scores | {"forwards_per_image": self.model.per_image(padded)}
-
-    def pictures(self, each: int) -> torch.Tensor:
-        """uint8 images [10 * each, C, H, W], ten conditions one after the other: the same seeds in every arm."""
-        return self.model.images(self.draw(torch.arange(10).repeat_interleave(each), 0))
+        return judge.scores(self.model.images(x_N)) | {"forwards_per_image": self.model.per_image(padded)}
 
 
 @dataclass
@@ -152,17 +143,16 @@ class Tour:
     def row(self, name: str, arm: Arm) -> dict[str, Any]:
         """Mean and standard deviation over the sampling seeds."""
         runs = [self.scores(name, arm, seed) for seed in self.seeds]
-        row: dict[str, Any] = {}
-        for key in runs[0]:
-            values = [run[key] for run in runs]
-            row[key] = {"mean": statistics.mean(values), "std": statistics.stdev(values)}
+        of_key = {key: [run[key] for run in runs] for key in runs[0]}
+        row = {key: {"mean": statistics.mean(values), "std": statistics.stdev(values)} for key, values in of_key.items()}
         return row | {"forwards_per_image": runs[0]["forwards_per_image"]}
 
     def grid(self, row: str, arm: Arm) -> str:
-        """The picture of a row: ten conditions down, eight seeds across."""
+        """The picture of a row: ten conditions down, eight seeds across, the same in every arm."""
         path = Path("grids") / f"{arm.config.model.name}-{row}.png"
         (self.out / "grids").mkdir(exist_ok=True)
-        write_file(self.out / path, image_grid(arm.pictures(8).numpy(), 10, 8, 6))
+        images_N = arm.model.images(arm.draw(torch.arange(10).repeat_interleave(8), 0))
+        write_file(self.out / path, image_grid(images_N.numpy(), 10, 8, 6))
         return str(path)
 
 
@@ -197,11 +187,6 @@ def gap_closed(control: Sequence[float], cfg: Sequence[float], method: Sequence[
     return (from_ - reached) / (from_ - to) if to < from_ else None
 
 
-def guided(config: RunConfig, gamma: float) -> RunConfig:
-    """The same settings with guidance weight gamma."""
-    return config.model_copy(update={"sample": config.sample.model_copy(update={"gamma": gamma})})
-
-
 def compare(tour: Tour, model: str) -> dict[str, Any]:
     """One paradigm: the four rows, the sweeps, the speeds, the grids."""
     config = load(model, "mclr", "digits", "local", tour.overrides)
@@ -227,7 +212,10 @@ def compare(tour: Tour, model: str) -> dict[str, Any]:
         gammas = list(GAMMAS[model])
         if tour.full:
             gammas = sorted(gammas + [(a + b) / 2 for a, b in pairwise(gammas)])
-        candidates = {gamma: Arm(guided(config, gamma), control / "weights") for gamma in gammas}
+        candidates = {}
+        for gamma in gammas:
+            sample = config.sample.model_copy(update={"gamma": gamma})
+            candidates[gamma] = Arm(config.model_copy(update={"sample": sample}), control / "weights")
         sweep = {gamma: tour.scores("cfg", arm, 0) for gamma, arm in candidates.items()}
         best = min(sweep, key=lambda gamma: sweep[gamma]["cfd"])
         arms["cfg"] = candidates[best]
