@@ -1,7 +1,7 @@
 """An evaluation: find run or samples, reference and judge; draw; score; write the scores down."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from mclr.train.sampling.folder import draw, read_record
 from mclr.train.sampling.generate import Model, find_generator, load_generator, record_of
 from mclr.train.scoring.extractors import PUBLISHED, Judge, open_judge
 from mclr.train.scoring.image_readers import ImageSet, find_images, open_folder, open_npz
-from mclr.train.scoring.scores import Range, score, table
+from mclr.train.scoring.scores import score, table
 from mclr.train.scoring.statistics import MOST, RealSet, Statistics, measure, open_real, real_statistics
 from mclr.train.system.files import write_json
 from mclr.train.training import held_out, memorisation
@@ -68,8 +68,13 @@ def evaluate(request: Request) -> None:
     evaluation = resolve(request)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     evaluation.judge.net.to(device)
-    source = draw_samples(evaluation.run, request, evaluation.real_set) if evaluation.run else request.source
-    samples, made, parts = open_samples(evaluation, source)
+    source, wanted = request.source, None
+    if evaluation.run:
+        # as many as the reference; stored mu and sigma may cover more images than their file holds: then the most
+        images = None if evaluation.real_set.stored else evaluation.real_set.images
+        source, wanted = source / "samples", request.ranges * (min(images.count, MOST) if images else MOST)
+        draw_samples(evaluation.run, source, wanted)
+    samples, made, parts = open_samples(evaluation, source, wanted)
     result, origin = score_samples(evaluation, samples, made, parts)
     if request.icr and evaluation.run and evaluation.real_set.info:
         result["icr"] = contamination(evaluation.run, evaluation.real_set.info)
@@ -113,31 +118,23 @@ def resolve(request: Request) -> Evaluation:
     return Evaluation(request, judge, real_set, run)
 
 
-def draw_samples(run: Run, request: Request, real_set: RealSet) -> Path:
-    """Draw images of the run into RUN/samples, for every range as many as the reference has. Returns the folder."""
-    folder = request.source / "samples"
+def draw_samples(run: Run, folder: Path, wanted: int) -> None:
+    """Draw so many images of the run into the folder; keep what an earlier call drew beyond that."""
     there = read_record(folder)
-    # keep what an earlier call drew beyond that
-    count = max(_wanted(request, real_set), there["count"] if there else 0)
-    draw(run.load, run.record, folder, list(range(run.data.num_classes)), range(count))
-    return folder
+    draw(run.load, run.record, folder, list(range(run.data.num_classes)), range(max(wanted, there["count"] if there else 0)))
 
 
-def _wanted(request: Request, real_set: RealSet) -> int:
-    """How many samples of a run are scored. Stored mu and sigma may cover more images than their file holds: then the most."""
-    images = None if real_set.stored else real_set.images
-    return request.ranges * (min(images.count, MOST) if images else MOST)
+def open_samples(evaluation: Evaluation, source: Path, wanted: int | None) -> tuple[ImageSet, dict[str, Any] | None, list[range]]:
+    """(samples, the settings that drew them if known, the images of each range). wanted: how many are scored; None: all.
 
-
-def open_samples(evaluation: Evaluation, source: Path) -> tuple[ImageSet, dict[str, Any] | None, list[range]]:
-    """(samples, the settings that drew them if known, the images of each range). Raises UserError if they cannot be scored."""
+    Raises UserError if they cannot be scored.
+    """
     request, judge = evaluation.request, evaluation.judge
     record = read_record(source) if source.is_dir() else None
     samples = open_npz(source) if source.is_file() else open_folder(source, request.judge not in PUBLISHED)
     if record and samples.count != record["count"]:
         raise UserError(f"{source} holds {samples.count} of {record['count']} images: repeat its `mclr sample` command")
-    wanted = _wanted(request, evaluation.real_set) if evaluation.run else samples.count
-    each, rest = divmod(wanted, request.ranges)
+    each, rest = divmod(wanted or samples.count, request.ranges)
     if rest:
         raise UserError(
             f"--ranges {request.ranges} does not divide the {samples.count} images of {source}: draw more, or give another"
@@ -153,25 +150,26 @@ def score_samples(
     evaluation: Evaluation, samples: ImageSet, made: dict[str, Any] | None, parts: list[range]
 ) -> tuple[dict[str, Any], str]:
     """(the scores with their facts, where the statistics of the reference come from). Raises UserError if the judge cannot score."""
-    judge, real_set, ranges = evaluation.judge, evaluation.real_set, []
+    judge, real_set = evaluation.judge, evaluation.real_set
+    ranges: list[dict[str, Any]] = []
     try:
         real, notes, origin = real_statistics(judge, real_set)
         for part in parts:
             fake = measure(judge, samples, part, with_prob=True)
             seeds = [made["seed"] + part.start, made["seed"] + part.stop - 1] if made else None
-            ranges.append(Range(seeds, score(judge, real, fake)))
+            ranges.append({"seeds": seeds, "scores": score(judge, real, fake)})
         notes += _doubts(judge, samples, real_set, made, real, fake)
     except ValueError as error:
         raise UserError(f"judge {judge.name} cannot score these samples ({error}): give another --judge") from error
-    scores = {name: sum(one.scores[name] for one in ranges) / len(ranges) for name in ranges[0].scores}
+    scores = {name: sum(one["scores"][name] for one in ranges) / len(ranges) for name in ranges[0]["scores"]}
     if len(ranges) > 1:
-        scores["fd_min"] = min(one.scores["fd"] for one in ranges)
+        scores["fd_min"] = min(one["scores"]["fd"] for one in ranges)
     result = {
         "scores": scores,
         "samples": {"path": samples.name, "count": sum(map(len, parts)), "made": made},
         "real": real_set.about() | {"count": real.count, "neighbours": None if real.near_ND is None else len(real.near_ND)},
         "judge": {"name": judge.name, "sha256": judge.sha256, "features": judge.features, "fd": judge.fd},
-        "ranges": [asdict(one) for one in ranges],
+        "ranges": ranges,
         "notes": notes,
     }
     return result, origin
@@ -190,13 +188,12 @@ def _default_judge(real_set: RealSet) -> str:
     info = real_set.info
     if info is None:
         raise UserError(f"no judge is bundled for {real_set.name}: give --judge dinov2, inception or the weights of a classifier")
-    name = f"{info.name}-classifier"
     try:
-        find_weights(name)
+        find_weights(f"{info.name}-classifier")
     except UserError:
         makes = f"`mclr prepare classifier WEIGHTS --data {info.path}` makes one"
         raise UserError(f"no judge is bundled for {info.name}: give --judge WEIGHTS; {makes}") from None
-    return name
+    return f"{info.name}-classifier"
 
 
 def _refuse_other(judge: Judge, samples: ImageSet, real_set: RealSet) -> None:

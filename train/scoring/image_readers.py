@@ -5,6 +5,7 @@ N images of a set; B of a batch; C H W image.
 
 import hashlib
 import os
+import re
 import zipfile
 from collections import Counter
 from collections.abc import Callable
@@ -72,9 +73,9 @@ def open_folder(folder: Path, with_conditions: bool) -> ImageSet:
     if not paths:
         raise UserError(f"{folder} holds no images: give another folder")
     shape = read_images(paths[:1]).shape[1:]
-    c_N = None
-    if with_conditions and any(_has_condition(path) for path in paths):
-        c_N = torch.tensor([condition_of(path) for path in paths])
+    # NAME-CONDITION
+    some_named = with_conditions and any(re.fullmatch(r".+-\d+", path.stem, re.DOTALL) for path in paths)
+    c_N = torch.tensor([condition_of(path) for path in paths]) if some_named else None
 
     def read(first: int, end: int) -> Tensor:
         images_BCHW = read_images(paths[first:end])
@@ -90,11 +91,6 @@ def open_folder(folder: Path, with_conditions: bool) -> ImageSet:
         return sums.hexdigest()
 
     return ImageSet(str(folder), len(paths), shape, read, checksum_of_all, c_N, not JPEG.isdisjoint(formats), found)
-
-
-def _has_condition(path: Path) -> bool:
-    name, _, condition = path.stem.rpartition("-")
-    return bool(name) and condition.isdigit()
 
 
 def npz_names(path: Path) -> list[str]:

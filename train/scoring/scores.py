@@ -1,6 +1,5 @@
 """The scores of `mclr evaluate`: computing them from the statistics of real and fake images, and printing them."""
 
-from dataclasses import dataclass
 from typing import Any
 
 from mclr.metrics import class_accuracy, class_frechet_distance, frechet_from_moments, inception_score, neighbour_scores
@@ -23,14 +22,6 @@ ICR = {
     "icr": "invariant contamination ratio of the network on training images; if it rises again, the network may memorise",
     "icr_val": "the same on held-out images",
 }
-
-
-@dataclass(frozen=True)
-class Range:
-    """The scores of one range of seeds. seeds: [first, last], None if they are unknown."""
-
-    seeds: list[int] | None
-    scores: dict[str, float]
 
 
 def score(judge: Judge, real: Statistics, fake: Statistics) -> dict[str, float]:

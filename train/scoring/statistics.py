@@ -160,30 +160,24 @@ def _kept(judge: Judge, images: ImageSet) -> tuple[Statistics, str]:
     if path.is_file():
         return read_statistics(path, judge.device), f"reused from {path}"
     statistics = measure(judge, images)
-    assert statistics.near_ND is not None
-    statistics = replace(statistics, radii_N2=neighbour_radii(statistics.near_ND, progress=neighbour_bar))
+    near_ND = statistics.near_ND
+    assert near_ND is not None
+    radii_N2 = neighbour_radii(near_ND, progress=neighbour_bar)
+    statistics = replace(statistics, radii_N2=radii_N2)
+    # mu, sigma, mu_s and sigma_s (spatial) are ADM's names; the others are ours
+    tensors = {"near": near_ND, "radii": radii_N2, "count": torch.tensor(statistics.count)}
+    tensors |= zip(("mu", "sigma"), statistics.features, strict=True)
+    if statistics.spatial:
+        tensors |= zip(("mu_s", "sigma_s"), statistics.spatial, strict=True)
+    if statistics.of_condition:
+        tensors["conditions"] = torch.tensor(list(statistics.of_condition))
+        tensors["mu_c"], tensors["sigma_c"] = map(torch.stack, zip(*statistics.of_condition.values(), strict=True))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, in_memory(np.savez, **_arrays(statistics)))
+        write_file(path, in_memory(np.savez, **{name: tensor.cpu().numpy() for name, tensor in tensors.items()}))
     except (UserError, OSError) as error:
         return statistics, f"measured now, and not kept ({error})"
     return statistics, f"measured now, kept in {path}"
-
-
-def _arrays(statistics: Statistics) -> dict[str, np.ndarray]:
-    """The arrays of a cache file. mu, sigma, mu_s and sigma_s (spatial) are ADM's names; the others are ours."""
-    tensors = dict(zip(("mu", "sigma"), statistics.features, strict=True))
-    if statistics.spatial:
-        tensors |= zip(("mu_s", "sigma_s"), statistics.spatial, strict=True)
-    if statistics.near_ND is not None:
-        tensors |= {"near": statistics.near_ND, "count": torch.tensor(statistics.count)}
-    if statistics.radii_N2 is not None:
-        tensors["radii"] = statistics.radii_N2
-    if statistics.of_condition:
-        means, covariances = zip(*statistics.of_condition.values(), strict=True)
-        conditions = torch.tensor(list(statistics.of_condition))
-        tensors |= {"conditions": conditions, "mu_c": torch.stack(means), "sigma_c": torch.stack(covariances)}
-    return {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
 
 
 def read_statistics(path: Path, device: torch.device) -> Statistics:
@@ -196,12 +190,12 @@ def read_statistics(path: Path, device: torch.device) -> Statistics:
                 raise ValueError(f"{mean} is of shape {tuple(tensors[mean].shape)}, {covariance} of another")
         conditions = tensors["conditions"].tolist() if "conditions" in tensors else []
         return Statistics(
-            (tensors["mu"], tensors["sigma"]),
-            (tensors["mu_s"], tensors["sigma_s"]) if "mu_s" in tensors else None,
-            int(tensors["count"]) if "count" in tensors else None,
-            tensors.get("near"),
-            tensors.get("radii"),
-            {c: (tensors["mu_c"][i], tensors["sigma_c"][i]) for i, c in enumerate(conditions)},
+            features=(tensors["mu"], tensors["sigma"]),
+            spatial=(tensors["mu_s"], tensors["sigma_s"]) if "mu_s" in tensors else None,
+            count=int(tensors["count"]) if "count" in tensors else None,
+            near_ND=tensors.get("near"),
+            radii_N2=tensors.get("radii"),
+            of_condition={c: (tensors["mu_c"][i], tensors["sigma_c"][i]) for i, c in enumerate(conditions)},
         )
     # decoders raise almost any error on damaged bytes
     except Exception as error:
