@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-import mclr.train.studies.tour
 import mclr.train.tour
 from mclr.train.data.dataset import load_split
+from mclr.train.studies import tour as study
+from mclr.train.studies.tour import gap_closed
 from mclr.train.system.console import run
 
 ARGUMENTS = ["--model", "var-digits", "train.images=128", "sample.batch=60"]
@@ -18,9 +19,9 @@ def tour(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tour")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(mclr.train.studies.tour, "load_split", lambda path, name: tuple(t[:150] for t in load_split(path, name)))
-        patch.setattr(mclr.train.studies.tour, "GAMMAS", {"var-digits": (0.5, 1.0)})
-        patch.setattr(mclr.train.studies.tour, "SEEDS", 2)
+        patch.setattr(study, "load_split", lambda path, name: tuple(t[:150] for t in load_split(path, name)))
+        patch.setattr(study, "GAMMAS", {"var-digits": (0.5, 1.0)})
+        patch.setattr(study, "SEEDS", 2)
         assert run(mclr.train.tour.main, ["--out", "tour", *ARGUMENTS]) == 0
         first = json.loads((folder / "tour" / "results.json").read_text())
         kept = {path: path.stat().st_mtime_ns for path in (folder / "tour").glob("scores/*")}
@@ -41,8 +42,7 @@ def test_a_second_tour_scores_nothing_again_and_finds_the_same(tour):
 def test_results_are_complete_and_consistent(tour):
     result = tour[1]["var-digits"]
     cfd = {row: result[row]["cfd"]["mean"] for row in ("base", "control", "cfg", "mclr")}
-    share = mclr.train.studies.tour.gap_closed([cfd["control"]], [cfd["cfg"]], [cfd["mclr"]])
-    assert result["gap_closed"] == share
+    assert result["gap_closed"] == gap_closed([cfd["control"]], [cfd["cfg"]], [cfd["mclr"]])
     best = min(result["sweep"]["cfg"], key=lambda point: point["cfd"])
     assert result["cfg"]["gamma"] == best["gamma"]
     assert [point["lam"] for point in result["sweep"]["mclr"]] == pytest.approx([0.5, 1.0, 2.0])
@@ -50,13 +50,10 @@ def test_results_are_complete_and_consistent(tour):
 
 
 def test_the_gap_is_of_the_means_and_needs_a_gain_of_cfg():
-    assert mclr.train.studies.tour.gap_closed([2.0, 4.0], [1.0, 2.0], [2.0, 1.0]) == pytest.approx(1.0)
+    assert gap_closed([2.0, 4.0], [1.0, 2.0], [2.0, 1.0]) == pytest.approx(1.0)
     # the shares of the two seeds are .5 and -8: the second has hardly a gain
-    assert mclr.train.studies.tour.gap_closed([3.0, 1.1], [1.0, 1.0], [2.0, 1.9]) == pytest.approx(0.1 / 1.05)
-    assert (
-        mclr.train.studies.tour.gap_closed([1.0], [1.0], [0.5]) is None
-        and mclr.train.studies.tour.gap_closed([1.0], [2.0], [0.5]) is None
-    )
+    assert gap_closed([3.0, 1.1], [1.0, 1.0], [2.0, 1.9]) == pytest.approx(0.1 / 1.05)
+    assert gap_closed([1.0], [1.0], [0.5]) is None and gap_closed([1.0], [2.0], [0.5]) is None
 
 
 def test_guidance_costs_a_second_forward_where_its_weight_is_not_zero(tour):
