@@ -389,7 +389,9 @@ def test_stored_statistics_allow_fd_alone(inception, real, tmp_path, capsys):
 def test_statistics_of_another_judge_do_not_count(inception, real, tmp_path, capsys):
     folder = write_plain(tmp_path / "fake", real[0].flip(-1))
     np.savez(tmp_path / "r.npz", mu=np.zeros(9), sigma=np.eye(9))
-    refused_evaluation(capsys, (folder, "--reference", tmp_path / "r.npz", *inception), "9 and 5 features; they need the same judge")
+    refused_evaluation(
+        capsys, (folder, "--reference", tmp_path / "r.npz", *inception), "9 and 5 features; they need the same judge"
+    )
     np.savez(tmp_path / "r.npz", nhwc(real[0]), mu=np.zeros(9), sigma=np.eye(9))
     assert scored(folder, "--reference", tmp_path / "r.npz", *inception)["real"]["neighbours"] == 60
 
