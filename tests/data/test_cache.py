@@ -246,7 +246,9 @@ def test_a_stream_has_no_cache(data, vae):
 
 
 @pytest.mark.parametrize(
-    ("file", "damage"), [("000002.npy", lambda path: os.truncate(path, 1000)), ("000004.npy", Path.unlink)], ids=str
+    ("file", "damage"),
+    [("000002.npy", lambda path: os.truncate(path, 1000)), ("000004.npy", Path.unlink)],
+    ids=["cut off", "missing"],
 )
 def test_a_damaged_cache_is_refused_when_a_run_starts(file, damage, make, data, vae):
     make()
