@@ -147,9 +147,11 @@ def draw(model, trained, digits, tokenizer, out):
     weights, drawn = out / f"{model}-weights", out / f"{model}-drawn"
     if world()[0] == 0:
         save_weights(weights, trained.task.engine.net)
-        settings = [pair for pair in tiny(model, tokenizer) if not pair.startswith("objective.")]
-        argv = ["sample", str(weights), "--model", model, "--data", str(digits), "--out", str(drawn), "--count=40", "--dataset"]
-        assert cli([*argv, *settings]) == 0
+    torch.distributed.barrier()
+    settings = [pair for pair in tiny(model, tokenizer) if not pair.startswith("objective.")]
+    argv = ["sample", str(weights), "--model", model, "--data", str(digits), "--out", str(drawn), "--count=40", "--dataset"]
+    # ranks share the drawing
+    assert cli([*argv, *settings]) == 0
     torch.distributed.barrier()
     from_there = (f"model.weights={weights}",)
     return {"mclr": (), "cca": from_there, "ddo": (*from_there, f"objective.generated={drawn / 'dataset'}")}
