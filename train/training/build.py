@@ -1,7 +1,9 @@
 """From a configuration to the objects of a run: its kernels, its data, its networks, and the task that the step works on."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,7 +57,23 @@ def compile_blocks(net: nn.Module) -> None:
     """
     compile_every_length()
     for module in getattr(net, "blocks", [net]):
-        module.forward = torch.compile(module.forward)
+        module.forward = compiled(module.forward)
+
+
+def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled forward, with code of its own for every side of images.
+
+    Code for any side, which torch.compile would make for the blocks of a U-Net, stops inductor with an error (torch 2.14, attention).
+    """
+    run = torch.compile(forward)
+
+    def call(*inputs: Any) -> Any:
+        for x in inputs:
+            if isinstance(x, torch.Tensor) and x.ndim == 4:
+                torch._dynamo.mark_static(x, [2, 3])
+        return run(*inputs)
+
+    return call
 
 
 def compile_every_length() -> None:
