@@ -171,7 +171,7 @@ def _picture(png: bytes, description: str) -> str:
 
 def curves_figure(name: str, model: dict[str, Any]) -> bytes:
     """PNG of class-wise FD (logarithmic) against precision and against recall, over both sweeps."""
-    figure = Figure(figsize=(11, 5.2), dpi=160, layout="constrained")
+    figure = Figure(figsize=(11, 6), dpi=160, layout="constrained")
     figure.suptitle(f"{name}: what each weight buys, with guidance (CFG) and without (MCLR)", color=INK, fontsize=13)
     panels = figure.subplots(1, 2, sharey=True)
     for axes, metric in zip(panels, ("precision", "recall"), strict=True):
@@ -192,10 +192,13 @@ def _draw_curves(axes: Axes, model: dict[str, Any], metric: str) -> None:
             points = [(None, _mean(model[row][metric]), _mean(model[row]["cfd"]))] if row in model else []
             label = ROWS[row]
         points = [point for point in points if math.isfinite(point[1]) and math.isfinite(point[2])]
-        axes.plot([x for _, x, _ in points], [y for *_, y in points], color=colour, marker=marker, linewidth=1.8, label=label)
+        places = [x for _, x, _ in points], [y for *_, y in points]
+        axes.plot(*places, color=colour, marker=marker, linewidth=1.8, label=label)
+        # once more without the line, above all weights
+        axes.plot(*places, color=colour, marker=marker, linewidth=0, zorder=4)
         for weight, x, y in points if row in WEIGHTS else []:
-            # the two lines often meet: the weights of one are below it, those of the other above, on white
-            side = (0, -14) if row == "mclr" else (0, 8)
+            # the two lines often meet: the weights of one are above it, those of the other below, on white
+            side = (0, 8) if row == "mclr" else (0, -16)
             note = axes.annotate(f"{weight:g}", (x, y), side, textcoords="offset points", color=colour, fontsize=9, ha="center")
             note.set_path_effects([withStroke(linewidth=3, foreground="white")])
     axes.set_yscale("log")
