@@ -194,8 +194,9 @@ def _draw_curves(axes: Axes, model: dict[str, Any], metric: str) -> None:
         points = [point for point in points if math.isfinite(point[1]) and math.isfinite(point[2])]
         places = [x for _, x, _ in points], [y for *_, y in points]
         axes.plot(*places, color=colour, marker=marker, linewidth=1.8, label=label)
-        # once more without the line, above all weights
-        axes.plot(*places, color=colour, marker=marker, linewidth=0, zorder=4)
+        # points over all weights
+        if points:
+            axes.scatter(*places, color=colour, marker=marker, zorder=4)
         for weight, x, y in points if row in WEIGHTS else []:
             # the two lines often meet: the weights of one are above it, those of the other below, on white
             side = (0, 8) if row == "mclr" else (0, -16)
