@@ -268,7 +268,7 @@ def load_into(net: nn.Module, folder: Path, sources: Sources | None = None) -> N
 
 def _refuse_others(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], folder: Path) -> None:
     if wrong := misfits(ours, theirs):
-        raise UserError(f"weights {folder.name} do not fit the network: {wrong}; choose other weights")
+        raise UserError(f"weights {folder} do not fit the network: {wrong}; choose other weights")
 
 
 def refuse_misfit(net: nn.Module, folder: Path, any_conditions: bool) -> None:
@@ -286,4 +286,4 @@ def refuse_misfit(net: nn.Module, folder: Path, any_conditions: bool) -> None:
     way_out = "give fitting weights by --init" if size or other_kind else WAYS_OUT[differing[0]]
     if (size or other_kind) and (presets := presets_of(described)):
         way_out = f"these look like {' or '.join(presets)}, give --model {presets[0]} (in Python, model=)"
-    raise UserError(f"weights {folder.name} {what}: {way_out}")
+    raise UserError(f"weights {folder} {what}: {way_out}")
