@@ -457,9 +457,3 @@ def test_ctrl_c_says_what_stands_and_that_the_command_goes_on(diffusion_run, tmp
     err = capsys.readouterr().err
     assert err == f"interrupted: {tmp_path / 's'} holds 8 of 12 images; the same command draws the rest\n"
     assert sample_(*argv) == 0 and "4 images drawn" in capsys.readouterr().out
-
-
-def test_help_shows_an_example(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        sample.main(["--help"])
-    assert exit_.value.code == 0 and "mclr sample runs/mine --out samples/mine" in capsys.readouterr().out

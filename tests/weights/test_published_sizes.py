@@ -14,7 +14,6 @@ from mclr.models.edm2 import EDM2, EDM2Config
 from mclr.models.options import SCALES_256, SCALES_512
 from mclr.models.registry import NETWORKS, kind_of
 from mclr.models.vqvae import VQVAE, VQVAEConfig
-from mclr.train.run import main
 from mclr.train.training.networks import build_classifier, build_encoder, build_guide, build_net, build_paradigm
 from mclr.train.weights.folder import save_weights
 
@@ -133,13 +132,6 @@ def test_the_network_of_a_preset_is_the_published_one(model, argv_of):
 def test_the_published_tokenizers_are_the_default_one(name):
     with torch.device("meta"):
         assert_published(VQVAE(VQVAEConfig(scales=TOKENIZERS[name])), name)
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_a_dry_run_of_every_size(model, argv_of, capsys):
-    assert main([*argv_of(model), "--dry-run", "--engine", "local"]) == 0
-    told = capsys.readouterr().out
-    assert f"\nmodel      {model} (" in told and f"imagenet: 1000 classes, 3 x {resolution_of(model)}^2" in told
 
 
 @pytest.mark.parametrize("model", [model for model in MODELS if model.startswith("edm2")])
