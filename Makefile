@@ -42,7 +42,7 @@ format: .venv/ready
 	@python3 -c 'import venv, ensurepip' 2>/dev/null || { echo "the venv module of python3 is missing: install python3-venv first"; exit 2; }
 	@python3 -c 'import os, sysconfig, sys; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' || { echo "the headers of python3 are missing: install python3-dev first"; exit 2; }
 	python3 -m venv .venv
-	.venv/bin/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	.venv/bin/pip install --quiet --disable-pip-version-check -e '.[dev]' --config-settings editable_mode=compat
 	@touch $@
 
 clean:

@@ -34,7 +34,9 @@ def objective_conflicts(
     if name not in CONTRASTS:
         yield f"{prefix}name={name} is unknown: expected {', '.join(CONTRASTS)}"
         return
-    if contrast not in CONTRASTS[name]:
+    if not contrast:
+        yield f"{prefix}name={name} needs {prefix}contrast={' or '.join(CONTRASTS[name])}"
+    elif contrast not in CONTRASTS[name]:
         yield f"{prefix}contrast={contrast} is not for {prefix}name={name}: expected {' or '.join(CONTRASTS[name])}"
     if name != "mle" and conditions is not None and conditions < 2:
         yield f"objective {name} needs two conditions or more; {'data.num_classes' if prefix else 'null'}={conditions}"

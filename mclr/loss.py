@@ -45,7 +45,8 @@ class Loss:
     def __post_init__(self) -> None:
         if not isinstance(self.objective, Objective) or not hasattr(self.paradigm, "probe"):
             wanted = "give a paradigm, such as model.paradigm, and an Objective, such as Objective('mclr', 'null', lam=1.0)"
-            raise ValueError(f"Loss({self.paradigm!r:.40}, {self.objective!r:.40}): {wanted}")
+            given = f"{type(self.paradigm).__name__}, {type(self.objective).__name__}"
+            raise ValueError(f"Loss is given {given}: {wanted}")
         for name in ("posterior", "reference"):
             if (given := getattr(self, name)) is not None:
                 object.__setattr__(self, name, network(given, name))

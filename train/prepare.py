@@ -97,7 +97,8 @@ def _network(args: argparse.Namespace) -> None:
     # slow to import
     from mclr.train.training.small_networks import Recipe, fit_to_data
 
-    fit_to_data(args.kind, args.data, args.out, Recipe(args.steps, args.batch, args.lr), args.seed, args.half, args.command)
+    with on_signals(end_early):
+        fit_to_data(args.kind, args.data, args.out, Recipe(args.steps, args.batch, args.lr), args.seed, args.half, args.command)
 
 
 def _cache(args: argparse.Namespace) -> None:

@@ -131,8 +131,8 @@ def test_a_posterior_of_other_conditions_is_refused():
 def test_what_is_no_part_at_all_is_refused():
     paradigm = Diffusion((1, 2, 2), K)
     for parts, message in (
-        ((paradigm, "mclr"), r"Loss\(Diffusion\(.*, 'mclr'\): give a paradigm, .* and an Objective, such as"),
-        (("edm2-digits", Objective()), r"Loss\('edm2-digits', .*: give a paradigm, such as model.paradigm"),
+        ((paradigm, "mclr"), "Loss is given Diffusion, str: give a paradigm, .* and an Objective, such as"),
+        (("edm2-digits", Objective()), "Loss is given str, Objective: give a paradigm, such as model.paradigm"),
         (
             (paradigm, OBJECTIVES["posterior"], "digits-posterior"),
             "posterior must be a network, or a Model of mclr.load, not 'digits-",

@@ -39,7 +39,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = TINY) -> bool:
 
 WRONG = {
     "posteriour": ({"name": "posteriour", "lam": 1.0}, "name=posteriour is unknown: expected mle, mclr,"),
-    "contrast of mclr missing": ({"name": "mclr", "lam": 1.0}, "expected posterior or null or weighted or uniform"),
+    "contrast of mclr missing": ({"name": "mclr", "lam": 1.0}, "name=mclr needs contrast=posterior or null or weighted or uniform"),
     "unknown contrast": ({"name": "mclr", "contrast": "x"}, "contrast=x is not for name=mclr"),
     "contrast of another": ({"name": "unlearn", "contrast": "posterior"}, "expected uniform"),
     "another contrast": ({"name": "cca", "contrast": "uniform", "beta": 1.0, "lam": 1.0}, "expected marginal"),

@@ -160,6 +160,10 @@ def test_weights_that_generate_nothing_load_as_frozen_networks():
     assert not posterior.training and not any(p.requires_grad for p in posterior.parameters())
     with pytest.raises(mclr.UserError, match="no weights at nothing"):
         mclr.load("nothing")
+    with pytest.raises(mclr.UserError, match="no weights at edm2-digit; did you mean edm2-digits"):
+        mclr.load("edm2-digit")
+    with pytest.raises(ValueError, match="name=None is no name"):
+        mclr.load(None)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Tests of train/training/small_networks.py: each small network learns from the digits, and `mclr prepare` writes weights that load."""
 
 import json
+import os
 import re
+import signal
 
 import numpy as np
 import pytest
@@ -182,6 +184,14 @@ def test_what_cannot_be_used_is_found_before_the_fit(digits, tmp_path, monkeypat
     ]:
         assert line in refused(main, ["tokenizer", out, "--data", data, *flags], capsys)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_nothing_behind(number, status, digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(mclr.train.training.small_networks, "fit", lambda *args, **more: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as ended:
+        main(["classifier", str(tmp_path / "net"), "--data", str(digits)])
+    assert ended.value.code == status and not list(tmp_path.iterdir())
 
 
 def test_progress_and_time_left_show_where_stderr_is_a_file(digits, tmp_path, capsys):

@@ -24,7 +24,17 @@ from mclr.train.system.files import checksum
 from mclr.train.system.ranks import own_device
 from mclr.train.training.build import choose_kernels
 from mclr.train.training.networks import build_encoder, build_guidance, build_guide, build_net, build_paradigm, guide_misfit
-from mclr.train.weights.folder import find_weights, images_of, load_into, load_net, presets_of, read_config, save_weights, sha256
+from mclr.train.weights.folder import (
+    BUNDLED,
+    find_weights,
+    images_of,
+    load_into,
+    load_net,
+    presets_of,
+    read_config,
+    save_weights,
+    sha256,
+)
 
 
 def whole(name: str, value: Any, least: int = 0) -> int:
@@ -218,8 +228,10 @@ def load(
     a GPU where there is one. model: preset whose settings of sampling are used; default: the one that the weights record, or of their
     size. data: preset or dataset folder; default: images as the weights make them. settings: further ones, like "sample.solver=sde".
     A generator sets switches of the whole process: no TF32 in cuDNN, and the choice of kernels (engine.kernels).
-    Raises UserError where there are no such weights or something does not fit.
+    Raises UserError where there are no such weights or something does not fit, ValueError for what is no name.
     """
+    if not isinstance(name, str | Path):
+        raise ValueError(f"name={name!r:.40} is no name: give a bundled name, a folder or a file")
     if not (Path(name) / FILE).is_file():
         weights = find_weights(str(name))
         kind = read_config(weights)["kind"]
@@ -325,6 +337,11 @@ def load_generator(config: RunConfig, weights: Path, device: torch.device | str 
         bf16=config.engine.precision == "bf16",
         image_shape=(config.data.channels, config.data.resolution, config.data.resolution),
         class_names=description.get("classes", ()),
-        notes={"init": str(weights), "model": config.model.name, "data": config.data.name} | recorded,
+        notes={
+            "init": weights.name if weights.parent == BUNDLED else str(weights),
+            "model": config.model.name,
+            "data": config.data.name,
+        }
+        | recorded,
         device=device,
     )

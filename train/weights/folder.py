@@ -5,6 +5,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,10 @@ def find_weights(name: str) -> Path:
         return converted(name)
     if (found / schema.FILE).is_file():
         raise UserError(f"run {name} has no weights yet: finish it, or give one of the folders in {found / 'checkpoints'}")
-    known = ", ".join(sorted(f.name for f in BUNDLED.iterdir() if f.is_dir()))
+    bundled = sorted(f.name for f in BUNDLED.iterdir() if f.is_dir())
+    if close := get_close_matches(name, bundled, 1):
+        raise UserError(f"no weights at {name}; did you mean {close[0]}?")
+    known = ", ".join(bundled)
     raise UserError(
         f"no weights at {name}: give a folder with config.json and model.safetensors, a published file, {SCHEME}ORG/REPO[/FILE], "
         f"or a bundled name ({known})"
