@@ -49,7 +49,7 @@ def objective_conflicts(
             yield f"missing key {prefix}beta; objective {name} needs it, like {prefix}beta=0.1"
         elif beta <= 0:
             yield f"{prefix}beta={beta} is out of range: must be > 0"
-        if lam <= 0 or schedule.kind != "constant":
+        if not missing and (lam <= 0 or schedule.kind != "constant"):
             yield f"objective {name} needs {prefix}lam > 0 and {prefix}schedule.kind=constant: its ratio is of whole samples"
     elif beta is not None:
         yield f"{prefix}beta={beta} has no effect with {prefix}name={name}; only {', '.join(WITH_REFERENCE)} have it"

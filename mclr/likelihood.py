@@ -156,8 +156,8 @@ def ask(net: Net, shape: tuple[int, ...], hint: str, *inputs: Any, alone: bool =
 def score(paradigm: Paradigm, net: Net, probe: Probe, rows: Rows, reference: Net | None = None, lockstep: bool = False) -> Scores:
     """Values of all rows, with gradient. The contrast `null` and a reference take a second forward, without gradient.
 
-    lockstep: run the network equally often whatever the rows are, as ranks must that share its weights: no row is cut short, and
-    there always is a null forward.
+    lockstep: run the network equally often whatever the rows are, as ranks must that share its weights: no row with gradient is
+    cut short, and there always is a null forward.
     """
     batch, terms = rows.lam_BT.shape
     # Whether rows can be cut short is asked of a GPU, and so only where it is possible.

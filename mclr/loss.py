@@ -30,7 +30,7 @@ class Loss:
     gradients are separate from the network's. Tokens need none: Bayes' rule on the network itself gives the posterior.
     reference: for cc_dpo, cca and ddo, a frozen copy of the network before fine-tuning.
     drop_condition: share of the samples that learn the null condition. seed: of all random numbers.
-    warmup: samples at positions before this one have no ratio, so that a posterior from scratch can learn first.
+    warmup: a batch that begins before this position has no ratio, so that a posterior from scratch can learn first.
     Raises ValueError for parts that do not fit together.
     """
 
@@ -55,6 +55,8 @@ class Loss:
             objective, objective.schedule.weight, objective.schedule, diffusion=diffusion, conditions=self.paradigm.null
         ):
             raise ValueError(fault)
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed={self.seed} is out of range: must be >= 0 and < 2^64")
         if not 0 <= self.drop_condition <= 1:
             raise ValueError(f"drop_condition={self.drop_condition} is out of range: must be >= 0 and <= 1")
         if objective.contrast == "null" and self.drop_condition == 0:

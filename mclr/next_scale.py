@@ -81,8 +81,8 @@ class NextScale:
     more_smooth: bool = False
 
     def __post_init__(self) -> None:
-        if not self.scales or min(self.scales) < 1:
-            raise ValueError(f"scales={self.scales}: must be one or more sides >= 1")
+        if not self.scales or min(self.scales) < 1 or self.scales[0] != 1:
+            raise ValueError(f"scales={self.scales}: must be one or more sides >= 1, the first of them 1")
         if self.null < 1:
             raise ValueError(f"null={self.null} is out of range: must be >= 1, the number of conditions")
         if self.top_k < 0:

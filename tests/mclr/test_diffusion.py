@@ -173,6 +173,9 @@ def test_a_denoising_value_is_edms_and_keeps_its_digits_at_extreme_noise(sigma):
     [
         ({"solver": "dpm"}, "solver=dpm is unknown: expected euler, heun, sde"),
         ({"solver": "sde", "churn": 3.0}, "churn=3.0 needs solver=heun, not sde"),
+        ({"steps": 0}, "steps=0: both must be >= 1"),
+        ({"sigma_min": 80.0}, "sigma_min=80.0, sigma_max=80.0, .*: all must be > 0, and sigma_min below sigma_max"),
+        ({"sigma_data": 0.0}, "sigma_data=0.0"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, message):

@@ -98,6 +98,7 @@ WRONG_PARTS = {
     "no reference": ("cca", {"reference": None}, "needs reference=, a frozen copy"),
     "a reference for nothing": ("null", {"reference": torch.nn.Linear(2, 2)}, "takes no reference="),
     "untrained null": ("null", {"drop_condition": 0.0}, "drop_condition=0 leaves untrained"),
+    "seed": ("mle", {"seed": -1}, "seed=-1 is out of range"),
     "share": ("mle", {"drop_condition": -0.1}, "drop_condition=-0.1 is out of range"),
     "a warm-up for nothing": ("null", {"warmup": 8}, "warmup=8 is for a posterior that learns; contrast=null has none"),
     "a warm-up of a reference": ("cca", {"warmup": 8}, "warmup=8 is for a posterior that learns"),

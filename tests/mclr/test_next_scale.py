@@ -282,6 +282,7 @@ def test_unguided_samples_follow_the_likelihood():
     ("settings", "message"),
     [
         ({"scales": ()}, r"scales=\(\): must be one or more sides"),
+        ({"scales": (2, 4)}, r"scales=\(2, 4\): .* the first of them 1"),
         ({"scales": (1, 0)}, r"scales=\(1, 0\): must be"),
         ({"null": 0}, "null=0 is out of range"),
         ({"top_k": -1}, "top_k=-1 is out of range"),

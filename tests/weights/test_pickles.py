@@ -190,7 +190,7 @@ HOSTILE = {
     "shared_parts.pkl": (op(PART, b"}", text("_modules"), b"}(", *SHARING, b"usb"), "more than 2000 entries"),
     "many_modules.pkl": (op(b"}(", *[text(str(i)) + PART for i in range(1000)], b"u"), "too many networks"),
     "one_network_many_times.pkl": (op(b"}(", text("k"), TENSORS, *[text(str(i)) + b"h\x00" for i in range(30_000)], b"u"), "networks ("),
-    "network_of_text.pkl": (op(PART, b"}", text("_modules"), text("a"), b"sb"), "are none"),
+    "network_of_text.pkl": (op(PART, b"}", text("_modules"), text("a"), b"sb"), "_modules are damaged"),
     # storages and tensors
     "persistent_id.pkl": (op(b"(", text("storage"), b"tQ"), "damaged"),
     "hostile_stream.pkl": (embedded(call(os.system, CODE)), CODE_REFUSED),

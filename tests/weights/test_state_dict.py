@@ -8,6 +8,7 @@ import json
 import pathlib
 import types
 import uuid
+import zipfile
 from argparse import Namespace
 
 import pytest
@@ -135,6 +136,31 @@ def test_shards_are_joined(shards, tmp_path):
         UserError, match=r"does not hold one file or all shards of one network \('model-00001-of-00002.safetensors'\)"
     ):
         find_weights(str(shards))
+
+
+@pytest.mark.parametrize("files", [("pytorch_model.bin", "training_args.bin"), ("model-00001-of-00001.safetensors",)])
+def test_folders_of_one_file_as_hubs_keep_them(files, tmp_path):
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    for file in files:
+        if file.endswith(".safetensors"):
+            safetensors.torch.save_file(RAW, folder / file)
+        else:
+            torch.save(RAW if "model" in file else Namespace(lr=0.1), folder / file)
+    assert_read(find_weights(str(folder)), RAW)
+
+
+@pytest.mark.parametrize("licence", [b"\xff\xfe", b"a\x1b[31m", b"x" * 2000, None])
+def test_a_licence_that_is_no_line_of_text_is_refused(licence, tmp_path):
+    """None: the bytes of a good one are changed, so that its checksum differs."""
+    path = tmp_path / "net.pth"
+    torch.save(RAW, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("net/licence", b"MITMIT" if licence is None else licence)
+    if licence is None:
+        path.write_bytes(path.read_bytes().replace(b"MITMIT", b"MITMIX"))
+    with pytest.raises(UserError, match="licence"):
+        find_weights(str(path))
 
 
 def test_a_folder_of_other_software_is_read_and_a_choice_is_said_once(tmp_path, capsys):

@@ -134,7 +134,7 @@ def lock(path: Path, wait: bool = False, none: bool = False) -> tuple[IO[str], b
     except OSError as error:
         if not none or error.errno not in UNSUPPORTED:
             file.close()
-            raise NoLocks(error.errno, error.strerror, str(path)) from error
+            raise (NoLocks if error.errno in UNSUPPORTED else OSError)(error.errno, error.strerror, str(path)) from error
         _without("locks", path, error)
     return file, True
 

@@ -110,7 +110,8 @@ def group(shared: bool, timeout: float = 1800) -> Iterator[None]:
 def report_once() -> Iterator[None]:
     """Let one rank report the error of the whole job.
 
-    Rank 0 raises a UserError at once. Other ranks first wait PATIENCE seconds: usually the launcher ends them meanwhile.
+    Rank 0 reports a UserError at once. Every other error, and every other rank, first waits PATIENCE seconds: usually the launcher ends
+    it meanwhile.
     """
     try:
         yield

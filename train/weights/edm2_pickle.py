@@ -16,7 +16,10 @@ MANY = 2000  # parts of a network, or entries of one part; a published EDM2 has 
 # EDM2's arguments and our options: the same names, but for one
 HINTS = hints_of(EDM2Config)
 ARGUMENTS = {"label_dim" if name == "num_classes" else name: name for name in HINTS}
-WITHOUT_EFFECT = ("use_fp16", "resample_filter")  # a matter of the run; checked to be the only one that we have
+WITHOUT_EFFECT = (
+    "use_fp16",
+    "resample_filter",
+)  # use_fp16 belongs to a run; of resample_filter there is [1, 1] alone, checked below
 SHOWN = ("img_resolution", "img_channels", "num_classes", "num_blocks")  # options that shapes always show
 
 
@@ -49,7 +52,7 @@ def entries_of(network: Module) -> dict[str, View]:
 def _group(part: Module, group: str) -> list[tuple[str, Any]]:
     members = part.state.get(group, {})
     if type(members) is not dict or len(members) > MANY or not all(type(n) is str and len(n) <= LONGEST for n in members):
-        refuse(f"holds a network whose {group} are none")
+        refuse(f"holds a network whose {group} are damaged")
     return [(name, member) for name, member in members.items() if member is not None]
 
 

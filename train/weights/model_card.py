@@ -26,7 +26,7 @@ def run_notes(config: RunConfig) -> dict[str, Any]:
 
 
 def card(description: Mapping[str, Any]) -> str:
-    """The model card. description: config.json of the folder. Raises UserError for notes that are none."""
+    """The model card. description: config.json of the folder. Raises UserError where the notes are damaged."""
     names = {key: description.get(key, key.upper()) for key in ("model", "data", "tokenizer")}
     for key in ("model", "data"):
         # a name that is no preset was a file or folder, which may have moved

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +23,17 @@ from mclr.train.weights.unpickler import AGAIN, ALONE, Module, Refused, View, re
 
 MAX_HEADER = 4 << 20  # bytes of what a safetensors file says of its entries; published: 0.1 MB
 # patterns of weights in a folder; the first that matches counts
-IN_FOLDERS = ("*.index.json", "model.safetensors", "*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt", "*.pkl")
+IN_FOLDERS = (
+    "*.index.json",
+    "model.safetensors",
+    "*.safetensors",
+    "pytorch_model.bin",
+    "*.bin",
+    "*.pth",
+    "*.pt",
+    "*.ckpt",
+    "*.pkl",
+)
 SHARD = re.compile(r"-\d+-of-(\d+)\.")
 AVERAGED = {"ema", "avg", "average", "averaged", "swa", "polyak"}  # words in the keys of averaged weights
 # what wrappers put into the names of entries: the first two lines anywhere, the last at the beginning
@@ -31,6 +41,7 @@ INNER = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrap
 OUTER = re.compile(r"^(?:(?:module|model|net)\.)+")
 NAMED = 8  # keys that a message names
 CHOICES = {"taken", "left out", "names"}  # notes on what was read of a file
+LONGEST_LICENCE = 1000  # characters
 LICENCE = "licence"  # key in the metadata of a safetensors file, member of an archive of torch.save
 
 
@@ -106,7 +117,7 @@ def files_of(src: Path) -> list[Path]:
         if not files:
             refuse("is a folder without weights", "give a file")
         shards = {int(match[1]) if (match := SHARD.search(file.name)) else 0 for file in files}
-        if shards != ({len(files)} if len(files) > 1 else {0}):
+        if shards != {len(files)} and (len(files) > 1 or shards != {0}):
             refuse(f"does not hold one file or all shards of one network ({listed(f.name for f in files)})", "give one file")
         return files_of(files[0]) if len(files) == 1 else files
     if not src.name.endswith(".index.json"):
@@ -166,17 +177,33 @@ def _read(path: Path) -> Any:
 
 
 def _licence(file: Path) -> str | None:
-    """Found.licence of a file that was read without a fault."""
+    """Found.licence of a file. Raises Refused where it is no short text."""
     with open(file, "rb") as opened:
         head = opened.read(9)
         if head[8:] == b"{":
             with safe_open(file, "pt") as tensors:
-                return (tensors.metadata() or {}).get(LICENCE)
-        if not head.startswith(b"PK"):
+                text = (tensors.metadata() or {}).get(LICENCE)
+        elif head.startswith(b"PK"):
+            text = _member(opened)
+        else:
             return None
+    if text is not None and not (len(text) <= LONGEST_LICENCE and (text + " ").isprintable()):
+        refuse("holds a licence that is no line of text", AGAIN)
+    return text
+
+
+def _member(opened: IO[bytes]) -> str | None:
+    """The licence in an archive of torch.save."""
+    # the checksums of the archive are read here alone
+    try:
         with zipfile.ZipFile(opened) as archive:
             name = f"{archive.namelist()[0].partition('/')[0]}/{LICENCE}"
-            return archive.read(name).decode() if name in archive.namelist() else None
+            if name not in archive.namelist():
+                return None
+            with archive.open(name) as member:
+                return member.read(LONGEST_LICENCE + 1).decode()
+    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
+        raise Refused(f"holds a damaged licence ({error}): {AGAIN}") from error
 
 
 def kind_in(entries: Mapping[str, Any]) -> str | None:
