@@ -1,4 +1,4 @@
-"""Building blocks of networks: two helpers for all of them, and EDM2's layers that preserve magnitude.
+"""Building blocks of networks: two helpers for all of them, the residual stream of transformers, EDM2's layers that preserve magnitude.
 
 Such a layer gives outputs of unit variance for inputs of unit variance. Equations are those of Karras et al. 2024 (arXiv 2312.02696);
 normalize, mp_silu and mp_sum are in kernels/magnitude.py. Weights and statistics are fp32, whatever the dtype of the activations.
@@ -7,13 +7,14 @@ normalize, mp_silu and mp_sum are in kernels/magnitude.py. Weights and statistic
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mclr.kernels.modulated_norm import modulated_norm
 from mclr.kernels.weight_norm import used_weights
 
 
@@ -28,6 +29,25 @@ def running(activation_checkpointing: bool) -> Callable[..., Any]:
     if activation_checkpointing and torch.is_grad_enabled():
         return partial(checkpoint, use_reentrant=False)
     return lambda block, *inputs: block(*inputs)
+
+
+class Stream(NamedTuple):
+    """The residual stream x + gate y. The next norm computes the sum, in the same operation.
+
+    x: one per row, fp32; or, before the condition has entered, one per sample (index_R: of each row), and token 0 of each row.
+    """
+
+    x: Tensor
+    index_R: Tensor | None = None
+    first_RD: Tensor | None = None
+    y_RlD: Tensor | None = None
+    gate_RD: Tensor | None = None
+
+    def norm(self, scale_RD: Tensor, shift_RD: Tensor, eps: float, dtype: torch.dtype) -> tuple["Stream", Tensor]:
+        """(the stream, its tokens normalised, scaled and shifted, [R, l, D] in `dtype`)."""
+        x, *added = self
+        x_RlD, h_RlD = modulated_norm(x, scale_RD, shift_RD, eps, dtype, *added)
+        return self if x_RlD is None else Stream(x_RlD), h_RlD
 
 
 def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:

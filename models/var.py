@@ -15,16 +15,15 @@ Legend: B samples, R rows, L tokens of all scales, l tokens of one call, E code 
 
 import math
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mclr.kernels.modulated_norm import modulated_norm
 from mclr.kernels.token_logp import token_logp, wide_linear
-from mclr.models.blocks import running, trunk_dtype
+from mclr.models.blocks import Stream, running, trunk_dtype
 from mclr.models.conditions import map_rows
 from mclr.models.convert import SCALES, Published, Shapes
 from mclr.models.options import VARConfig
@@ -47,25 +46,6 @@ class KVCache:
         k_RHLd[:, :, self.length :] = k_RHld
         v_RHLd[:, :, self.length :] = v_RHld
         return k_RHLd, v_RHLd
-
-
-class Stream(NamedTuple):
-    """The residual stream x + gate y. The next norm computes the sum, in the same operation.
-
-    x: one per row, fp32; or, before the condition has entered, one per sample (index_R: of each row), and token 0 of each row.
-    """
-
-    x: Tensor
-    index_R: Tensor | None = None
-    first_RD: Tensor | None = None
-    y_RlD: Tensor | None = None
-    gate_RD: Tensor | None = None
-
-    def norm(self, scale_RD: Tensor, shift_RD: Tensor, eps: float, dtype: torch.dtype) -> tuple["Stream", Tensor]:
-        """(the stream, its tokens normalised, scaled and shifted, [R, l, D] in `dtype`)."""
-        x, *added = self
-        x_RlD, h_RlD = modulated_norm(x, scale_RD, shift_RD, eps, dtype, *added)
-        return self if x_RlD is None else Stream(x_RlD), h_RlD
 
 
 class Attention(nn.Module):
