@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mclr.adapters import PlainSequence, from_denoiser, from_logits
     from mclr.diffusion import Diffusion
     from mclr.errors import UserError
+    from mclr.forms import DDPM, EDM, Flow
     from mclr.guidance import Guidance
     from mclr.likelihood import Draws, score
     from mclr.loss import Loss, project
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
     from mclr.train.sampling.generate import Model, load
 
 __version__ = "0.1.0"
-__all__ = ["Diffusion", "Draws", "Guidance", "Loss", "Model", "NextScale", "Objective", "PlainSequence", "Schedule", "UserError"]
-__all__ += ["from_denoiser", "from_logits", "load", "metrics", "project", "score"]
+__all__ = ["DDPM", "EDM", "Diffusion", "Draws", "Flow", "Guidance", "Loss", "Model", "NextScale", "Objective", "PlainSequence"]
+__all__ += ["Schedule", "UserError", "from_denoiser", "from_logits", "load", "metrics", "project", "score"]
 # what the block above says, for Python itself
 PLACES = {
     "adapters": ("PlainSequence", "from_denoiser", "from_logits"),
     "diffusion": ("Diffusion",),
     "errors": ("UserError",),
+    "forms": ("DDPM", "EDM", "Flow"),
     "guidance": ("Guidance",),
     "likelihood": ("Draws", "score"),
     "loss": ("Loss", "project"),

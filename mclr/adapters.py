@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mclr.diffusion import scales
+from mclr.forms import scales
 from mclr.guidance import mix
 from mclr.likelihood import ask, network
 
@@ -19,7 +19,7 @@ class FromDenoiser(nn.Module):
     """A network for mclr.Diffusion out of a denoiser: a module (whose parameters stay reachable) or a function.
 
     denoise: (noisy [R, C, H, W], sigma [R], c [R]) -> the denoised images [R, C, H, W], or a tuple of them and a learned log-variance
-    [R] (EDM2, arXiv 2312.02696, eq. 21). noisy = x + sigma * noise. sigma_data: that of mclr.Diffusion, standard deviation of x.
+    [R] (EDM2, arXiv 2312.02696, eq. 21). noisy = x + sigma * noise. sigma_data: that of mclr.EDM, standard deviation of x.
     """
 
     def __init__(self, denoise: Callable[..., Any], sigma_data: float = 0.5):
@@ -27,7 +27,7 @@ class FromDenoiser(nn.Module):
         self.denoise, self.sigma_data = network(denoise, "denoise"), sigma_data
 
     def forward(self, noisy_BCHW: Tensor, sigma_B: Tensor, c_R: Tensor, index_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(raw [R, C, H, W], log-variance [R]): c_skip noisy + c_out raw is the denoised image (mclr/diffusion.py)."""
+        """(raw [R, C, H, W], log-variance [R]): c_skip noisy + c_out raw is the denoised image (mclr/forms.py)."""
         if index_R is not None:
             noisy_BCHW, sigma_B = noisy_BCHW[index_R], sigma_B[index_R]
         hint = "a denoiser takes (noisy, sigma, c), c up to the null condition, and gives images like noisy"

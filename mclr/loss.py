@@ -129,8 +129,9 @@ class Loss:
         """
         probe = self.paradigm.probe(x_P, draws)
         posterior_BTK, posterior_loss_B = None, None
-        if self.posterior is not None:
-            posterior_BTK, posterior_loss_B = noisy_posterior(self.posterior, self.paradigm.null, probe, true_c_P)
+        if self.posterior is not None and isinstance(self.paradigm, Diffusion):
+            noisy = self.paradigm.noisy(probe)
+            posterior_BTK, posterior_loss_B = noisy_posterior(self.posterior, self.paradigm.null, noisy, true_c_P)
         elif self.objective.needs_posterior:
             posterior_BTK = prefix_posterior(self.paradigm, net, probe)
         # A classifier that knows nothing yet draws any condition: that ratio has no bound, and the network would not recover.

@@ -12,15 +12,15 @@ from mclr.likelihood import Net, Paradigm, Probe, ask
 BINS, BIN = 10, "posterior_bin_"
 
 
-def noisy_posterior(classifier: Net, conditions: int, probe: Probe, c_B: Tensor) -> tuple[Tensor, Tensor]:
+def noisy_posterior(classifier: Net, conditions: int, noisy: tuple[Tensor, Tensor], c_B: Tensor) -> tuple[Tensor, Tensor]:
     """(p(c | x_t) [B, 1, K] without gradient, cross-entropy [B] with the true conditions c_B), from one forward.
 
-    classifier(noisy_BCHW, sigma_B) -> logits_BK. conditions: K. Raises ValueError for logits of another shape.
+    classifier(noisy_BCHW, sigma_B) -> logits_BK. noisy: its two inputs (Diffusion.noisy). conditions: K.
+    Raises ValueError for logits of another shape.
     No label smoothing: an under-confident posterior unbounds MCLR.
     """
     hint = "give posterior=classifier(noisy, sigma) -> logits, one per condition"
-    asked = (probe.inputs["noisy"], probe.inputs["sigma"])
-    logits_BK = ask(classifier, (len(c_B), conditions), hint, *asked, alone=True)[0].float()
+    logits_BK = ask(classifier, (len(c_B), conditions), hint, *noisy, alone=True)[0].float()
     return logits_BK.detach().softmax(-1)[:, None], cross_entropy(logits_BK, c_B, reduction="none")
 
 

@@ -1,7 +1,8 @@
 """Solvers of the probability-flow ODE dx/dsigma = (x - D(x; sigma)) / sigma and of the reverse SDE: pure functions of a denoiser.
 
 All are called alike: the denoiser, x (noise at sigmas[0]), the noise levels, and a source of standard normal numbers like x, which
-only the SDE and a churned Heun draw from.
+only the SDEs and a churned Heun draw from. Of a flow, dx/dtau = (x - D) / tau for x = (1 - tau) data + tau noise: the same equation, so
+Euler and Heun serve it as they are. Euler in tau equals Euler in sigma (derived).
 """
 
 import math
@@ -74,4 +75,21 @@ def sde(denoise: Denoiser, x: Tensor, sigmas: list[float], noise: Noise) -> Tens
     return x
 
 
-SOLVERS = {"euler": euler, "heun": heun, "sde": sde}
+def euler_maruyama(denoise: Denoiser, x: Tensor, taus: list[float], noise: Noise) -> Tensor:
+    """The reverse SDE of a flow with diffusion coefficient w = 2 tau, as REPA samples it (arXiv 2410.06940): one evaluation per step.
+
+    x is (1 - tau) data + tau noise, v = (x - D) / tau the velocity, s = -((1 - tau) v + x) / tau the score. A step takes the drift
+    v - w s / 2 and noise of variance w |step|; the last one takes the drift alone.
+    """
+    for tau, following in zip(taus, taus[1:], strict=False):
+        velocity = (x - denoise(x, tau)) / tau
+        x = x + (following - tau) * ((2 - tau) * velocity + x)
+        if following > 0:
+            x = x + (2 * tau * (tau - following)) ** 0.5 * noise()
+    return x
+
+
+SOLVERS = {"euler": euler, "heun": heun, "sde": sde, "heun_tau": heun, "euler_maruyama": euler_maruyama}
+OWN = ("euler", "heun_tau", "euler_maruyama")  # solvers on the grid and in the coordinates of the form (mclr/forms.py)
+OF_FLOWS = ("heun_tau", "euler_maruyama")
+LAST_TAU = 0.04  # of euler_maruyama before 0

@@ -1,4 +1,4 @@
-"""Building blocks of networks: two helpers for all of them, the residual stream of transformers, EDM2's layers that preserve magnitude.
+"""Building blocks of networks: two helpers for all, the residual stream of transformers, EDM2's layers that preserve magnitude.
 
 Such a layer gives outputs of unit variance for inputs of unit variance. Equations are those of Karras et al. 2024 (arXiv 2312.02696);
 normalize, mp_silu and mp_sum are in kernels/magnitude.py. Weights and statistics are fp32, whatever the dtype of the activations.

@@ -7,7 +7,7 @@ What a run decides by its data and its encoder (GIVEN, below) comes first in eac
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, field
 from functools import partial
-from typing import Annotated, Any, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 
 class Within:
@@ -28,6 +28,7 @@ Positive = Annotated[float, Within(gt=0)]
 Fraction = Annotated[float, Within(ge=0, le=1)]
 Dropout = Annotated[float, Within(ge=0, lt=1)]
 Sizes = Annotated[tuple[Size, ...], Within(min_length=1, max_length=16)]
+Form = Literal["ddpm", "flow", "flow_to_data"]
 MaybeSizes = Annotated[tuple[Size, ...], Within(min_length=0, max_length=16)]
 
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # sides of the published token maps
@@ -108,6 +109,37 @@ class EDM2Config(Options):
             if channels[resolution] % net.channels_per_head:
                 have = f"the {channels[resolution]} channels at resolution {resolution}"
                 yield f"channels_per_head={net.channels_per_head} must divide {have}"
+
+
+@dataclass(frozen=True)
+class DiTConfig(Options):
+    """DiT, SiT and REPA's SiT (models/dit.py): the size is that of the preset, as in DiT-XL/2. No file shows its form."""
+
+    img_resolution: Size = option(..., "Side of the images or latents")
+    img_channels: Size = option(..., "Channels of the images or latents")
+    num_classes: Conditions = option(..., "Conditions")
+    form: Form = option(
+        ..., "ddpm: answers the noise (DiT); flow: n - x, time 1 is noise (REPA); flow_to_data: x - n, time 1 is data (SiT)"
+    )
+    depth: Blocks = option(..., "Number of blocks")
+    embed_dim: Size = option(..., "Width")
+    num_heads: Size = option(..., "Attention heads")
+    patch_size: Size = option(2, "Side of a patch")
+    mlp_ratio: Positive = option(4.0, "Width of the feed-forward layers, in widths of the network")
+    variance: bool = option(
+        True, "The network answers twice the channels: form ddpm learns a variance from them, a flow ignores them"
+    )
+    projector_sizes: MaybeSizes = option((), "Outputs of REPA's projectors, which are kept unused")
+    projector_dim: Size = option(2048, "Width of REPA's projectors")
+
+    @staticmethod
+    def misfits(net: Any, side: int | None) -> Iterator[str]:
+        assert side is not None
+        if side % net.patch_size:
+            yield f"patch_size={net.patch_size} must divide the side of {side}"
+        for name, factor in (("num_heads", net.num_heads), ("a quarter of it", 4)):
+            if net.embed_dim % factor:
+                yield f"embed_dim={net.embed_dim} must be a multiple of {factor} ({name})"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any
 
-from mclr.models.options import EDM2Config, ImageClassifierConfig, NoiseClassifierConfig, VARConfig, VQVAEConfig
+from mclr.models.options import DiTConfig, EDM2Config, ImageClassifierConfig, NoiseClassifierConfig, VARConfig, VQVAEConfig
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ SAMPLE, TRAIN = "mclr sample FOLDER --model {model} --data {data} --out samples/
 JUDGE = "mclr evaluate SAMPLES --reference {data} --judge FOLDER"
 NETWORKS = {
     "edm2": Network("mclr.models.edm2:EDM2", EDM2Config, "An EDM2 diffusion network", SAMPLE, "diffusion"),
+    "dit": Network("mclr.models.dit:DiT", DiTConfig, "A DiT or SiT diffusion network", SAMPLE, "diffusion"),
     "var": Network(
         "mclr.models.var:VAR", VARConfig, "A VAR next-scale network", SAMPLE + " model.tokenizer={tokenizer}", "next_scale"
     ),

@@ -201,8 +201,12 @@ def toy(kind: str, dtype: torch.dtype = torch.float64, c_B: Tensor = CONDITIONS)
         denoiser, classifier = ToyDenoiser().to(dtype), ToyClassifier().to(dtype)
         x_B, generated_B = (wave(len(c_B), *SHAPE, phase=phase).to(dtype) for phase in (8, 10))
         reference = ToyDenoiser(phase=0.5).to(dtype)
-        posterior = partial(noisy_posterior, classifier, K)
-        return Toy(Diffusion(SHAPE, K), denoiser, x_B, posterior, c_B, draws, reference, generated_B)
+        images = Diffusion(SHAPE, K)
+
+        def at_noise(classifier: Any, probe: Probe, c_B: Tensor) -> tuple[Tensor, Tensor]:
+            return noisy_posterior(classifier, K, images.noisy(probe), c_B)
+
+        return Toy(images, denoiser, x_B, partial(at_noise, classifier), c_B, draws, reference, generated_B)
     paradigm = NextScale(SCALES, K, ToyTokenizer(SCALES, dtype))
     net = ToyTokens(SCALES).to(dtype)
     tokens_BL, generated_BL = ((wave(len(c_B), paradigm.dims, phase=phase) * 1000).long() % V for phase in (9, 11))

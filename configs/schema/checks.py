@@ -9,7 +9,8 @@ from mclr.configs.schema.model import VAE_FACTOR, DiffusionModel
 from mclr.models.options import TRAINING
 from mclr.models.registry import NETWORKS
 
-SOLVER = "sample.steps sample.solver sample.sigma_min sample.sigma_max sample.rho sample.churn"  # of diffusion alone
+OF_FLOWS = ("heun_tau", "euler_maruyama")  # as in mclr/solvers.py, which needs torch
+SOLVER = "sample.steps sample.solver sample.guided_channels sample.sigma_min sample.sigma_max sample.rho sample.churn"  # of diffusion alone
 
 
 def conflicts(config: RunConfig) -> list[str]:
@@ -23,11 +24,13 @@ def _needs(config: RunConfig) -> Iterator[str]:
     model, objective, engine, sample = config.model, config.objective, config.engine, config.sample
     backbone = model.posterior.backbone if isinstance(model, DiffusionModel) else None
     diffusion, which = model.paradigm == "diffusion", f"{model.name} is a {model.paradigm} model"
+    form = getattr(model.net, "form", None)
     bounded = objective.contrast != "uniform" or objective.bound is not None or objective.name in WITH_REFERENCE
     folder = f"a dataset folder; data.path={config.data.path} is a stream"
     rows = [
         ("model.class_map", "weights; give them by --init", model.weights),
         ("model.posterior.channels", "model.posterior.backbone=null, since a ConvNeXt has its own widths", backbone is None),
+        ("model.noise_mean model.noise_std", "a network without a form of its own, such as edm2", form is None),
         ("data.balanced train.monitor_every train.keep_best", folder, not config.data.streamed),
         ("data.label", "a stream as data.path", config.data.streamed),
         ("train.keep_best", "a loss that has a lowest value: another contrast than uniform, or objective.bound", bounded),
@@ -107,6 +110,11 @@ def _net(config: RunConfig) -> Iterator[str]:
     if not isinstance(model, DiffusionModel):
         yield from (f"model.net.{misfit}" for misfit in misfits(model.net, None))
         return
+    form, solver = getattr(model.net, "form", "edm"), config.sample.solver
+    if solver in OF_FLOWS and not form.startswith("flow"):
+        yield f"sample.solver={solver} is for flows, and {model.name} is of the form {form}: choose heun, euler or sde"
+    if model.vae is not None and model.latents != ("edm2" if form == "edm" else "sd"):
+        yield f"model.latents={model.latents} is not how networks of the form {form} are published: leave it as the preset has it"
     side, images = data.resolution, f"{data.resolution}-pixel images"
     if model.vae is not None:
         if data.channels != 3 or side % VAE_FACTOR:

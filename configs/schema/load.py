@@ -1,6 +1,7 @@
 """From presets, YAML files, dataset folders and overrides to one RunConfig, and back from the file that holds it."""
 
 import difflib
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,8 @@ def read_preset(kind: str, name: str) -> dict[str, Any]:
     base: a preset, a recipe, or a YAML file, whose path is relative to the file that names it.
     """
     presets, recipes = (
-        {path.stem: path for path in sorted((PRESETS / folder).glob("*.yaml"))} for folder in (kind, f"{kind}/recipes")
+        {path.stem: path for path in sorted((PRESETS / folder).glob("*.yaml"), key=attrgetter("stem"))}
+        for folder in (kind, f"{kind}/recipes")
     )
     file = Path(name) if name.endswith(ENDINGS) else presets.get(name)
     if file is None and kind == "data" and Path(name).is_dir():

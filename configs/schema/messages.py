@@ -45,10 +45,11 @@ def _message(error: Any, place: tuple[str | int, ...], settings: dict[str, dict[
 def _unknown_key(key: str, settings: dict[str, dict[str, Any]]) -> str:
     """Suggest the same name in another section (the one with the fewest levels), else a similar name in this section."""
     section, _, name = key.rpartition(".")
-    for kind, network in NETWORKS.items():
-        if network.paradigm and key in settings_of(network):
-            which = f"networks of kind {kind}" if key.startswith("model.net.") else f"{network.paradigm} models"
-            return f"unknown key {key}; only {which} have it"
+    kinds = {kind: network for kind, network in NETWORKS.items() if network.paradigm and key in settings_of(network)}
+    if kinds:
+        paradigms = sorted({str(network.paradigm) for network in kinds.values()})
+        which = f"networks of kind {' or '.join(kinds)}" if key.startswith("model.net.") else f"{' and '.join(paradigms)} models"
+        return f"unknown key {key}; only {which} have it"
     siblings = {other.rpartition(".")[2]: other for other in _keys_of(section, settings)}
     close = sorted((other for other in settings if other.rpartition(".")[2] == name), key=lambda other: other.count("."))
     close = close or [siblings[match] for match in difflib.get_close_matches(name, siblings, n=1)]

@@ -47,7 +47,7 @@ class Posterior(Section):
 
 
 PARADIGM = "diffusion: denoises pixels or latents; next_scale: predicts tokens, scale by scale"
-KIND = "edm2 (diffusion), var (next_scale), or one of your own in models/registry.py; not given: edm2 or var"
+KIND = "edm2 or dit (diffusion), var (next_scale), or one of your own in models/registry.py; not given: edm2 or var"
 
 
 class _Model(Section):
@@ -71,6 +71,9 @@ class DiffusionModel(_Model):
     paradigm: Literal["diffusion"] = setting(..., PARADIGM)
     kind: str = setting("edm2", KIND)
     vae: str | None = setting(None, "Encoder of latents: folder of a diffusers AutoencoderKL or hf://ORG/REPO; null: pixels")
+    latents: Literal["edm2", "sd"] = setting(
+        "edm2", "How images become latents. edm2: channel by channel, of standard deviation .5; sd: times .18215 (DiT, SiT)"
+    )
     noise_mean: float = setting(-0.4, "Mean of ln sigma in training")
     noise_std: Positive = setting(1.0, "Standard deviation of ln sigma in training")
     sigma_data: Positive = setting(0.5, "Standard deviation of the data")

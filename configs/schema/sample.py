@@ -10,13 +10,15 @@ class Sample(Section):
     """How images are drawn, by `mclr sample` and for pictures during training."""
 
     steps: Count = setting(32, "diffusion: steps of the solver")
-    solver: Literal["heun", "euler", "sde"] = setting(
+    solver: Literal["heun", "euler", "sde", "heun_tau", "euler_maruyama"] = setting(
         "heun",
-        "diffusion: the solver. heun: second order, two forwards per step; euler: one forward; sde: heun with new noise per step",
+        "diffusion: the solver. heun: second order, two forwards per step; euler: one forward, on the network's own grid (DDIM for DiT); "
+        "sde: heun with new noise per step; of flows, in equal steps of time: heun_tau, and euler_maruyama, one forward and new noise",
     )
     batch: Count = setting(64, "Images drawn at once")
     gamma: float = setting(0.0, "Extra weight of guidance, whose total weight is 1 + gamma; 0: no guidance")
     schedule: Schedule = Schedule()
+    guided_channels: Count | None = setting(None, "diffusion: guidance acts on the first so many channels; null: on all")
     guide: str | None = setting(None, "Weights of another network that guides; null: the same network under the null condition")
     top_k: Whole = setting(0, "next_scale: draw among the k likeliest codes; 0: among all")
     top_p: float = setting(1.0, "next_scale: draw among the likeliest codes of this total probability", gt=0, le=1)

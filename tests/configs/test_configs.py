@@ -37,7 +37,8 @@ def refusal(*overrides: str, **presets: str) -> str:
 REFERENCE = ["model.weights=mine"]
 NEEDED = {"cc_dpo": REFERENCE, "cca": REFERENCE, "ddo": [*REFERENCE, "objective.generated=samples"]}
 # a net of four levels, with attention at 16: nothing for 8 pixels; a VAE reads three channels
-SIZED = {"img64": ["data.resolution=64"], "img512": ["data.resolution=512", "data.channels=3"]}
+SIZED = {"img64": ["data.resolution=64"], "512": ["data.resolution=512", "data.channels=3"]}
+SIZED |= {kind: ["data.resolution=256", "data.channels=3"] for kind in ("dit-", "sit-")}
 
 
 def sized(model: str) -> list[str]:
@@ -46,7 +47,9 @@ def sized(model: str) -> list[str]:
 
 def whole(model: str) -> list[str]:
     """Where there is a reference: no dropout, and no bf16 for diffusion."""
-    return ["engine.precision=fp32", "model.net.dropout=0.0"] if model.startswith("edm2") else ["model.net.drop_path=0.0"]
+    if model.startswith("var"):
+        return ["model.net.drop_path=0.0"]
+    return ["engine.precision=fp32", *["model.net.dropout=0.0"] * model.startswith("edm2")]
 
 
 # an engine is the same to every model: all of them with the small ones, one with the others
@@ -157,7 +160,7 @@ def test_a_prepared_folder_describes_itself(tmp_path):
         ("engine.foo=1", "unknown key engine.foo; known in engine: kind, zero, offload, precision, gradient_clipping, "
          "activation_checkpointing, compile, reference, timeout, kernels"),
         ("foo=1", "unknown key foo; known: model, data, objective, train, engine, sample"),
-        ("model.net.depth=4", "unknown key model.net.depth; only networks of kind var have it"),
+        ("model.net.depth=4", "unknown key model.net.depth; only networks of kind dit or var have it"),
         # values
         ("train.lr=fast", 'train.lr="fast": expected a number > 0'),
         ("train.lr=0", "train.lr=0: expected a number > 0"),
@@ -177,7 +180,7 @@ def test_a_prepared_folder_describes_itself(tmp_path):
         ("objective.contrast=posteriour",
          'objective.contrast="posteriour": expected one of auto, none, posterior, null, weighted, uniform, marginal, generated'),
         ("model.paradigm=gan", 'model.paradigm="gan": expected diffusion or next_scale'),
-        ("model.kind=dit", 'model.kind="dit": expected edm2'),
+        ("model.kind=unet", 'model.kind="unet": expected edm2 or dit'),
         ("train=5", "train=5: train is a section; set one of its keys, like train.seed=..."),
         ("objective.schedule=ramp",
          'objective.schedule="ramp": objective.schedule is a section; set one of its keys, like objective.schedule.kind=...'),

@@ -18,6 +18,7 @@ from mclr.adapters import PlainSequence, from_denoiser, from_logits
 from mclr.analytic import Mixture
 from mclr.contrast import kept
 from mclr.diffusion import Diffusion, progress_of
+from mclr.forms import EDM
 from mclr.likelihood import Paradigm, Probe, score
 from mclr.next_scale import NextScale
 from mclr.objective import Objective
@@ -108,7 +109,8 @@ def points(oracle: Mixture, x_SD: Tensor, sigma_S: Tensor) -> World:
     posterior_SK, progress_S = oracle.posterior(x_SD, sigma_S), progress_of(sigma_S)
     state_B, c_B, side_B = torch.cartesian_prod(torch.arange(len(x_SD)), torch.arange(K), torch.tensor([-1, 1])).unbind(1)
     x_B = (exact_SKD[state_B, c_B] + side_B[:, None] * spread_SKD[state_B, c_B])[..., None, None]
-    inputs = {"x": x_B, "noisy": state_B.view(-1, 1, 1, 1).expand_as(x_B), "sigma": sigma_S[state_B]}
+    number, sigma_B = state_B.view(-1, 1, 1, 1).expand_as(x_B), sigma_S[state_B]
+    inputs = {"target": EDM().target(x_B, x_B, number, sigma_B), "state": number, "level": sigma_B}
 
     def net(table_SCD: Tensor) -> Any:
         return from_denoiser(lambda number_R, sigma_R, c_R: table_SCD[number_R[:, 0, 0, 0], c_R][..., None, None])

@@ -6,7 +6,8 @@ import pytest
 import torch
 from toy import SHAPE, Draws64, Given, K, ToyDenoiser, float64, wave
 
-from mclr.diffusion import Diffusion, denoising_value, progress_of, scales, sigma_of
+from mclr.diffusion import Diffusion, progress_of, sigma_of
+from mclr.forms import EDM, scales
 from mclr.guidance import Guidance, mix
 from mclr.likelihood import Draws, Probe
 from mclr.schedule import Schedule
@@ -28,14 +29,14 @@ def test_probe_draws_edm2s_noise_law():
     """ln sigma ~ N(-0.4, 1), noise ~ N(0, sigma^2), one each per sample; within five standard errors."""
     B = 5000
     x_B = wave(B, *SHAPE).float()
-    probe = Diffusion(SHAPE, K, noise_mean=-0.4, noise_std=1.3).probe(x_B, Draws(0, list(range(B))))
-    sigma, noise = probe.inputs["sigma"], probe.inputs["noisy"] - x_B
+    probe = Diffusion(SHAPE, K, EDM(noise_mean=-0.4, noise_std=1.3)).probe(x_B, Draws(0, list(range(B))))
+    sigma, noise = probe.inputs["level"], probe.inputs["state"] - x_B
     error = 5 / B**0.5
     assert abs(sigma.log().mean() + 0.4) < 1.3 * error and abs(sigma.log().var() / 1.3**2 - 1) < error * 2**0.5
     unit = noise / sigma[:, None, None, None]
     assert (unit.mean(0)).abs().max() < error and (unit.var(0) - 1).abs().max() < error * 2**0.5
     assert abs((unit[:, 0, 0, 0] * unit[:, 0, 1, 1]).mean()) < error and abs((unit.mean((1, 2, 3)) * sigma.log()).mean()) < error
-    assert torch.equal(probe.inputs["x"], x_B) and Diffusion((3, 8, 4), K).dims == 96
+    assert Diffusion((3, 8, 4), K).dims == 96
     Diffusion([3, 8, 4], K).check(torch.zeros(2, 3, 8, 4))  # a list serves as a shape
     assert probe.progress_BT.shape == (B, 1) and torch.equal(probe.progress_BT[:, 0], progress_of(sigma))
 
@@ -45,10 +46,11 @@ def test_the_surrogate():
     """value = -weight mean((D - x)^2) exp(-u); aux = err exp(-u) + u; over rows that share samples."""
     x = wave(2, *SHAPE)
     sigma, index_R = torch.tensor([0.3, 2.0]), torch.tensor([1, 0, 1])
-    probe = Probe({"x": x, "noisy": x, "sigma": sigma}, torch.zeros(2, 1))
-    paradigm = Diffusion(SHAPE, K, sigma_data=0.7)
+    form = EDM(sigma_data=0.7)
+    probe = Probe({"target": form.target(x, x, x, sigma), "state": x, "level": sigma}, torch.zeros(2, 1))
+    paradigm = Diffusion(SHAPE, K, form)
     raw, logvar = wave(3, *SHAPE, phase=1).requires_grad_(), wave(3, phase=2).requires_grad_()
-    denoised = paradigm.denoised(raw, x[index_R], sigma[index_R])
+    denoised = form.denoised(raw, x[index_R], sigma[index_R])
     scores = paradigm.log_likelihood((raw, logvar), probe, index_R)
     for row, b in enumerate(index_R.tolist()):
         s, u = sigma[b].item(), logvar[row].item()
@@ -61,7 +63,7 @@ def test_the_surrogate():
 
 def test_values_are_fp32_whatever_the_network_gives():
     x = wave(2, *SHAPE).float()
-    probe = Probe({"x": x, "noisy": x, "sigma": torch.ones(2)}, torch.zeros(2, 1))
+    probe = Probe({"target": x, "state": x, "level": torch.ones(2)}, torch.zeros(2, 1))
     scores = Diffusion(SHAPE, K).log_likelihood((x.bfloat16() * 2, torch.zeros(2)), probe, torch.arange(2))
     assert scores.value_RT.dtype == scores.aux_R.dtype == torch.float32
 
@@ -162,7 +164,8 @@ def test_a_denoising_value_is_edms_and_keeps_its_digits_at_extreme_noise(sigma):
     weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
     true = -weight * ((c_skip * noisy[index].double() + c_out * wide) - x[index]).square().mean((1, 2, 3))
     narrow = raw.requires_grad_()
-    found = denoising_value(narrow, x, noisy, sigma_B, index, 0.5)
+    probe = Probe({"target": EDM().target(x, x, noisy, sigma_B), "state": noisy, "level": sigma_B}, torch.zeros(2, 1))
+    found = Diffusion((3, 8, 8), 3).log_likelihood((narrow, torch.zeros(4)), probe, index).value_RT[:, 0]
     gradients = (torch.autograd.grad(value, of, upstream.to(value))[0] for value, of in ((true, wide), (found, narrow)))
     for exact, other in ((true, found), tuple(gradients)):
         assert (other.double() - exact).norm() < 5e-7 * exact.norm()
@@ -171,7 +174,7 @@ def test_a_denoising_value_is_edms_and_keeps_its_digits_at_extreme_noise(sigma):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"solver": "dpm"}, "solver=dpm is unknown: expected euler, heun, sde"),
+        ({"solver": "dpm"}, "solver=dpm is unknown: expected euler, heun, sde, heun_tau, euler_maruyama"),
         ({"solver": "sde", "churn": 3.0}, "churn=3.0 needs solver=heun, not sde"),
         ({"steps": 0}, "steps=0: both must be >= 1"),
         ({"sigma_min": 80.0}, "sigma_min=80.0, sigma_max=80.0, .*: all must be > 0, and sigma_min below sigma_max"),

@@ -72,10 +72,10 @@ def test_mle_has_exactly_edm2s_gradients():
     """EDM2's loss, eq. 21: err exp(-u) + u. Its value differs from ours by mean(err exp(-u)), which carries no gradient."""
     case = toy("diffusion")
     probe, _ = case.ask(MLE)
-    x, sigma, net = probe.inputs["x"], probe.inputs["sigma"], case.net
-    denoised, u = net.denoise(probe.inputs["noisy"], sigma, case.c_B)
+    (noisy, sigma), net = case.paradigm.noisy(probe), case.net
+    denoised, u = net.denoise(noisy, sigma, case.c_B)
     weight = (sigma**2 + 0.5**2) / (sigma * 0.5) ** 2
-    err = weight * (denoised - x).square().mean((1, 2, 3))
+    err = weight * (denoised - case.x_B).square().mean((1, 2, 3))
     edm2 = err * (-u).exp() + u
     expected = torch.autograd.grad(edm2.mean(), list(net.parameters()))
     assert all(grad.abs().max() > 1e-3 for grad in expected)
@@ -134,7 +134,7 @@ def log_ratio(case, probe: Probe, c: int) -> Tensor:
     if isinstance(case.paradigm, NextScale):
         logits, frozen = (logits_of(net, probe.inputs["teacher"], c_B).log_softmax(-1) for net in (case.net, case.reference))
         return (logits - frozen).gather(-1, probe.inputs["tokens"][..., None])[..., 0].sum(1)
-    x, noisy, sigma = (probe.inputs[name] for name in ("x", "noisy", "sigma"))
+    (noisy, sigma), x = case.paradigm.noisy(probe), case.paradigm.form.denoised(*probe.inputs.values())
     (denoised, _), (frozen, u) = (net.denoise(noisy, sigma, c_B) for net in (case.net, case.reference))
     gain = (frozen - x).square().sum((1, 2, 3)) - (denoised - x).square().sum((1, 2, 3))
     return (sigma**2 + 0.5**2) / (sigma * 0.5) ** 2 * gain * (-u).exp()
@@ -298,8 +298,7 @@ def test_the_ratio_to_the_reference_sees_an_error_that_shrank():
 
     def frozen(noisy, sigma_R, c_R):
         denoised, logvar_R = case.net.denoise(noisy, sigma_R, c_R)
-        x = probe.inputs["x"]
-        return x + 2**0.5 * (denoised - x), logvar_R + torch.tensor(2.0).log()
+        return case.x_B + 2**0.5 * (denoised - case.x_B), logvar_R + torch.tensor(2.0).log()
 
     case = toy("diffusion")
     probe, rows = case.ask(MLE)

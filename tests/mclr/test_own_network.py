@@ -28,7 +28,7 @@ class Denoiser(nn.Module):
 
 
 def trained(denoiser, objective, posterior, steps=1100, batch=128):
-    paradigm = mclr.Diffusion(shape=(1, 1, 1), null=K, noise_mean=-0.6, noise_std=1.4, sigma_data=1.0)
+    paradigm = mclr.Diffusion(shape=(1, 1, 1), null=K, form=mclr.EDM(-0.6, 1.4, 1.0))
     criterion = mclr.Loss(paradigm, objective, posterior=posterior)
     net = mclr.from_denoiser(denoiser, sigma_data=1.0)
     optimizer = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99))
@@ -51,8 +51,7 @@ def test_a_plain_denoiser_reaches_the_guided_optimum():
     assert {id(p) for p in net.parameters()} == {id(p) for p in denoiser.parameters()}
     draws = mclr.Draws(2, list(range(4000)))
     x, c = ORACLE.sample(draws)
-    inputs = paradigm.probe(x, draws).inputs
-    noisy, sigma = inputs["noisy"], inputs["sigma"]
+    noisy, sigma = paradigm.noisy(paradigm.probe(x, draws))
     conditional, marginal = (ORACLE.denoise(noisy, sigma, each)[0] for each in (c, torch.full_like(c, K)))
     guided = (1 + LAM) * conditional - LAM * marginal
     with torch.no_grad():

@@ -7,7 +7,6 @@ import torch
 from toy import K, ToyClassifier, ToyTokenizer, ToyTokens, V, float64, logits_of, toy, wave
 
 from mclr.contrast import draw_posterior
-from mclr.likelihood import Probe
 from mclr.next_scale import NextScale
 from mclr.objective import Objective
 from mclr.posterior import calibration, fold_bins, noisy_posterior, prefix_posterior
@@ -55,10 +54,9 @@ def test_noisy_posterior_is_the_classifier_at_the_noisy_point():
         asked.append(inputs)
         return classifier(*inputs)
 
-    x, noisy, sigma = wave(6, 1, 2, 2).float(), wave(6, 1, 2, 2, phase=1).float(), torch.linspace(0.5, 2, 6)
+    noisy, sigma = wave(6, 1, 2, 2, phase=1).float(), torch.linspace(0.5, 2, 6)
     true_c_B = torch.tensor([0, 1, 2, 0, 1, 2])
-    probe = Probe({"x": x, "noisy": noisy, "sigma": sigma}, torch.zeros(6, 1))
-    posterior_B1K, loss_B = noisy_posterior(counted, 3, probe, true_c_B)
+    posterior_B1K, loss_B = noisy_posterior(counted, 3, (noisy, sigma), true_c_B)
     assert len(asked) == 1 and asked[0][0] is noisy and asked[0][1] is sigma
     logits = classifier(noisy, sigma)
     assert not posterior_B1K.requires_grad and torch.equal(posterior_B1K, logits.softmax(-1).detach()[:, None])

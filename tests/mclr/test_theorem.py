@@ -19,6 +19,7 @@ from toy import Draws64, float64, wave
 from mclr.adapters import from_denoiser
 from mclr.analytic import Mixture
 from mclr.diffusion import Diffusion, progress_of
+from mclr.forms import EDM
 from mclr.guidance import Guidance, mix
 from mclr.likelihood import score
 from mclr.objective import Objective
@@ -259,7 +260,7 @@ def test_training_internalises_the_guided_sampler(kind):
     """
     mean_K, schedule, steps = torch.tensor([-1.0, 0.3, 1.2]), replace(SCHEDULES[kind], weight=0.7), 1000
     oracle = Mixture(torch.tensor([0.4, 0.35, 0.25]), mean_K[:, None], torch.tensor([[0.2], [0.3], [0.15]]))
-    paradigm, objective = Diffusion((1, 1, 1), K, -0.6, 1.4), Objective("mclr", "posterior", schedule, truncate=0.0)
+    paradigm, objective = Diffusion((1, 1, 1), K, EDM(-0.6, 1.4)), Objective("mclr", "posterior", schedule, truncate=0.0)
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(3 + K, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, K))
     nn.init.zeros_(layers[-1].weight)
@@ -278,7 +279,7 @@ def test_training_internalises_the_guided_sampler(kind):
         optimizer.param_groups[0]["lr"] = 0.04 * min(1, i / 100) * (1 - i / steps) ** 2
         x_B, c_B = oracle.sample(draws)
         probe = paradigm.probe(x_B, draws)
-        rows = objective.rows(probe, c_B, K, draws, noisy_posterior(oracle.log_joint, K, probe, c_B)[0])
+        rows = objective.rows(probe, c_B, K, draws, noisy_posterior(oracle.log_joint, K, paradigm.noisy(probe), c_B)[0])
         loss_B, _ = objective(score(paradigm, net, probe, rows), rows)
         optimizer.zero_grad()
         loss_B.mean().backward()
@@ -287,8 +288,7 @@ def test_training_internalises_the_guided_sampler(kind):
 
     draws = QuasiRandom(4, 20_001)
     x_B, c_B = oracle.sample(draws)
-    inputs = paradigm.probe(x_B, draws).inputs
-    at = inputs["noisy"], inputs["sigma"]
+    at = paradigm.noisy(paradigm.probe(x_B, draws))
     conditional, marginal = (oracle.denoise(*at, c)[0] for c in (c_B, torch.full_like(c_B, K)))
     guided = mix(conditional, marginal, schedule(progress_of(at[1])))
     off, unguided = (

@@ -10,6 +10,7 @@ from toy import Given
 
 from mclr.diffusion import Diffusion
 from mclr.errors import UserError
+from mclr.forms import EDM
 from mclr.guidance import Guidance
 from mclr.kernels.magnitude import mp_silu, mp_sum, normalize
 from mclr.models.blocks import MPFourier, mp_cat
@@ -25,7 +26,7 @@ CONFIG = EDM2Config(
 )
 NOISY, SIGMA, CONDITION = ARRAYS["x_noisy"], ARRAYS["sigma"], ARRAYS["y"]
 NULL = torch.full_like(CONDITION, CONFIG.num_classes)
-PARADIGM = Diffusion(shape=(3, 16, 16), null=CONFIG.num_classes, sigma_data=CONFIG.sigma_data, steps=5)
+PARADIGM = Diffusion(shape=(3, 16, 16), null=CONFIG.num_classes, form=EDM(sigma_data=CONFIG.sigma_data), steps=5)
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def project(net: EDM2) -> None:
 def denoise(net, noisy, sigma, c):
     """(denoised images, log-variances)."""
     raw, logvar = net(noisy, sigma, c)
-    return PARADIGM.denoised(raw, noisy, sigma), logvar
+    return PARADIGM.form.denoised(raw, noisy, sigma), logvar
 
 
 def loss_elementwise(net: EDM2) -> torch.Tensor:

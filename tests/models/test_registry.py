@@ -141,7 +141,7 @@ def test_a_wrong_option_of_ones_own_network_is_one_line(tmp_path, monkeypatch, c
             "engine.activation_checkpointing=true",
             "engine.activation_checkpointing=true: a network of kind tiny has none; set it to false",
         ),
-        ("model.kind=tinny", 'model.kind="tinny": expected edm2 or tiny'),
+        ("model.kind=tinny", 'model.kind="tinny": expected edm2 or dit or tiny'),
     ):
         assert console.run(run.main, [*argv, setting]) == 2
         assert capsys.readouterr().err == f"error: {line}\n"

@@ -324,15 +324,16 @@ def test_help_is_complete(capsys):
 
 
 MODELS = sorted(path.stem for path in (ROOT / "configs" / "model").glob("*.yaml"))
+SIDES = {"32px": 32, "img64": 64, "img512": 64, "it-": 32}
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_dry_run_tells_the_cost_and_writes_nothing(model, here, tokenizer, capsys):
     """Also before the digits are there."""
     paradigm = ["model.weights=null"] + [f"model.tokenizer={tokenizer}"] * model.startswith("var")
-    data = [f"data.resolution={side}" for part, side in (("32px", 32), ("img64", 64), ("img512", 64)) if part in model]
-    data += ["model.vae=null"] * ("img512" in model)
-    data += ["model.posterior.warmup_images=300"] * model.startswith("edm2")
+    data = [f"data.resolution={side}" for part, side in SIDES.items() if part in model]
+    data += ["model.vae=null"] * ("img512" in model or "it-" in model)
+    data += ["model.posterior.warmup_images=300"] * (not model.startswith("var"))
     assert (
         main(
             ["train", "--model", model, "--data", "digits", "--dry-run", *paradigm, *data, "train.images=1000", "train.batch=100"]
@@ -345,7 +346,7 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(model, here, tokenizer, cap
     assert yaml.safe_load(settings)["train"]["batch"] == 100
     assert "M parameters" in cost and " rows with gradient" in cost
     assert cost.rstrip().endswith("1000 images = 10 steps")
-    assert ("no ratio for the first 300 images" in cost) == (model.startswith("edm2") and model != "edm2-digits")
+    assert ("no ratio for the first 300 images" in cost) == (not model.startswith("var") and model != "edm2-digits")
     # lam rises with the scale in the token presets, and is constant in the others
     assert ("\n  scale  " in cost and "\n  lam  " in cost) == model.startswith("var") and "\n  sigma  " not in cost
 

@@ -87,7 +87,7 @@ def test_an_edm2_of_unusual_widths_is_recognised(tmp_path, refused):
     [
         ("num_heads", "is no setting of this network: give key=value, where key is one of num_classes, depth"),
         ("heads=2", "is no setting of this network"),
-        ("num_heads=two", "the value is no number or list"),
+        ("num_heads=two", "num_heads must be like 2, and in its range"),
         ("num_heads=0", "num_heads must be like 2"),
         ("num_heads=[2]", "num_heads must be like 2"),
         ("num_heads=3", "embed_dim=128 must be a multiple of model.net.num_heads=3"),
@@ -109,7 +109,7 @@ def test_a_target_that_cannot_be_written_is_one_line(tmp_path, refused):
     for argv, line in [
         ((tmp_path / "a.pth", tmp_path / "judge"), "exists already"),
         ((tmp_path / "judge", tmp_path / "a.pth"), "exists already"),
-        ((tmp_path / "judge", tmp_path / "b.pth"), "kind image_classifier: only edm2, var, vqvae have a published form"),
+        ((tmp_path / "judge", tmp_path / "b.pth"), "kind image_classifier: only edm2, dit, var, vqvae have a published form"),
         ((tmp_path / "none", tmp_path / "b.pth"), "no weights at"),
         ((tmp_path / "judge", tmp_path / "b.pth", "depth=2"), "depth=2 has no effect"),
         ((tmp_path / "judge", tmp_path / "b", "depth=2", "--half"), "depth=2 has no effect"),

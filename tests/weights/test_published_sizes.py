@@ -17,10 +17,11 @@ from mclr.models.vqvae import VQVAE, VQVAEConfig
 from mclr.train.training.networks import build_classifier, build_encoder, build_guide, build_net, build_paradigm
 from mclr.train.weights.folder import save_weights
 
-with gzip.open(FOLDER / "published_names.json.gz") as stored:
-    NAMES = {
-        model: {name: tuple(shape) for name, shape in entries.items()} for model, entries in json.loads(stored.read()).items()
-    }
+NAMES: dict[str, dict[str, tuple[int, ...]]] = {}
+for file in ("published_names.json.gz", "published_names_dit.json.gz"):
+    with gzip.open(FOLDER / file) as stored:
+        for model, entries in json.loads(stored.read()).items():
+            NAMES[model.replace("-256", "")] = {name: tuple(shape) for name, shape in entries.items()}
 MODELS = [model for model in NAMES if not model.startswith("vae")]
 TOKENIZERS = {"vae_ch160v4096z32": SCALES_256, "vae_ch160v4096z32@512": SCALES_512}
 # width x 64, rate, dropout (arXiv 2312.02696, appendix B)
@@ -47,7 +48,7 @@ GUIDED = {"xs": 1.4, "s": 1.4, "m": 1.2, "l": 1.2, "xl": 1.2, "xxl": 1.2}
 
 
 def resolution_of(model: str) -> int:
-    return 64 if "img64" in model else 512 if "img512" in model or model.endswith("-s") else 256
+    return 64 if "img64" in model else 512 if "512" in model or model.endswith("-s") else 256
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def argv_of(vae, tokenizers, tmp_path):
         described |= {"class_names": [str(c) for c in range(1000)]}
         described |= {"splits": {split: {"count": 0, "shards": []} for split in ("train", "val")}}
         (tmp_path / "dataset.json").write_text(json.dumps(described))
-        found = [f"model.vae={vae}"] if "img512" in model else []
+        found = [f"model.vae={vae}"] if "img512" in model or "it-" in model else []
         if model.startswith("var"):
             found = [f"model.tokenizer={tokenizers[resolution]}"]
         return ["--model", model, "--data", str(tmp_path), *found]
@@ -111,7 +112,7 @@ def test_an_unconditional_network_may_guide(tmp_path):
 
 def test_every_published_size_has_a_preset():
     presets = {path.stem for path in (PRESETS / "model").glob("*.yaml")}
-    assert set(MODELS) == presets - {"edm2-digits", "var-digits", "edm2-32px"} and len(MODELS) == 17
+    assert set(MODELS) == presets - {"edm2-digits", "var-digits", "edm2-32px"} and len(MODELS) == 28
     assert set(NAMES) == {*MODELS, *TOKENIZERS}
 
 
@@ -123,7 +124,7 @@ def test_the_network_of_a_preset_is_the_published_one(model, argv_of):
         net = build_net(config, encoder)
         assert_published(net, model)
         if config.model.paradigm == "diffusion":
-            channels, side = (4, 64) if "img512" in model else (3, 64)
+            channels, side = (4, resolution_of(model) // 8) if config.model.vae else (3, 64)
             assert build_paradigm(config, encoder).shape == (channels, side, side)
             assert build_classifier(config).config.img_channels == channels
 

@@ -140,7 +140,9 @@ def cache_for(source: Source, encoder: Encoder, data: Data, model: Model, dtype:
     """The cache of this dataset and encoder."""
     if isinstance(model, DiffusionModel):
         assert model.vae is not None
-        what, weights = "latents", checksum(find_vae(model.vae) / VAE_WEIGHTS)
+        # the VAE sees other images for the other latents
+        what = "latents" if model.latents == "edm2" else "latents-sd"
+        weights = checksum(find_vae(model.vae) / VAE_WEIGHTS)
     else:
         what, weights = "tokens", sha256(find_weights(model.tokenizer))
     dataset, shape = checksum(source.info.path / DATASET), storage(encoder, data)[0]

@@ -87,28 +87,36 @@ class Latents(Encoder):
     MEAN = (5.81, 3.25, 0.12, -2.15)
     STD = (4.17, 4.62, 3.71, 3.28)
     SIGMA_DATA = 0.5
+    SD_FACTOR = 0.18215
 
-    def __init__(self, vae: Any):
-        self.vae = vae.eval().requires_grad_(False)
+    def __init__(self, vae: Any, scaling: str = "edm2"):
+        """scaling: edm2, or sd, as for DiT and SiT: the VAE reads images in [-1, 1], and latents are multiplied by .18215."""
+        self.vae, self.scaling = vae.eval().requires_grad_(False), scaling
         self.mean_C11, self.std_C11 = (torch.tensor(v, device=vae.device)[:, None, None] for v in (self.MEAN, self.STD))
 
     shape = staticmethod(BareLatents.shape)
 
     @torch.no_grad()
     def encode(self, image_BCHW: Tensor) -> Tensor:
-        posteriors = [self.vae.encode(image / 2 + 0.5).latent_dist for image in image_BCHW.split(VAE_BATCH)]
+        seen_BCHW = image_BCHW if self.scaling == "sd" else image_BCHW / 2 + 0.5
+        posteriors = [self.vae.encode(image).latent_dist for image in seen_BCHW.split(VAE_BATCH)]
         return torch.cat([torch.cat([posterior.mean, posterior.std], dim=1) for posterior in posteriors])
 
     def draw(self, stored_B: Tensor, draws: Draws) -> Tensor:
         mean_BCHW, std_BCHW = stored_B.chunk(2, dim=1)
         latent_BCHW = mean_BCHW + std_BCHW * draws.normal(*mean_BCHW.shape[1:])
+        if self.scaling == "sd":
+            return latent_BCHW * self.SD_FACTOR
         return (latent_BCHW - self.mean_C11) / self.std_C11 * self.SIGMA_DATA
 
     @torch.no_grad()
     def decode(self, x_B: Tensor) -> Tensor:
-        latent_BCHW = x_B.float() / self.SIGMA_DATA * self.std_C11 + self.mean_C11
+        if self.scaling == "sd":
+            latent_BCHW = x_B.float() / self.SD_FACTOR
+        else:
+            latent_BCHW = x_B.float() / self.SIGMA_DATA * self.std_C11 + self.mean_C11
         image_BCHW = torch.cat([self.vae.decode(latent).sample for latent in latent_BCHW.split(VAE_BATCH)])
-        return (image_BCHW * 2 - 1).clamp(-1, 1)
+        return (image_BCHW if self.scaling == "sd" else image_BCHW * 2 - 1).clamp(-1, 1)
 
 
 def find_vae(name: str) -> Path:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from mclr.configs.schema import DiffusionModel, RunConfig
+from mclr.diffusion import Diffusion
 from mclr.kernels.choice import using
 from mclr.likelihood import Paradigm, Probe
 from mclr.models.features import NoiseClassifier, NoiseClassifierConfig
@@ -122,8 +123,8 @@ class Model:
             teacher = torch.zeros(samples, self.paradigm.dims - 1, self.code_width)
             return Probe({"tokens": tokens, "teacher": teacher}, torch.zeros(tokens.shape))
         assert self.shape is not None
-        x, noisy = torch.zeros(samples, *self.shape), torch.zeros(samples, *self.shape)
-        return Probe({"x": x, "noisy": noisy, "sigma": torch.zeros(samples)}, torch.zeros(samples, 1))
+        target, state = torch.zeros(samples, *self.shape), torch.zeros(samples, *self.shape)
+        return Probe({"target": target, "state": state, "level": torch.zeros(samples)}, torch.zeros(samples, 1))
 
     def _values(self, probe: Probe, forward: Forward, samples: int) -> Tensor:
         """The sum of all values and aux losses of one forward."""
@@ -136,8 +137,8 @@ class Model:
         return found.value_RT.sum() + found.aux_R.sum()
 
     def _classify(self, probe: Probe) -> Tensor:
-        assert self.classifier is not None
-        return self.classifier(probe.inputs["noisy"], probe.inputs["sigma"]).sum()
+        assert self.classifier is not None and isinstance(self.paradigm, Diffusion)
+        return self.classifier(*self.paradigm.noisy(probe)).sum()
 
     def activations(self, micro_batch: int, lockstep: bool) -> float:
         """The most bytes alive in forward and backward of this many images: measured at POINTS, linear between and beyond."""

@@ -61,6 +61,8 @@ PUBLISHED = {
     "edm2-img64": (64, None),
     "edm2-img512": (512, None),
     "var-d36-s": (512, SCALES_512),
+    **dict.fromkeys(("dit-xl-2-512", "sit-xl-2-512"), (512, None)),
+    **dict.fromkeys(("dit-", "sit-"), (256, None)),
     **dict.fromkeys(("var-d16", "var-d20", "var-d24", "var-d30"), (256, SCALES_256)),
 }
 

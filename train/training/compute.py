@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from mclr.diffusion import Diffusion
 from mclr.kernels.choice import using
 from mclr.likelihood import Draws
 from mclr.next_scale import scale_progress
@@ -112,8 +113,9 @@ def forward_flops(task: Task) -> dict[str, int]:
 
     counted = {"net": flops_of(value), "posterior": 0}
     if task.posterior_engine is not None:
-        classifier = task.posterior_engine.net
-        counted["posterior"] = flops_of(lambda: classifier(probe.inputs["noisy"], probe.inputs["sigma"]))
+        classifier, paradigm = task.posterior_engine.net, task.loss.paradigm
+        assert isinstance(paradigm, Diffusion)
+        counted["posterior"] = flops_of(lambda: classifier(*paradigm.noisy(probe)))
     return counted
 
 

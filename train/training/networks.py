@@ -13,6 +13,7 @@ from mclr.configs.schema import Objective as ObjectiveConfig
 from mclr.configs.schema import Schedule as ScheduleConfig
 from mclr.diffusion import Diffusion, sigma_of
 from mclr.errors import UserError
+from mclr.forms import EDM, FORMS, Form
 from mclr.guidance import Guidance
 from mclr.likelihood import Net, Paradigm
 from mclr.models.features import CONVNEXT_SMALLEST, NoiseClassifier, channel_mult_for
@@ -29,7 +30,7 @@ def build_encoder(config: RunConfig, device: torch.device) -> Encoder:
     """The encoder of a run. Raises UserError when the VAE cannot be loaded, or the tokenizer is for other images than the data."""
     model, data = config.model, config.data
     if isinstance(model, DiffusionModel):
-        return Latents(load_vae(model.vae, device)) if model.vae else RGB()
+        return Latents(load_vae(model.vae, device), model.latents) if model.vae else RGB()
     tokenizer: Any = load_net(model.tokenizer, "vqvae")
     channels, side = tokenizer.config.img_channels, tokenizer.config.img_resolution
     if (channels, side) != (data.channels, data.resolution):
@@ -68,11 +69,16 @@ def build_paradigm(config: RunConfig, encoder: Encoder) -> Paradigm:
     if isinstance(encoder, Tokens):
         tokenizer = encoder.tokenizer
         return NextScale(tokenizer.config.scales, null, tokenizer, sample.top_k, sample.top_p, sample.more_smooth)
-    named = {field.name for field in fields(Diffusion)}
-    settings = model.model_dump(include=named) | sample.model_dump(include=named)
+    assert isinstance(model, DiffusionModel)
+    settings = sample.model_dump(include={field.name for field in fields(Diffusion)})
     if sample.churn_max is None:
         settings["churn_max"] = math.inf
-    return Diffusion(shape_of(encoder, config), null, **settings)
+    form = getattr(model.net, "form", None)
+    if form is None:
+        made: Form = EDM(model.noise_mean, model.noise_std, model.sigma_data)
+    else:
+        made = FORMS[form]
+    return Diffusion(shape_of(encoder, config), null, made, **settings)
 
 
 def shape_of(encoder: Encoder, config: RunConfig) -> tuple[int, int, int]:

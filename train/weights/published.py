@@ -15,7 +15,7 @@ from torch import nn
 from mclr.configs.schema import fits
 from mclr.errors import UserError
 from mclr.models.convert import Shapes, misfits
-from mclr.models.options import EDM2Config, VARConfig, hints_of
+from mclr.models.options import DiTConfig, EDM2Config, VARConfig, hints_of
 from mclr.models.registry import NETWORKS
 from mclr.train.weights.edm2_pickle import recorded_edm2
 from mclr.train.weights.state_dict import faults_of, find_state_dict, kind_in, listed
@@ -23,6 +23,11 @@ from mclr.train.weights.unpickler import refuse
 
 WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 EDM2_LICENCE = "published EDM2 weights and all weights made from them: CC BY-NC-SA 4.0, not for commercial use"
+DIT_LICENCE = "published DiT weights and all weights made from them: CC BY-NC 4.0, not for commercial use"
+LICENCES = {"edm2": EDM2_LICENCE, "ddpm": DIT_LICENCE, "flow": "MIT, as REPA", "flow_to_data": "MIT, as SiT"}
+
+# options that a file may not show, as they may be given
+LIKE = {"patch_nums": [1, 2, 3, 4], "scales": [1, 2, 3, 4], "form": "ddpm"}
 
 
 def read_published(
@@ -52,14 +57,7 @@ def read_published(
                 refuse("records the options of its network", f"leave out {settings[0]}")
         for setting in settings:
             config = changed(config, setting)
-        for key in ("patch_nums", "scales"):
-            if getattr(config, key, None) == ():
-                refuse(
-                    "has scales of other sides than the published ones",
-                    f"give them to `mclr convert`, as in '{key}=[1, 2, 3, 4]'",
-                )
-        for fault in config.misfits(config, None) if network.config is VARConfig else ():
-            refuse(f"shows {fault}", "give num_heads=... to `mclr convert`")
+        _refuse_hidden(config)
         # sizes from a file can ask for any amount of memory; without memory, every entry is compared with them first
         with torch.device("meta"):
             known = published.entries(network.net(config))
@@ -79,9 +77,25 @@ def read_published(
             weight.copy_(entries[entry])
             if not weight.isfinite().all():
                 refuse(f"holds NaN or infinite numbers at {entry}", "copy the file again, or give weights of an earlier step")
-    unsaid = EDM2_LICENCE if network.config is EDM2Config else ""
+    unsaid = LICENCES.get(getattr(config, "form", kind), "")
     licence = unsaid if found.licence is None else found.licence
     return net, notes | ({"licence": licence} if licence else {})
+
+
+def _refuse_hidden(config: Any) -> None:
+    """Raises Refused for options that the file does not show, or that make no network."""
+    for key in ("patch_nums", "scales"):
+        if getattr(config, key, None) == ():
+            refuse(
+                "has scales of other sides than the published ones",
+                f"give them to `mclr convert`, as in '{key}=[1, 2, 3, 4]'",
+            )
+    if getattr(config, "form", None) == "":
+        refuse("does not show whether it is a DiT or a SiT", "give form=ddpm or form=flow_to_data to `mclr convert`")
+    for fault in (
+        config.misfits(config, getattr(config, "img_resolution", None)) if isinstance(config, VARConfig | DiTConfig) else ()
+    ):
+        refuse(f"shows {fault}", "give num_heads=... to `mclr convert`")
 
 
 def changed(config: Any, setting: str) -> Any:
@@ -93,8 +107,8 @@ def changed(config: Any, setting: str) -> Any:
     try:
         value = json.loads(text)
     except ValueError:
-        raise UserError(f"{setting!r}: the value is no number or list of numbers in brackets") from None
+        value = text
     value = tuple(value) if type(value) is list else value
     if not fits(value, hints[key]):
-        raise UserError(f"{setting!r}: {key} must be like {json.dumps(getattr(config, key) or [1, 2, 3, 4])}, and in its range")
+        raise UserError(f"{setting!r}: {key} must be like {json.dumps(getattr(config, key) or LIKE[key])}, and in its range")
     return dataclasses.replace(config, **{key: value})
