@@ -59,9 +59,10 @@ class Diffusion:
         object.__setattr__(self, "shape", tuple(self.shape))  # a list would equal no shape of a tensor
         if self.null < 1 or self.steps < 1:
             raise ValueError(f"null={self.null}, steps={self.steps}: both must be >= 1")
-        if not (0 < self.sigma_min < self.sigma_max and self.sigma_data > 0 and self.noise_std > 0):
-            given = f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}, sigma_data={self.sigma_data}, noise_std={self.noise_std}"
-            raise ValueError(f"{given}: all must be > 0, and sigma_min below sigma_max")
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(
+                f"sigma_min={self.sigma_min}, sigma_max={self.sigma_max}: both must be > 0, sigma_min the smaller one"
+            )
         if self.solver not in SOLVERS:
             raise ValueError(f"solver={self.solver} is unknown: expected {', '.join(SOLVERS)}")
         if self.churn and self.solver != "heun":

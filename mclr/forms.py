@@ -99,6 +99,10 @@ class EDM(Form):
     noise_std: float = 1.0
     sigma_data: float = 0.5
 
+    def __post_init__(self) -> None:
+        if not (self.sigma_data > 0 and self.noise_std > 0):
+            raise ValueError(f"sigma_data={self.sigma_data}, noise_std={self.noise_std}: both must be > 0")
+
     def draw(self, draws: Any) -> Tensor:
         return (draws.normal() * self.noise_std + self.noise_mean).exp()
 

@@ -69,13 +69,10 @@ class DiT(nn.Module):
         self.register_buffer("position_LD", positions(config), persistent=False)
         # REPA's, for its own training alone: kept, so that they can be written back
         self.projectors = nn.ModuleList(Kept(D, config.projector_dim, size) for size in config.projector_sizes)
+        # what the invariant contamination ratio looks at, where it does: the tokens after half of the blocks, [R, D, h, w]
+        self.middle = nn.Identity()
         self.activation_checkpointing = False
         self.init_weights()
-
-    @property
-    def middle(self) -> nn.Module:
-        """The block whose output the invariant contamination ratio looks at."""
-        return self.blocks[len(self.blocks) // 2]
 
     def forward(self, noisy_BCHW: Tensor, time_B: Tensor, c_R: Tensor, index_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(answer [R, C, H, W], the rest [R, C or 0, H, W]), in the trunk's dtype.
@@ -91,8 +88,11 @@ class DiT(nn.Module):
             time_RD, stream = time_BD, Stream(x_BLD)
         active_RD = F.silu(time_RD + self.embed_condition(c_R))
         run = running(self.activation_checkpointing)
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
             stream = run(block, stream, active_RD)
+            if i == len(self.blocks) // 2 and self.middle._forward_hooks:
+                x_RLD, _, _, y_RLD, gate_RD = stream
+                self.middle(rearrange(x_RLD + gate_RD[:, None] * y_RLD, "R (h w) D -> R D h w", h=side))
         shift_RD, scale_RD = self.head_modulation(active_RD).chunk(2, dim=-1)
         _, h_RLD = stream.norm(scale_RD, shift_RD, NORM_EPS, trunk_dtype(stream.x))
         whole = rearrange(self.head(h_RLD), "R (h w) (p q C) -> R C (h p) (w q)", h=side, p=p, q=p)

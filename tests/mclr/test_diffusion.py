@@ -7,7 +7,7 @@ import torch
 from toy import SHAPE, Draws64, Given, K, ToyDenoiser, float64, wave
 
 from mclr.diffusion import Diffusion, progress_of, sigma_of
-from mclr.forms import EDM, scales
+from mclr.forms import DDPM, EDM, scales
 from mclr.guidance import Guidance, mix
 from mclr.likelihood import Draws, Probe
 from mclr.schedule import Schedule
@@ -177,10 +177,13 @@ def test_a_denoising_value_is_edms_and_keeps_its_digits_at_extreme_noise(sigma):
         ({"solver": "dpm"}, "solver=dpm is unknown: expected euler, heun, sde, heun_tau, euler_maruyama"),
         ({"solver": "sde", "churn": 3.0}, "churn=3.0 needs solver=heun, not sde"),
         ({"steps": 0}, "steps=0: both must be >= 1"),
-        ({"sigma_min": 80.0}, "sigma_min=80.0, sigma_max=80.0, .*: all must be > 0, and sigma_min below sigma_max"),
-        ({"sigma_data": 0.0}, "sigma_data=0.0"),
+        ({"sigma_min": 80.0}, "sigma_min=80.0, sigma_max=80.0: both must be > 0, sigma_min the smaller one"),
+        ({"solver": "heun_tau"}, "solver=heun_tau is for flows: expected euler, heun, sde"),
+        ({"form": DDPM(), "solver": "euler", "steps": 300}, "steps=300: 1000 timesteps have no 300 at equal distances, but 250"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Diffusion(SHAPE, K, **settings)
+    with pytest.raises(ValueError, match=r"sigma_data=0\.0"):
+        EDM(sigma_data=0.0)

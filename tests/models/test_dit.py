@@ -1,16 +1,22 @@
 """models/dit.py and the forms ddpm and flow against the published DiT, SiT and REPA: networks, losses, gradients, samplers."""
 
+import dataclasses
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from golden_weights import load_golden, load_rule, relative_rms
 
 from mclr.diffusion import Diffusion, progress_of
-from mclr.forms import FORMS
+from mclr.forms import DDPM, EDM, FORMS, Flow, ddpm_table
 from mclr.guidance import Guidance
-from mclr.likelihood import Probe
+from mclr.likelihood import Draws, Probe
 from mclr.models.dit import PUBLISHED, DiT, positions
 from mclr.models.options import DiTConfig
 from mclr.schedule import Schedule
+from mclr.train.cli import main
+from mclr.train.weights.folder import load_net, save_weights
 
 FORM = {"dit_tiny": "ddpm", "sit_tiny": "flow_to_data", "sit_repa_tiny": "flow"}
 CFG = Guidance(Schedule("constant", 0.5))
@@ -90,35 +96,106 @@ def test_loss_and_gradients(golden):
         assert published[name].norm().item() == pytest.approx(norm.item(), rel=1e-4), name
 
 
-@pytest.mark.parametrize(
-    ("name", "settings", "guidance"),
-    [
-        ("euler", {}, Guidance()),
-        ("euler_cfg1p5", {}, CFG),
-        ("heun", {"solver": "heun_tau"}, Guidance()),
+BELOW = Schedule("interval", 0.5, low=float(progress_of(torch.tensor(0.7 / 0.3))), high=1.0)
+SDE = {"solver": "euler_maruyama"}
+SAMPLERS = {
+    "dit_tiny": [
         ("ddim", {}, Guidance()),
         ("ddim_cfg1p5", {}, CFG),
         ("ddim_cfg1p5_three_channels", {"guided_channels": 3}, CFG),
-        ("sde", {"solver": "euler_maruyama"}, Guidance()),
-        (
-            "sde_cfg1p5_below_0p7",
-            {"solver": "euler_maruyama"},
-            Guidance(Schedule("interval", 0.5, low=float(progress_of(torch.tensor(0.7 / 0.3))), high=1.0)),
-        ),
     ],
+    "sit_tiny": [("euler", {}, Guidance()), ("euler_cfg1p5", {}, CFG), ("heun", {"solver": "heun_tau"}, Guidance())],
+}
+SAMPLERS["sit_repa_tiny"] = [*SAMPLERS["sit_tiny"], ("sde", SDE, Guidance()), ("sde_cfg1p5_below_0p7", SDE, Guidance(BELOW))]
+
+
+@pytest.mark.parametrize(
+    ("golden", "name", "settings", "guidance"),
+    [(file, *each) for file, cases in SAMPLERS.items() for each in cases],
+    indirect=["golden"],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_published_samplers(golden, name, settings, guidance):
     arrays, net, paradigm = golden
-    if name not in arrays:
-        pytest.skip("another form")
     draws = Given(arrays["noise"], *arrays.get("sde_noises", []))
-    x = Diffusion(paradigm.shape, 10, paradigm.form, **({"steps": 6, "solver": "euler"} | settings)).sample(
-        net, arrays["y"], guidance, draws
-    )
+    x = replace(paradigm, **settings).sample(net, arrays["y"], guidance, draws)
     assert relative_rms(x, arrays[name]) < 1e-5
+
+
+def exact(form):
+    """A network of this form that denoises N(0, .25) exactly."""
+
+    def net(seen, time, c, index=None):
+        if isinstance(form, Flow):
+            state, level = seen, 1 - time if form.to_data else time
+        elif isinstance(form, DDPM):
+            level = torch.from_numpy(ddpm_table()[0]).float()[time]
+            state = seen * (1 + level[:, None, None, None] ** 2).sqrt()
+        else:
+            state, level = seen, time
+        denoised = form.noisy(state, level) * 0.25 / (0.25 + form.sigma(level)[:, None, None, None] ** 2)
+        # what the form makes of an answer is affine
+        unit, shift = form.denoised(torch.ones_like(state), state, level), form.denoised(torch.zeros_like(state), state, level)
+        return (denoised - shift) / (unit - shift), None
+
+    return net
+
+
+@pytest.mark.parametrize("solver", ["heun", "sde"])
+def test_the_solvers_in_sigma_serve_every_form(golden, solver):
+    """They draw what they draw of an EDM network; of DDPM at the nearest timesteps."""
+    form, c = golden[2].form, torch.zeros(500, dtype=torch.int64)
+    mine, edm = (
+        Diffusion((4, 8, 8), 10, each, steps=24, solver=solver, sigma_max=60.0).sample(
+            exact(each), c, Guidance(), Draws(0, list(range(500)))
+        )
+        for each in (form, EDM())
+    )
+    assert relative_rms(mine, edm) < (0.02 if isinstance(form, DDPM) else 1e-4)
+
+
+def test_at_timestep_0_the_bound_is_the_likelihood_of_a_bin():
+    """The network's variance is the posterior's second one; its mean is right: nearly all of the probability lies in the bin."""
+    sigma = torch.from_numpy(ddpm_table()[0][:1]).float()
+    x, noise = torch.full((1, 4, 2, 2), 0.1), torch.zeros(1, 4, 2, 2)
+    inputs = {"target": noise, "state": x, "level": sigma}
+    found = DDPM().aux(torch.zeros(1), noise, torch.full((1, 4, 2, 2), -1.0), inputs, torch.zeros(1, dtype=torch.int64))
+    std = math.exp(ddpm_table()[2][0] / 2)
+    expected = -math.log2(math.erf(1 / 255 / std / math.sqrt(2)))
+    assert found.item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_it_trains_samples_and_converts(form, digits, tmp_path, monkeypatch, capsys):
+    """From the command line, on digits, with the contrast that needs a classifier; back to published names and in again."""
+    monkeypatch.chdir(tmp_path)
+    preset = tmp_path / "tiny.yaml"
+    net = f"{{form: {form}, depth: 2, embed_dim: 16, num_heads: 2, variance: {str(form == 'ddpm').lower()}}}"
+    preset.write_text(
+        f"model: {{name: tiny, paradigm: diffusion, kind: dit, net: {net}, sigma_data: 1.0}}\n"
+        "objective: {lam: 1.0}\ntrain: {images: 32, batch: 16, lr: 0.001}\nsample: {solver: euler, steps: 4, batch: 8}\n"
+    )
+    argv = ["train", "--model", str(preset), "--objective", "mclr", "--data", str(digits), "--out", "run"]
+    assert main([*argv, "train.monitor_every=32", "train.keep_best=true"]) == 0
+    assert main(["sample", "run", "--out", "drawn", "--count", "4", "sample.gamma=1.0"]) == 0
+    assert main(["convert", "run/weights", "out.pth"]) == 0
+    assert f"the file does not show 'form=\"{form}\"'" in capsys.readouterr().out
+    assert main(["convert", "out.pth", "again"]) == 2
+    assert "does not show whether it is a DiT or a SiT: give form=ddpm or form=flow_to_data" in capsys.readouterr().err
+    assert main(["convert", "out.pth", "again", f"form={form}", "num_heads=2"]) == 0
+    first, second = (load_net(name).state_dict() for name in ("run/weights", "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    # a guide of another form
+    torch.manual_seed(0)
+    other = next(name for name in FORMS if name != form)
+    save_weights("other", DiT(dataclasses.replace(load_net("again").config, form=other)))
+    capsys.readouterr()
+    assert main(["sample", "run", "--out", "guided", "--count", "4", "sample.gamma=1.0", "sample.guide=other"]) == 2
+    assert f"has form {other}, the model has {form}" in capsys.readouterr().err
 
 
 def test_positions(golden):
     arrays, net, _ = golden
+    assert positions(net.config).shape == (16, 64)
     if "pos_embed" in arrays:
         assert relative_rms(positions(net.config)[None], arrays["pos_embed"]) < 1e-6

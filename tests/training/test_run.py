@@ -189,7 +189,7 @@ WEIGHTS = {
     ),
     "no tensors": (lambda folder: (edm2(folder) / "model.safetensors").unlink(), "model.safetensors cannot be read"),
     "half the tensors": (lambda folder: os.truncate(edm2(folder) / "model.safetensors", 5000), "cannot be read"),
-    "no description": (lambda folder: (edm2(folder) / "config.json").unlink(), "is no published VAR, VQVAE or EDM2"),
+    "no description": (lambda folder: (edm2(folder) / "config.json").unlink(), "is no published EDM2, DiT, SiT, VAR or VQVAE"),
     "half a description": (lambda folder: os.truncate(edm2(folder) / "config.json", 30), "is not the description of a network"),
 }
 

@@ -158,7 +158,7 @@ OLD = saved({"a": torch.zeros(9999)}, _use_new_zipfile_serialization=False)
 SNAPSHOT = (FOLDER / "edm2_tiny.pkl").read_bytes()
 PLAIN = safetensors.torch.save({"a": torch.zeros(99)})
 FC = "blocks.1.ffn.fc2.bias"
-NONE = "is no published VAR, VQVAE or EDM2 (its entries: "
+NONE = "is no published EDM2, DiT, SiT, VAR or VQVAE (its entries: "
 BAD = {
     "no file": (None, "net (No such file or directory): give a published state dict"),
     "empty": (b"", "is empty: download it again"),

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mclr.errors import UserError
+from mclr.forms import EDM, FORMS
 from mclr.likelihood import PROJECTION, VIEWS, Draws
 from mclr.metrics import icr
 from mclr.train.data.dataset import SplitReader
@@ -53,12 +54,13 @@ def features(net: Any, x_BCHW: Tensor, draws: Draws) -> Tensor:
     """[B, D] fp32, D <= WIDTH: spatial mean of the middle block of the decoder, for x noised to SIGMA, under the null condition."""
     noisy_BCHW = x_BCHW + SIGMA * draws.normal(*x_BCHW.shape[1:])
     sigma_B = torch.full((len(x_BCHW),), SIGMA, device=x_BCHW.device)
+    form = FORMS.get(getattr(net.config, "form", ""), EDM())
     null_B = torch.full_like(sigma_B, net.config.num_classes, dtype=torch.int64)
     seen: list[Tensor] = []
     hook = net.middle.register_forward_hook(lambda block, inputs, h_BDHW: seen.append(h_BDHW.mean((2, 3))))
     try:
         with eval_mode(net, bf16=False):
-            net(noisy_BCHW, sigma_B, null_B)
+            net(*form.asked(*form.of_sigma(noisy_BCHW, sigma_B)), null_B)
     finally:
         hook.remove()
     D = seen[0].shape[1]

@@ -159,7 +159,7 @@ def guide_misfit(net: Any, guide: Any, paradigm: str) -> str | None:
     if not callable(guide) or paradigm not in (registered or [paradigm]) or tokens != (paradigm == "next_scale"):
         return f"is no generator of the paradigm {paradigm}"
     # answers are mixed before they become images, so both need the same sigma_data
-    for key in GIVEN[paradigm]:
+    for key in (*GIVEN[paradigm], "form"):
         here = getattr(ours, key, None)
         there = getattr(theirs, key, here)
         # an unconditional diffusion network guides any, as EDM2's guidance does
