@@ -46,7 +46,9 @@ def read_published(
         kind = kind_in(entries)
         if kind is None:
             names = ", ".join(list(entries)[:3])
-            refuse(f"is no published EDM2, DiT, SiT, VAR or VQVAE (its entries: {names}, ...)", "give a state dict of one of them")
+            refuse(
+                f"is no published EDM2, DiT, SiT, VAR or VQVAE (its entries: {names}, ...)", "give a state dict of one of them"
+            )
     network, published = NETWORKS[kind], NETWORKS[kind].published
     name = network.net.__name__
     with faults_of(src, name):
