@@ -21,6 +21,8 @@ def noisy_posterior(classifier: Net, conditions: int, noisy: tuple[Tensor, Tenso
     """
     hint = "give posterior=classifier(noisy, sigma) -> logits, one per condition"
     logits_BK = ask(classifier, (len(c_B), conditions), hint, *noisy, alone=True)[0].float()
+    if logits_BK.ndim != 2:
+        raise ValueError(f"the classifier gives {list(logits_BK.shape)}: {hint}")
     return logits_BK.detach().softmax(-1)[:, None], cross_entropy(logits_BK, c_B, reduction="none")
 
 

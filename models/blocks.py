@@ -32,9 +32,10 @@ def running(activation_checkpointing: bool) -> Callable[..., Any]:
 
 
 class Stream(NamedTuple):
-    """The residual stream x + gate y. The next norm computes the sum, in the same operation.
+    """The residual stream, with a sum x + gate y that the next norm will compute.
 
-    x: one per row, fp32; or, before the condition has entered, one per sample (index_R: of each row), and token 0 of each row.
+    x: [R, l, D], fp32. In the first block all rows of a sample share x: then it is [B, l, D], index_R says the sample of each row, and
+    first_RD is each row's own token 0.
     """
 
     x: Tensor

@@ -35,7 +35,7 @@ def map_rows(old_KD: Tensor, fresh_kD: Tensor, sources: Sources) -> Tensor:
 
 
 def map_columns(old_EK: Tensor, fresh_Ek: Tensor, sources: Sources) -> Tensor:
-    """EDM2's weight [E, K] -> [E, k]: mapped columns come from the normalised old weight, fresh ones from fresh_Ek, which is N(0, 1).
+    """EDM2's weight [E, K] -> [E, k]. A mapped condition gets its column of the normalised old weight, a fresh one that of fresh_Ek.
 
     The null condition is an all-zero vector before and after. Mapped embeddings are rescaled (derived): the network divides row e by
     its RMS r_e, so it embeds condition c as w_ec / r_e. The normalised old weight has r_e = 1; the new one has the RMS of its k

@@ -83,5 +83,5 @@ def fold(net: Any) -> None:
 
 
 def share_of(net: Any, *inputs: Any, cache: Any = None) -> float:
-    """What each row of a call of this network costs, as a share of a whole row; 1 unless its tokens are cut short or cached."""
+    """Cost of one row of this call, as a share of a whole row: less than 1 if only some tokens are computed."""
     return net.tokens_of(*inputs, cache=cache) / net.tokens if hasattr(net, "tokens_of") else 1.0

@@ -141,7 +141,10 @@ def test_unusable_places_and_arguments(tree, tmp_path, capsys):
         (["images", tree, tree / "out", "--resolution", 8], "lies inside the images"),
         (["images", tree, tmp_path / "taken", "--resolution", 8], "exists already"),
         (["images", tree, tmp_path / "out", "--resolution", 0], "--resolution: 0: a finite number above 0 is needed"),
-        (["images", tree, tmp_path / "below" / "out", "--resolution", 65537], "resolution 65537: at most 65536 pixels"),
+        (
+            ["images", tree, tmp_path / "below" / "out", "--resolution", 65537],
+            "65537, channels 3, shard size 1000: 1 to 65536 pixels",
+        ),
         ([*images, "--shard-size", 0], "--shard-size: 0: a finite number above 0 is needed"),
         ([*images, "--val-share", 1], "val share is 1.0"),
         ([*images, "--val-share", 0.99], "to train on: lower it"),
@@ -348,7 +351,7 @@ def test_unusable_zip_files(tree, tmp_path, refuses):
     for names, says in (
         ("cut none torn", "is damaged, or no zip file"),
         ("folder", "has no class folders"),
-        ("locked", "is encrypted"),
+        ("locked", "is encrypted: unpack it with its password"),
         ("slip root inner", "lies outside of it"),
         ("nowhere", "no folder of images at"),
     ):

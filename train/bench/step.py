@@ -76,7 +76,7 @@ Rows = dict[tuple[str, str, str], dict[str, float]]
 
 
 class Noise(Source):
-    """The same samples at every position. They cost a step no time, as samples that a run has read ahead."""
+    """Gives the same samples at every position. Reading them takes no time, so that only the step is measured."""
 
     def __init__(self, samples: Batch):
         self.samples = samples
@@ -149,7 +149,8 @@ def as_run_by(task: Task, arm: str, precision: str) -> Task:
     def copied(engine: Any, compiles: bool = arm == "compiled") -> Any:
         found = copy(engine)
         if engine is not None:
-            found.net = torch.compile(engine.net) if compiles else engine.net
+            if compiles:
+                found.forward = torch.compile(engine.net)
             found.autocast = autocast_of(engine.net, precision == "bf16")
         return found
 

@@ -53,7 +53,7 @@ class CacheKey:
 
 
 def storage(encoder: Encoder, data: Data) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """(shape of what encode() gives for one image, types that can store it, the exact one first). No types where it is the image."""
+    """How an encoded image is stored: (shape, possible dtypes, the exact one first). No dtypes for pixels, which need no cache."""
     if isinstance(encoder, Latents):
         channels, *sides = encoder.shape(data)
         return (2 * channels, *sides), ("float32", "float16")
@@ -150,7 +150,7 @@ def cache_for(source: Source, encoder: Encoder, data: Data, model: Model, dtype:
 
 
 class CachedSource(Source):
-    """The samples of a source, of which a complete cache is read and never an image."""
+    """A source that reads its samples from a complete cache and never opens an image."""
 
     def __init__(self, source: Source, cache: Cache):
         """Raises UserError where a file of the cache is missing or cut off."""
@@ -202,7 +202,8 @@ def data_line(source: Source, encoder: Encoder, data: Data) -> list[str]:
     if cache := cache_of(source):
         return [f"data       {cache.key.what} ({cache.key.dtype}) from {cache.folder}"]
     place = source.info.path / FOLDER
-    if not place.is_dir() or not storage(encoder, data)[1]:
+    # drawn tokens are used as they are
+    if not place.is_dir() or not storage(encoder, data)[1] or source.split.tokens_NL is not None:
         return []
     return [f"data       nothing in {place} is complete and fits this run: every image is encoded at every visit"]
 

@@ -83,6 +83,8 @@ class Tree:
         """What _below would give of the unpacked file."""
         entries = set()
         for info in archive.infolist():
+            if info.flag_bits & 1:
+                raise UserError(f"{self.src} is encrypted: unpack it with its password and give the folder")
             parts = info.filename.removesuffix("/").split("/")
             if "" in parts or ".." in parts:
                 raise UserError(f"{self.src} holds {info.filename!r}, which lies outside of it: pack it again")

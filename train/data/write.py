@@ -81,8 +81,9 @@ def prepare_images(
     src, out = Path(src), Path(out)
     if not (0 <= (val_share or 0) < 1 and 0 <= seed < 2**64):
         raise UserError(f"val share is {val_share} and seed {seed}: the share must be in [0, 1), the seed in [0, 2^64)")
-    if resolution > 2**16:
-        raise UserError(f"resolution {resolution}: at most {2**16} pixels are possible")
+    if not (0 < resolution <= 2**16 and channels in (1, 3) and shard_size > 0):
+        given = f"resolution {resolution}, channels {channels}, shard size {shard_size}"
+        raise UserError(f"{given}: 1 to {2**16} pixels, 1 or 3 channels and 1 or more images per shard are possible")
     # not resolve(), which raises at a loop of links
     place = Path(os.path.realpath(out))
     if Path(os.path.realpath(src)) in place.parents:
@@ -111,8 +112,9 @@ def prepare_images(
             print(f"{says}; they are left out", file=sys.stderr)
         info = _finish(out, header, {split: made["shards"] for split, made in state["splits"].items()})
     print(taken(src, state["formats"], found.tree.skipped))
+    lost = {name for names in unreadable.values() for name in names}
     for split, files in splits.items():
-        missing = sorted(set(range(info.num_classes)) - {c for _, c in files})
+        missing = sorted(set(range(info.num_classes)) - {c for name, c in files if name not in lost})
         if files and missing:
             like = info.class_names[missing[0]]
             print(f"{len(missing)} of {info.num_classes} classes have no image in {split}, like {like}", file=sys.stderr)

@@ -218,7 +218,7 @@ def padded(shard: Tensor, shape: torch.Size) -> Tensor:
 
 
 def force_shards(shards: list[Tensor], shapes: list[torch.Size]) -> None:
-    """force_weights in place, of weights of these shapes whose shards the ranks hold.
+    """Normalise the rows of weights that are divided among the ranks, in place. shapes: of the whole weights.
 
     Collective: the ranks sum one vector, with one number per row of every weight.
     """

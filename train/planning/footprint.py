@@ -33,9 +33,9 @@ POINTS = (1, 2, 4, 8, 16, 32, 64)  # micro-batches that are measured
 
 
 class Watch(TorchDispatchMode):
-    """Follows the storages that fake tensors make inside: bytes alive now, and the most so far. Reading a value gives 0.
+    """Counts the bytes of the tensors that are alive inside, and the most so far. Reading a number out of a tensor gives 0.
 
-    known: storages that are not counted, since they were there before; views of them may appear.
+    known: storages that existed before and are not counted.
     """
 
     def __init__(self, known: Set[int] = frozenset()):

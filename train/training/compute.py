@@ -33,7 +33,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class Calls:
-    """The most that an objective asks of a network: forwards with and without gradient, and of the reference; for `samples` per image."""
+    """The most forwards that a micro-batch may need: with gradient, without (free), and of the reference. samples: of one image."""
 
     grad: tuple[Forward, ...]
     free: tuple[Forward, ...] = ()

@@ -54,9 +54,10 @@ def fixed(reader: SplitReader, count: int | None = None) -> Iterator[tuple[range
 
 @contextmanager
 def beside_training(together: bool, beat: Callable[[], None]) -> Iterator[Callable[[], None] | None]:
-    """A block beside training for rank 0 alone, or for all ranks `together`, where they share a network. Collective.
+    """Work that interrupts training on all ranks. Rank 0 does it alone, or all ranks do `together`, where they share the network.
 
-    Yields the beat to call in it, so that no watchdog takes it for a hang on any rank; None where this rank has nothing to do.
+    Collective. Yields the function to call at every sign of progress, so that no watchdog takes the work for a hang; None on a rank
+    that has nothing to do.
     """
     with collective(beat) as working:
         # where all ranks work, rank 0 must not talk to the others in between: each beats for itself
