@@ -19,19 +19,22 @@ class FromDenoiser(nn.Module):
     """A network for mclr.Diffusion out of a denoiser: a module (whose parameters stay reachable) or a function.
 
     denoise: (noisy [R, C, H, W], sigma [R], c [R]) -> the denoised images [R, C, H, W], or a tuple of them and a learned log-variance
-    [R] (EDM2, arXiv 2312.02696, eq. 21). noisy = x + sigma * noise. sigma_data: that of mclr.EDM, standard deviation of x.
+    [R] (EDM2, arXiv 2312.02696, eq. 21). noisy = x + sigma * noise. sigma_data: that of mclr.EDM, standard deviation of x. One with a
+    dial also takes strength [R], which is left out where it is 0.
     """
 
     def __init__(self, denoise: Callable[..., Any], sigma_data: float = 0.5):
         super().__init__()
         self.denoise, self.sigma_data = network(denoise, "denoise"), sigma_data
 
-    def forward(self, noisy_BCHW: Tensor, sigma_B: Tensor, c_R: Tensor, index_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, noisy_BCHW: Tensor, sigma_B: Tensor, c_R: Tensor, index_R: Tensor | None = None, *strength_R: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """(raw [R, C, H, W], log-variance [R]): c_skip noisy + c_out raw is the denoised image (mclr/forms.py)."""
         if index_R is not None:
             noisy_BCHW, sigma_B = noisy_BCHW[index_R], sigma_B[index_R]
         hint = "a denoiser takes (noisy, sigma, c), c up to the null condition, and gives images like noisy"
-        denoised, logvar_R = ask(self.denoise, noisy_BCHW.shape, hint, noisy_BCHW, sigma_B, c_R, alone=True)
+        denoised, logvar_R = ask(self.denoise, noisy_BCHW.shape, hint, noisy_BCHW, sigma_B, c_R, *strength_R, alone=True)
         c_skip, c_out = scales(sigma_B, self.sigma_data)
         return (denoised - c_skip * noisy_BCHW) / c_out, torch.zeros_like(sigma_B) if logvar_R is None else logvar_R
 
@@ -42,6 +45,7 @@ class FromLogits(nn.Module):
     logits: (teacher inputs, c [R]) -> logits [R, l + 1, V]. The tokenizer makes the teacher inputs from the tokens. A multi-scale one
     gives [R, l, E]. PlainSequence gives the tokens before each token, [R, l] int64. The logits of a token may depend on the
     inputs of coarser scales and of its own alone. Sampling runs the network on all inputs so far at every scale: no cache is needed.
+    One with a dial also takes strength [R], which is left out where it is 0.
     """
 
     def __init__(self, logits: Callable[..., Tensor]):
@@ -53,7 +57,12 @@ class FromLogits(nn.Module):
         return []
 
     def forward(
-        self, teacher_Bl: Tensor, c_R: Tensor, index_R: Tensor | None = None, cache: list[Tensor] | None = None
+        self,
+        teacher_Bl: Tensor,
+        c_R: Tensor,
+        index_R: Tensor | None = None,
+        *strength_R: Tensor,
+        cache: list[Tensor] | None = None,
     ) -> tuple[Tensor, Callable[..., Tensor]]:
         """(logits [R, l, V], head): of all tokens, or with a cache of the new ones."""
         teacher_Rl, new = (teacher_Bl if index_R is None else teacher_Bl[index_R]), 0
@@ -63,7 +72,7 @@ class FromLogits(nn.Module):
             teacher_Rl = torch.cat(cache, 1)
         hint = "logits takes (teacher inputs, c), c up to the null condition, and gives one row more than inputs"
         wanted = (len(c_R), teacher_Rl.shape[1] + 1)
-        logits_RlV, _ = ask(self.logits, wanted, hint, teacher_Rl, c_R, alone=True)
+        logits_RlV, _ = ask(self.logits, wanted, hint, teacher_Rl, c_R, *strength_R, alone=True)
         return logits_RlV[:, -new:].float(), own_logits
 
 

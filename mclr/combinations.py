@@ -21,16 +21,25 @@ SCHEDULES = ("constant", "ramp", "interval", "negative_window")  # kinds, which 
 
 
 def objective_conflicts(
-    objective: Any, lam: float | None, schedule: Any, prefix: str = "", diffusion: bool = False, conditions: int | None = None
+    objective: Any,
+    lam: float | None,
+    schedule: Any,
+    prefix: str = "",
+    diffusion: bool = False,
+    conditions: int | None = None,
+    strength_max: float = 0.0,
 ) -> Iterator[str]:
     """What is wrong with the settings of an objective, one line each.
 
     objective: has name, contrast, bound, beta and truncate. lam: the weight of `schedule`, which has kind and below; None: not given.
     prefix: stands before the names of settings, as in objective.lam. diffusion: whether the model is a diffusion model.
-    conditions: their number, without the null condition; None: not known yet.
+    conditions: their number, without the null condition; None: not known yet. strength_max: of the dial, 0 for none.
     """
     name, contrast, bound, beta = objective.name, objective.contrast, objective.bound, objective.beta
-    missing, lam = lam is None and name != "mle", lam or 0.0
+    dial = f"{'model.strength.max' if prefix else 'strength_max'}={strength_max}"
+    if strength_max and lam is not None:
+        yield f"{prefix}lam={lam} and {dial}: give one of them; with a dial every sample draws its own lam, from 0 to the dial's end"
+    missing, lam = lam is None and name != "mle" and not strength_max, lam or 0.0
     if name not in CONTRASTS:
         yield f"{prefix}name={name} is unknown: expected {', '.join(CONTRASTS)}"
         return
@@ -44,6 +53,12 @@ def objective_conflicts(
         yield f"{prefix}lam={lam} is not finite"
     if name == "mle" and lam != 0:
         yield f"{prefix}lam={lam} has no effect with {prefix}name=mle; there it must be 0"
+    if not 0 <= strength_max < math.inf:
+        yield f"{dial} is out of range: must be >= 0 and finite"
+    elif strength_max and name != "mclr":
+        yield f"{dial} needs {prefix}name=mclr: no other objective has a dial"
+    elif strength_max and schedule.kind == "negative_window":
+        yield f"{dial} needs another {prefix}schedule.kind than negative_window, whose lam is not in proportion to a strength"
     if name in WITH_REFERENCE:
         if beta is None:
             yield f"missing key {prefix}beta; objective {name} needs it, like {prefix}beta=0.1"

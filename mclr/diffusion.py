@@ -1,8 +1,8 @@
 """The paradigm of denoisers: noise, denoising surrogate of the log-likelihood, sampling. What answers mean is in mclr/forms.py.
 
-B samples; R scored rows; C, H, W image; T = 1 term per row. The network: net(input_BCHW, time_B, c_R, index_R) -> (answer_RCHW, rest).
-Row r is sample index_R[r] under condition c_R[r]; without index_R rows are samples. rest: the log-variance [R] of EDM2, what says the
-variance in DiT, nothing in a flow.
+B samples; R scored rows; C, H, W image; T = 1 term per row. The network: net(input_BCHW, time_B, c_R, index_R, strength_R) ->
+(answer_RCHW, rest). Row r is sample index_R[r] under condition c_R[r]; without index_R rows are samples. strength_R is given to networks
+with a dial. rest: the log-variance [R] of EDM2, what says the variance in DiT, nothing in a flow.
 """
 
 import math
@@ -98,7 +98,7 @@ class Diffusion:
     def predict(self, net: Net, probe: Probe, index_R: Tensor, c_R: Tensor, terms: int | None = None) -> Prediction:
         """(answer_RCHW, rest): the mixture of answers makes the mixture of denoised images."""
         asked = self.form.asked(probe.inputs["state"], probe.inputs["level"])
-        return ask(net, (len(c_R), *self.shape), HINT, *asked, c_R, index_R)
+        return ask(net, (len(c_R), *self.shape), HINT, *asked, c_R, index_R, *probe.told(index_R))
 
     def log_likelihood(
         self, prediction: Prediction, probe: Probe, index_R: Tensor, guide: Tensor | None = None, mix_RT: Tensor | None = None
@@ -127,12 +127,12 @@ class Diffusion:
     def sample(self, net: Net, c_B: Tensor, guidance: Guidance, draws: Draws) -> Tensor:
         """Images [B, C, H, W], one forward per evaluation and a second one where gamma is not 0."""
         net, null_B = network(net, "net"), torch.full_like(c_B, self.null)
-        form, channels = self.form, self.guided_channels
+        form, channels, dial = self.form, self.guided_channels, guidance.told(c_B)
 
         def denoise(state: Tensor, level: float) -> Tensor:
             level_B = torch.full((len(state),), level, device=state.device)
             asked = form.asked(state, level_B)
-            pred = ask(net, state.shape, HINT, *asked, c_B)[0]
+            pred = ask(net, state.shape, HINT, *asked, c_B, *dial)[0]
             weight = guidance.gamma.at(float(progress_of(form.sigma(torch.tensor(level)))))
             if weight != 0:
                 guide, guide_c_B = (net, null_B) if guidance.guide is None else (guidance.guide, c_B)

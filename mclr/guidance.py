@@ -1,9 +1,11 @@
 """Guidance: pred + weight * (pred - guide), one formula for the sampler and, inverted, for the objective."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mclr.likelihood import network
@@ -26,15 +28,23 @@ class Guidance:
     """How strongly samples are guided, and by which network.
 
     gamma: extra weight over progress; where it is 0 the second forward is skipped. guide: another network, of the same sigma_data,
-    given the same condition (autoguidance, arXiv 2406.02507); None: the same network under the null condition.
-    Raises ValueError for a guide without gamma.
+    given the same condition (autoguidance, arXiv 2406.02507); None: the same network under the null condition. strength: where the dial
+    of the network stands, 0 for none; a guide's own stands at 0.
+    Raises ValueError for a guide without gamma, and a strength that no dial has.
     """
 
     gamma: Schedule = NONE
     guide: Callable[..., Any] | None = None
+    strength: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.strength < math.inf:
+            raise ValueError(f"strength={self.strength} is out of range: must be >= 0 and finite")
         if self.guide is not None:
             object.__setattr__(self, "guide", network(self.guide, "guide"))
         if self.guide is not None and self.gamma.is_zero:
             raise ValueError("guide= has no effect without gamma: give gamma=, the extra weight of guidance")
+
+    def told(self, c_B: Tensor) -> list[Tensor | None]:
+        """The last inputs of a network whose dial does not stand at 0, after the conditions: no index, the strength of every sample."""
+        return [None, torch.full(c_B.shape, self.strength, device=c_B.device)] if self.strength else []

@@ -47,11 +47,17 @@ class Probe:
     """The inputs on which samples are scored: drawn once, and shared by all rows of a sample.
 
     inputs: tensors over B, the paradigm's own (noisy image and noise level, or tokens and teacher inputs).
-    progress_BT: in [0, 1]; 0 pure noise or the coarsest scale, 1 data or the finest scale.
+    progress_BT: in [0, 1]; 0 pure noise or the coarsest scale, 1 data or the finest scale. strength_B: where the dial of the network
+    stands; None: at 0, or there is no dial.
     """
 
     inputs: dict[str, Tensor]
     progress_BT: Tensor
+    strength_B: Tensor | None = None
+
+    def told(self, index_R: Tensor) -> list[Tensor]:
+        """The last input of a network with a dial, the strength of every row; nothing where it stands at 0."""
+        return [] if self.strength_B is None else [self.strength_B[index_R]]
 
 
 @dataclass(frozen=True)
@@ -172,7 +178,9 @@ def score(paradigm: Paradigm, net: Net, probe: Probe, rows: Rows, reference: Net
     if len(guided_R):
         # Before the forward with gradient, whose backward checkpointing and ZeRO 3 need right after it.
         with torch.no_grad():
-            null = paradigm.predict(net, probe, guided_R, torch.full_like(guided_R, paradigm.null), rows.terms or None)[0]
+            null = paradigm.predict(
+                net, replace(probe, strength_B=None), guided_R, torch.full_like(guided_R, paradigm.null), rows.terms or None
+            )[0]
     prediction = paradigm.predict(net, probe, rows.index_R, rows.c_R)
     if null is not None:
         guide = torch.zeros_like(prediction[0])

@@ -52,7 +52,12 @@ class Loss:
                 object.__setattr__(self, name, network(given, name))
         objective, diffusion = self.objective, isinstance(self.paradigm, Diffusion)
         for fault in objective_conflicts(
-            objective, objective.schedule.weight, objective.schedule, diffusion=diffusion, conditions=self.paradigm.null
+            objective,
+            objective.given,
+            objective.schedule,
+            diffusion=diffusion,
+            conditions=self.paradigm.null,
+            strength_max=objective.strength_max,
         ):
             raise ValueError(fault)
         if not 0 <= self.seed < 2**64:
@@ -135,7 +140,9 @@ class Loss:
         elif self.objective.needs_posterior:
             posterior_BTK = prefix_posterior(self.paradigm, net, probe)
         # A classifier that knows nothing yet draws any condition: that ratio has no bound, and the network would not recover.
-        objective = self.objective if first >= self.warmup else replace(self.objective, lam=0.0)
+        objective = self.objective if first >= self.warmup else replace(self.objective, lam=0.0, strength_max=0.0)
+        if objective.strength_max:
+            probe = replace(probe, strength_B=objective.strength_max * draws.uniform())
         rows = objective.rows(probe, c_P, self.paradigm.null, draws, posterior_BTK, self.drop_condition)
         lockstep = getattr(net, "lockstep", False)
         loss_B, metrics = objective(score(self.paradigm, net, probe, rows, self.reference, lockstep), rows)

@@ -1,9 +1,9 @@
 """The VAR paradigm: exact log-likelihood of tokens, coarse-to-fine sampling.
 
 B samples; R scored rows; L tokens of all scales, the terms of a row (T = L); l tokens of one scale; V codes; E code dimensions.
-The network: net(teacher_BlE, c_R, index_R, cache) -> (h_RlD, head). Row r is sample index_R[r] under condition c_R[r]; without
-index_R rows are samples. head(h_RlD) -> logits_RlV, affine in h; head(h_RlD, tokens_Bl, index_R, guide_RlD, mix_Rl) -> log p of the
-tokens [R, l], under the logits z + mix (z - sg z_guide) where a guide's h is given.
+The network: net(teacher_BlE, c_R, index_R, strength_R, cache) -> (h_RlD, head). Row r is sample index_R[r] under condition c_R[r];
+without index_R rows are samples. strength_R is given to networks with a dial. head(h_RlD) -> logits_RlV, affine in h; head(h_RlD,
+tokens_Bl, index_R, guide_RlD, mix_Rl) -> log p of the tokens [R, l], under the logits z + mix (z - sg z_guide) where a guide's h is given.
 The tokenizer turns tokens into the teacher inputs of the next scale.
 """
 
@@ -114,7 +114,7 @@ class NextScale:
         # the first token has no teacher input
         last = None if terms is None else terms - 1
         teacher = probe.inputs["teacher"][:, :last]
-        return ask(net, (len(c_R), terms or self.dims), HINT, teacher, c_R, index_R)
+        return ask(net, (len(c_R), terms or self.dims), HINT, teacher, c_R, index_R, *probe.told(index_R))
 
     def log_likelihood(
         self, prediction: Prediction, probe: Probe, index_R: Tensor, guide: Tensor | None = None, mix_RT: Tensor | None = None
@@ -145,7 +145,7 @@ class NextScale:
         teacher = f_hat.new_zeros(len(c_B), 0, *f_hat.shape[1:2])
         unseen, tokens = [], []
         for k, side in enumerate(self.scales):
-            h, head = ask(net, (len(c_B), side * side), HINT, teacher, c_B, cache=cache)
+            h, head = ask(net, (len(c_B), side * side), HINT, teacher, c_B, *guidance.told(c_B), cache=cache)
             logits = head(h)
             unseen.append(teacher)
             if weights[k] != 0:

@@ -40,6 +40,9 @@ class Objective:
     name: one of PHI. contrast: one of combinations.CONTRASTS; without one, the only one that the objective has (mclr has four).
     lam: strength, a number or a Schedule over progress; all but mle need it. bound: in nats, for tokens. truncate: share of the
     posterior, its least likely classes, that is never drawn. beta: scale of the ratio to the reference, for cc_dpo, cca and ddo.
+    strength_max: of mclr with a dial. In place of lam every sample draws a strength, uniform in [0, strength_max], and the network is
+    told; lam may be a Schedule of weight 1, which the strength is multiplied by. Given a strength s the terms are those of lam = s,
+    so one network has the optimum of every s (derived).
     """
 
     name: str = "mle"
@@ -48,17 +51,27 @@ class Objective:
     bound: float | None = None
     truncate: float = 0.02
     beta: float | None = None
+    strength_max: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.contrast and len(CONTRASTS.get(self.name, ())) == 1:
             object.__setattr__(self, "contrast", CONTRASTS[self.name][0])
-        for fault in objective_conflicts(self, None if self.lam is None else self.schedule.weight, self.schedule):
+        for fault in objective_conflicts(self, self.given, self.schedule, strength_max=self.strength_max):
             raise ValueError(fault)
 
     @property
     def schedule(self) -> Schedule:
-        """lam as a function of progress."""
-        return self.lam if isinstance(self.lam, Schedule) else Schedule("constant", self.lam or 0.0)
+        """lam as a function of progress; with a dial that of strength 1."""
+        if isinstance(self.lam, Schedule):
+            return self.lam
+        return Schedule("constant", self.lam or float(self.lam is None and self.strength_max > 0))
+
+    @property
+    def given(self) -> float | None:
+        """lam at its full weight; None where it says none, but at most the shape of a dial."""
+        if isinstance(self.lam, Schedule):
+            return None if self.strength_max and self.lam.weight == 1 else self.lam.weight
+        return self.lam
 
     @property
     def needs_posterior(self) -> bool:
@@ -86,6 +99,8 @@ class Objective:
         """
         uniform_B = draws.uniform()
         lam_BT = self.schedule(probe.progress_BT)
+        if probe.strength_B is not None:
+            lam_BT = lam_BT * probe.strength_B[:, None]
         if self.contrast == "marginal":
             other_B1 = draw_marginal(uniform_B, null, null_share)
             weight_BT = torch.where((other_B1 == null) | (other_B1 == c_B[:, None]), -1.0, torch.ones_like(lam_BT))

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from mclr.models.blocks import Stream, running, trunk_dtype
 from mclr.models.conditions import map_rows
 from mclr.models.convert import Published, Shapes
+from mclr.models.dial import FEATURES, Dial, features
 from mclr.models.options import DiTConfig
 
-TIME_FEATURES = 256
 NORM_EPS = 1e-6
 
 
@@ -61,7 +61,7 @@ class DiT(nn.Module):
         self.config = config
         D, p, C = config.embed_dim, config.patch_size, config.img_channels
         self.embed_patch = nn.Conv2d(C, D, p, stride=p)
-        self.embed_time = nn.Sequential(nn.Linear(TIME_FEATURES, D), nn.SiLU(), nn.Linear(D, D))
+        self.embed_time = nn.Sequential(nn.Linear(FEATURES, D), nn.SiLU(), nn.Linear(D, D))
         self.embed_condition = nn.Embedding(config.num_classes + 1, D)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head_modulation = nn.Linear(D, 2 * D)
@@ -73,11 +73,21 @@ class DiT(nn.Module):
         self.middle = nn.Identity()
         self.activation_checkpointing = False
         self.init_weights()
+        if config.strength_max:
+            self.dial = Dial(D)
 
-    def forward(self, noisy_BCHW: Tensor, time_B: Tensor, c_R: Tensor, index_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        noisy_BCHW: Tensor,
+        time_B: Tensor,
+        c_R: Tensor,
+        index_R: Tensor | None = None,
+        strength_R: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """(answer [R, C, H, W], the rest [R, C or 0, H, W]), in the trunk's dtype.
 
-        c_R: int64 in 0..num_classes. index_R: sample of each row; None where rows are samples. rest: of a network with `variance`.
+        c_R: int64 in 0..num_classes. index_R: sample of each row; None where rows are samples. strength_R: of a network with a
+        dial. rest: of a network with `variance`.
         """
         p, side = self.config.patch_size, noisy_BCHW.shape[-1] // self.config.patch_size
         x_BLD = self.embed_patch(noisy_BCHW).flatten(2).transpose(1, 2) + self.position_LD
@@ -86,7 +96,10 @@ class DiT(nn.Module):
             time_RD, stream = time_BD[index_R], Stream(x_BLD, index_R, x_BLD[:, 0][index_R])
         else:
             time_RD, stream = time_BD, Stream(x_BLD)
-        active_RD = F.silu(time_RD + self.embed_condition(c_R))
+        condition_RD = self.embed_condition(c_R)
+        if self.config.strength_max:
+            condition_RD = condition_RD + self.dial(strength_R, c_R, self.config.num_classes)
+        active_RD = F.silu(time_RD + condition_RD)
         run = running(self.activation_checkpointing)
         for i, block in enumerate(self.blocks):
             stream = run(block, stream, active_RD)
@@ -128,14 +141,6 @@ class Kept(nn.Module):
             layer.register_buffer("weight", torch.zeros(rows, columns))
             layer.register_buffer("bias", torch.zeros(rows))
             self.add_module(name, layer)
-
-
-def features(time_B: Tensor) -> Tensor:
-    """Cosines, then sines, of the time at falling frequencies: [B] -> [B, 256], fp32."""
-    half = TIME_FEATURES // 2
-    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, device=time_B.device))
-    angles = time_B[:, None].float() * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 def positions(config: DiTConfig) -> Tensor:

@@ -28,6 +28,7 @@ from mclr.kernels.weight_norm import used_weights
 from mclr.models.blocks import MPConv, MPFourier, mp_cat, running, trunk_dtype
 from mclr.models.conditions import map_columns
 from mclr.models.convert import Published, Shapes
+from mclr.models.dial import log_strength
 from mclr.models.options import EDM2Config
 
 # [R, N, H, W] -> half the size, by means of 2 x 2 cells; or twice the size, every cell becomes 2 x 2
@@ -89,6 +90,8 @@ class EDM2(nn.Module):
         self.logvar_fourier = MPFourier(config.logvar_channels)
         self.logvar_linear = MPConv(config.logvar_channels, 1)
         self.activation_checkpointing = False
+        if config.strength_max:
+            self.dial = MPDial(noise, emb)
 
     @property
     def blocks(self) -> list["Block"]:
@@ -101,11 +104,19 @@ class EDM2(nn.Module):
         blocks = list(self.decoder.values())
         return blocks[len(blocks) // 2]
 
-    def forward(self, noisy_BCHW: Tensor, sigma_B: Tensor, c_R: Tensor, index_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        noisy_BCHW: Tensor,
+        sigma_B: Tensor,
+        c_R: Tensor,
+        index_R: Tensor | None = None,
+        strength_R: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Noisy images, their sigma > 0, int64 conditions of the rows, sample of each row -> (raw_RCHW, logvar_R).
 
         raw has unit variance and the trunk's dtype; mclr.diffusion makes the denoised image of it. logvar is fp32. index_R: None where
-        rows are samples. c = num_classes is the null condition, an all-zero vector; an unconditional network ignores c.
+        rows are samples. strength_R: of a network with a dial. c = num_classes is the null condition, an all-zero vector; an
+        unconditional network ignores c.
         """
         noisy_BCHW, sigma_B = noisy_BCHW.float(), sigma_B.float()
         dtype = trunk_dtype(noisy_BCHW)
@@ -113,20 +124,22 @@ class EDM2(nn.Module):
         with torch.autocast(noisy_BCHW.device.type, enabled=False):
             c_in_B = 1 / (sigma_B**2 + self.config.sigma_data**2).sqrt()
             c_noise_B = sigma_B.log() / 4
-            emb_RE = self.embed(c_noise_B, c_R, index_R)
+            emb_RE = self.embed(c_noise_B, c_R, index_R, strength_R)
             scaled_BCHW = c_in_B[:, None, None, None] * noisy_BCHW
             raw_RCHW = self.trunk(scaled_BCHW.to(dtype), emb_RE.to(dtype), index_R)
             logvar_B = self.logvar_linear(self.logvar_fourier(c_noise_B)).squeeze(1)
             return raw_RCHW, gathered(logvar_B, index_R)
 
-    def embed(self, c_noise_B: Tensor, c_R: Tensor, index_R: Tensor | None = None) -> Tensor:
-        """c_noise = ln(sigma) / 4 of the samples and conditions of the rows -> embedding [R, E], fp32."""
+    def embed(self, c_noise_B: Tensor, c_R: Tensor, index_R: Tensor | None = None, strength_R: Tensor | None = None) -> Tensor:
+        """c_noise = ln(sigma) / 4 of the samples, conditions and strengths of the rows -> embedding [R, E], fp32."""
         emb_RE = gathered(self.noise_linear(self.noise_fourier(c_noise_B)), index_R)
         conditions = self.config.num_classes
         if conditions:
             # the null condition loses its column and is all zero; sqrt(K) gives a one-hot vector of K entries unit RMS
             one_hot_RK = F.one_hot(c_R, conditions + 1)[:, :conditions] * math.sqrt(conditions)
             emb_RE = mp_sum(emb_RE, self.condition_linear(one_hot_RK.to(emb_RE.dtype)), self.config.label_balance)
+        if self.config.strength_max:
+            emb_RE = emb_RE + self.dial(strength_R, c_R, conditions)
         return mp_silu(emb_RE)
 
     def trunk(self, x_BCHW: Tensor, emb_RE: Tensor, index_R: Tensor | None = None) -> Tensor:
@@ -170,6 +183,26 @@ class EDM2(nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         assert not self.out_conv.folded, "a folded network cannot be saved: its weights are not the stored ones"
         return super().state_dict(*args, **kwargs)
+
+
+class MPDial(nn.Module):
+    """What the strength adds to the embedding of a row, [R, E]: 0 before training, and always for the null condition (models/dial.py).
+
+    SPEED times as fast as other weights: where it is slow, all strengths share what the first steps teach (mclr/EXPERIMENTS.md).
+    """
+
+    SPEED = 10.0
+
+    def __init__(self, channels: int, emb: int):
+        super().__init__()
+        self.fourier, self.linear = MPFourier(channels), MPConv(channels, emb)
+        # of order 1, so that near strengths are embedded alike
+        self.fourier.freqs /= 2 * math.pi
+        self.gain = nn.Parameter(torch.zeros(emb))
+
+    def forward(self, strength_R: Tensor | None, c_R: Tensor, null: int) -> Tensor:
+        added_RE = self.linear(self.fourier(log_strength(strength_R, c_R)))
+        return self.SPEED * self.gain * added_RE * (c_R != null)[:, None]
 
 
 class Block(nn.Module):

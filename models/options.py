@@ -25,6 +25,7 @@ Size = Annotated[int, Within(gt=0, le=2**16)]  # of images and layers
 Blocks = Annotated[int, Within(gt=0, le=100)]
 Conditions = Annotated[int, Within(ge=0, lt=2**31)]
 Positive = Annotated[float, Within(gt=0)]
+NotNegative = Annotated[float, Within(ge=0)]
 Fraction = Annotated[float, Within(ge=0, le=1)]
 Dropout = Annotated[float, Within(ge=0, lt=1)]
 Sizes = Annotated[tuple[Size, ...], Within(min_length=1, max_length=16)]
@@ -36,8 +37,8 @@ SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 
 # what the data, the encoder and the paradigm of a run decide of its network
 GIVEN = {
-    "diffusion": ("img_resolution", "img_channels", "num_classes", "sigma_data"),
-    "next_scale": ("num_classes", "vocab_size", "z_channels", "patch_nums"),
+    "diffusion": ("img_resolution", "img_channels", "num_classes", "sigma_data", "strength_max"),
+    "next_scale": ("num_classes", "vocab_size", "z_channels", "patch_nums", "strength_max"),
 }
 TRAINING = ("dropout", "drop_path", "beta")  # options that matter in training alone
 
@@ -90,6 +91,7 @@ class EDM2Config(Options):
     clip_act: Positive = option(256.0, "Activations are clipped to plus and minus this after every block")
     # input scaling (Karras et al. 2022, arXiv 2206.00364, Table 1), learned uncertainty (Eq. 21)
     sigma_data: Positive = option(0.5, "Standard deviation of the data")
+    strength_max: NotNegative = option(0.0, "Largest strength of the dial (models/dial.py); 0: no dial")
     logvar_channels: Size = option(128, "Noise features of the learned log-variance")
 
     @staticmethod
@@ -131,6 +133,7 @@ class DiTConfig(Options):
     )
     projector_sizes: MaybeSizes = option((), "Outputs of REPA's projectors, which are kept unused")
     projector_dim: Size = option(2048, "Width of REPA's projectors")
+    strength_max: NotNegative = option(0.0, "Largest strength of the dial (models/dial.py); 0: no dial")
 
     @staticmethod
     def misfits(net: Any, side: int | None) -> Iterator[str]:
@@ -158,6 +161,7 @@ class VARConfig(Options):
     attn_l2_norm: bool = option(True, "Queries and keys have unit length, with a learned temperature per head")
     norm_eps: Positive = option(1e-6, "Epsilon of LayerNorm")
     drop_path: Dropout = option(0.0, "Stochastic depth of the last block; it rises linearly from 0 at the first")
+    strength_max: NotNegative = option(0.0, "Largest strength of the dial (models/dial.py); 0: no dial")
 
     @staticmethod
     def misfits(net: Any, side: int | None) -> Iterator[str]:

@@ -26,6 +26,7 @@ from mclr.kernels.token_logp import token_logp, wide_linear
 from mclr.models.blocks import Stream, running, trunk_dtype
 from mclr.models.conditions import map_rows
 from mclr.models.convert import SCALES, Published, Shapes
+from mclr.models.dial import Dial
 from mclr.models.options import VARConfig
 
 
@@ -160,21 +161,30 @@ class VAR(nn.Module):
         self.register_buffer("mask_LL", scale_L[:, None] >= scale_L[None, :], persistent=False)
         self.activation_checkpointing = False
         self.init_weights()
+        if config.strength_max:
+            self.dial = Dial(D)
 
     def forward(
-        self, teacher_BlE: Tensor, c_R: Tensor, index_R: Tensor | None = None, cache: KVCache | None = None
+        self,
+        teacher_BlE: Tensor,
+        c_R: Tensor,
+        index_R: Tensor | None = None,
+        strength_R: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> tuple[Tensor, Head]:
         """(h_RlD in the trunk's dtype, the head): head(h) are the logits of every token of this call, head(h, tokens, index_R) their log p.
 
         teacher_BlE: teacher inputs of the tokens of this call; token 0 has none, so the call that begins there brings one fewer
         than it has tokens ([B, L-1, E] for all scales, [B, 0, E] for the first alone). c_R: int64 in 0..num_classes. index_R: sample
-        of each row; None where rows are samples. cache: None, or the tokens before this call, which then begins at token cache.length
-        and extends the cache. A call holds whole scales, one or several.
+        of each row; None where rows are samples. strength_R: of a network with a dial. cache: None, or the tokens before
+        this call, which then begins at token cache.length and extends the cache. A call holds whole scales, one or several.
         """
         start = cache.length if cache else 0
         end = start + self.tokens_of(teacher_BlE, cache=cache)
         assert start in [0, *self.ends] and end in self.ends, f"tokens {start}..{end} are not whole scales of {self.ends}"
         condition_RD = self.embed_condition(c_R)
+        if self.config.strength_max:
+            condition_RD = condition_RD + self.dial(strength_R, c_R, self.config.num_classes)
         first_RD = condition_RD + self.first_token[0]
         place_lD = self.embed_scale(self.scale_L[start:end]) + self.position[0, start:end]
         x_BlD = self.embed_code(teacher_BlE)

@@ -1,4 +1,4 @@
-"""`mclr convert`: published weights of VAR, its VQVAE and EDM2 into a weights folder, and back."""
+"""`mclr convert`: published weights of VAR, its VQVAE, EDM2, DiT and SiT into a weights folder, and back."""
 
 import argparse
 import dataclasses
@@ -15,6 +15,7 @@ import torch
 from mclr.configs.schema import FILE
 from mclr.errors import UserError
 from mclr.models.convert import Shapes
+from mclr.models.dial import folded
 from mclr.models.options import SCALES_512, TRAINING
 from mclr.models.registry import NETWORKS
 from mclr.train.engine.ema import reconstruct
@@ -32,6 +33,7 @@ EXAMPLE = f"""examples:
   mclr convert runs/a/weights a.safetensors                 ours -> published
   mclr convert runs/a/weights weights/a --half              ours, half the size
   mclr convert runs/a weights/a-0.1 --ema-std 0.1           another average of a run that kept snapshots (train.snapshot_every)
+  mclr convert runs/a a.pth --strength 1.5                  a VAR or DiT with a dial -> without, tuned for one strength
 
 A DST that ends in {", ".join(SUFFIXES)} is written with published names; any other DST is the weights folder to make.
 key=value sets what names and shapes do not show: the scales of a VQVAE (default: those of 256 px), channels_per_head of an
@@ -59,23 +61,32 @@ def main(argv: list[str] | None = None) -> int:
     how.add_argument(
         "--ema-std", type=float, metavar="STD", help="of the run SRC: the average of this relative width, .01 to .25"
     )
+    how.add_argument(
+        "--strength",
+        type=float,
+        metavar="S",
+        help="of weights with a dial (model.strength.max), or their run: as they answer at S",
+    )
     args = parser.parse_args(argv)
     copied, to_a_file = args.half or args.ema_std is not None, args.dst.suffix.lower() in SUFFIXES
+    folds = args.strength is not None
     check_target(args.dst, args.force, folder=copied)
     options = [*args.settings, *["--weights-key"] * (args.weights_key is not None), *["--ignore-extra"] * args.ignore_extra]
-    if options and (copied or to_a_file):
+    if options and (copied or folds or to_a_file):
         raise UserError(f"{options[0]} has no effect: it is for published files, and weights of ours are complete")
-    if args.ema_std is None and (Path(args.src) / FILE).is_file():
+    if args.ema_std is None and not folds and (Path(args.src) / FILE).is_file():
         raise UserError(f"{args.src} is a run: give {args.src}/weights, or the width of an average by --ema-std")
-    if not (copied or to_a_file) and is_ours(Path(args.src)):
+    if not (copied or folds or to_a_file) and is_ours(Path(args.src)):
         ways = f"copy it, store it in fp16 by --half, or give a DST that ends in {', '.join(SUFFIXES)}"
         raise UserError(f"{args.src} is a weights folder already: {ways}")
     if args.half:
         to_half(args.src, args.dst, args.force)
     elif args.ema_std is not None:
         to_average(Path(args.src), args.dst, args.ema_std, args.force)
+    elif folds and not to_a_file:
+        to_plain(args.src, args.dst, args.strength, args.force)
     elif to_a_file:
-        to_file(args.src, args.dst)
+        to_file(args.src, args.dst, args.strength)
     else:
         to_folder(args)
     return 0
@@ -131,16 +142,30 @@ def to_average(run: Path, dst: Path, std: float, force: bool) -> None:
     print(f"{dst}: {net.__class__.__name__}, average of relative width {std} at {images} images of {run}")
 
 
-def to_file(src: str, dst: Path) -> None:
-    """Weights folder (or bundled name) -> published state dict in fp32, with the constants that published code expects."""
+def to_plain(src: str, dst: Path, strength: float, force: bool) -> None:
+    """Weights with a dial -> without, as they answer at one strength."""
+    net, described = folded(load_net(src), strength), read_config(find_weights(src))
+    save_weights(dst, net, replace=force, **notes_of(described) | {"strength": strength})
+    print(f"{dst}: {net.__class__.__name__} without a dial, as {src} answers at strength {strength:g}")
+
+
+def to_file(src: str, dst: Path, strength: float | None = None) -> None:
+    """Weights folder (or bundled name) -> published state dict in fp32, with the constants that published code expects.
+
+    strength: of weights with a dial, which is folded at it; they have no published form otherwise.
+    """
     described = read_config(find_weights(src))
     kind = NETWORKS[described["kind"]]
     family = kind.published
     if family is None:
         known = ", ".join(name for name, each in NETWORKS.items() if each.published)
         raise UserError(f"weights {src} hold a network of kind {described['kind']}: only {known} have a published form")
-    net = load_net(src)
+    net: Any = load_net(src) if strength is None else folded(load_net(src), strength)
     config: Any = net.config
+    if getattr(config, "strength_max", 0):
+        raise UserError(
+            f"weights {src} have a dial, which no published network has: fold it, by --strength S up to {config.strength_max:g}"
+        )
     state_dict = family.entries(net) | family.constants(config)
     licence = described.get("licence") or ""
     if dst.suffix.lower() == ".safetensors":

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from mclr.combinations import WITH_REFERENCE, objective_conflicts
 from mclr.configs.schema.config import RunConfig, flatten, settings_of
 from mclr.configs.schema.model import VAE_FACTOR, DiffusionModel
-from mclr.models.options import TRAINING
+from mclr.models.options import TRAINING, hints_of
 from mclr.models.registry import NETWORKS
 
 OF_FLOWS = ("heun_tau", "euler_maruyama")  # as in mclr/solvers.py, which needs torch
@@ -78,7 +78,15 @@ def _numbers(config: RunConfig) -> Iterator[str]:
 def _objective(config: RunConfig) -> Iterator[str]:
     objective, model, name = config.objective, config.model, config.objective.name
     diffusion = model.paradigm == "diffusion"
-    yield from objective_conflicts(objective, objective.lam, objective.schedule, "objective.", diffusion, config.data.num_classes)
+    dial, classes = model.strength.max, config.data.num_classes
+    yield from objective_conflicts(objective, objective.lam, objective.schedule, "objective.", diffusion, classes, dial)
+    strength = config.sample.strength
+    if strength and not dial:
+        yield f"sample.strength={strength} needs a dial, and {model.name} has none: train one by model.strength.max={strength}"
+    elif strength > dial:
+        yield f"sample.strength={strength} is out of range: the dial of {model.name} goes from 0 to {dial}"
+    if dial and "strength_max" not in hints_of(NETWORKS[model.kind].config):
+        yield f"model.strength.max={dial}: a network of kind {model.kind} has no dial; leave it out"
     if name == "ddo" and objective.generated is None:
         yield "missing key objective.generated; objective ddo needs a dataset folder made by `mclr sample --dataset`"
     if name in WITH_REFERENCE:

@@ -33,9 +33,20 @@ def load(model: str, objective: str, data: str, engine: str, overrides: list[str
     merged: dict[str, Any] = {}
     for kind, name in (("engine", engine), ("data", data), ("model", model), ("objective", objective)):
         merge(merged, read_preset(kind, name))
-    for override in overrides:
-        merge(merged, parse_override(override))
+    patches = [parse_override(override) for override in overrides]
+    # a dial takes the place of the lam that presets set
+    if any(dial_in(patch) for patch in patches) and isinstance(merged.get("objective"), dict):
+        merged["objective"].pop("lam", None)
+    for patch in patches:
+        merge(merged, patch)
     return from_dict(merged)
+
+
+def dial_in(patch: dict[str, Any]) -> Any:
+    """model.strength.max of an override; nothing where it sets something else."""
+    for key in ("model", "strength", "max"):
+        patch = patch.get(key, {}) if isinstance(patch, dict) else {}
+    return patch
 
 
 def from_dict(sections: dict[str, Any]) -> RunConfig:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError, create_model
 
-from mclr.configs.schema.section import Positive, Section, Size, Whole, setting
+from mclr.configs.schema.section import NotNegative, Positive, Section, Size, Whole, setting
 from mclr.errors import UserError
 from mclr.models.options import GIVEN, hints_of
 from mclr.models.registry import Network, kinds_of
@@ -46,6 +46,14 @@ class Posterior(Section):
     warmup_images: Whole = setting(0, "weights=null: images that train the classifier first, while the network learns by mle")
 
 
+class Strength(Section):
+    """The dial of a network."""
+
+    max: NotNegative = setting(
+        0.0, "A dial: the network is told a strength from 0 to this, and answers as if tuned for that lam alone; 0: no dial"
+    )
+
+
 PARADIGM = "diffusion: denoises pixels or latents; next_scale: predicts tokens, scale by scale"
 KIND = "edm2 or dit (diffusion), var (next_scale), or one of your own in models/registry.py; not given: edm2 or var"
 
@@ -62,6 +70,7 @@ class _Model(Section):
         "Conditions of model.weights. same: those of the data; fresh: all start anew; or a JSON file {class here: condition there, or "
         "null}; null: the same number is taken as the same, any other is refused",
     )
+    strength: Strength = Strength()
     net: Any = setting(..., "Options of the network")  # its net_section()
 
 

@@ -42,8 +42,10 @@ class Objective(Section):
         "uniform: another condition at random; null: the null condition; none: nothing (mle); marginal: a condition as in training "
         "(cca); generated: samples of the reference (ddo)",
     )
-    lam: float = setting(
-        ..., "Strength: of mclr, training aims at guidance of total weight 1 + lam; 0: plain training (mle); of ddo: its alpha"
+    lam: float | None = setting(
+        None,
+        "Strength: of mclr, training aims at guidance of total weight 1 + lam; 0: plain training (mle); of ddo: its alpha; null: with a "
+        "dial (model.strength.max), where every sample draws its own",
     )
     schedule: Schedule = Schedule()
     bound: Positive | None = setting(

@@ -18,6 +18,9 @@ class Sample(Section):
     batch: Count = setting(64, "Images drawn at once")
     gamma: float = setting(0.0, "Extra weight of guidance, whose total weight is 1 + gamma; 0: no guidance")
     schedule: Schedule = Schedule()
+    strength: NotNegative = setting(
+        0.0, "Where the dial stands, up to model.strength.max: answers as if tuned for that lam; 0: plain"
+    )
     guided_channels: Count | None = setting(None, "diffusion: guidance acts on the first so many channels; null: on all")
     guide: str | None = setting(None, "Weights of another network that guides; null: the same network under the null condition")
     top_k: Whole = setting(0, "next_scale: draw among the k likeliest codes; 0: among all")

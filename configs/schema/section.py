@@ -6,13 +6,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mclr.models.options import Dropout as Dropout
 from mclr.models.options import Fraction as Fraction
+from mclr.models.options import NotNegative as NotNegative
 from mclr.models.options import Positive as Positive
 from mclr.models.options import Size as Size
 from mclr.models.options import Within
 
 Whole = Annotated[int, Within(ge=0)]
 Count = Annotated[int, Within(gt=0)]
-NotNegative = Annotated[float, Within(ge=0)]
 
 
 class Section(BaseModel):

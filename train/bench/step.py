@@ -101,7 +101,7 @@ def build_noise(config: RunConfig, device: torch.device) -> tuple[Source, Networ
         else:
             encoder = BareLatents() if config.model.vae else RGB()
         net = build_net(config, encoder)
-        noisy = config.model.paradigm == "diffusion" and build_objective(config.objective).needs_posterior
+        noisy = config.model.paradigm == "diffusion" and build_objective(config).needs_posterior
         classifier = build_classifier(config) if noisy else None
     with torch.no_grad():
         for p in net.parameters():

@@ -75,7 +75,7 @@ class Model:
 
     def __init__(self, config: RunConfig, encoder: Encoder):
         self.config, self.bf16 = config, config.engine.precision == "bf16"
-        self.objective = build_objective(config.objective)
+        self.objective = build_objective(config)
         self.paradigm: Paradigm = build_paradigm(config, encoder)
         self.shape, self.scales, self.code_width = encoder.shape(config.data), None, 0
         if isinstance(encoder, Tokens):

@@ -98,6 +98,8 @@ def draw_missing(
     record["forwards_per_image"] = forwards = model.per_image(len(turns) * model.batch)
     gamma, guide = model.guidance.gamma, model.guidance.guide
     how = "no guidance" if gamma.is_zero else f"guidance {gamma.weight:g}" + f" ({gamma.kind})" * (gamma.kind != "constant")
+    if model.guidance.strength:
+        how += f", strength {model.guidance.strength:g}"
     if guide is not None:
         nets: list[Any] = [guide, model.net]
         other, own = (sum(p.numel() for p in net.parameters()) for net in nets)

@@ -16,6 +16,7 @@ from mclr.diffusion import Diffusion
 from mclr.errors import UserError
 from mclr.guidance import Guidance
 from mclr.likelihood import ENCODING, SAMPLING, Draws
+from mclr.models.dial import end_of_dial
 from mclr.models.registry import NETWORKS, fold
 from mclr.schedule import Schedule
 from mclr.train.data.encoders import ROUNDING, VAE_WEIGHTS, Encoder, Latents, Tokens, find_vae, from_uint8, to_uint8
@@ -112,16 +113,18 @@ class Model:
         gamma: float | Schedule | None = None,
         steps: int | None = None,
         guide: Any = None,
+        strength: float | None = None,
         exact: bool = False,
     ) -> Tensor:
         """Images of these conditions (numbers, or names where the weights record them), uint8 [N, C, H, W], in host memory.
 
         seed: image i has the seed `seed + i`, which decides all its random numbers. gamma: extra weight of guidance, over
         the progress that the settings say; a Schedule says its own; None: the guidance of the settings. steps: of a diffusion model's
-        sampler. guide: the network, or Model, that guides; None: that of the settings, by default the null condition.
+        sampler. guide: the network, or Model, that guides; None: that of the settings, by default the null condition. strength: where
+        the dial stands, from 0, plain, to its end, self.net.config.strength_max; None: as the settings say, by default 0.
         exact: the same bits as `mclr sample`, at the cost of full micro-batches. Otherwise few images take a short batch, which
         rounds otherwise: diffusion differs by less than 1e-4 before it becomes uint8, and rarely a token differs.
-        Raises ValueError for conditions or settings that the model does not have, and for a guide without gamma.
+        Raises ValueError for conditions, settings or a strength that the model does not have, and for a guide without gamma.
         """
         paradigm, seed = self.paradigm, whole("seed", seed)
         conditions = conditions_of(classes, paradigm.null, self.class_names)
@@ -138,7 +141,11 @@ class Model:
             guide = self.guidance.guide
         elif guide is not None:
             self.refuse_misfit(guide)
-        this = replace(self, paradigm=paradigm, guidance=Guidance(gamma, guide))
+        strength, dial = self.guidance.strength if strength is None else strength, end_of_dial(self.net)
+        if not 0 <= strength <= dial:
+            has = f"the dial goes from 0 to {dial:g}" if dial else "this network has no dial"
+            raise ValueError(f"strength={strength!r} is out of range: {has}")
+        this = replace(self, paradigm=paradigm, guidance=Guidance(gamma, guide, strength))
         # `mclr sample` draws full micro-batches, in which the image of a seed has the place seed % batch.
         before, after = (seed % self.batch, -(seed + len(conditions)) % self.batch) if exact else (0, 0)
         c_N = torch.nn.functional.pad(torch.tensor(conditions), (before, after))
@@ -257,8 +264,11 @@ def find_generator(source: str, model: str | None, data: str | None, overrides: 
     chosen = model or preset_of(source, description)
     if data is None:
         overrides = [*data_of(description, chosen, overrides), *overrides]
+    objective = "mle"
+    if dial := description["config"].get("strength_max"):
+        objective, overrides = "mclr", [f"model.strength.max={dial}", *overrides]
     # The objective says nothing about sampling.
-    return load_config(chosen, "mle", data or "digits", "auto", list(overrides)), weights
+    return load_config(chosen, objective, data or "digits", "auto", list(overrides)), weights
 
 
 def preset_of(source: str, description: Mapping[str, Any]) -> str:

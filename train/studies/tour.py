@@ -191,6 +191,7 @@ def compare(tour: Tour, model: str) -> dict[str, Any]:
     """One paradigm: the four rows, the sweeps, the speeds, the grids."""
     config = load(model, "mclr", "digits", "local", tour.overrides)
     lam, batch = config.objective.lam, config.train.batch
+    assert lam is not None
     runs = {}
     for multiple in LAM_MULTIPLES_FULL if tour.full else LAM_MULTIPLES:
         with tour.phase(f"{model}: fine-tune with MCLR, lam {lam * multiple:g}"):

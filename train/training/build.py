@@ -128,7 +128,7 @@ def posterior_warmup(config: RunConfig) -> int:
     In whole steps, so that neither micro-batches nor ranks decide which samples have a ratio.
     """
     model, batch = config.model, config.train.batch
-    if not isinstance(model, DiffusionModel) or model.posterior.weights or not build_objective(config.objective).needs_posterior:
+    if not isinstance(model, DiffusionModel) or model.posterior.weights or not build_objective(config).needs_posterior:
         return 0
     return -(-model.posterior.warmup_images // batch) * batch
 
@@ -150,7 +150,7 @@ class Networks:
 
 def build_networks(config: RunConfig, device: torch.device) -> Networks:
     """With the weights that the run starts from, or fresh ones by its seed. Raises UserError when weights do not fit."""
-    model, data, objective = config.model, config.data, build_objective(config.objective)
+    model, data, objective = config.model, config.data, build_objective(config)
     # as in choose_kernels
     torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(config.train.seed)
@@ -200,7 +200,7 @@ def build_task(config: RunConfig, source: Source, networks: Networks, device: to
         posterior_engine = engine_of(networks.classifier, posterior_lr, 0.0, zero=0, offload=False)
     loss = Loss(
         build_paradigm(config, networks.encoder),
-        build_objective(config.objective),
+        build_objective(config),
         posterior=posterior_engine,
         reference=reference,
         drop_condition=settings.drop_condition,

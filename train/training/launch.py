@@ -202,12 +202,13 @@ def planned(config: RunConfig) -> nn.Module:
 def describe(config: RunConfig, net: nn.Module, micro_batch: int) -> list[str]:
     """The run in a few lines: what is trained, on what, how, at what cost."""
     model, data, settings, engine, ranks = config.model, config.data, config.train, config.engine, world()[2]
-    objective, options = build_objective(config.objective), vars(net.config)
+    objective, options = build_objective(config), vars(net.config)
     calls = calls_of(objective, options.get("patch_nums"), data.num_classes, engine.zero == 3)
     grad, free, reference = (
         math.ceil(settings.batch * calls.samples * rows_per_sample(each, getattr(net, "tokens", 1)))
         for each in (calls.grad, calls.free, calls.reference)
     )
+    lam = config.objective.lam if config.objective.lam is not None else f"0 to {objective.strength_max:g}, as the dial stands"
     begins = f"from the weights {model.weights}" if model.weights else "from random weights (others: --init WEIGHTS)"
     vae = model.vae if isinstance(model, DiffusionModel) else None
     latents = f", latents {options['img_channels']} x {options['img_resolution']}^2 of {vae}" if vae else ""
@@ -217,7 +218,7 @@ def describe(config: RunConfig, net: nn.Module, micro_batch: int) -> list[str]:
     budget = f", or until the compute of {settings.mle_images} images of mle is spent" if settings.mle_images else ""
     return [
         f"model      {model.name} ({model.paradigm}), {sum(p.numel() for p in net.parameters()) / 1e6:.2f}M parameters, {begins}",
-        f"objective  {objective.name}, contrast {objective.contrast}, lam {config.objective.lam} ({config.objective.schedule.kind})",
+        f"objective  {objective.name}, contrast {objective.contrast}, lam {lam} ({config.objective.schedule.kind})",
         *schedule_table("lam", objective.schedule, options.get("patch_nums")),
         *posterior_lines(config),
         f"data       {data.name}: {data.num_classes} classes, {data.channels} x {data.resolution}^2{latents}",
@@ -230,7 +231,7 @@ def describe(config: RunConfig, net: nn.Module, micro_batch: int) -> list[str]:
 def posterior_lines(config: RunConfig) -> list[str]:
     """Where the posterior classifier of a diffusion run comes from; nothing where there is none."""
     model = config.model
-    if not (isinstance(model, DiffusionModel) and build_objective(config.objective).needs_posterior):
+    if not (isinstance(model, DiffusionModel) and build_objective(config).needs_posterior):
         return []
     if model.posterior.weights:
         return [f"posterior  weights {model.posterior.weights}"]

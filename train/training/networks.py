@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from mclr.configs.schema import DiffusionModel, NextScaleModel, RunConfig, Sample
-from mclr.configs.schema import Objective as ObjectiveConfig
 from mclr.configs.schema import Schedule as ScheduleConfig
 from mclr.diffusion import Diffusion, sigma_of
 from mclr.errors import UserError
@@ -45,7 +44,7 @@ def build_encoder(config: RunConfig, device: torch.device) -> Encoder:
 def build_net(config: RunConfig, encoder: Encoder) -> nn.Module:
     """The generator, freshly initialised from torch's global generator. Raises UserError for an engine option that it lacks."""
     model, network = config.model, NETWORKS[config.model.kind]
-    given: dict[str, Any] = {"num_classes": config.data.num_classes}
+    given: dict[str, Any] = {"num_classes": config.data.num_classes, "strength_max": model.strength.max}
     if isinstance(encoder, Tokens):
         tokens = encoder.tokenizer.config
         given |= {"vocab_size": tokens.vocab_size, "z_channels": tokens.z_channels, "patch_nums": tokens.scales}
@@ -119,14 +118,16 @@ def build_classifier(config: RunConfig) -> NoiseClassifier:
     return classifier
 
 
-def build_objective(objective: ObjectiveConfig) -> Objective:
-    schedule = build_schedule(objective.schedule, objective.lam)
+def build_objective(config: RunConfig) -> Objective:
+    objective = config.objective
+    # with a dial lam is not given, and the schedule is that of strength 1
+    schedule = build_schedule(objective.schedule, 1.0 if objective.lam is None else objective.lam)
     more = objective.model_dump(include={"bound", "truncate", "beta"})
-    return Objective(objective.name, objective.contrast, schedule, **more)
+    return Objective(objective.name, objective.contrast, schedule, **more, strength_max=config.model.strength.max)
 
 
 def build_guidance(sample: Sample, guide: Net | None = None) -> Guidance:
-    return Guidance(build_schedule(sample.schedule, sample.gamma), guide)
+    return Guidance(build_schedule(sample.schedule, sample.gamma), guide, sample.strength)
 
 
 def build_guide(config: RunConfig, net: nn.Module) -> nn.Module | None:
@@ -159,7 +160,8 @@ def guide_misfit(net: Any, guide: Any, paradigm: str) -> str | None:
     if not callable(guide) or paradigm not in (registered or [paradigm]) or tokens != (paradigm == "next_scale"):
         return f"is no generator of the paradigm {paradigm}"
     # answers are mixed before they become images, so both need the same sigma_data
-    for key in (*GIVEN[paradigm], "form"):
+    # a guide's own dial stands at 0
+    for key in (each for each in (*GIVEN[paradigm], "form") if each != "strength_max"):
         here = getattr(ours, key, None)
         there = getattr(theirs, key, here)
         # an unconditional diffusion network guides any, as EDM2's guidance does

@@ -32,6 +32,7 @@ BUNDLED = Path(mclr.models.__file__).parent / "weights"
 OWN = ("kind", "config", "parameters")  # entries of config.json that describe the network; all others are notes
 WEIGHTS = ("model.weights", "model.tokenizer", "model.posterior.weights", "sample.guide")  # settings that name weights
 MOST = 3  # differences that an error names
+DIAL = "dial."  # how entries of a dial begin (models/dial.py)
 IMAGES = "give data of their images by --data (in Python, data=)"
 TOKENS = "give the tokenizer that they were trained with, model.tokenizer=WEIGHTS"
 # options that the preset does not set -> what to do when they differ
@@ -44,6 +45,7 @@ WAYS_OUT = {
     "vocab_size": TOKENS,
     "z_channels": TOKENS,
     "sigma_data": "give theirs, model.sigma_data=",
+    "strength_max": "give their dial, model.strength.max=, or fold it by `mclr convert --strength`",
 }
 
 
@@ -260,10 +262,13 @@ def load_net(name: str, *kinds: str) -> nn.Module:
 def load_into(net: nn.Module, folder: Path, sources: Sources | None = None) -> None:
     """Copy a weights folder into a network. Raises UserError, with the first differences, where they do not fit.
 
-    sources: for each condition of the network that of the weights (models/conditions.py); None: the conditions are the same.
+    sources: for each condition of the network that of the weights (models/conditions.py); None: the conditions are the same. A dial
+    that the weights do not have stays as it is, 0 everywhere.
     """
     refuse_misfit(net, folder, any_conditions=sources is not None)
     tensors, state = read_tensors(folder), net.state_dict()
+    if not any(name.startswith(DIAL) for name in tensors):
+        tensors |= {name: own for name, own in state.items() if name.startswith(DIAL)}
     if sources is not None:
         tensors = map_conditions(net, tensors, sources)
     _refuse_others(state, tensors, folder)
@@ -281,6 +286,9 @@ def refuse_misfit(net: nn.Module, folder: Path, any_conditions: bool) -> None:
     theirs = described["config"]
     checked = [key for key in own if not (key in TRAINING or (any_conditions and key == "num_classes"))]
     differing = [key for key in checked if theirs.get(key, own[key]) != own[key]]
+    # any weights gain a dial, or another end of theirs
+    if own.get("strength_max") and "strength_max" in differing:
+        differing.remove("strength_max")
     size = [key for key in differing if key not in WAYS_OUT]
     what = "have " + "; ".join(f"{key} {theirs[key]}, this run has {own[key]}" for key in (size or differing)[:MOST])
     if other_kind := described["kind"] != kind_of(net):

@@ -76,6 +76,7 @@ def _network(description: Mapping[str, Any]) -> str:
 def _training(description: Mapping[str, Any]) -> list[str]:
     facts = {
         "objective": _settings(description.get("objective", {})),
+        "dial": f"strengths 0 to {dial:g}, as sample.strength" if (dial := description["config"].get("strength_max")) else "",
         "data": _data(description),
         "images seen": f"{description['images_seen']:,}" if "images_seen" in description else "",
         "average of the weights": f"of relative width {description['ema_std']}" if description.get("ema_std") else "",
@@ -110,12 +111,15 @@ def _scores(result: Mapping[str, Any]) -> str:
     icr = {name: value for name, value in result.get("icr", {}).items() if name.startswith("icr")}
     rows = [f"| {name} | {value:.4g} |" for name, value in (result["scores"] | icr).items()]
     samples, real, judge = result["samples"], result["real"], result["judge"]
-    gamma = (samples["made"] or {}).get("sample.gamma", "unknown")
+    made = samples["made"] or {}
+    how_far = f"guidance weight {made.get('sample.gamma', 'unknown')}"
+    if made.get("sample.strength"):
+        how_far += f", strength {made['sample.strength']}"
     number, splits = format(real["count"], ",") if real["count"] else "unknown number of", " and ".join(real["splits"] or ())
     parts = len(result.get("ranges", ())) or 1
     each = f"mean over {parts} seed ranges of {samples['count'] // parts:,}" if parts > 1 else f"{samples['count']:,}"
     how = (
-        f"{each} samples, guidance weight {gamma}, against {number} images of {real['data']}{splits and f' ({splits})'}, "
+        f"{each} samples, {how_far}, against {number} images of {real['data']}{splits and f' ({splits})'}, "
         f"in the features of {judge['name']} (sha256 {judge['sha256'][:16]})."
     )
     notes = [f"- {note}" for note in result.get("notes", ())]
