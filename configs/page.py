@@ -8,6 +8,7 @@ from mclr.configs.schema.config import allowed, settings_of
 from mclr.models.registry import NETWORKS
 
 PAGE = PRESETS / "README.md"
+WITHIN = (".strength", ".guide")  # small sections, whose settings stand in the table of the section around them
 MARK = "<!-- `make settings` writes what follows -->\n"
 
 
@@ -22,7 +23,7 @@ def page() -> str:
             tables += [table(f"{section} ({kind})", section, {kind: settings}) for kind, settings in every.items()]
         elif section == "objective.schedule":
             tables.append(table("objective.schedule, and the same settings of sample.schedule", section, every))
-        elif section not in ("", "sample.schedule"):
+        elif section not in ("", "sample.schedule") and not section.endswith(WITHIN):
             tables.append(table(section, section, every))
     return "\n".join([text + mark, *tables])
 
@@ -30,7 +31,8 @@ def page() -> str:
 def table(title: str, section: str, every: dict[str, dict[str, dict[str, Any]]]) -> str:
     """The table of one section, without the sections in it. every: the settings of each kind of network."""
     lines = [f"### {title}", "| setting | value | default | meaning |", "| --- | --- | --- | --- |"]
-    for key in dict.fromkeys(key for settings in every.values() for key in settings if key.rpartition(".")[0] == section):
+    inside = {section, *(section + within for within in WITHIN)}
+    for key in dict.fromkeys(key for settings in every.values() for key in settings if key.rpartition(".")[0] in inside):
         found = {kind: settings[key] for kind, settings in every.items() if key in settings}
         schema = next(iter(found.values()))
         if "$ref" not in schema:

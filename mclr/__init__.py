@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mclr.errors import UserError
     from mclr.forms import DDPM, EDM, Flow
     from mclr.guidance import Guidance
-    from mclr.likelihood import Draws, score
+    from mclr.likelihood import Draws, Guide, score
     from mclr.loss import Loss, project
     from mclr.next_scale import NextScale
     from mclr.objective import Objective
@@ -21,7 +21,20 @@ if TYPE_CHECKING:
     from mclr.train.sampling.generate import Model, load
 
 __version__ = "0.1.0"
-__all__ = ["DDPM", "EDM", "Diffusion", "Draws", "Flow", "Guidance", "Loss", "Model", "NextScale", "Objective", "PlainSequence"]
+__all__ = [
+    "DDPM",
+    "EDM",
+    "Diffusion",
+    "Draws",
+    "Flow",
+    "Guidance",
+    "Guide",
+    "Loss",
+    "Model",
+    "NextScale",
+    "Objective",
+    "PlainSequence",
+]
 __all__ += ["Schedule", "UserError", "from_denoiser", "from_logits", "load", "metrics", "project", "score"]
 # what the block above says, for Python itself
 PLACES = {
@@ -30,7 +43,7 @@ PLACES = {
     "errors": ("UserError",),
     "forms": ("DDPM", "EDM", "Flow"),
     "guidance": ("Guidance",),
-    "likelihood": ("Draws", "score"),
+    "likelihood": ("Draws", "Guide", "score"),
     "loss": ("Loss", "project"),
     "next_scale": ("NextScale",),
     "objective": ("Objective",),

@@ -36,9 +36,7 @@ def objective_conflicts(
     conditions: their number, without the null condition; None: not known yet. strength_max: of the dial, 0 for none.
     """
     name, contrast, bound, beta = objective.name, objective.contrast, objective.bound, objective.beta
-    dial = f"{'model.strength.max' if prefix else 'strength_max'}={strength_max}"
-    if strength_max and lam is not None:
-        yield f"{prefix}lam={lam} and {dial}: give one of them; with a dial every sample draws its own lam, from 0 to the dial's end"
+    yield from dial_conflicts(name, lam, schedule, prefix, strength_max)
     missing, lam = lam is None and name != "mle" and not strength_max, lam or 0.0
     if name not in CONTRASTS:
         yield f"{prefix}name={name} is unknown: expected {', '.join(CONTRASTS)}"
@@ -53,12 +51,6 @@ def objective_conflicts(
         yield f"{prefix}lam={lam} is not finite"
     if name == "mle" and lam != 0:
         yield f"{prefix}lam={lam} has no effect with {prefix}name=mle; there it must be 0"
-    if not 0 <= strength_max < math.inf:
-        yield f"{dial} is out of range: must be >= 0 and finite"
-    elif strength_max and name != "mclr":
-        yield f"{dial} needs {prefix}name=mclr: no other objective has a dial"
-    elif strength_max and schedule.kind == "negative_window":
-        yield f"{dial} needs another {prefix}schedule.kind than negative_window, whose lam is not in proportion to a strength"
     if name in WITH_REFERENCE:
         if beta is None:
             yield f"missing key {prefix}beta; objective {name} needs it, like {prefix}beta=0.1"
@@ -90,3 +82,16 @@ def objective_conflicts(
         yield f"{prefix}truncate={objective.truncate} is out of range: must be >= 0 and < 0.5"
     if missing:
         yield f"missing key {prefix}lam; objective {name} needs it, like {prefix}lam=1.0"
+
+
+def dial_conflicts(name: str, lam: float | None, schedule: Any, prefix: str, strength_max: float) -> Iterator[str]:
+    """The rules of a dial, for objective_conflicts."""
+    dial = f"{'model.strength.max' if prefix else 'strength_max'}={strength_max}"
+    if not 0 <= strength_max < math.inf:
+        yield f"{dial} is out of range: must be >= 0 and finite"
+    elif strength_max and name != "mclr":
+        yield f"{dial} needs {prefix}name=mclr: no other objective has a dial"
+    elif strength_max and lam is not None:
+        yield f"{prefix}lam={lam} and {dial}: give one of them; with a dial every sample draws its own lam, from 0 to the dial's end"
+    elif strength_max and schedule.kind == "negative_window":
+        yield f"{dial} needs another {prefix}schedule.kind than negative_window, whose lam is not in proportion to a strength"

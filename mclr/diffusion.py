@@ -101,7 +101,7 @@ class Diffusion:
         return ask(net, (len(c_R), *self.shape), HINT, *asked, c_R, index_R, *probe.told(index_R))
 
     def log_likelihood(
-        self, prediction: Prediction, probe: Probe, index_R: Tensor, guide: Tensor | None = None, mix_RT: Tensor | None = None
+        self, prediction: Prediction, probe: Probe, index_R: Tensor, guide: Prediction | None = None, mix_RT: Tensor | None = None
     ) -> Scores:
         """-(mean squared error of the answer), times the form's weight, which is held constant: aux alone calibrates it.
 
@@ -116,7 +116,7 @@ class Diffusion:
         value_R = value(answer)
         aux_R = self.form.aux(-value_R.detach(), answer, rest, probe.inputs, index_R)
         if guide is not None and mix_RT is not None:
-            value_R = value(mix(answer, guide, mix_RT))
+            value_R = value(mix(answer, guide[0], mix_RT))
         return Scores((value_R * self.form.log_weight(rest).detach().exp())[:, None], aux_R)
 
     def compared(self, value_RT: Tensor, prediction: Prediction, frozen: Prediction) -> Tensor:
@@ -126,7 +126,8 @@ class Diffusion:
     @torch.no_grad()
     def sample(self, net: Net, c_B: Tensor, guidance: Guidance, draws: Draws) -> Tensor:
         """Images [B, C, H, W], one forward per evaluation and a second one where gamma is not 0."""
-        net, null_B = network(net, "net"), torch.full_like(c_B, self.null)
+        net = network(net, "net")
+        guide = guidance.guide_for(net, self.null)
         form, channels, dial = self.form, self.guided_channels, guidance.told(c_B)
 
         def denoise(state: Tensor, level: float) -> Tensor:
@@ -135,8 +136,7 @@ class Diffusion:
             pred = ask(net, state.shape, HINT, *asked, c_B, *dial)[0]
             weight = guidance.gamma.at(float(progress_of(form.sigma(torch.tensor(level)))))
             if weight != 0:
-                guide, guide_c_B = (net, null_B) if guidance.guide is None else (guidance.guide, c_B)
-                mixed = mix(pred, ask(guide, state.shape, HINT, *asked, guide_c_B)[0], weight)
+                mixed = mix(pred, ask(guide.net, state.shape, HINT, *asked, guide.conditions(c_B))[0], weight)
                 pred = mixed if channels is None else torch.cat([mixed[:, :channels], pred[:, channels:]], 1)
             return form.denoised(pred.float(), state, level_B)
 

@@ -1,14 +1,13 @@
 """Guidance: pred + weight * (pred - guide), one formula for the sampler and, inverted, for the objective."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mclr.likelihood import network
+from mclr.likelihood import Guide, guide_of
 from mclr.schedule import NONE, Schedule
 
 
@@ -27,23 +26,25 @@ def mix(pred: Tensor, guide: Tensor, weight: Tensor | float) -> Tensor:
 class Guidance:
     """How strongly samples are guided, and by which network.
 
-    gamma: extra weight over progress; where it is 0 the second forward is skipped. guide: another network, of the same sigma_data,
-    given the same condition (autoguidance, arXiv 2406.02507); None: the same network under the null condition. strength: where the dial
-    of the network stands, 0 for none; a guide's own stands at 0.
+    gamma: extra weight over progress; where it is 0 the second forward is skipped. guide: a Guide, or a network (autoguidance); None:
+    the same network under the null condition. strength: where the dial of the network stands, 0 for none; a guide's stands at 0.
     Raises ValueError for a guide without gamma, and a strength that no dial has.
     """
 
     gamma: Schedule = NONE
-    guide: Callable[..., Any] | None = None
+    guide: Any = None
     strength: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.strength < math.inf:
             raise ValueError(f"strength={self.strength} is out of range: must be >= 0 and finite")
-        if self.guide is not None:
-            object.__setattr__(self, "guide", network(self.guide, "guide"))
+        object.__setattr__(self, "guide", guide_of(self.guide))
         if self.guide is not None and self.gamma.is_zero:
             raise ValueError("guide= has no effect without gamma: give gamma=, the extra weight of guidance")
+
+    def guide_for(self, net: Any, null: int) -> Guide:
+        """The guide of a network with this null condition."""
+        return self.guide or Guide(net, null)
 
     def told(self, c_B: Tensor) -> list[Tensor | None]:
         """The last inputs of a network whose dial does not stand at 0, after the conditions: no index, the strength of every sample."""

@@ -122,9 +122,9 @@ class Paradigm(Protocol):
         """
 
     def log_likelihood(
-        self, prediction: Prediction, probe: Probe, index_R: Tensor, guide: Tensor | None = None, mix_RT: Tensor | None = None
+        self, prediction: Prediction, probe: Probe, index_R: Tensor, guide: Prediction | None = None, mix_RT: Tensor | None = None
     ) -> Scores:
-        """Values and aux of these rows. guide: an answer, a constant; the values are then those of answer + mix (answer - guide)."""
+        """Values and aux of these rows. guide: a prediction, a constant; the values are then those of answer + mix (answer - guide's)."""
 
     def compared(self, value_RT: Tensor, prediction: Prediction, frozen: Prediction) -> Tensor:
         """The values of a prediction under the uncertainty of the reference, whose prediction is `frozen`."""
@@ -159,33 +159,66 @@ def ask(net: Net, shape: tuple[int, ...], hint: str, *inputs: Any, alone: bool =
     return given[0], given[1]
 
 
-def score(paradigm: Paradigm, net: Net, probe: Probe, rows: Rows, reference: Net | None = None, lockstep: bool = False) -> Scores:
+@dataclass(frozen=True)
+class Guide:
+    """A network that guides another one of the same paradigm and form, and the condition that it is given.
+
+    net: the network, or its Model. null: the index of its null condition, if it is asked under that, whatever the sample's condition
+    is; its number of conditions may be another. None: it is asked under the sample's own condition (autoguidance, arXiv 2406.02507).
+    """
+
+    net: Any
+    null: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "net", network(self.net, "guide"))
+
+    def conditions(self, c_R: Tensor) -> Tensor:
+        """The conditions that it is given for rows of these conditions."""
+        return c_R if self.null is None else torch.full_like(c_R, self.null)
+
+
+def guide_of(given: Any) -> Guide | None:
+    """The Guide that was given, as a Guide or as its network alone. Raises ValueError for anything else."""
+    return given if given is None or isinstance(given, Guide) else Guide(given)
+
+
+def score(
+    paradigm: Paradigm,
+    net: Net,
+    probe: Probe,
+    rows: Rows,
+    reference: Net | None = None,
+    guide: Guide | None = None,
+    lockstep: bool = False,
+) -> Scores:
     """Values of all rows, with gradient. The contrast `null` and a reference take a second forward, without gradient.
 
-    lockstep: run the network equally often whatever the rows are, as ranks must that share its weights: no row with gradient is
-    cut short, and there always is a null forward.
+    guide: of the contrast `null`; None: the network itself under the null condition. lockstep: run the network equally often whatever
+    the rows are, as ranks must that share its weights: no row with gradient is cut short, and there always is a null forward.
     """
     batch, terms = rows.lam_BT.shape
     # Whether rows can be cut short is asked of a GPU, and so only where it is possible.
     if rows.mix_BT is None and reference is None and len(rows.index_R) > batch and terms > 1 and not lockstep:
         return _score_cut_short(paradigm, net, probe, rows)
-    guide, null, guided_R = None, None, rows.index_R[:0]
+    guiding, guided_R = None, rows.index_R[:0]
     if rows.mix_BT is not None:
         guided_R = rows.mix_BT.ne(0).any(1).nonzero()[:, 0]
-        if lockstep and not len(guided_R):
+        if lockstep and guide is None and not len(guided_R):
             guided_R = rows.index_R[:1]
     # Not every network takes zero rows.
     if len(guided_R):
+        asked, plain = guide or Guide(net, paradigm.null), replace(probe, strength_B=None)
         # Before the forward with gradient, whose backward checkpointing and ZeRO 3 need right after it.
         with torch.no_grad():
-            null = paradigm.predict(
-                net, replace(probe, strength_B=None), guided_R, torch.full_like(guided_R, paradigm.null), rows.terms or None
-            )[0]
+            guiding = paradigm.predict(asked.net, plain, guided_R, asked.conditions(rows.c_R[guided_R]), rows.terms or None)
     prediction = paradigm.predict(net, probe, rows.index_R, rows.c_R)
-    if null is not None:
-        guide = torch.zeros_like(prediction[0])
-        guide[guided_R, : null.shape[1]] = null
-    own = paradigm.log_likelihood(prediction, probe, rows.index_R, guide, None if guide is None else rows.mix_BT)
+    if guiding is not None:
+        # all rows and terms: those that are not guided have a mix of 0
+        whole = guiding[0].new_zeros(*prediction[0].shape[:2], *guiding[0].shape[2:])
+        whole[guided_R, : guiding[0].shape[1]] = guiding[0]
+        guiding = whole, guiding[1]
+    own = paradigm.log_likelihood(prediction, probe, rows.index_R, guiding, None if guiding is None else rows.mix_BT)
     if reference is None:
         return own
     with torch.no_grad():

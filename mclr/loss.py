@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mclr.combinations import objective_conflicts
 from mclr.diffusion import Diffusion
 from mclr.kernels.weight_norm import force_weights
-from mclr.likelihood import Draws, Net, Paradigm, network, score
+from mclr.likelihood import Draws, Net, Paradigm, guide_of, network, score
 from mclr.objective import Objective
 from mclr.posterior import calibration, noisy_posterior, prefix_posterior
 
@@ -28,7 +28,8 @@ class Loss:
     posterior: for the contrasts posterior and weighted. Diffusion: a network classifier(noisy [B, C, H, W], sigma [B]) -> logits
     [B, K], such as mclr.load("digits-posterior"). Where its parameters are trainable, its cross-entropy is part of the loss; its
     gradients are separate from the network's. Tokens need none: Bayes' rule on the network itself gives the posterior.
-    reference: for cc_dpo, cca and ddo, a frozen copy of the network before fine-tuning.
+    reference: for cc_dpo, cca and ddo, a frozen copy of the network before fine-tuning. guide: for the contrast null, a Guide, or a
+    network (autoguidance), frozen; None: the network itself under the null condition.
     drop_condition: share of the samples that learn the null condition. seed: of all random numbers.
     warmup: a batch that begins before this position has no ratio, so that a posterior from scratch can learn first.
     Raises ValueError for parts that do not fit together.
@@ -38,6 +39,7 @@ class Loss:
     objective: Objective
     posterior: Net | None = None
     reference: Net | None = None
+    guide: Any = None
     drop_condition: float = 0.1
     seed: int = 0
     warmup: int = 0
@@ -50,6 +52,7 @@ class Loss:
         for name in ("posterior", "reference"):
             if (given := getattr(self, name)) is not None:
                 object.__setattr__(self, name, network(given, name))
+        object.__setattr__(self, "guide", guide_of(self.guide))
         objective, diffusion = self.objective, isinstance(self.paradigm, Diffusion)
         for fault in objective_conflicts(
             objective,
@@ -64,8 +67,12 @@ class Loss:
             raise ValueError(f"seed={self.seed} is out of range: must be >= 0 and < 2^64")
         if not 0 <= self.drop_condition <= 1:
             raise ValueError(f"drop_condition={self.drop_condition} is out of range: must be >= 0 and <= 1")
-        if objective.contrast == "null" and self.drop_condition == 0:
-            raise ValueError("contrast=null needs the null condition, which drop_condition=0 leaves untrained; set 0.1")
+        if objective.contrast == "null" and self.guide is None and self.drop_condition == 0:
+            raise ValueError(
+                "contrast=null needs the null condition, which drop_condition=0 leaves untrained; set 0.1, or give guide="
+            )
+        if self.guide is not None and objective.contrast != "null":
+            raise ValueError(f"guide= has no effect with contrast={objective.contrast}: it is for contrast=null")
         if objective.needs_reference != (self.reference is not None):
             how = "needs reference=, a frozen copy of" if objective.needs_reference else "takes no reference="
             raise ValueError(f"objective {objective.name} {how} the network before fine-tuning")
@@ -145,7 +152,7 @@ class Loss:
             probe = replace(probe, strength_B=objective.strength_max * draws.uniform())
         rows = objective.rows(probe, c_P, self.paradigm.null, draws, posterior_BTK, self.drop_condition)
         lockstep = getattr(net, "lockstep", False)
-        loss_B, metrics = objective(score(self.paradigm, net, probe, rows, self.reference, lockstep), rows)
+        loss_B, metrics = objective(score(self.paradigm, net, probe, rows, self.reference, self.guide, lockstep), rows)
         metrics["loss"] = loss_B.detach().mean()
         if posterior_BTK is not None:
             metrics |= calibration(posterior_BTK, true_c_P, self.objective.truncate)

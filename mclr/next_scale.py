@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mclr.adapters import own_logits
 from mclr.guidance import Guidance, mix
 from mclr.likelihood import Draws, Net, Prediction, Probe, Scores, ask, network
 
@@ -117,11 +118,18 @@ class NextScale:
         return ask(net, (len(c_R), terms or self.dims), HINT, teacher, c_R, index_R, *probe.told(index_R))
 
     def log_likelihood(
-        self, prediction: Prediction, probe: Probe, index_R: Tensor, guide: Tensor | None = None, mix_RT: Tensor | None = None
+        self, prediction: Prediction, probe: Probe, index_R: Tensor, guide: Prediction | None = None, mix_RT: Tensor | None = None
     ) -> Scores:
         """log p(token | coarser scales, c) of every token, exact, in nats; tokens need no calibration."""
         h, head = prediction
-        value_RL = head(h, probe.inputs["tokens"][:, : h.shape[1]], index_R, guide, mix_RT)
+        tokens = probe.inputs["tokens"][:, : h.shape[1]]
+        if guide is None or guide[1] == head:
+            value_RL = head(h, tokens, index_R, guide and guide[0], mix_RT)
+        else:
+            # another network has hidden states of its own, so the logits are mixed
+            with torch.no_grad():
+                guide_logits = guide[1](guide[0])
+            value_RL = own_logits(head(h), tokens, index_R, guide_logits, mix_RT)
         return Scores(value_RL, value_RL.new_zeros(len(value_RL)))
 
     def compared(self, value_RT: Tensor, prediction: Prediction, frozen: Prediction) -> Tensor:
@@ -134,10 +142,9 @@ class NextScale:
         Scales of weight 0 skip the guide. It reads them in one block-causal pass at the next scale whose weight is not 0.
         """
         net = network(net, "net")
-        guide_net: Any = net if guidance.guide is None else guidance.guide
-        if not hasattr(net, "new_cache") or not hasattr(guide_net, "new_cache"):
+        guide = guidance.guide_for(net, self.null)
+        if not hasattr(net, "new_cache") or not hasattr(guide.net, "new_cache"):
             raise ValueError(f"the network has no new_cache(rows): {HINT}")
-        guide_c_B = torch.full_like(c_B, self.null) if guidance.guide is None else c_B
         progress = scale_progress(self.scales)
         weights = [guidance.gamma.at(p) for p in progress]
         cache, guide_cache = net.new_cache(len(c_B)), None
@@ -150,8 +157,8 @@ class NextScale:
             unseen.append(teacher)
             if weights[k] != 0:
                 if guide_cache is None:
-                    guide_cache = guide_net.new_cache(len(c_B))
-                guide_h, guide_head = guide_net(torch.cat(unseen, 1), guide_c_B, cache=guide_cache)
+                    guide_cache = guide.net.new_cache(len(c_B))
+                guide_h, guide_head = guide.net(torch.cat(unseen, 1), guide.conditions(c_B), cache=guide_cache)
                 logits, unseen = mix(logits, guide_head(guide_h[:, -side * side :]), weights[k]), []
             if self.more_smooth:
                 codes = blend(logits, draws.uniform(side * side, logits.shape[-1]), self.top_k, self.top_p, progress[k])

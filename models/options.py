@@ -71,6 +71,7 @@ hints_of = partial(get_type_hints, include_extras=True)
 class EDM2Config(Options):
     """EDM2 (models/edm2.py); the defaults are the published size S. References are to arXiv 2312.02696."""
 
+    form = "edm"  # no option: every EDM2 has it
     img_resolution: Size = option(..., "Side of the images or latents; halved at every level after the first")
     img_channels: Size = option(..., "Channels of the images or latents")
     num_classes: Conditions = option(..., "Conditions; 0 builds an unconditional network")

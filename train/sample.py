@@ -25,12 +25,12 @@ from mclr.train.weights.folder import read_config
 EXAMPLE = """examples:
   mclr sample runs/mine --out samples/mine --per-class 50
   mclr sample edm2-digits --out samples/guided --count 200 sample.gamma=0.5 sample.steps=18
-  mclr sample runs/mine --out samples/auto sample.gamma=0.5 sample.guide=edm2-digits
+  mclr sample runs/mine --out samples/auto sample.gamma=0.5 sample.guide.weights=edm2-digits
   deepspeed train/sample.py runs/mine --out samples/mine --count 50000 --npz        on all GPUs; or torchrun -m train.sample
 
 The images are DIR/images/SEED-CONDITION.png; seeds count from --seed, conditions take turns. DIR/grid.png shows the first of
-them, DIR/sample.json says how they were made. Guidance is off unless sample.gamma is set; sample.guide lets another network be
-the guide. Running the same command again draws what is missing; a larger --count adds images."""
+them, DIR/sample.json says how they were made. Guidance is off unless sample.gamma is set; sample.guide.weights lets another network
+be the guide. Running the same command again draws what is missing; a larger --count adds images."""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -40,7 +40,14 @@ def _needs(config: RunConfig) -> Iterator[str]:
         ("engine.offload", "engine.zero=1, 2 or 3", engine.zero),
         (SOLVER, f"a diffusion model; {which}", diffusion),
         ("sample.top_k sample.top_p sample.more_smooth", f"a next_scale model; {which}", not diffusion),
-        ("sample.guide", "sample.gamma, the weight of guidance", sample.gamma or sample.schedule.kind == "negative_window"),
+        (
+            "sample.guide.weights",
+            "sample.gamma, the weight of guidance",
+            sample.gamma or sample.schedule.kind == "negative_window",
+        ),
+        ("sample.guide.condition", "sample.guide.weights", sample.guide.weights),
+        ("objective.guide.weights", "objective.contrast=null", objective.contrast == "null"),
+        ("objective.guide.condition", "objective.guide.weights", objective.guide.weights),
         ("sample.churn", "sample.solver=heun", sample.solver == "heun"),
         ("sample.churn_min sample.churn_max sample.churn_noise", "sample.churn > 0", sample.churn),
     ]
@@ -105,11 +112,11 @@ def _null_condition(config: RunConfig) -> Iterator[str]:
     sample, untrained = config.sample, "the null condition, which train.drop_condition=0 leaves untrained"
     if config.train.drop_condition != 0:
         return
-    if config.objective.contrast == "null":
-        yield f"objective.contrast=null needs {untrained}; set train.drop_condition=0.1"
-    if sample.guide is None and (sample.gamma != 0 or sample.schedule.kind == "negative_window"):
+    if config.objective.contrast == "null" and config.objective.guide.weights is None:
+        yield f"objective.contrast=null needs {untrained}; set train.drop_condition=0.1, or objective.guide.weights=WEIGHTS"
+    if sample.guide.weights is None and (sample.gamma != 0 or sample.schedule.kind == "negative_window"):
         guided = f"sample.gamma={sample.gamma} with sample.schedule.kind={sample.schedule.kind}"
-        yield f"{guided} needs {untrained}; set sample.guide=WEIGHTS, or train.drop_condition=0.1"
+        yield f"{guided} needs {untrained}; set sample.guide.weights=WEIGHTS, or train.drop_condition=0.1"
 
 
 def _net(config: RunConfig) -> Iterator[str]:

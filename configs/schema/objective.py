@@ -25,6 +25,21 @@ class Schedule(Section):
     below: float = setting(1.0, "negative_window: size of the negative weight; in training less than 1", gt=0, le=1)
 
 
+# YAML reads the word null as nothing
+NULL = BeforeValidator(lambda value: "null" if value is None else value)
+
+
+class Guide(Section):
+    """The network that guides: what the sampler's answers, or those in training, are pushed away from."""
+
+    weights: str | None = setting(
+        None, "Weights of the guide, of the same form; null: the network itself, under the null condition"
+    )
+    condition: Annotated[Literal["own", "null"], NULL] = setting(
+        "own", "What the weights are given. own: the sample's condition (autoguidance); null: their null condition"
+    )
+
+
 class Objective(Section):
     """What training minimises (mclr/objective.py); mclr/combinations.py says which settings go together."""
 
@@ -34,8 +49,7 @@ class Objective(Section):
         "unlearn: plain training, and less likelihood under the contrast; cc_dpo, cca, ddo: likelihood ratios to the reference, a frozen "
         "copy of the weights at the start. Formulas: mclr/README.md",
     )
-    # YAML reads the word null as nothing
-    contrast: Annotated[Literal[ALL], BeforeValidator(lambda value: "null" if value is None else value)] = setting(
+    contrast: Annotated[Literal[ALL], NULL] = setting(
         "auto",
         "What the sample's own condition is compared with. auto: the only one of the objective; of mclr posterior (diffusion) or null "
         "(next_scale). posterior: a condition drawn from p(c given the noisy sample); weighted: any condition, weighted by that; "
@@ -48,6 +62,7 @@ class Objective(Section):
         "dial (model.strength.max), where every sample draws its own",
     )
     schedule: Schedule = Schedule()
+    guide: Guide = Guide()
     bound: Positive | None = setting(
         None, "mclr of a next_scale model, not with contrast null: nats beyond which the contrast has no gradient; null: no bound"
     )

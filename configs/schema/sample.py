@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from mclr.configs.schema.objective import Schedule
+from mclr.configs.schema.objective import Guide, Schedule
 from mclr.configs.schema.section import Count, NotNegative, Positive, Section, Whole, setting
 
 
@@ -22,7 +22,7 @@ class Sample(Section):
         0.0, "Where the dial stands, up to model.strength.max: answers as if tuned for that lam; 0: plain"
     )
     guided_channels: Count | None = setting(None, "diffusion: guidance acts on the first so many channels; null: on all")
-    guide: str | None = setting(None, "Weights of another network that guides; null: the same network under the null condition")
+    guide: Guide = Guide()
     top_k: Whole = setting(0, "next_scale: draw among the k likeliest codes; 0: among all")
     top_p: float = setting(1.0, "next_scale: draw among the likeliest codes of this total probability", gt=0, le=1)
     more_smooth: bool = setting(False, "next_scale: blend codes, as VAR does for pictures; not for scores")

@@ -189,7 +189,7 @@ def test_a_prepared_folder_describes_itself(tmp_path):
         ("data.label=txt", "data.label=txt needs a stream as data.path"),
         ("engine.offload=true", "engine.offload=true needs engine.zero=1, 2 or 3"),
         ("sample.churn_min=1", "sample.churn_min=1.0 needs sample.churn > 0"),
-        ("sample.guide=mine", "sample.guide=mine needs sample.gamma, the weight of guidance"),
+        ("sample.guide.weights=mine", "sample.guide.weights=mine needs sample.gamma, the weight of guidance"),
         ("train.snapshot_stds=[0.1, 0.1001]", "train.snapshot_stds=[0.1, 0.1001] must differ in their first three decimals"),
         ("engine.reference=whole", "engine.reference=whole needs objective.name=cc_dpo, cca or ddo"),
         ("sample.sigma_min=90", "sample.sigma_min=90.0 must be below sample.sigma_max=80.0"),
@@ -232,10 +232,11 @@ def test_an_override_is_refused_in_one_line(override, message):
          "engine.precision=bf16 is too coarse for objective cca of a diffusion model, whose ratio is a small difference "
          "times all dimensions; set engine.precision=fp32"),
         (["objective.contrast=null", "train.drop_condition=0.0"], {},
-         "objective.contrast=null needs the null condition, which train.drop_condition=0 leaves untrained; set train.drop_condition=0.1"),
+         "objective.contrast=null needs the null condition, which train.drop_condition=0 leaves untrained; set train.drop_condition=0.1, "
+         "or objective.guide.weights=WEIGHTS"),
         (["sample.gamma=0.5", "train.drop_condition=0.0"], {},
          "sample.gamma=0.5 with sample.schedule.kind=constant needs the null condition, which train.drop_condition=0 leaves untrained; "
-         "set sample.guide=WEIGHTS, or train.drop_condition=0.1"),
+         "set sample.guide.weights=WEIGHTS, or train.drop_condition=0.1"),
         (["data.path=a.tar", "train.keep_best=true"], {}, "train.keep_best=true needs a dataset folder; data.path=a.tar is a stream"),
         (["sample.churn=2", "sample.solver=euler"], {}, "sample.churn=2.0 needs sample.solver=heun"),
         ([], {"objective": "ddo"},
@@ -280,7 +281,7 @@ def test_presets_and_overrides_at_odds_are_refused_in_one_line(overrides, preset
         (["objective.contrast=weighted"], {"model": "var-digits"}),
         (["engine.precision=bf16"], {"model": "var-digits", "objective": "cca"}),
         # another guide needs no null condition
-        (["sample.gamma=0.5", "sample.guide=mine", "train.drop_condition=0.0"], {}),
+        (["sample.gamma=0.5", "sample.guide.weights=mine", "train.drop_condition=0.0"], {}),
     ],
 )
 def test_what_may_go_together(overrides, presets):
@@ -301,7 +302,7 @@ def test_what_may_go_together(overrides, presets):
         ("- train\n", "{path}: expected sections (model, data, objective, train, engine, sample), each with its keys"),
         ("", "{path}: expected sections (model, data, objective, train, engine, sample), each with its keys"),
         ("train: \0", "{path}: unacceptable character #x0000: special characters are not allowed"),
-        ("train:\n", "missing section model; it holds model.name and more (and 2 more)"),
+        ("train:\n", "missing section model; it holds model.name and more (and 1 more)"),
         ("engine:\nmodel:\n  name: x\n  paradigm: diffusion\n  net: {}\ntrain: {images: 1, batch: 1, lr: 1}\nobjective: {lam: 1}\n",
          "engine=null: engine is a section; set one of its keys, like engine.kind=..."),
         ("model:\n  name: x\n  paradigm: diffusion\n  net: {}\nobjective: {lam: 1}\n",

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from toy import Given, wave
 
-from mclr.adapters import PlainSequence, from_denoiser, from_logits
+from mclr.adapters import PlainSequence, from_logits
 from mclr.analytic import Mixture
 from mclr.contrast import kept
 from mclr.diffusion import Diffusion, progress_of
-from mclr.forms import EDM
-from mclr.likelihood import Paradigm, Probe, score
+from mclr.forms import DDPM, EDM, Flow, Form, ddpm_table
+from mclr.likelihood import Guide, Paradigm, Probe, score
 from mclr.next_scale import NextScale
 from mclr.objective import Objective
 
@@ -71,21 +71,23 @@ class World:
         self.marginal_SX = torch.einsum("sk,skx->sx", self.posterior_SK, self.exact_SKX)
         self.table_SKX = wave(*self.exact_SKX.shape, phase=3)
 
-    def expected_loss_B(self, objective: Objective, net: Any, c_B: Tensor, belief_SKK: Tensor | None = None) -> Tensor:
+    def expected_loss_B(
+        self, objective: Objective, net: Any, c_B: Tensor, belief_SKK: Tensor | None = None, guide: Guide | None = None
+    ) -> Tensor:
         """Over every c~. belief_SKK: what a sample of condition k takes for p(c~ | state) (row k); the exact posterior unless given."""
         belief_BTK = self.posterior_SK[self.state_BT] if belief_SKK is None else belief_SKK[self.state_BT, self.c_B[:, None]]
         uniform_BN, chance_BN = every_draw(objective, belief_BTK)
         copies = torch.arange(len(c_B)).repeat_interleave(uniform_BN.shape[1])
         probe = Probe({name: x[copies] for name, x in self.probe.inputs.items()}, self.probe.progress_BT[copies])
         rows = objective.rows(probe, c_B[copies], K, Given(uniform_BN.flatten()), belief_BTK[copies])
-        loss_N, _ = objective(score(self.paradigm, net, probe, rows), rows)
+        loss_N, _ = objective(score(self.paradigm, net, probe, rows, guide=guide), rows)
         return (chance_BN * loss_N.view_as(chance_BN)).sum(1)
 
-    def expected_loss(self, objective: Objective, table_SKX: Tensor, null_SX=None, belief_SKK=None) -> Tensor:
+    def expected_loss(self, objective: Objective, table_SKX: Tensor, null_SX=None, belief_SKK=None, guide=None) -> Tensor:
         """Of a network with this table. null_SX: its table of the null condition; that of the exact marginal unless given."""
         null_SX = self.table_of(self.marginal_SX) if null_SX is None else null_SX
         net = self.net(torch.cat([table_SKX, null_SX[:, None]], 1))
-        return self.chance_B @ self.expected_loss_B(objective, net, self.c_B, belief_SKK)
+        return self.chance_B @ self.expected_loss_B(objective, net, self.c_B, belief_SKK, guide)
 
     @cached_property
     def mass_SK1(self) -> Tensor:
@@ -94,30 +96,57 @@ class World:
         (grad,) = torch.autograd.grad(self.expected_loss(Objective(), table), table)
         return (grad / (self.answers(table) - self.exact_SKX)).mean(-1, keepdim=True).detach()
 
-    def pull(self, objective: Objective, table_SKX: Tensor, *others: Tensor | None) -> Tensor:
+    def pull(self, objective: Objective, table_SKX: Tensor, *others: Any) -> Tensor:
         """The gradient of the expected loss in the table, over mass: answers - exact for maximum likelihood."""
         table = table_SKX.detach().requires_grad_()
         return torch.autograd.grad(self.expected_loss(objective, table, *others), table)[0] / self.mass_SK1
 
 
-def points(oracle: Mixture, x_SD: Tensor, sigma_S: Tensor) -> World:
+def answer_of(form: Form, denoised: Tensor, state: Tensor, level_B: Tensor) -> Tensor:
+    """The answer that means these denoised images: the inverse of form.denoised, which is affine."""
+    zero, one = (form.denoised(torch.full_like(state, x), state, level_B) for x in (0.0, 1.0))
+    return (denoised - zero) / (one - zero)
+
+
+@dataclass
+class OfForm:
+    """A network of any form out of a denoiser: denoise(state, level, c) -> the denoised images. Both as the form counts them."""
+
+    form: Form
+    denoise: Callable[..., Tensor]
+
+    def __call__(self, seen: Tensor, time_B: Tensor, c_R: Tensor, index_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        state, level_B = seen, time_B
+        if isinstance(self.form, DDPM):
+            level_B = torch.from_numpy(ddpm_table()[0]).float()[time_B]
+            state = seen * (1 + level_B.view(-1, 1, 1, 1) ** 2).sqrt()
+        elif isinstance(self.form, Flow) and self.form.to_data:
+            level_B = 1 - time_B
+        if index_R is not None:
+            state, level_B = state[index_R], level_B[index_R]
+        rest = torch.zeros_like(level_B) if isinstance(self.form, EDM) else state.new_zeros(0)
+        return answer_of(self.form, self.denoise(state, level_B, c_R), state, level_B), rest
+
+
+def points(oracle: Mixture, x_SD: Tensor, sigma_S: Tensor, form: Form) -> World:
     """Noisy points of a mixture, each with every condition and two values of x: those of the mean and variance of x given both.
 
-    The loss is quadratic in x, so two values are exact. The image that a network sees is the number of the point.
+    The loss is quadratic in x, so two values are exact. The state that a network sees is the number of the point.
     """
     exact_SKD, spread_SKD = oracle.denoisers(x_SD, sigma_S)[:, :K], oracle.spread(sigma_S)
     posterior_SK, progress_S = oracle.posterior(x_SD, sigma_S), progress_of(sigma_S)
     state_B, c_B, side_B = torch.cartesian_prod(torch.arange(len(x_SD)), torch.arange(K), torch.tensor([-1, 1])).unbind(1)
     x_B = (exact_SKD[state_B, c_B] + side_B[:, None] * spread_SKD[state_B, c_B])[..., None, None]
-    number, sigma_B = state_B.view(-1, 1, 1, 1).expand_as(x_B), sigma_S[state_B]
-    inputs = {"target": EDM().target(x_B, x_B, number, sigma_B), "state": number, "level": sigma_B}
+    number, sigma_B = state_B.view(-1, 1, 1, 1).expand_as(x_B).to(x_B), sigma_S[state_B]
+    level_B = form.of_sigma(number, sigma_B)[1]
+    inputs = {"target": answer_of(form, x_B, number, level_B), "state": number, "level": level_B}
 
     def net(table_SCD: Tensor) -> Any:
-        return from_denoiser(lambda number_R, sigma_R, c_R: table_SCD[number_R[:, 0, 0, 0], c_R][..., None, None])
+        return OfForm(form, lambda number_R, level_R, c_R: table_SCD[number_R[:, 0, 0, 0].round().long(), c_R][..., None, None])
 
     outcomes = (Probe(inputs, progress_S[state_B, None]), state_B[:, None], c_B, posterior_SK[state_B, c_B] / 2)
     known = (progress_S, posterior_SK, exact_SKD)
-    return World(Diffusion(oracle.shape, K), net, torch.clone, torch.clone, oracle.prior_K, *outcomes, *known)
+    return World(Diffusion(oracle.shape, K, form), net, torch.clone, torch.clone, oracle.prior_K, *outcomes, *known)
 
 
 def language(logits_SKV: Tensor, L: int) -> World:

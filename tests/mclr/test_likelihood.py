@@ -5,9 +5,10 @@ import pytest
 import torch
 from toy import KINDS, RAMP, Counted, K, float64, toy
 
+from mclr.adapters import own_logits
 from mclr.contrast import matched_rows
 from mclr.guidance import mix
-from mclr.likelihood import Draws, Rows, score
+from mclr.likelihood import Draws, Guide, Rows, score
 from mclr.objective import Objective
 from mclr.schedule import Schedule
 
@@ -138,3 +139,49 @@ def test_in_lockstep_there_are_as_many_forwards_whatever_the_rows_are(kind):
             values = [each.value_RT.gather(0, used.expand_as(rows.lam_BT))[seen] for each in (plain, together)]
             assert torch.allclose(*values, rtol=1e-12)
             assert torch.allclose(plain.value_RT[: len(case.c_B)], together.value_RT[: len(case.c_B)], rtol=1e-12)
+
+
+def guided_by_hand(case, probe, rows, objective, guide, conditions_B):
+    """loss_B of maximum likelihood through inverse guidance, by a guide: its answers (or logits) are mixed in one by one."""
+    everyone = torch.arange(8)
+    pred, rest = case.paradigm.predict(case.net, probe, everyone, case.c_B)
+    with torch.no_grad():
+        other, other_rest = case.paradigm.predict(guide, probe, everyone, conditions_B)
+    if pred.ndim == 3:
+        pred, other, rest = rest(pred), other_rest(other).detach(), own_logits
+    g = rows.mix_BT.view(*rows.mix_BT.shape, *[1] * (pred.ndim - 2))
+    mixed = case.paradigm.log_likelihood((pred + g * (pred - other), rest), probe, everyone)
+    plain = case.paradigm.log_likelihood((pred, rest), probe, everyone)
+    return (-(1 + rows.lam_BT) * mixed.value_RT).mean(1) + plain.aux_R
+
+
+@pytest.mark.parametrize("under", ["own", "null"])
+@pytest.mark.parametrize("kind", KINDS)
+@float64()
+def test_another_network_guides(kind, under):
+    """Its answers are mixed, of tokens its logits, since its hidden states are its own; one forward more, without gradient in it."""
+    case, objective = toy(kind), Objective("mclr", "null", Schedule("ramp", 0.7))
+    other = Counted(case.reference)
+    guide = Guide(other, None if under == "own" else 1)
+    probe, rows = case.ask(objective)
+    loss_B, _ = objective(score(case.paradigm, case.net, probe, rows, guide=guide), rows)
+    dropped = case.c_B == K
+    assert other.calls == [(int((~dropped).sum()), False)]
+    assert set(other.conditions[0]) == ({0, 1, 2} if under == "own" else {1})
+    conditions_B = case.c_B if under == "own" else torch.ones_like(case.c_B)
+    expected_B = guided_by_hand(case, probe, rows, objective, case.reference, conditions_B)
+    assert (loss_B - expected_B).abs().max() < 1e-12 and (loss_B - case.loss(objective)).abs().max() > 1e-3
+    parameters = [*case.net.parameters(), *case.reference.parameters()]
+    found, wanted = (torch.autograd.grad(each.mean(), parameters, allow_unused=True) for each in (loss_B, expected_B))
+    for mine, hand in zip(found, wanted, strict=True):
+        assert (mine is None) == (hand is None) and (mine is None or (mine - hand).abs().max() < 1e-12)
+
+
+@float64()
+def test_no_row_is_guided_by_nobody():
+    """A batch whose conditions were all dropped asks no other network."""
+    case, objective = toy("tokens", c_B=torch.full((8,), K)), Objective("mclr", "null", 0.7)
+    probe, rows = case.ask(objective)
+    other = Counted(case.reference)
+    score(case.paradigm, case.net, probe, rows, guide=Guide(other), lockstep=True)
+    assert other.calls == []

@@ -98,6 +98,8 @@ WRONG_PARTS = {
     "no reference": ("cca", {"reference": None}, "needs reference=, a frozen copy"),
     "a reference for nothing": ("null", {"reference": torch.nn.Linear(2, 2)}, "takes no reference="),
     "untrained null": ("null", {"drop_condition": 0.0}, "drop_condition=0 leaves untrained"),
+    "a guide for nothing": ("posterior", {"guide": torch.nn.Linear(2, 2)}, "guide= has no effect with contrast=posterior"),
+    "no guide": ("null", {"guide": "edm2-digits"}, "guide must be a network"),
     "seed": ("mle", {"seed": -1}, "seed=-1 is out of range"),
     "share": ("mle", {"drop_condition": -0.1}, "drop_condition=-0.1 is out of range"),
     "a warm-up for nothing": ("null", {"warmup": 8}, "warmup=8 is for a posterior that learns; contrast=null has none"),
@@ -153,7 +155,7 @@ def test_a_model_stands_for_its_network():
         }
         found, _ = replace(criterion, **given)(SimpleNamespace(net=case.net), case.x_B, TRUE, first=0)
         assert torch.equal(found, criterion(case.net, case.x_B, TRUE, first=0)[0])
-    assert Guidance(Schedule("constant", 1.0), SimpleNamespace(net=project)).guide is project
+    assert Guidance(Schedule("constant", 1.0), SimpleNamespace(net=project)).guide.net is project
     assert project(SimpleNamespace(net=torch.nn.Linear(2, 2))) == []
 
 

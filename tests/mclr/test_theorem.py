@@ -8,20 +8,20 @@ S states; K conditions (the null condition is index K); D dimensions; L tokens, 
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import exact
 import pytest
 import torch
-from exact import K, World, relative
+from exact import K, OfForm, World, relative
 from torch import Tensor, nn
 from toy import Draws64, float64, wave
 
-from mclr.adapters import from_denoiser
 from mclr.analytic import Mixture
 from mclr.diffusion import Diffusion, progress_of
-from mclr.forms import EDM
+from mclr.forms import DDPM, EDM, Flow, Form
 from mclr.guidance import Guidance, mix
-from mclr.likelihood import score
+from mclr.likelihood import Guide, score
 from mclr.objective import Objective
 from mclr.posterior import noisy_posterior
 from mclr.schedule import Schedule
@@ -45,14 +45,15 @@ def visited(oracle: Mixture) -> tuple[Tensor, Tensor]:
     return x_SD + sigma_S[:, None] * wave(*x_SD.shape, phase=2), sigma_S
 
 
-def points(oracle: Mixture) -> World:
-    return exact.points(oracle, *visited(oracle))
+def points(oracle: Mixture, form: Form = EDM()) -> World:  # noqa: B008  frozen
+    x_SD, sigma_S = visited(oracle)
+    return exact.points(oracle, x_SD, torch.tensor([form.known(sigma) for sigma in sigma_S.tolist()]), form)
 
 
 def line(sigma: float, number: int) -> tuple[World, Tensor]:
     """Points of one dimension at even distances, and p(x_t, c) there times the distance."""
     oracle, where = mixture(1), (torch.linspace(-6, 6, number)[:, None], torch.full((number,), sigma))
-    return exact.points(oracle, *where), oracle.log_joint(*where).exp() * 12 / (number - 1)
+    return exact.points(oracle, *where, EDM()), oracle.log_joint(*where).exp() * 12 / (number - 1)
 
 
 def language(spread: float, L: int = 3) -> World:
@@ -65,6 +66,9 @@ WORLDS = {
     "diffusion, 1 dimension": lambda: points(mixture(1)),
     "diffusion, 8 dimensions": lambda: points(mixture(8)),
     "diffusion, equal priors": lambda: points(mixture(2, (1 / 3, 1 / 3, 1 / 3))),
+    "diffusion, DDPM": lambda: points(mixture(1), DDPM()),
+    "diffusion, flow": lambda: points(mixture(8), Flow()),
+    "diffusion, flow to the data": lambda: points(mixture(2), Flow(to_data=True)),
     "tokens": lambda: language(0.2),
 }
 
@@ -162,6 +166,22 @@ def test_null_is_maximum_likelihood_of_the_inversely_guided_network(world):
         assert world.pull(objective, guided, null_SX).abs().max() < 1e-10
 
 
+@pytest.mark.parametrize("under", ["own", "null"])
+@pytest.mark.parametrize("world", WORLDS)
+@float64()
+def test_any_guide_is_internalised(world, under):
+    """The optimum is guidance by that guide: another network under the sample's condition, or its null condition, of other classes."""
+    world, conditions = WORLDS[world](), K if under == "own" else 5
+    table_SCX = wave(len(world.exact_SKX), conditions + 1, world.exact_SKX.shape[-1], phase=5)
+    guide = Guide(world.net(table_SCX), None if under == "own" else conditions)
+    guide_SKX = table_SCX[:, :K] if under == "own" else table_SCX[:, -1:]
+    for schedule in strengths("null"):
+        objective, lam_SK = Objective("mclr", "null", schedule), schedule(world.progress_S)[:, None].expand(-1, K)
+        guided = mix(world.table_of(world.exact_SKX), guide_SKX, lam_SK)
+        assert world.pull(objective, guided, None, None, guide).abs().max() < 1e-10
+        assert world.pull(objective, guided).abs().max() > 1e-3
+
+
 def curvature(world: World, objective: Objective, belief_SKK: Tensor | None = None) -> Tensor:
     """Of the expected loss, over that of maximum likelihood, by state and condition: negative where there is no minimum."""
     at_one, at_zero = (world.pull(objective, torch.full_like(world.exact_SKX, x), None, belief_SKK) for x in (1.0, 0.0))
@@ -251,16 +271,34 @@ class QuasiRandom:
         return torch.special.ndtri(self.uniform(*shape))
 
 
-@pytest.mark.parametrize("kind", ["constant", "interval", "negative_window"])
-def test_training_internalises_the_guided_sampler(kind):
+# form, contrast, kind of schedule; of the contrast null, the condition under which a weaker network guides
+TRAINED = [
+    (EDM(-0.6, 1.4), "posterior", "constant", None),
+    (EDM(-0.6, 1.4), "posterior", "interval", None),
+    (EDM(-0.6, 1.4), "posterior", "negative_window", None),
+    (EDM(-0.6, 1.4), "null", "constant", "own"),
+    (Flow(), "null", "constant", "own"),
+    (DDPM(), "null", "constant", "null"),
+]
+
+
+@pytest.mark.parametrize(
+    ("form", "contrast", "kind", "under"),
+    TRAINED,
+    ids=lambda each: getattr(each, "__class__", str).__name__ if isinstance(each, Form) else str(each),
+)
+def test_training_internalises_the_guided_sampler(form, contrast, kind, under):
     """Trained with lam(progress), a network denoises like the sampler guided by gamma(progress), and its plain samples are its samples.
 
-    From scratch, posterior contrast. Denoiser: 2 % (relative RMS over p_t, where unguided is 20 to 30 % off). 20,001 samples: means
-    to 3 % of the separation of the classes, variances to 5 %.
+    From scratch. Denoiser: 2 % (relative RMS over p_t, where unguided is 15 to 30 % off); 3 % of another form than EDM. 20,001 samples:
+    means to 3 % of the separation of the classes, variances to 5 %.
     """
-    mean_K, schedule, steps = torch.tensor([-1.0, 0.3, 1.2]), replace(SCHEDULES[kind], weight=0.7), 1000
+    mean_K, schedule = torch.tensor([-1.0, 0.3, 1.2]), replace(SCHEDULES[kind], weight=0.7)
+    steps = 1000 if isinstance(form, EDM) else 2000
     oracle = Mixture(torch.tensor([0.4, 0.35, 0.25]), mean_K[:, None], torch.tensor([[0.2], [0.3], [0.15]]))
-    paradigm, objective = Diffusion((1, 1, 1), K, EDM(-0.6, 1.4)), Objective("mclr", "posterior", schedule, truncate=0.0)
+    # what a network knows that has learned half of it
+    weak = replace(oracle, mean_KD=oracle.mean_KD / 2, variance_KD=oracle.variance_KD + 0.4)
+    paradigm, objective = Diffusion((1, 1, 1), K, form), Objective("mclr", contrast, schedule, truncate=0.0)
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(3 + K, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, K))
     nn.init.zeros_(layers[-1].weight)
@@ -273,14 +311,20 @@ def test_training_internalises_the_guided_sampler(kind):
         out_R1 = layers(torch.cat(seen, 1)).gather(1, c_R[:, None])
         return (x_R1 / size_R1**2 + sigma_R1 / size_R1 * out_R1).view_as(noisy_RCHW)
 
-    net, draws = from_denoiser(denoise), QuasiRandom(5, 512)
+    def of_form(denoise: Any) -> OfForm:
+        """The network of this form; tau is kept off 0 and 1, where sigma has no logarithm."""
+        kept = (1e-4, 0.9999) if isinstance(form, Flow) else (0.0, None)
+        return OfForm(form, lambda x, level, c: denoise(form.noisy(x, level.clamp(*kept)), form.sigma(level.clamp(*kept)), c))
+
+    net, perfect, draws = of_form(denoise), of_form(lambda *asked: oracle.denoise(*asked)[0]), QuasiRandom(5, 512)
+    guide = under and Guide(of_form(lambda *asked: weak.denoise(*asked)[0]), K if under == "null" else None)
     optimizer = torch.optim.Adam(layers.parameters(), betas=(0.9, 0.99))
     for i in range(steps):
         optimizer.param_groups[0]["lr"] = 0.04 * min(1, i / 100) * (1 - i / steps) ** 2
         x_B, c_B = oracle.sample(draws)
         probe = paradigm.probe(x_B, draws)
         rows = objective.rows(probe, c_B, K, draws, noisy_posterior(oracle.log_joint, K, paradigm.noisy(probe), c_B)[0])
-        loss_B, _ = objective(score(paradigm, net, probe, rows), rows)
+        loss_B, _ = objective(score(paradigm, net, probe, rows, guide=guide), rows)
         optimizer.zero_grad()
         loss_B.mean().backward()
         optimizer.step()
@@ -288,17 +332,20 @@ def test_training_internalises_the_guided_sampler(kind):
 
     draws = QuasiRandom(4, 20_001)
     x_B, c_B = oracle.sample(draws)
-    at = paradigm.noisy(paradigm.probe(x_B, draws))
-    conditional, marginal = (oracle.denoise(*at, c)[0] for c in (c_B, torch.full_like(c_B, K)))
-    guided = mix(conditional, marginal, schedule(progress_of(at[1])))
+    # the noise of EDM for every form: where a sampler spends its steps
+    at = Diffusion((1, 1, 1), K, TRAINED[0][0]).probe(x_B, draws).inputs
+    at = (at["state"], at["level"])
+    guided_by = (oracle, torch.full_like(c_B, K)) if guide is None else (weak, guide.conditions(c_B))
+    conditional, other = (known.denoise(*at, c)[0] for known, c in ((oracle, c_B), guided_by))
+    guided = mix(conditional, other, schedule(progress_of(at[1])))
     off, unguided = (
         (pred - guided).square().sum().sqrt() / guided.square().sum().sqrt() for pred in (denoise(*at, c_B), conditional)
     )
-    assert off < 0.02 and unguided > 0.2
+    assert off < (0.02 if isinstance(form, EDM) else 0.03) and unguided > 0.15
 
     mine, guided = (
         paradigm.sample(network, torch.arange(K).repeat_interleave(6667), guidance, QuasiRandom(1, 20_001)).view(K, -1)
-        for network, guidance in ((net, Guidance()), (from_denoiser(oracle.denoise), Guidance(schedule)))
+        for network, guidance in ((net, Guidance()), (perfect, Guidance(schedule, guide)))
     )
     separation = mean_K.diff().min()
     assert (mine.mean(1) - guided.mean(1)).abs().max() < 0.03 * separation

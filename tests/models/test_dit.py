@@ -190,7 +190,7 @@ def test_it_trains_samples_and_converts(form, digits, tmp_path, monkeypatch, cap
     other = next(name for name in FORMS if name != form)
     save_weights("other", DiT(dataclasses.replace(load_net("again").config, form=other)))
     capsys.readouterr()
-    assert main(["sample", "run", "--out", "guided", "--count", "4", "sample.gamma=1.0", "sample.guide=other"]) == 2
+    assert main(["sample", "run", "--out", "guided", "--count", "4", "sample.gamma=1.0", "sample.guide.weights=other"]) == 2
     assert f"has form {other}, the model has {form}" in capsys.readouterr().err
 
 

@@ -152,7 +152,7 @@ def test_the_size_of_the_micro_batch_hardly_matters(name, overrides):
 
 
 def test_networks_are_folded_and_images_are_those_of_networks_that_are_not(diffusion_run, guides, monkeypatch):
-    model = mclr.load(diffusion_run, "cpu", settings=["sample.gamma=1.5", f"sample.guide={guides['diffusion_run']}"])
+    model = mclr.load(diffusion_run, "cpu", settings=["sample.gamma=1.5", f"sample.guide.weights={guides['diffusion_run']}"])
     expected = model.draw(torch.arange(8), range(8))
     assert all(p.requires_grad for p in model.net.parameters())
     counted = model.counted()
@@ -262,7 +262,7 @@ def test_another_network_may_guide(kind, evaluations, guides, request, tmp_path,
     source, constant = request.getfixturevalue(kind), ("--count", 9, "sample.gamma=1.5", "sample.schedule.kind=constant")
     found = {"none": drawn(source, tmp_path / "none", "--count", 9)}
     for name, guide in (("null", "null"), ("other", guides[kind]), ("itself", source / "weights")):
-        found[name] = drawn(source, tmp_path / name, *constant, f"sample.guide={guide}")
+        found[name] = drawn(source, tmp_path / name, *constant, f"sample.guide.weights={guide}")
     out, made = capsys.readouterr().out, record(tmp_path / "other")
     assert len({tuple(found[name].values()) for name in ("none", "null", "other")}) == 3
     # pred + gamma (pred - pred)
@@ -278,15 +278,15 @@ def test_another_network_may_guide(kind, evaluations, guides, request, tmp_path,
 
     # what tells guides apart is their weights, not where they lie
     moved = shutil.copytree(guides[kind], tmp_path / "moved")
-    drawn(source, tmp_path / "other", *constant, f"sample.guide={moved}")
+    drawn(source, tmp_path / "other", *constant, f"sample.guide.weights={moved}")
     assert "nothing to draw" in capsys.readouterr().out
-    line = refused(capsys, source, "--out", tmp_path / "other", *constant, f"sample.guide={source / 'weights'}")
+    line = refused(capsys, source, "--out", tmp_path / "other", *constant, f"sample.guide.weights={source / 'weights'}")
     assert "holds images of sample.guide=" in line
 
 
 def test_a_run_keeps_its_guide(diffusion_run, guides, tmp_path):
     """As `mclr evaluate RUN` draws: the settings of the run say which network guides."""
-    overrides = ["sample.gamma=1.5", f"sample.guide={guides['diffusion_run']}"]
+    overrides = ["sample.gamma=1.5", f"sample.guide.weights={guides['diffusion_run']}"]
     run_ = make_run(tmp_path / "run", load("edm2-digits", "mclr", "digits", "local", [*EDM2, *overrides]))
     found = drawn(run_, tmp_path / "a", "--count", 3)
     assert found == drawn(diffusion_run, tmp_path / "b", "--count", 3, *overrides) and record(tmp_path / "a")["guide_size"] > 1
@@ -309,10 +309,10 @@ def test_a_guide_that_does_not_fit_is_one_line(diffusion_run, token_run, tokeniz
         (diffusion_run, tmp_path / "large", on, "large has img_resolution 16, the model has 8: give a guide"),
         (diffusion_run, tmp_path / "louder", on, "louder has sigma_data 1.0, the model has 0.5: give a guide"),
         (token_run, tmp_path / "tokens", on, "tokens has vocab_size 16, the model has 64: give a guide"),
-        (diffusion_run, 3, on, "sample.guide=3: expected text or null"),
-        (diffusion_run, "edm2-digits", [], "sample.guide=edm2-digits needs sample.gamma"),
+        (diffusion_run, 3, on, "sample.guide.weights=3: expected text or null"),
+        (diffusion_run, "edm2-digits", [], "sample.guide.weights=edm2-digits needs sample.gamma"),
     ]:
-        assert message in refused(capsys, source, "--out", tmp_path / "s", f"sample.guide={guide}", *extra)
+        assert message in refused(capsys, source, "--out", tmp_path / "s", f"sample.guide.weights={guide}", *extra)
         assert not (tmp_path / "s").exists()
 
 
@@ -323,7 +323,7 @@ def test_a_trained_guide_knows_its_tokenizer(digits, tokenizer, tmp_path, capsys
     save_weights(tmp_path / "other", other)
     argv = ["--model", "var-digits", "--data", str(digits), "--init", "none", "--out", str(tmp_path / "run"), *VAR]
     assert run(mclr.train.run.main, [*argv, f"model.tokenizer={tokenizer}", "train.images=8", "train.batch=8"]) == 0
-    guided = ("--count", 1, "sample.gamma=1", f"sample.guide={tmp_path / 'run/weights'}")
+    guided = ("--count", 1, "sample.gamma=1", f"sample.guide.weights={tmp_path / 'run/weights'}")
     drawn(tmp_path / "run", tmp_path / "same", *guided)
     line = refused(capsys, tmp_path / "run", "--out", tmp_path / "s", *guided, f"model.tokenizer={tmp_path / 'other'}")
     assert f"run/weights is of another tokenizer than {tmp_path / 'other'}: give a guide for the same tokens" in line

@@ -361,7 +361,7 @@ def test_a_dry_run_looks_at_the_weights(here, tokenizer, capsys):
         assert line in capsys.readouterr().err
     assert main([*argv, "var-digits", "model.net.depth=3"]) == 2
     assert "depth 4, this run has 3" in capsys.readouterr().err
-    assert main([*argv, "var-digits", "sample.gamma=1", "sample.guide=nowhere"]) == 2
+    assert main([*argv, "var-digits", "sample.gamma=1", "sample.guide.weights=nowhere"]) == 2
     assert "no weights at nowhere" in capsys.readouterr().err
     assert main([*argv, "var-digits", "model.class_map=nowhere.json"]) == 2
     assert "cannot read model.class_map=nowhere.json" in capsys.readouterr().err

@@ -103,16 +103,18 @@ def test_an_unconditional_network_may_guide(tmp_path):
         8, 1, 10, model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), channels_per_head=16
     )
     save_weights(tmp_path / "guide", EDM2(dataclasses.replace(small, num_classes=0)))
-    config = load("edm2-digits", "mclr", "digits", "local", [f"sample.guide={tmp_path / 'guide'}", "sample.gamma=0.4"])
-    guide = build_guide(config, EDM2(small))
-    assert guide is not None and guide.config.num_classes == 0
+    config = load("edm2-digits", "mclr", "digits", "local", [f"sample.guide.weights={tmp_path / 'guide'}", "sample.gamma=0.4"])
+    made = build_guide(config, EDM2(small), "sample")
+    assert made is not None and made.null is None
+    guide = made.net
+    assert guide.config.num_classes == 0
     x, sigma = torch.zeros(2, 1, 8, 8), torch.ones(2)
     assert torch.equal(guide(x, sigma, torch.tensor([0, 9]))[0], guide(x, sigma, torch.tensor([10, 10]))[0])
 
 
 def test_every_published_size_has_a_preset():
     presets = {path.stem for path in (PRESETS / "model").glob("*.yaml")}
-    assert set(MODELS) == presets - {"edm2-digits", "var-digits", "edm2-32px"} and len(MODELS) == 28
+    assert set(MODELS) == presets - {"edm2-digits", "sit-digits", "var-digits", "edm2-32px"} and len(MODELS) == 28
     assert set(NAMES) == {*MODELS, *TOKENIZERS}
 
 

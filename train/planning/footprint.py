@@ -130,9 +130,9 @@ class Model:
         """The sum of all values and aux losses of one forward."""
         index = torch.zeros(forward.rows * samples, dtype=torch.int64)
         prediction = self.paradigm.predict(self.net, probe, index, torch.zeros_like(index), forward.terms)
-        mixed = {}
+        mixed: dict[str, Any] = {}
         if self.objective.contrast == "null" and torch.is_grad_enabled():
-            mixed = {"guide": prediction[0].detach().clone(), "mix_RT": torch.zeros(probe.progress_BT.shape)}
+            mixed = {"guide": (prediction[0].detach().clone(), prediction[1]), "mix_RT": torch.zeros(probe.progress_BT.shape)}
         found = self.paradigm.log_likelihood(prediction, probe, index, **mixed)
         return found.value_RT.sum() + found.aux_R.sum()
 

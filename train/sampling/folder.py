@@ -101,10 +101,10 @@ def draw_missing(
     if model.guidance.strength:
         how += f", strength {model.guidance.strength:g}"
     if guide is not None:
-        nets: list[Any] = [guide, model.net]
+        nets: list[Any] = [guide.net, model.net]
         other, own = (sum(p.numel() for p in net.parameters()) for net in nets)
         record["guide_size"] = other / own  # parameters
-        how += f" by {record['guide']} ({other / own:.3g} x the model's size)"
+        how += f" by {record['guide']}{' under its null condition' * (guide.null is not None)} ({other / own:.3g} x the model's size)"
     if rank == 0:
         write_json(out / "sample.json", record)
     scales = model.paradigm.scales if isinstance(model.paradigm, NextScale) else None

@@ -15,7 +15,7 @@ from mclr.configs.schema import load as load_config
 from mclr.diffusion import Diffusion
 from mclr.errors import UserError
 from mclr.guidance import Guidance
-from mclr.likelihood import ENCODING, SAMPLING, Draws
+from mclr.likelihood import ENCODING, SAMPLING, Draws, Guide, guide_of
 from mclr.models.dial import end_of_dial
 from mclr.models.registry import NETWORKS, fold
 from mclr.schedule import Schedule
@@ -120,8 +120,8 @@ class Model:
 
         seed: image i has the seed `seed + i`, which decides all its random numbers. gamma: extra weight of guidance, over
         the progress that the settings say; a Schedule says its own; None: the guidance of the settings. steps: of a diffusion model's
-        sampler. guide: the network, or Model, that guides; None: that of the settings, by default the null condition. strength: where
-        the dial stands, from 0, plain, to its end, self.net.config.strength_max; None: as the settings say, by default 0.
+        sampler. guide: the network, Model or mclr.Guide that guides; None: that of the settings, by default the null condition.
+        strength: where the dial stands, from 0, plain, to the end of the network's; None: as the settings say, by default 0.
         exact: the same bits as `mclr sample`, at the cost of full micro-batches. Otherwise few images take a short batch, which
         rounds otherwise: diffusion differs by less than 1e-4 before it becomes uint8, and rarely a token differs.
         Raises ValueError for conditions, settings or a strength that the model does not have, and for a guide without gamma.
@@ -140,7 +140,7 @@ class Model:
         if guide is None and not gamma.is_zero:
             guide = self.guidance.guide
         elif guide is not None:
-            self.refuse_misfit(guide)
+            guide = self.fitting(guide)
         strength, dial = self.guidance.strength if strength is None else strength, end_of_dial(self.net)
         if not 0 <= strength <= dial:
             has = f"the dial goes from 0 to {dial:g}" if dial else "this network has no dial"
@@ -152,10 +152,13 @@ class Model:
         x_N = this.draw(c_N, range(seed - before, seed + len(conditions) + after), short=not exact)
         return this.images(x_N)[before : before + len(conditions)]
 
-    def refuse_misfit(self, guide: Any) -> None:
-        """Raises ValueError for a guide, a network or a Model, of other samples."""
-        net = guide.net if isinstance(guide, Model) else guide
-        misfit = guide_misfit(self.net, net, "diffusion" if isinstance(self.paradigm, Diffusion) else "next_scale")
+    def fitting(self, guide: Any) -> Guide:
+        """A Guide, or the one that a network or a Model makes. Raises ValueError for a guide of other samples."""
+        made = guide_of(guide)
+        assert made is not None
+        misfit = guide_misfit(
+            self.net, made.net, "diffusion" if isinstance(self.paradigm, Diffusion) else "next_scale", made.null
+        )
         if misfit is None and isinstance(guide, Model) and isinstance(self.encoder, Tokens):
             encoders: list[Any] = [self.encoder, guide.encoder]
             here, there = (encoder.tokenizer.state_dict() for encoder in encoders)
@@ -163,6 +166,7 @@ class Model:
                 misfit = "is of another tokenizer"
         if misfit:
             raise ValueError(f"guide= {misfit}: give a guide for the same samples")
+        return made
 
     @torch.no_grad()
     def draw(self, c_N: Tensor, seeds: Sequence[int], short: bool = False) -> Tensor:
@@ -171,7 +175,7 @@ class Model:
         short: padded to a power of two instead, where fewer samples are left.
         """
         drawn = []
-        nets: list[Any] = [net for net in (self.net, self.guidance.guide) if getattr(net, "training", False)]
+        nets = [net for net in self.nets() if getattr(net, "training", False)]
         try:
             for net in nets:
                 net.eval()
@@ -196,10 +200,14 @@ class Model:
         """Write a weights folder that mclr.load and every command read. Raises UserError where the folder exists, unless replace."""
         save_weights(folder, self.net, replace=replace, **self.notes)
 
+    def nets(self) -> list[Any]:
+        """The network, and its guide where another one is."""
+        return [self.net, *([self.guidance.guide.net] if self.guidance.guide else [])]
+
     def to(self, device: torch.device | str) -> "Model":
         """Move everything to a device; returns this model."""
         self.device = torch.device(device)
-        for module in (self.net, self.guidance.guide):
+        for module in self.nets():
             if isinstance(module, nn.Module):
                 module.to(self.device)
         for name, part in vars(self.encoder).items():
@@ -212,7 +220,7 @@ class Model:
         def count(module: nn.Module, inputs: tuple, cache: dict[str, Any]) -> None:
             self.work += rows_in(module, *inputs, **cache)
 
-        for module in filter(None, (self.net, self.guidance.guide)):
+        for module in self.nets():
             fold(module.requires_grad_(False))
             module.register_forward_pre_hook(count, with_kwargs=True)
         return self
@@ -305,7 +313,8 @@ def data_of(description: Mapping[str, Any], model: str, settings: Sequence[str])
 
 def record_of(config: RunConfig, weights: Path) -> dict[str, Any]:
     """What sample.json says of a generator before it draws. settings: all that decides the image of a seed and a condition."""
-    model, guide = config.model, config.sample.guide and find_weights(config.sample.guide)
+    model, chosen = config.model, config.sample.guide
+    guide = chosen.weights and find_weights(chosen.weights)
     tokenizer = sha256(find_weights(model.tokenizer)) if isinstance(model, NextScaleModel) else None
     vae = checksum(find_vae(model.vae) / VAE_WEIGHTS) if isinstance(model, DiffusionModel) and model.vae else None
     return {
@@ -314,7 +323,7 @@ def record_of(config: RunConfig, weights: Path) -> dict[str, Any]:
             "tokenizer": tokenizer,
             "vae": vae,
             **{f"sample.{key}": value for key, value in config.sample.model_dump(mode="json").items()},
-            "sample.guide": guide and sha256(guide),
+            "sample.guide": guide and sha256(guide) + " under null" * (chosen.condition == "null"),
             "precision": config.engine.precision,
             "rounding": ROUNDING,
         },
@@ -333,10 +342,10 @@ def load_generator(config: RunConfig, weights: Path, device: torch.device | str 
     encoder = build_encoder(config, device)
     net = build_net(config, encoder)
     load_into(net, weights)
-    guide = build_guide(config, net)
-    for module in filter(None, (net, guide)):
-        module.to(device).eval()
     description = read_config(weights)
+    guide = build_guide(config, net, "sample", description.get("classes", ()))
+    for module in (net, *([guide.net] if guide else [])):
+        module.to(device).eval()
     recorded = {key: description[key] for key in ("licence", "base", "classes", "inputs", "tokenizer") if key in description}
     return Model(
         net=net,

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from mclr.configs.schema import Schedule as ScheduleConfig
 from mclr.errors import UserError
 from mclr.kernels.choice import interpreting, runs_triton, use
 from mclr.kernels.registry import OPS
+from mclr.likelihood import Guide
 from mclr.loss import Loss, project
 from mclr.models.features import NoiseClassifier
 from mclr.models.registry import fold
@@ -22,10 +23,11 @@ from mclr.train.data.source import Source, open_images
 from mclr.train.engine.base import Engine, Frozen, make_optimizer
 from mclr.train.engine.zero import DeepSpeedEngine, Sharded
 from mclr.train.system.ranks import world
-from mclr.train.training.class_map import class_map
+from mclr.train.training.class_map import class_map, class_names
 from mclr.train.training.networks import (
     build_classifier,
     build_encoder,
+    build_guide,
     build_net,
     build_objective,
     build_paradigm,
@@ -137,8 +139,8 @@ def posterior_warmup(config: RunConfig) -> int:
 class Networks:
     """What a run trains and trains with, before any engine.
 
-    classifier: of the posterior. reference: the network before fine-tuning. generated: samples of the reference. Each of these three
-    is None where the objective does not need it.
+    classifier: of the posterior. reference: the network before fine-tuning. generated: samples of the reference. guide: another network
+    for the contrast null. Each of these four is None where the objective does not need it.
     """
 
     encoder: Encoder
@@ -146,6 +148,7 @@ class Networks:
     classifier: NoiseClassifier | None
     reference: nn.Module | None
     generated: Source | None
+    guide: Guide | None = None
 
 
 def build_networks(config: RunConfig, device: torch.device) -> Networks:
@@ -162,7 +165,8 @@ def build_networks(config: RunConfig, device: torch.device) -> Networks:
     classifier = build_classifier(config) if isinstance(model, DiffusionModel) and objective.needs_posterior else None
     reference = copy.deepcopy(net) if objective.needs_reference else None
     generated = through_cache(open_generated(config), encoder, data, model) if objective.needs_generated else None
-    return Networks(encoder, net, classifier, reference, generated)
+    guide = build_guide(config, net, "objective", class_names(data))
+    return Networks(encoder, net, classifier, reference, generated, guide)
 
 
 def is_sharded(how: str, parameters: int, ranks: int) -> bool:
@@ -181,6 +185,12 @@ def build_task(config: RunConfig, source: Source, networks: Networks, device: to
         fold(networks.reference)
         size = sum(p.numel() for p in networks.reference.parameters())
         reference = (Sharded if is_sharded(engine.reference, size, ranks) else Frozen)(networks.reference, bf16)
+
+    guide = networks.guide
+    if guide is not None:
+        fold(guide.net.to(device))
+        # whole on every rank: a guide is the smaller network
+        guide = replace(guide, net=Frozen(guide.net, bf16))
 
     def engine_of(net: nn.Module, lr: float, weight_decay: float, zero: int, offload: bool) -> Engine:
         net.to(device).train()
@@ -203,6 +213,7 @@ def build_task(config: RunConfig, source: Source, networks: Networks, device: to
         build_objective(config),
         posterior=posterior_engine,
         reference=reference,
+        guide=guide,
         drop_condition=settings.drop_condition,
         seed=settings.seed,
         warmup=posterior_warmup(config),

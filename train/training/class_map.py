@@ -24,15 +24,13 @@ def class_map(
     generated: objective.generated. Raises UserError for a file that is not a JSON object with one entry, a condition or null, per class.
     Without a class_map it also raises UserError when weights and data record different class names.
     """
-    file, described = model.class_map, read_config(weights)
+    file, described, names = model.class_map, read_config(weights), class_names(data)
     # without a prepared folder, as for new digits, classes are named by their index
-    info = open_dataset(data.path) if Path(data.path, "dataset.json").exists() else None
-    here = info.class_names if info else [str(c) for c in range(data.num_classes)]
+    here = names or [str(c) for c in range(data.num_classes)]
     if file is None:
         there = described.get("classes") or ()
-        # streams and drawn images have numbers in place of names
-        if info and info.drawn is None and len(there) == len(here):
-            for c, name in enumerate(here):
+        if len(there) == len(names):
+            for c, name in enumerate(names):
                 if str(there[c]) != name:
                     raise UserError(
                         f"weights {model.weights} were trained on other classes than {data.path} has: condition {c} is {there[c]} there "
@@ -52,6 +50,12 @@ def class_map(
     if file == FRESH:
         return [None] * data.num_classes
     return sources_of(file, read_entries(file), here, conditions)
+
+
+def class_names(data: Data) -> Sequence[str]:
+    """The names of the classes of the data; empty where it has numbers: streams, drawn images, and what is not prepared yet."""
+    info = open_dataset(data.path) if Path(data.path, "dataset.json").exists() else None
+    return info.class_names if info and info.drawn is None else ()
 
 
 def read_entries(file: str) -> list[tuple[str, Any]]:

@@ -84,8 +84,8 @@ def add_up(values: dict[str, Any], device: torch.device) -> dict[str, float]:
 
 
 def rows_of(task: Task) -> dict[str, float]:
-    """Rows that this rank ran through network, reference and posterior classifier since the last call."""
-    rows = {"rows": task.engine.rows["grad"], "rows_no_grad": task.engine.rows["no_grad"], "posterior_rows": 0}
+    """Rows that this rank ran through network, reference, posterior classifier and guide since the last call."""
+    rows = {"rows": task.engine.rows["grad"], "rows_no_grad": task.engine.rows["no_grad"], "posterior_rows": 0, "guide_rows": 0}
     engines: list[Engine] = [task.engine]
     if task.posterior_engine is not None:
         rows["posterior_rows"] = task.posterior_engine.rows["grad"]
@@ -93,6 +93,9 @@ def rows_of(task: Task) -> dict[str, float]:
     if isinstance(task.loss.reference, Frozen):
         rows["rows_no_grad"] += task.loss.reference.rows["no_grad"]
         task.loss.reference.rows.update(no_grad=0)
+    if (guide := task.loss.guide) is not None:
+        rows["guide_rows"] = guide.net.rows["no_grad"]
+        guide.net.rows.update(no_grad=0)
     for engine in engines:
         engine.rows.update(grad=0, no_grad=0)
     return rows
@@ -100,18 +103,20 @@ def rows_of(task: Task) -> dict[str, float]:
 
 @torch.no_grad()
 def forward_flops(task: Task) -> dict[str, int]:
-    """FLOPs of one row's forward, counted by torch: of the network ("net") and of the posterior classifier ("posterior")."""
+    """FLOPs of one row's forward, counted by torch: of the network ("net"), the posterior classifier ("posterior") and the guide."""
     batch = task.source.batch(0, 1)
     draws = Draws(0, [0], task.device)
     x_B = task.encoder.draw(task.encode(batch), draws)
     probe = task.loss.paradigm.probe(x_B, draws)
     index = torch.zeros(1, dtype=torch.int64, device=task.device)
 
-    def value() -> None:
-        prediction = task.loss.paradigm.predict(task.engine.net, probe, index, batch.c_B.to(task.device))
+    def value(net: Any, c_B: Tensor) -> None:
+        prediction = task.loss.paradigm.predict(net, probe, index, c_B.to(task.device))
         task.loss.paradigm.log_likelihood(prediction, probe, index)
 
-    counted = {"net": flops_of(value), "posterior": 0}
+    counted = {"net": flops_of(lambda: value(task.engine.net, batch.c_B)), "posterior": 0, "guide": 0}
+    if (guide := task.loss.guide) is not None:
+        counted["guide"] = flops_of(lambda: value(guide.net.net, guide.conditions(batch.c_B)))
     if task.posterior_engine is not None:
         classifier, paradigm = task.posterior_engine.net, task.loss.paradigm
         assert isinstance(paradigm, Diffusion)

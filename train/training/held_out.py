@@ -125,10 +125,11 @@ class HeldOut:
             return mle_loss(self.task, self.reader, beat)
         classifier = self.classifier if trained is None or self.classifier is not None else trained.net
         reference = loss.reference.net if isinstance(loss.reference, Frozen) else None
-        for net in (classifier, reference):
+        guide = None if loss.guide is None else replace(loss.guide, net=loss.guide.net.net)
+        for net in (classifier, reference, guide and guide.net):
             if net is not None:
                 net.eval()
-        loss = replace(loss, posterior=classifier, reference=reference)
+        loss = replace(loss, posterior=classifier, reference=reference, guide=guide)
         found = _means(self.task, loss, WithoutU(engine), self.reader, RANKING, beat)
         return found["loss"] - found["aux"]
 

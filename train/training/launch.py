@@ -30,13 +30,13 @@ from mclr.train.system.ranks import (
 )
 from mclr.train.system.watchdog import Watchdog
 from mclr.train.training.build import Networks, build_networks, build_task, choose_kernels, open_source, posterior_warmup
-from mclr.train.training.class_map import FRESH, SAME, class_map
+from mclr.train.training.class_map import FRESH, SAME, class_map, class_names
 from mclr.train.training.compute import calls_of, rows_per_sample
 from mclr.train.training.held_out import RANKING, HeldOut, fixed, readers_of, refuse_unready
 from mclr.train.training.log import RunFolder
 from mclr.train.training.loop import Session
 from mclr.train.training.memorisation import Monitor
-from mclr.train.training.networks import build_classifier, build_encoder, build_net, build_objective, schedule_table
+from mclr.train.training.networks import build_classifier, build_encoder, build_guide, build_net, build_objective, schedule_table
 from mclr.train.training.previews import Preview
 from mclr.train.training.state import Keeper
 from mclr.train.training.throughput import Throughput
@@ -173,7 +173,9 @@ def checksums_of(config: RunConfig) -> dict[str, str]:
     """Setting -> checksum of the weights, the class map or the dataset that it names."""
     model = config.model
     # how a run is sampled decides nothing of it
-    inputs = {key: sha256(find_weights(name)) for key, name in named_weights(flatten(config)).items() if key != "sample.guide"}
+    inputs = {
+        key: sha256(find_weights(name)) for key, name in named_weights(flatten(config)).items() if key != "sample.guide.weights"
+    }
     files = {"model.class_map": Path(model.class_map)} if model.class_map not in (None, FRESH, SAME) else {}
     if isinstance(model, DiffusionModel) and model.vae is not None:
         files["model.vae"] = find_vae(model.vae) / VAE_WEIGHTS
@@ -190,6 +192,7 @@ def planned(config: RunConfig) -> nn.Module:
     with torch.device("meta"):
         net = build_net(config, encoder)
     folders = {key: find_weights(name) for key, name in named_weights(flatten(config)).items()}
+    build_guide(config, net, "objective", class_names(config.data))
     if weights := folders.get("model.weights"):
         refuse_misfit(
             net, weights, any_conditions=class_map(config.model, config.data, weights, config.objective.generated) is not None
@@ -209,6 +212,7 @@ def describe(config: RunConfig, net: nn.Module, micro_batch: int) -> list[str]:
         for each in (calls.grad, calls.free, calls.reference)
     )
     lam = config.objective.lam if config.objective.lam is not None else f"0 to {objective.strength_max:g}, as the dial stands"
+    guide = config.objective.guide
     begins = f"from the weights {model.weights}" if model.weights else "from random weights (others: --init WEIGHTS)"
     vae = model.vae if isinstance(model, DiffusionModel) else None
     latents = f", latents {options['img_channels']} x {options['img_resolution']}^2 of {vae}" if vae else ""
@@ -219,6 +223,11 @@ def describe(config: RunConfig, net: nn.Module, micro_batch: int) -> list[str]:
     return [
         f"model      {model.name} ({model.paradigm}), {sum(p.numel() for p in net.parameters()) / 1e6:.2f}M parameters, {begins}",
         f"objective  {objective.name}, contrast {objective.contrast}, lam {lam} ({config.objective.schedule.kind})",
+        *(
+            [f"guide      {guide.weights}, under {'the null' if guide.condition == 'null' else 'each'} condition"]
+            if guide.weights
+            else []
+        ),
         *schedule_table("lam", objective.schedule, options.get("patch_nums")),
         *posterior_lines(config),
         f"data       {data.name}: {data.num_classes} classes, {data.channels} x {data.resolution}^2{latents}",

@@ -14,7 +14,7 @@ from mclr.diffusion import Diffusion, sigma_of
 from mclr.errors import UserError
 from mclr.forms import EDM, FORMS, Form
 from mclr.guidance import Guidance
-from mclr.likelihood import Net, Paradigm
+from mclr.likelihood import Guide, Paradigm
 from mclr.models.features import CONVNEXT_SMALLEST, NoiseClassifier, channel_mult_for
 from mclr.models.options import GIVEN, NoiseClassifierConfig, hints_of
 from mclr.models.registry import NETWORKS, kinds_of
@@ -126,46 +126,62 @@ def build_objective(config: RunConfig) -> Objective:
     return Objective(objective.name, objective.contrast, schedule, **more, strength_max=config.model.strength.max)
 
 
-def build_guidance(sample: Sample, guide: Net | None = None) -> Guidance:
+def build_guidance(sample: Sample, guide: Guide | None = None) -> Guidance:
     return Guidance(build_schedule(sample.schedule, sample.gamma), guide, sample.strength)
 
 
-def build_guide(config: RunConfig, net: nn.Module) -> nn.Module | None:
-    """The network of sample.guide; None where the guide is the null condition.
+def build_guide(config: RunConfig, net: nn.Module, key: str, classes: Sequence[str] = ()) -> Guide | None:
+    """The guide of config.sample or config.objective (key); None where that is the null condition of the network itself.
 
-    net: the network to be guided. Raises UserError when the two are for different samples or tokenizers.
+    net: the network to be guided. classes: names of its conditions, where they are known. Raises UserError when the two are for
+    different samples, conditions or tokenizers.
     """
-    name, model = config.sample.guide, config.model
-    if name is None:
+    chosen, model = getattr(config, key).guide, config.model
+    if chosen.weights is None:
         return None
-    guide = load_net(name, *kinds_of(model.paradigm))
-    if misfit := guide_misfit(net, guide, model.paradigm):
-        raise UserError(f"sample.guide={name} {misfit}: give a guide for the same samples")
+    named = f"{key}.guide.weights={chosen.weights}"
+    guide: Any = load_net(chosen.weights, *kinds_of(model.paradigm)).requires_grad_(False)
+    null = guide.config.num_classes if chosen.condition == "null" else None
+    if misfit := guide_misfit(net, guide, model.paradigm, null):
+        raise UserError(f"{named} {misfit}: give a guide for the same samples")
+    described = read_config(find_weights(chosen.weights))
+    there = described.get("classes") or ()
+    if null is None and len(there) == len(classes):
+        for c, (theirs, ours) in enumerate(zip(there, classes, strict=True)):
+            if str(theirs) != ours:
+                raise UserError(
+                    f"{named} was trained on other classes: condition {c} is {theirs} there and {ours} here. Ask it without a condition, "
+                    f"{key}.guide.condition=null, or give a guide for the same classes"
+                )
     if isinstance(model, NextScaleModel):
         # published weights do not record their tokenizer
-        there = read_config(find_weights(name)).get("inputs", {}).get("model.tokenizer")
-        if there not in (None, sha256(find_weights(model.tokenizer))):
-            raise UserError(
-                f"sample.guide={name} is of another tokenizer than {model.tokenizer}: give a guide for the same tokens"
-            )
-    return guide
+        tokenizer = described.get("inputs", {}).get("model.tokenizer")
+        if tokenizer not in (None, sha256(find_weights(model.tokenizer))):
+            raise UserError(f"{named} is of another tokenizer than {model.tokenizer}: give a guide for the same tokens")
+    return Guide(guide, null)
 
 
-def guide_misfit(net: Any, guide: Any, paradigm: str) -> str | None:
-    """What keeps a network from guiding another one, in words; None where nothing does. paradigm: of net, a key of GIVEN."""
+def guide_misfit(net: Any, guide: Any, paradigm: str, null: int | None = None) -> str | None:
+    """What keeps a network from guiding another one, in words; None where nothing does.
+
+    paradigm: of net, a key of GIVEN. null: under which the guide is asked; None: under the sample's own condition.
+    """
     # a network of a user's own has no options, and at most a sigma_data
     ours, theirs = (getattr(each, "config", each) for each in (net, guide))
     registered = [network.paradigm for network in NETWORKS.values() if network.config is type(theirs)]
     tokens = hasattr(guide, "new_cache")
     if not callable(guide) or paradigm not in (registered or [paradigm]) or tokens != (paradigm == "next_scale"):
         return f"is no generator of the paradigm {paradigm}"
-    # answers are mixed before they become images, so both need the same sigma_data
     # a guide's own dial stands at 0
-    for key in (each for each in (*GIVEN[paradigm], "form") if each != "strength_max"):
+    ignored = ["strength_max"]
+    # an unconditional diffusion network guides any, as EDM2's guidance does
+    if null is not None or (paradigm == "diffusion" and getattr(theirs, "num_classes", None) == 0):
+        ignored.append("num_classes")
+    # answers are mixed before they become images, so both need the same sigma_data
+    for key in ("form", *GIVEN[paradigm]):
         here = getattr(ours, key, None)
         there = getattr(theirs, key, here)
-        # an unconditional diffusion network guides any, as EDM2's guidance does
-        if there != here and not (paradigm == "diffusion" and key == "num_classes" and there == 0):
+        if there != here and key not in ignored:
             return f"has {key} {there}, the model has {here}"
     return None
 

@@ -26,8 +26,8 @@ class RunState:
     """What a run has done so far, over all ranks; part of every checkpoint.
 
     rows: run through the network with gradient; one cut short after a scale counts by its share of the tokens. flops: of forwards
-    (1x) and backwards (2x), the posterior classifier's included. skipped: steps that were not finite and changed nothing. held_out:
-    loss of this checkpoint on held-out images, where the best checkpoint is kept.
+    (1x) and backwards (2x), those of posterior classifier and guide included. skipped: steps that were not finite and changed nothing.
+    held_out: loss of this checkpoint on held-out images, where the best checkpoint is kept.
     """
 
     images: int = 0
@@ -42,11 +42,13 @@ class RunState:
 
     def count(self, sums: dict[str, float], flops: dict[str, int]) -> None:
         """Add the rows of one step, of all ranks (compute.rows_of), at these FLOPs of a forward (compute.forward_flops)."""
-        rows, no_grad, posterior_rows = (sums[name] for name in ("rows", "rows_no_grad", "posterior_rows"))
+        rows, no_grad, posterior_rows, guide_rows = (
+            sums[name] for name in ("rows", "rows_no_grad", "posterior_rows", "guide_rows")
+        )
         self.rows += rows
         self.rows_no_grad += no_grad
         self.posterior_flops += flops["posterior"] * 3 * posterior_rows
-        self.flops += flops["net"] * (3 * rows + no_grad) + flops["posterior"] * 3 * posterior_rows
+        self.flops += flops["net"] * (3 * rows + no_grad) + flops["posterior"] * 3 * posterior_rows + flops["guide"] * guide_rows
 
 
 class Keeper:

@@ -30,7 +30,8 @@ from mclr.train.weights.state_dict import CHOICES, checksum_of, holds_weights
 
 BUNDLED = Path(mclr.models.__file__).parent / "weights"
 OWN = ("kind", "config", "parameters")  # entries of config.json that describe the network; all others are notes
-WEIGHTS = ("model.weights", "model.tokenizer", "model.posterior.weights", "sample.guide")  # settings that name weights
+# settings that name weights
+WEIGHTS = ("model.weights", "model.tokenizer", "model.posterior.weights", "objective.guide.weights", "sample.guide.weights")
 MOST = 3  # differences that an error names
 DIAL = "dial."  # how entries of a dial begin (models/dial.py)
 IMAGES = "give data of their images by --data (in Python, data=)"

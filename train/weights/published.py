@@ -24,7 +24,7 @@ from mclr.train.weights.unpickler import refuse
 WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 EDM2_LICENCE = "published EDM2 weights and all weights made from them: CC BY-NC-SA 4.0, not for commercial use"
 DIT_LICENCE = "published DiT weights and all weights made from them: CC BY-NC 4.0, not for commercial use"
-LICENCES = {"edm2": EDM2_LICENCE, "ddpm": DIT_LICENCE, "flow": "MIT, as REPA", "flow_to_data": "MIT, as SiT"}
+LICENCES = {"edm": EDM2_LICENCE, "ddpm": DIT_LICENCE, "flow": "MIT, as REPA", "flow_to_data": "MIT, as SiT"}
 
 # options that a file may not show, as they may be given
 LIKE = {"patch_nums": [1, 2, 3, 4], "scales": [1, 2, 3, 4], "form": "ddpm"}
