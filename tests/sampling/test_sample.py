@@ -21,7 +21,7 @@ from mclr.models.vqvae import VQVAE, VQVAEConfig
 from mclr.train import sample
 from mclr.train.data.images import image_paths, read_images
 from mclr.train.sampling import folder as samples_folder
-from mclr.train.sampling.generate import find_generator
+from mclr.train.sampling.find import find_generator
 from mclr.train.system.console import run
 from mclr.train.training.networks import build_encoder, build_net
 from mclr.train.weights.folder import load_net, read_tensors, save_weights
