@@ -51,15 +51,7 @@ def objective_conflicts(
         yield f"{prefix}lam={lam} is not finite"
     if name == "mle" and lam != 0:
         yield f"{prefix}lam={lam} has no effect with {prefix}name=mle; there it must be 0"
-    if name in WITH_REFERENCE:
-        if beta is None:
-            yield f"missing key {prefix}beta; objective {name} needs it, like {prefix}beta=0.1"
-        elif beta <= 0:
-            yield f"{prefix}beta={beta} is out of range: must be > 0"
-        if not missing and (lam <= 0 or schedule.kind != "constant"):
-            yield f"objective {name} needs {prefix}lam > 0 and {prefix}schedule.kind=constant: its ratio is of whole samples"
-    elif beta is not None:
-        yield f"{prefix}beta={beta} has no effect with {prefix}name={name}; only {', '.join(WITH_REFERENCE)} have it"
+    yield from reference_conflicts(name, beta, None if missing else lam, schedule, prefix)
     if name in ("mclr", "unlearn"):
         negative_window = schedule.kind == "negative_window"
         if contrast == "uniform":
@@ -95,3 +87,16 @@ def dial_conflicts(name: str, lam: float | None, schedule: Any, prefix: str, str
         yield f"{prefix}lam={lam} and {dial}: give one of them; with a dial every sample draws its own lam, from 0 to the dial's end"
     elif strength_max and schedule.kind == "negative_window":
         yield f"{dial} needs another {prefix}schedule.kind than negative_window, whose lam is not in proportion to a strength"
+
+
+def reference_conflicts(name: str, beta: float | None, lam: float | None, schedule: Any, prefix: str) -> Iterator[str]:
+    """The rules of a reference, for objective_conflicts."""
+    if name in WITH_REFERENCE:
+        if beta is None:
+            yield f"missing key {prefix}beta; objective {name} needs it, like {prefix}beta=0.1"
+        elif beta <= 0:
+            yield f"{prefix}beta={beta} is out of range: must be > 0"
+        if lam is not None and (lam <= 0 or schedule.kind != "constant"):
+            yield f"objective {name} needs {prefix}lam > 0 and {prefix}schedule.kind=constant: its ratio is of whole samples"
+    elif beta is not None:
+        yield f"{prefix}beta={beta} has no effect with {prefix}name={name}; only {', '.join(WITH_REFERENCE)} have it"

@@ -168,7 +168,7 @@ def test_the_whole_configuration_goes_no_further_than_launcher_and_builders():
     """Beside them stands what plans, describes or varies whole runs; every other part gets its own section."""
     launcher_and_builders = {"train/run.py", *(f"train/training/{name}.py" for name in ("launch", "build", "networks"))}
     of_whole_runs = {"train/planning/plan.py", "train/planning/footprint.py", "train/weights/model_card.py"}
-    of_whole_runs |= {"train/bench/step.py", "train/studies/tour.py", "train/sampling/generate.py"}
+    of_whole_runs |= {"train/bench/step.py", "train/studies/tour.py", "train/sampling/find.py", "train/sampling/generate.py"}
     rooms = {file: tree for file, tree in TREES.items() if file.startswith("train/")}
     named = {file for file, tree in rooms.items() if any(name.endswith(".RunConfig") for name in imported(tree))}
     assert named == launcher_and_builders | of_whole_runs

@@ -16,8 +16,8 @@ if not __package__:
 
 from mclr.configs.schema import NextScaleModel
 from mclr.errors import UserError
-from mclr.train.sampling.folder import draw, write_dataset, write_npz
 from mclr.train.sampling.find import find_generator, record_of
+from mclr.train.sampling.folder import draw, write_dataset, write_npz
 from mclr.train.sampling.generate import conditions_of, load_generator
 from mclr.train.system.console import Parser, run_and_exit
 from mclr.train.system.ranks import group, launched, on_signals, report_once, world

@@ -11,8 +11,8 @@ import torch
 from mclr.configs.schema import FILE, Data, DatasetInfo, DiffusionModel
 from mclr.errors import UserError
 from mclr.models.features import ImageClassifier
-from mclr.train.sampling.folder import draw, read_record
 from mclr.train.sampling.find import find_generator, record_of
+from mclr.train.sampling.folder import draw, read_record
 from mclr.train.sampling.generate import Model, load_generator
 from mclr.train.scoring.extractors import PUBLISHED, Judge, open_judge
 from mclr.train.scoring.image_readers import ImageSet, find_images, open_folder, open_npz
