@@ -1,4 +1,4 @@
-"""`make tour`: fine-tunes both paradigms on the digits, and compares samples of base, control, guided control and MCLR.
+"""`make tour`: fine-tunes a model of each kind on the digits, and compares samples of base, control, guided control and MCLR.
 
 Every finished piece (a run, a scored set of samples) is kept: an interrupted tour goes on where it stopped.
 """
@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser("python -m train.tour", description=__doc__, epilog="example: python -m train.tour --out runs/tour")
     parser.add_argument("--out", type=Path, default=Path("runs/tour"), help="folder of the tour (default: runs/tour)")
     parser.add_argument("--full", action="store_true", help=f"{SEEDS_FULL} sampling seeds instead of {SEEDS}, finer sweeps")
-    parser.add_argument("--model", choices=list(GAMMAS), help="one paradigm alone (default: both)")
+    parser.add_argument("--model", choices=list(GAMMAS), help="one model alone (default: all)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of every run, for a quick look")
     args = parser.parse_intermixed_args(argv)
     judge = DigitsJudge()
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     print("the judge")
     for key, text in ABOUT.items():
         print(f"  {key}: {text}")
-    print("two paradigms, four fine-tunings each, then samples: about 10 minutes on two idle cores", flush=True)
+    print("for each model three fine-tunings, then samples: about 12 minutes on two idle cores", flush=True)
     results: dict[str, Any] = {"judge": ABOUT}
     for model in [args.model] if args.model else list(GAMMAS):
         results[model] = compare(tour, model)

@@ -43,8 +43,10 @@ RESULTS = {
         "control": row(0.62),
         "cfg": row(0.73, gamma=0.1),
         "mclr": row(0.84, lam=0.2),
+        "dial": row(0.95, strength=0.7),
         "gap_closed": 0.913,
-        "sweep": {"cfg": sweep("gamma", 0), "mclr": sweep("lam", 5)},
+        "gap_closed_by_dial": 1.042,
+        "sweep": {"cfg": sweep("gamma", 0), "dial": sweep("strength", 5)},
         "compute": {"images_seen": 38400, "step_time_over_mle": 1.437, "device": "two cores"},
         "grids": {"base": "grids/base.png", "mclr": "grids/mclr.png"},
     },
@@ -66,12 +68,12 @@ def text_of(page: str) -> str:
 
 def expected_numbers(results: dict) -> list[str]:
     numbers = []
-    for scores in (results["edm2-digits"][name] for name in ("base", "control", "cfg", "mclr")):
+    for scores in (results["edm2-digits"][name] for name in ("base", "control", "cfg", "mclr", "dial")):
         for key, score in scores.items():
             if "mean" in (score if isinstance(score, dict) else {}):
                 digits = 1 if key in ("fd", "cfd") else 3
                 numbers.append(f"{score['mean']:.{digits}f} ± {score['std']:.{digits}f}")
-    return [*numbers, "412 (400–1,420)", "35", "γ = 0.1", "λ = 0.2", "91%"]
+    return [*numbers, "412 (400–1,420)", "35", "γ = 0.1", "λ = 0.2", "s = 0.7", "91% (with a dial 104%)"]
 
 
 def test_page_holds_every_number(tmp_path):
@@ -140,18 +142,18 @@ def test_decimals_follow_the_scale_of_the_judge():
 
 def test_points_that_are_not_finite_are_left_out(monkeypatch):
     model = copy.deepcopy(RESULTS["edm2-digits"])
-    model["sweep"]["mclr"] += [{"lam": 4, "cfd": 2e6, "precision": 0.1, "recall": 0.2}]
-    model["sweep"]["mclr"] += [{"lam": 9, "cfd": float("nan"), "precision": 0.1, "recall": 0.2}]
+    model["sweep"]["dial"] += [{"strength": 4, "cfd": 2e6, "precision": 0.1, "recall": 0.2}]
+    model["sweep"]["dial"] += [{"strength": 9, "cfd": float("nan"), "precision": 0.1, "recall": 0.2}]
     lines = []
     plot = Axes.plot
     monkeypatch.setattr(Axes, "plot", lambda axes, x, y, **style: lines.append((x, y)) or plot(axes, x, y, **style))
     assert curves_figure("edm2-digits", model)
-    assert [len(x) for x, _ in lines] == 2 * [3, 4, 1, 1] and 2e6 in lines[1][1]
+    assert [len(x) for x, _ in lines] == 2 * [3, 4, 1, 1, 1] and 2e6 in lines[1][1]
 
 
 def test_curves_of_a_run_that_diverged_altogether():
     nothing = {"cfd": float("nan"), "precision": float("nan"), "recall": float("nan")}
-    assert curves_figure("edm2-digits", {"mclr": nothing, "sweep": {"mclr": [{"lam": 1, **nothing}]}})
+    assert curves_figure("edm2-digits", {"mclr": nothing, "sweep": {"dial": [{"strength": 1, **nothing}]}})
 
 
 def broken(where: str, value: object) -> str:
@@ -176,7 +178,7 @@ def broken(where: str, value: object) -> str:
         (broken("edm2-digits/base/fd/mean", "low"), "results.json is not as a tour writes it"),
         (broken("edm2-digits/mclr/lam", None), "results.json is not as a tour writes it"),
         (broken("edm2-digits/sweep/cfg", [{"cfd": 3}]), "(KeyError: 'gamma')"),
-        (broken("edm2-digits/sweep/mclr", 3), "results.json is not as a tour writes it"),
+        (broken("edm2-digits/sweep/dial", 3), "results.json is not as a tour writes it"),
         (broken("phases", 3), "results.json is not as a tour writes it"),
         (broken("phases", [{"name": "judge"}]), "(KeyError: 'seconds')"),
     ],

@@ -33,7 +33,7 @@ def tour(tmp_path_factory):
 def test_a_second_tour_scores_nothing_again_and_finds_the_same(tour):
     folder, first = tour
     second = json.loads((folder / "results.json").read_text())
-    for row in ("base", "control", "cfg", "mclr"):
+    for row in study.ROWS:
         for key in ("cfd", "precision", "recall"):
             assert second["var-digits"][row][key] == first["var-digits"][row][key]
     assert second["var-digits"]["gap_closed"] == first["var-digits"]["gap_closed"]
@@ -41,11 +41,13 @@ def test_a_second_tour_scores_nothing_again_and_finds_the_same(tour):
 
 def test_results_are_complete_and_consistent(tour):
     result = tour[1]["var-digits"]
-    cfd = {row: result[row]["cfd"]["mean"] for row in ("base", "control", "cfg", "mclr")}
+    cfd = {row: result[row]["cfd"]["mean"] for row in study.ROWS}
     assert result["gap_closed"] == gap_closed([cfd["control"]], [cfd["cfg"]], [cfd["mclr"]])
-    best = min(result["sweep"]["cfg"], key=lambda point: point["cfd"])
-    assert result["cfg"]["gamma"] == best["gamma"]
-    assert [point["lam"] for point in result["sweep"]["mclr"]] == pytest.approx([0.5, 1.0, 2.0])
+    assert result["gap_closed_by_dial"] == gap_closed([cfd["control"]], [cfd["cfg"]], [cfd["dial"]])
+    for row, key in (("cfg", "gamma"), ("dial", "strength")):
+        assert result[row][key] == min(result["sweep"][row], key=lambda point: point["cfd"])[key]
+    assert [point["strength"] for point in result["sweep"]["dial"]] == pytest.approx([0, 0.25, 0.5, 1.0, 2.0])
+    assert len({point["cfd"] for point in result["sweep"]["dial"]}) == 5
     assert all(len(result[row]["images_per_second"]["runs"]) == 5 for row in cfd)
 
 
@@ -58,7 +60,7 @@ def test_the_gap_is_of_the_means_and_needs_a_gain_of_cfg():
 
 def test_guidance_costs_a_second_forward_where_its_weight_is_not_zero(tour):
     result = tour[1]["var-digits"]
-    for row in ("base", "control", "mclr"):
+    for row in ("base", "control", "mclr", "dial"):
         assert result[row]["forwards_per_image"] == 1
     # the null stream is filled with all 30 tokens: the ramp is 0 at the first scale alone
     assert result["cfg"]["forwards_per_image"] == 2
@@ -75,7 +77,7 @@ def test_the_page_and_the_pictures_are_there(tour):
     folder, result = tour
     page = (folder / "report.html").read_text()
     assert "var-digits" in page and "MCLR" in page
-    assert len(set(result["var-digits"]["grids"].values())) == 4
+    assert len(set(result["var-digits"]["grids"].values())) == 5
     for path in result["var-digits"]["grids"].values():
         assert (folder / path).read_bytes().startswith(b"\x89PNG")
 

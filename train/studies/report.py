@@ -18,9 +18,10 @@ from mclr.kernels.timing import table
 from mclr.train.system.files import in_memory, regular, write_file, write_text
 
 # row -> its name in the tables
-ROWS = {"base": "base", "control": "control (more mle)", "cfg": "control + CFG", "mclr": "MCLR"}
+ROWS = {"base": "base", "control": "control (more mle)", "cfg": "control + CFG", "mclr": "MCLR", "dial": "MCLR with a dial"}
 # row -> the key of its weight in results.json, and its symbol
-WEIGHTS = {"cfg": ("gamma", "γ"), "mclr": ("lam", "λ")}
+WEIGHTS = {"cfg": ("gamma", "γ"), "mclr": ("lam", "λ"), "dial": ("strength", "s")}
+SWEPT = ("cfg", "dial")  # rows whose other weights were tried: the curves of the figure
 # key in results.json, heading (↑ higher is better, ↓ lower is better), format; None: three significant digits
 METRICS = [
     ("accuracy", "class accuracy ↑", ".3f"),
@@ -35,15 +36,22 @@ METRICS = [
 ]
 HEADINGS = ["model", *(heading for _, heading, _ in METRICS)]
 # Okabe and Ito's blue and vermilion, which colour-blind readers can tell apart; the markers differ as well
-STYLES = {"cfg": ("#0072B2", "o"), "mclr": ("#D55E00", "s"), "base": ("#6B7280", "D"), "control": ("#6B7280", "^")}
+STYLES = {
+    "cfg": ("#0072B2", "o"),
+    "dial": ("#D55E00", "s"),
+    "mclr": ("#D55E00", "*"),
+    "base": ("#6B7280", "D"),
+    "control": ("#6B7280", "^"),
+}
 INK = "#1F2937"
 LEGEND = """Values are mean ± standard deviation over the sampling seeds; speeds are the median and the range of the runs; – means
 not measured. <em>base</em>: the model before fine-tuning. <em>control</em>: base fine-tuned by plain maximum likelihood, with the
 compute of MCLR (so it sees more images). <em>CFG</em>: the control, sampled with classifier-free guidance of extra weight γ.
-<em>MCLR</em>: base fine-tuned with contrast weight λ, sampled without guidance. FD is the Fréchet distance to real images in the
+<em>MCLR</em>: base fine-tuned with contrast weight λ, sampled without guidance. <em>MCLR with a dial</em>: base fine-tuned once for all
+strengths, sampled at strength s without guidance. FD is the Fréchet distance to real images in the
 features of the judge; class-wise FD is its mean over the conditions. Precision and density tell how real the samples are, recall
-and coverage how much of the real data they cover. In the figures, both curves use sampling seed 0; base and control are the means
-of their rows."""
+and coverage how much of the real data they cover. In the figures, both curves use sampling seed 0; single points are the means of
+their rows."""
 CSS = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1F2937; max-width: 1160px; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.7rem } h2 { font-size: 1.3rem; margin-top: 2.5rem; border-bottom: 1px solid #D1D5DB } h3 { font-size: 1.05rem }
@@ -127,7 +135,8 @@ def gap_sentence(model: dict[str, Any]) -> str:
         return "Gap closed: not measured in this run."
     if model["gap_closed"] is None:
         return "Gap closed: –. CFG's class-wise FD is no lower than the control's, so there is no gap to close."
-    share = f"{model['gap_closed']:.0%}"
+    share, dial = f"{model['gap_closed']:.0%}", model.get("gap_closed_by_dial")
+    share += "" if dial is None else f" (with a dial {dial:.0%})"
     return f"Gap closed: MCLR reaches {share} of CFG's gain in class-wise FD over the control, without guidance."
 
 
@@ -184,10 +193,10 @@ def curves_figure(name: str, model: dict[str, Any]) -> bytes:
 def _draw_curves(axes: Axes, model: dict[str, Any], metric: str) -> None:
     """Draw a line per sweep, with the weight at each point, and a point each for base and control. Leave out scores that are not finite."""
     for row, (colour, marker) in STYLES.items():
-        if row in WEIGHTS:
+        if row in SWEPT:
             key, symbol = WEIGHTS[row]
             points = sorted((entry[key], entry[metric], entry["cfd"]) for entry in model["sweep"].get(row, []))
-            label = f"{ROWS[row]}, weight {symbol}"
+            label = f"{ROWS[row]}, by {symbol}"
         else:
             points = [(None, _mean(model[row][metric]), _mean(model[row]["cfd"]))] if row in model else []
             label = ROWS[row]
@@ -197,9 +206,9 @@ def _draw_curves(axes: Axes, model: dict[str, Any], metric: str) -> None:
         # points over all weights
         if points:
             axes.scatter(*places, color=colour, marker=marker, zorder=4)
-        for weight, x, y in points if row in WEIGHTS else []:
+        for weight, x, y in points if row in SWEPT else []:
             # the two lines often meet: the weights of one are above it, those of the other below, on white
-            side = (0, 8) if row == "mclr" else (0, -16)
+            side = (0, 8) if row == "dial" else (0, -16)
             note = axes.annotate(f"{weight:g}", (x, y), side, textcoords="offset points", color=colour, fontsize=9, ha="center")
             note.set_path_effects([withStroke(linewidth=3, foreground="white")])
     axes.set_yscale("log")

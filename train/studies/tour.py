@@ -30,10 +30,14 @@ from mclr.train.training.launch import micro_batch_of, start
 from mclr.train.weights.folder import find_weights, load_net, sha256
 
 # the five guidance weights of the sweep, around the best one of each control
-GAMMAS = {"edm2-digits": (0.2, 0.35, 0.5, 0.65, 0.8), "var-digits": (0.25, 0.5, 0.75, 1.0, 1.5)}
-# the mclr row uses the lam of the preset; the curve uses these multiples of it
-LAM_MULTIPLES = (0.5, 1.0, 2.0)
-LAM_MULTIPLES_FULL = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+GAMMAS = {
+    "edm2-digits": (0.2, 0.35, 0.5, 0.65, 0.8),
+    "sit-digits": (0.2, 0.35, 0.5, 0.65, 0.8),
+    "var-digits": (0.25, 0.5, 0.75, 1.0, 1.5),
+}
+# strengths of the dial, as multiples of the lam of the preset; the last one is its end
+STRENGTHS = (0.0, 0.25, 0.5, 1.0, 2.0)
+ROWS = ("base", "control", "cfg", "mclr", "dial")
 SEEDS, SEEDS_FULL = 3, 10
 ABOUT = {
     "reference": "all 1,797 scans",
@@ -41,7 +45,7 @@ ABOUT = {
     "features": "penultimate layer of the bundled digits-classifier (64 dimensions)",
     "covariances": "square roots by symmetric eigendecomposition, float64",
     "precision and recall": "k-nearest-neighbour manifolds, k = 3; density and coverage k = 5",
-    "guidance weight of the cfg row": "best of 5 by class-wise FD on sampling seed 0",
+    "guidance weight of the cfg row, strength of the dial row": "best of 5 by class-wise FD on sampling seed 0",
     "sampling seeds of the rows": "1 and up: means and standard deviations",
     "lam of the mclr row": "fixed in the preset beforehand",
     "equal compute": "forward and backward FLOPs of fine-tuning, with the posterior classifier's; so the control sees more images",
@@ -128,7 +132,7 @@ class Tour:
     def scores(self, name: str, arm: Arm, seed: int) -> dict[str, float]:
         """The scores of an arm. Reads them back if the tour has them already."""
         # the file's name holds all that decides the scores, so that a changed tour never reads old ones
-        gamma = arm.config.sample.gamma
+        gamma, strength = arm.config.sample.gamma, arm.config.sample.strength
         settings = json.dumps(arm.config.sample.model_dump(), sort_keys=True) + sha256(arm.weights)
         key = f"{arm.config.model.name}-{name}-{gamma:g}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}-{seed}"
         kept = self.out / "scores" / f"{key}.json"
@@ -137,7 +141,11 @@ class Tour:
         scores = arm.judged(self.judge, seed)
         kept.parent.mkdir(exist_ok=True)
         write_json(kept, scores)
-        print(f"{name:8} gamma {gamma:<5g} seed {seed}: " + ", ".join(f"{k} {v:.3g}" for k, v in scores.items()), flush=True)
+        print(
+            f"{name:8} gamma {gamma:<5g} strength {strength:<5g} seed {seed}: "
+            + ", ".join(f"{k} {v:.3g}" for k, v in scores.items()),
+            flush=True,
+        )
         return scores
 
     def row(self, name: str, arm: Arm) -> dict[str, Any]:
@@ -188,48 +196,51 @@ def gap_closed(control: Sequence[float], cfg: Sequence[float], method: Sequence[
 
 
 def compare(tour: Tour, model: str) -> dict[str, Any]:
-    """One paradigm: the four rows, the sweeps, the speeds, the grids."""
+    """One paradigm: the five rows, the sweeps, the speeds, the grids."""
     config = load(model, "mclr", "digits", "local", tour.overrides)
     lam, batch = config.objective.lam, config.train.batch
     assert lam is not None
-    runs = {}
-    for multiple in LAM_MULTIPLES_FULL if tour.full else LAM_MULTIPLES:
-        with tour.phase(f"{model}: fine-tune with MCLR, lam {lam * multiple:g}"):
-            runs[multiple] = tour.out / f"{model}-mclr-{lam * multiple:g}"
-            last = fine_tune(runs[multiple], model, "mclr", [*tour.overrides, f"objective.lam={lam * multiple}"])
-            if multiple == 1:
-                mclr_last = last
+    folders = {row: tour.out / f"{model}-{row}" for row in ("control", "mclr", "dial")}
+    with tour.phase(f"{model}: fine-tune with MCLR, lam {lam:g}"):
+        mclr_last = fine_tune(folders["mclr"], model, "mclr", tour.overrides)
+    dial = [*tour.overrides, f"model.strength.max={lam * STRENGTHS[-1]}"]
+    with tour.phase(f"{model}: fine-tune with MCLR and a dial, strengths 0 to {lam * STRENGTHS[-1]:g}"):
+        fine_tune(folders["dial"], model, "mclr", dial)
     images = -(-mclr_last["mle_images"] // batch) * batch
     with tour.phase(f"{model}: fine-tune the control, mle on {images} images"):
-        control = tour.out / f"{model}-control"
-        control_last = fine_tune(control, model, "mle", [*tour.overrides, f"train.images={images}"])
+        control_last = fine_tune(folders["control"], model, "mle", [*tour.overrides, f"train.images={images}"])
 
     arms = {
         "base": Arm(config, find_weights(str(config.model.weights))),
-        "control": Arm(config, control / "weights"),
-        "mclr": Arm(config, runs[1.0] / "weights"),
+        "control": Arm(config, folders["control"] / "weights"),
+        "mclr": Arm(config, folders["mclr"] / "weights"),
     }
-    with tour.phase(f"{model}: guidance sweep of the control"):
-        gammas = list(GAMMAS[model])
+    with_dial = load(model, "mclr", "digits", "local", dial)
+    with tour.phase(f"{model}: sweeps of guidance and of the dial"):
+        gammas, strengths = list(GAMMAS[model]), [lam * multiple for multiple in STRENGTHS]
         if tour.full:
-            gammas = sorted(gammas + [(a + b) / 2 for a, b in pairwise(gammas)])
-        candidates = {}
-        for gamma in gammas:
-            sample = config.sample.model_copy(update={"gamma": gamma})
-            candidates[gamma] = Arm(config.model_copy(update={"sample": sample}), control / "weights")
-        sweep = {gamma: tour.scores("cfg", arm, 0) for gamma, arm in candidates.items()}
-        best = min(sweep, key=lambda gamma: sweep[gamma]["cfd"])
-        arms["cfg"] = candidates[best]
-    with tour.phase(f"{model}: {len(tour.seeds)} sampling seeds of base, control, cfg, mclr"):
-        result: dict[str, Any] = {name: tour.row(name, arms[name]) for name in ("base", "control", "cfg", "mclr")}
-    with tour.phase(f"{model}: lam sweep, speeds, grids"):
-        lam_sweep = [{"lam": lam * m, **tour.scores("mclr", Arm(config, folder / "weights"), 0)} for m, folder in runs.items()]
-        for name, speed in speeds({name: arms[name] for name in result}).items():
+            gammas, strengths = (sorted(each + [(a + b) / 2 for a, b in pairwise(each)]) for each in (gammas, strengths))
+        sweep = {}
+        for row, key, settings, weights in (("cfg", "gamma", config, gammas), ("dial", "strength", with_dial, strengths)):
+            folder, points = folders["control" if row == "cfg" else row] / "weights", []
+            for weight in weights:
+                sample = settings.sample.model_copy(update={key: weight})
+                points.append((weight, Arm(settings.model_copy(update={"sample": sample}), folder)))
+            scores = [tour.scores(row, arm, 0) for _, arm in points]
+            best = min(range(len(points)), key=lambda i: scores[i]["cfd"])
+            arms[row] = points[best][1]
+            sweep[row] = [{key: weight, **each} for (weight, _), each in zip(points, scores, strict=True)]
+    with tour.phase(f"{model}: {len(tour.seeds)} sampling seeds of {', '.join(ROWS)}"):
+        result: dict[str, Any] = {name: tour.row(name, arms[name]) for name in ROWS}
+    with tour.phase(f"{model}: speeds, grids"):
+        for name, speed in speeds({name: arms[name] for name in ROWS}).items():
             result[name]["images_per_second"] = speed
-        result["grids"] = {name: tour.grid(name, arms[name]) for name in ("base", "control", "cfg", "mclr")}
-    result["cfg"]["gamma"], result["mclr"]["lam"] = best, lam
-    result["gap_closed"] = gap_closed(*([result[name]["cfd"]["mean"]] for name in ("control", "cfg", "mclr")))
-    result["sweep"] = {"cfg": [{"gamma": gamma, **scores} for gamma, scores in sweep.items()], "mclr": lam_sweep}
+        result["grids"] = {name: tour.grid(name, arms[name]) for name in ROWS}
+    result["mclr"]["lam"] = lam
+    result["cfg"]["gamma"], result["dial"]["strength"] = arms["cfg"].config.sample.gamma, arms["dial"].config.sample.strength
+    for name, key in (("mclr", "gap_closed"), ("dial", "gap_closed_by_dial")):
+        result[key] = gap_closed(*([result[row]["cfd"]["mean"]] for row in ("control", "cfg", name)))
+    result["sweep"] = sweep
     result["compute"] = {
         "MCLR: images": mclr_last["images"],
         "MCLR: TFLOPs, posterior classifier included": round(mclr_last["flops"] / 1e12, 3),
