@@ -1,4 +1,4 @@
-"""MCLR: fine-tune class-conditional image generators so that they need no guidance. README.md beside this file shows how.
+"""MCLR: fine-tune class-conditional image generators so that they need no guidance. PYTHON.md beside this file shows how.
 
 The names are looked up when they are first used: `import mclr` costs no more than torch. Only load and Model reach into train/.
 """

@@ -124,7 +124,7 @@ class Objective:
         return paired_rows(c_B, other_B1, null, lam_BT, weight_BT)
 
     def __call__(self, scores: Scores, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
-        """loss_B, unreduced, fp32, and metrics: 0-d tensors, averages over the batch (README.md says what each is)."""
+        """loss_B, unreduced, fp32, and metrics: 0-d tensors, averages over the batch (PYTHON.md says what each is)."""
         batch = len(rows.lam_BT)
         matched_BT = scores.value_RT[:batch]
         if self.beta is None:

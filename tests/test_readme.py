@@ -11,7 +11,12 @@ import pytest
 from mclr.train.cli import PROGRAMS
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "CONTRIBUTING.md", *(f"{room}/README.md" for room in ("mclr", "models", "kernels", "configs", "train"))]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "mclr/PYTHON.md",
+    *(f"{room}/README.md" for room in ("mclr", "models", "kernels", "configs", "train")),
+]
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -45,7 +50,7 @@ def test_commands_exist(page):
     assert [line for line in commands if shlex.split(line, comments=True)[1] not in PROGRAMS] == []
 
 
-@pytest.mark.parametrize(("page", "shown"), [("README.md", "model.save("), ("mclr/README.md", "mclr.from_logits(")])
+@pytest.mark.parametrize(("page", "shown"), [("README.md", "model.save("), ("mclr/PYTHON.md", "mclr.from_logits(")])
 def test_the_python_of_a_page_runs(page, shown, tmp_path):
     """In a folder of a user's own, block after block in one program."""
     program = "\n".join(blocks(page, "python"))
