@@ -53,6 +53,7 @@ KINDS = {
         "mclr",
         ("objective.contrast=uniform", "objective.schedule.kind=interval", "objective.schedule.high=0.5"),
     ),
+    "dial": ("edm2-digits", "mclr", ("model.strength.max=2.0", "objective.lam=null")),
     "prefix posterior": ("var-digits", "mclr", ("objective.contrast=posterior", "objective.lam=0.2")),
     "sharded reference": ("edm2-digits", "cca", ("engine.reference=sharded",)),
     "sharded reference of tokens": ("var-digits", "cca", ("engine.reference=sharded",)),
