@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mclr.adapters import from_denoiser
 from mclr.diffusion import Diffusion
+from mclr.forms import DDPM, ddpm_table
 from mclr.kernels.token_logp import token_logp
 from mclr.likelihood import Draws, Paradigm, Probe, Rows, Scores, score
 from mclr.next_scale import NextScale
@@ -34,8 +35,9 @@ RAMP = Schedule("ramp", 0.7)
 
 @contextmanager
 def float64() -> Iterator[None]:
-    """As a decorator or in a `with`: fp64 is the default and .float() gives it, so that the code as it is agrees to 1e-10."""
-    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+    """As a decorator or in a `with`: fp64 is the default, .float() gives it, and DDPM's sigmas have it: the code agrees to 1e-10."""
+    sigmas = mock.patch.object(DDPM, "_sigmas", staticmethod(lambda like: torch.from_numpy(ddpm_table()[0])))
+    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double), sigmas:
         torch.set_default_dtype(torch.float64)
         try:
             yield
