@@ -199,3 +199,54 @@ def test_positions(golden):
     assert positions(net.config).shape == (16, 64)
     if "pos_embed" in arrays:
         assert relative_rms(positions(net.config)[None], arrays["pos_embed"]) < 1e-6
+
+
+LAYOUTS = {
+    "bare": lambda weights: weights,
+    "averaged beside raw": lambda weights: {
+        "model": {name: 0 * weight for name, weight in weights.items()},
+        "ema": weights,
+        "opt": {"state": {}, "param_groups": [{"lr": 1e-4}]},
+        "steps": 400_000,
+    },
+    "of many ranks": lambda weights: {"ema": {f"module.{name}": weight for name, weight in weights.items()}},
+    "one network": lambda weights: {"state_dict": weights},
+    "without projectors": lambda weights: {name: weight for name, weight in weights.items() if not name.startswith("projectors")},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_of_a_published_sit_of_repa_is_read(layout, tmp_path, monkeypatch, capsys):
+    """As its authors publish it, and as those who fine-tune it may. Without projectors nothing in it shows the form."""
+    monkeypatch.chdir(tmp_path)
+    _, given, names = load_golden("sit_repa_tiny.npz")
+    shapes = {name: shape for name, shape in names.items() if name != "pos_embed"}
+    config = DiTConfig(
+        8, 4, 10, "flow", given["depth"], given["hidden_size"], given["num_heads"], given["patch_size"], variance=False
+    )
+    config = replace(config, projector_sizes=tuple(given["z_dims"]), projector_dim=given["projector_dim"])
+    net = load_rule(DiT(config), shapes, PUBLISHED)
+    torch.save(LAYOUTS[layout](PUBLISHED.entries(net) | PUBLISHED.constants(config)), "file.pt")
+    options = ["num_heads=" + str(config.num_heads)]
+    if layout == "without projectors":
+        assert main(["convert", "file.pt", "ours", *options]) == 2
+        assert "does not show whether it is a DiT or a SiT: give form=ddpm or form=flow_to_data" in capsys.readouterr().err
+        options.append("form=flow")
+    assert main(["convert", "file.pt", "ours", *options]) == 0
+    found = load_net("ours").state_dict()
+    expected = {
+        name: tensor for name, tensor in net.state_dict().items() if layout != "without projectors" or "projectors" not in name
+    }
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_answers_of_neither_c_nor_2c_channels_are_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    net = DiT(DiTConfig(8, 4, 10, "ddpm", 2, 64, 1))
+    weights = PUBLISHED.entries(net) | PUBLISHED.constants(net.config)
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        weights[name] = weights[name][:24]
+    torch.save(weights, "file.pt")
+    assert main(["convert", "file.pt", "ours", "form=ddpm"]) == 2
+    said = capsys.readouterr().err
+    assert "answers have 6 channels, neither 4 nor 8" in said and said.count("\n") == 1
