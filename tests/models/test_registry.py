@@ -147,7 +147,9 @@ def test_a_wrong_option_of_ones_own_network_is_one_line(tmp_path, monkeypatch, c
         assert capsys.readouterr().err == f"error: {line}\n"
 
 
-@pytest.mark.parametrize("name", ["edm2-digits", "sit-digits", "var-digits", "digits-tokenizer", "digits-classifier", "digits-posterior"])
+@pytest.mark.parametrize(
+    "name", ["edm2-digits", "sit-digits", "var-digits", "digits-tokenizer", "digits-classifier", "digits-posterior"]
+)
 def test_bundled_options_are_in_their_ranges(name):
     net = load_net(name)
     hints = hints_of(type(net.config))

@@ -228,7 +228,7 @@ def describe(config: RunConfig, net: nn.Module, micro_batch: int) -> list[str]:
             if guide.weights
             else []
         ),
-        *schedule_table("lam", objective.schedule, options.get("patch_nums")),
+        *schedule_table("lam / s" if objective.strength_max else "lam", objective.schedule, options.get("patch_nums")),
         *posterior_lines(config),
         f"data       {data.name}: {data.num_classes} classes, {data.channels} x {data.resolution}^2{latents}",
         f"engine     {engine.here()}, {', '.join(ways)}, {ranks} rank(s), {share}",
