@@ -49,12 +49,11 @@ class Dial(nn.Module):
 @torch.no_grad()
 def folded(net: Any, strength: float) -> Any:
     """A copy without a dial that answers as this network at one strength. Raises UserError where there is no such network."""
-    if not net.config.strength_max:
+    end = end_of_dial(net)
+    if not end:
         raise UserError("these weights have no dial: leave out --strength")
-    if not 0 <= strength <= net.config.strength_max:
-        raise UserError(
-            f"--strength {strength:g} is out of range: the dial of these weights goes from 0 to {net.config.strength_max:g}"
-        )
+    if not 0 <= strength <= end:
+        raise UserError(f"--strength {strength:g} is out of range: the dial of these weights goes from 0 to {end:g}")
     if not hasattr(net, "embed_condition"):
         raise UserError(
             f"the dial of an {type(net).__name__} cannot be folded: it normalises the layer of its conditions, to which the strength "

@@ -51,6 +51,8 @@ def test_a_dial_from_training_to_published_names(model, command, tmp_path):
     with pytest.raises(ValueError, match="this network has no dial"):
         mclr.load(model, device="cpu").sample([3], strength=0.5)
 
+    for other in (model, "digits-tokenizer"):
+        assert "these weights have no dial" in command("convert", other, "none", "--strength", 1)[1]
     status, said = command("convert", "run", "plain.safetensors", "--strength", 1.5)
     if model == "edm2-digits":
         assert status == 2 and "the dial of an EDM2 cannot be folded" in said and not (tmp_path / "plain.safetensors").exists()
