@@ -128,7 +128,7 @@ class Diffusion:
         """Images [B, C, H, W], one forward per evaluation and a second one where gamma is not 0."""
         net = network(net, "net")
         guide = guidance.guide_for(net, self.null)
-        form, channels, dial = self.form, self.guided_channels, guidance.told(c_B)
+        form, channels, dial = self.form, self.guided_channels, guidance.told(net, c_B)
 
         def denoise(state: Tensor, level: float) -> Tensor:
             level_B = torch.full((len(state),), level, device=state.device)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mclr.likelihood import Guide, guide_of
+from mclr.likelihood import Guide, guide_of, refuse_strength
 from mclr.schedule import NONE, Schedule
 
 
@@ -46,6 +46,10 @@ class Guidance:
         """The guide of a network with this null condition."""
         return self.guide or Guide(net, null)
 
-    def told(self, c_B: Tensor) -> list[Tensor | None]:
-        """The last inputs of a network whose dial does not stand at 0, after the conditions: no index, the strength of every sample."""
+    def told(self, net: Any, c_B: Tensor) -> list[Tensor | None]:
+        """The last inputs of a network whose dial does not stand at 0, after the conditions: no index, the strength of every sample.
+
+        Raises ValueError where its dial does not go so far.
+        """
+        refuse_strength(net, self.strength)
         return [None, torch.full(c_B.shape, self.strength, device=c_B.device)] if self.strength else []

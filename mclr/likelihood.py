@@ -141,6 +141,14 @@ def network(given: Any, name: str) -> Any:
     return net
 
 
+def refuse_strength(net: Any, strength: float) -> None:
+    """Raises ValueError for a strength that the dial of a network does not have; networks of a user's own do not say."""
+    end = getattr(getattr(net, "config", None), "strength_max", strength)
+    if not 0 <= strength <= end:
+        has = f"the dial of the network goes from 0 to {end:g}" if end else "the network has no dial"
+        raise ValueError(f"strength={strength} is out of range: {has}")
+
+
 def ask(net: Net, shape: tuple[int, ...], hint: str, *inputs: Any, alone: bool = False, **cache: Any) -> Prediction:
     """(answer, rest) of a network. Raises ValueError for what a network of a user's own may do wrong, in one line that ends with `hint`.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mclr.combinations import objective_conflicts
 from mclr.diffusion import Diffusion
 from mclr.kernels.weight_norm import force_weights
-from mclr.likelihood import Draws, Net, Paradigm, guide_of, network, score
+from mclr.likelihood import Draws, Net, Paradigm, guide_of, network, refuse_strength, score
 from mclr.objective import Objective
 from mclr.posterior import calibration, noisy_posterior, prefix_posterior
 
@@ -98,6 +98,7 @@ class Loss:
             how = "needs generated=(x, c), samples of the reference" if generated is None else "takes no generated="
             raise ValueError(f"objective {self.objective.name} {how}")
         net = network(net, "net")
+        refuse_strength(net, self.objective.strength_max)
         given = {"": (x, c)} if generated is None else {"": (x, c), "generated ": generated}
         for name, (x_B, c_B) in given.items():
             if not isinstance(x_B, Tensor) or not isinstance(c_B, Tensor):

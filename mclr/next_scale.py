@@ -142,7 +142,7 @@ class NextScale:
         Scales of weight 0 skip the guide. It reads them in one block-causal pass at the next scale whose weight is not 0.
         """
         net = network(net, "net")
-        guide = guidance.guide_for(net, self.null)
+        guide, dial = guidance.guide_for(net, self.null), guidance.told(net, c_B)
         if not hasattr(net, "new_cache") or not hasattr(guide.net, "new_cache"):
             raise ValueError(f"the network has no new_cache(rows): {HINT}")
         progress = scale_progress(self.scales)
@@ -152,7 +152,7 @@ class NextScale:
         teacher = f_hat.new_zeros(len(c_B), 0, *f_hat.shape[1:2])
         unseen, tokens = [], []
         for k, side in enumerate(self.scales):
-            h, head = ask(net, (len(c_B), side * side), HINT, teacher, c_B, *guidance.told(c_B), cache=cache)
+            h, head = ask(net, (len(c_B), side * side), HINT, teacher, c_B, *dial, cache=cache)
             logits = head(h)
             unseen.append(teacher)
             if weights[k] != 0:

@@ -1,4 +1,4 @@
-"""The dial: a network that is told the strength s of its answer, as if it had been tuned for lam = s alone.
+"""The dial: a network that is told the strength s of its answer, trained for every lam = s from 0 to its end.
 
 R rows; D width. s is 0 or more; 0 is the plain network.
 """
@@ -28,11 +28,6 @@ def log_strength(strength_R: Tensor | None, c_R: Tensor) -> Tensor:
     return torch.zeros(c_R.shape, device=c_R.device) if strength_R is None else strength_R.float().log1p()
 
 
-def end_of_dial(net: Any) -> float:
-    """The largest strength of a network, 0 where it has no dial."""
-    return getattr(getattr(net, "config", None), "strength_max", 0.0)
-
-
 class Dial(nn.Module):
     """What the strength adds to the embedded condition of a row, [R, D]: 0 before training, and always for the null condition."""
 
@@ -49,7 +44,7 @@ class Dial(nn.Module):
 @torch.no_grad()
 def folded(net: Any, strength: float) -> Any:
     """A copy without a dial that answers as this network at one strength. Raises UserError where there is no such network."""
-    end = end_of_dial(net)
+    end = getattr(net.config, "strength_max", 0.0)
     if not end:
         raise UserError("these weights have no dial: leave out --strength")
     if not 0 <= strength <= end:

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     print("the judge")
     for key, text in ABOUT.items():
         print(f"  {key}: {text}")
-    print("for each model three fine-tunings, then samples: about 12 minutes on two idle cores", flush=True)
+    print("for each model three fine-tunings, then samples: 10 to 25 minutes on two cores", flush=True)
     results: dict[str, Any] = {"judge": ABOUT}
     for model in [args.model] if args.model else list(GAMMAS):
         results[model] = compare(tour, model)

@@ -34,19 +34,19 @@ def load(model: str, objective: str, data: str, engine: str, overrides: list[str
     for kind, name in (("engine", engine), ("data", data), ("model", model), ("objective", objective)):
         merge(merged, read_preset(kind, name))
     patches = [parse_override(override) for override in overrides]
-    # a dial takes the place of the lam that presets set
-    if any(dial_in(patch) for patch in patches) and isinstance(merged.get("objective"), dict):
-        merged["objective"].pop("lam", None)
     for patch in patches:
         merge(merged, patch)
+    # a dial takes the place of the lam that presets set
+    if value_at(merged, "model.strength.max") and not any(value_at(patch, "objective.lam") is not None for patch in patches):
+        merge(merged, {"objective": {"lam": None}})
     return from_dict(merged)
 
 
-def dial_in(patch: dict[str, Any]) -> Any:
-    """model.strength.max of an override; nothing where it sets something else."""
-    for key in ("model", "strength", "max"):
-        patch = patch.get(key, {}) if isinstance(patch, dict) else {}
-    return patch
+def value_at(sections: Any, key: str) -> Any:
+    """The value under a dotted key; None where there is none."""
+    for name in key.split("."):
+        sections = sections.get(name) if isinstance(sections, dict) else None
+    return sections
 
 
 def from_dict(sections: dict[str, Any]) -> RunConfig:

@@ -50,7 +50,7 @@ class Strength(Section):
     """The dial of a network."""
 
     max: NotNegative = setting(
-        0.0, "A dial: the network is told a strength from 0 to this, and answers as if tuned for that lam alone; 0: no dial"
+        0.0, "A dial: the network is told a strength, and is trained for every lam from 0 to this; 0: no dial"
     )
 
 

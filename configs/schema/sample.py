@@ -1,6 +1,8 @@
 """The sample section: how images are drawn."""
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
 
 from mclr.configs.schema.objective import Guide, Schedule
 from mclr.configs.schema.section import Count, NotNegative, Positive, Section, Whole, setting
@@ -18,11 +20,12 @@ class Sample(Section):
     batch: Count = setting(64, "Images drawn at once")
     gamma: float = setting(0.0, "Extra weight of guidance, whose total weight is 1 + gamma; 0: no guidance")
     schedule: Schedule = Schedule()
-    strength: NotNegative = setting(
-        0.0, "Where the dial stands, up to model.strength.max: answers as if tuned for that lam; 0: plain"
-    )
+    strength: NotNegative = setting(0.0, "Where the dial stands, from 0, plain, to model.strength.max")
     guided_channels: Count | None = setting(None, "diffusion: guidance acts on the first so many channels; null: on all")
-    guide: Guide = Guide()
+    # a name alone is its weights: so runs from before there was a condition are read
+    guide: Annotated[
+        Guide, BeforeValidator(lambda value: {"weights": value} if value is None or isinstance(value, str) else value)
+    ] = Guide()
     top_k: Whole = setting(0, "next_scale: draw among the k likeliest codes; 0: among all")
     top_p: float = setting(1.0, "next_scale: draw among the likeliest codes of this total probability", gt=0, le=1)
     more_smooth: bool = setting(False, "next_scale: blend codes, as VAR does for pictures; not for scores")

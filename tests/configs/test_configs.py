@@ -8,6 +8,7 @@ import sys
 
 import pydantic
 import pytest
+import yaml
 
 from mclr.configs import page, schema
 from mclr.configs.schema import PRESETS, RunConfig, dump, flatten, from_dict, load, load_resolved
@@ -353,3 +354,22 @@ def test_the_schema_imports_no_heavy_library():
     code = "import sys, mclr.configs.schema; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "numpy", "deepspeed"} & set(modules)
+
+
+def test_runs_from_before_a_guide_had_a_condition_are_read(tmp_path):
+    for guide in (None, "edm2-digits"):
+        config = load("edm2-digits", "mclr", "digits", "local", ["sample.gamma=1.0"])
+        old = config.model_dump(mode="json")
+        old["sample"]["guide"] = guide
+        (tmp_path / "config.yaml").write_text(yaml.dump(old))
+        assert load_resolved(tmp_path).sample.guide.weights == guide
+
+
+def test_a_dial_takes_the_place_of_lam_wherever_it_is_set(tmp_path):
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("base: edm2-digits\nmodel: {name: mine, strength: {max: 2.0}}\n")
+    config = load(str(preset), "mclr", "digits", "local", [])
+    assert (config.model.strength.max, config.objective.lam) == (2.0, None)
+    assert load(str(preset), "mclr", "digits", "local", ["model.strength.max=0"]).objective.lam == 1.5
+    with pytest.raises(UserError, match=r"objective.lam=1.5 and model.strength.max=2.0: give one of them"):
+        load(str(preset), "mclr", "digits", "local", ["objective.lam=1.5"])

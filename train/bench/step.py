@@ -41,7 +41,7 @@ from mclr.train.engine.base import autocast_of
 from mclr.train.system.console import Parser, run
 from mclr.train.training.build import Networks, build_networks, build_task, compile_every_length, open_source
 from mclr.train.training.compute import add_up, forward_flops, rows_of
-from mclr.train.training.networks import build_classifier, build_net, build_objective, build_schedule
+from mclr.train.training.networks import build_classifier, build_guide, build_net, build_objective, build_schedule
 from mclr.train.training.state import RunState
 from mclr.train.training.step import Task, train_step
 
@@ -118,7 +118,8 @@ def build_noise(config: RunConfig, device: torch.device) -> tuple[Source, Networ
         shape = encoder.shape(config.data)
         assert shape is not None
         samples = Batch((256 * draws.uniform(*shape)).to(torch.uint8), c_B)
-    return Noise(samples), Networks(encoder, net, classifier, reference=None, generated=None)
+    guide = build_guide(config, net, "objective")
+    return Noise(samples), Networks(encoder, net, classifier, reference=None, generated=None, guide=guide)
 
 
 def build(model: str, objective: str, overrides: list[str], device: torch.device) -> tuple[Task, RunConfig]:

@@ -70,7 +70,7 @@ class Model:
     """The networks of a run as fake tensors, and what was measured of them. encoder: that of the run.
 
     groups: elements of every weight, in the groups of the optimizer; count: of all. block: elements of the largest block. buffers,
-    reference: bytes. posterior: parameters of the classifier. flops, classifier_flops: of one row's forward.
+    reference, guide: bytes. posterior: parameters of the classifier. flops, classifier_flops: of one row's forward.
     """
 
     def __init__(self, config: RunConfig, encoder: Encoder):
@@ -92,6 +92,8 @@ class Model:
             # Frozen stores linear layers in bf16
             linear = sum(elements_of(m) for m in net.modules() if isinstance(m, nn.Linear))
             self.reference = 4 * elements_of(net) - (2 * linear if self.bf16 else 0)
+            guide = config.objective.guide.weights
+            self.guide = 4 * read_config(find_weights(guide)).get("parameters", self.count) if guide else 0
             self.posterior = elements_of(self.classifier) if self.classifier else 0
             self.flops = self._of_all_blocks(lambda: flops_of(lambda: self._values(self._probe(1), Forward(1), 1)))
             self.classifier_flops = flops_of(lambda: self._classify(self._probe(1))) if self.classifier else 0

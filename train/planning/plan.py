@@ -17,7 +17,8 @@ buckets: DeepSpeed's, b = min(P, 1e8) elements (train/engine/zero.py), and a fla
 gathered: DeepSpeed fetches up to b elements ahead, beside the largest block. The message that brought them, m = max(b, block), is
 freed when its last part is used. This is a bound: 70 to 100 % of it were measured on 2 ranks. sent: per step, in rings, times
 (N - 1)/N. P' = P - b: backward gathers again all but the b elements left from forward; P' = P where the step has a forward without
-gradient. Averages: 4P/N each. Reference: whole, with linear layers in 2 bytes under bf16; or sharded like the weights of ZeRO 3.
+gradient. Averages: 4P/N each. Reference: whole, with linear layers in 2 bytes under bf16; or sharded like the weights of ZeRO 3; or another
+network as guide, 4 bytes per parameter, whose FLOPs are taken for those of the network.
 Classifier of the posterior: 16 bytes per parameter, at every stage. offload: the optimizer and its gradients are in host memory.
 tests/planning/test_plan.py compares weights, gathered, gradients, optimizer, averages and bytes sent with those of a step.
 
@@ -126,7 +127,7 @@ def memory_of(model: Model, ranks: int, micro_batch: int) -> dict[str, float]:
         "gradients": gradients,
         "optimizer": optimizer,
         "averages": len(averages) * 4 * P * share,
-        "reference": reference if model.objective.needs_reference else 0,
+        "reference": reference if model.objective.needs_reference else model.guide,
         "classifier": 16 * model.posterior,
         "buckets": 8 * bucket if zero else flat,
         "activations": max(model.activations(micro_batch, zero == 3), stepping),

@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 
 from mclr.configs.schema import FILE, RunConfig
 from mclr.diffusion import Diffusion
+from mclr.errors import UserError
 from mclr.guidance import Guidance
 from mclr.likelihood import ENCODING, SAMPLING, Draws, Guide, guide_of
-from mclr.models.dial import end_of_dial
 from mclr.models.registry import NETWORKS, fold
 from mclr.schedule import Schedule
 from mclr.train.data.encoders import Encoder, Latents, Tokens, from_uint8, to_uint8
@@ -135,10 +136,9 @@ class Model:
             guide = self.guidance.guide
         elif guide is not None:
             guide = self.fitting(guide)
-        strength, dial = self.guidance.strength if strength is None else strength, end_of_dial(self.net)
-        if not 0 <= strength <= dial:
-            has = f"the dial goes from 0 to {dial:g}" if dial else "this network has no dial"
-            raise ValueError(f"strength={strength!r} is out of range: {has}")
+        strength = self.guidance.strength if strength is None else strength
+        if not isinstance(strength, Real):
+            raise ValueError(f"strength={strength!r} must be a number")
         this = replace(self, paradigm=paradigm, guidance=Guidance(gamma, guide, strength))
         # `mclr sample` draws full micro-batches, in which the image of a seed has the place seed % batch.
         before, after = (seed % self.batch, -(seed + len(conditions)) % self.batch) if exact else (0, 0)
@@ -257,6 +257,11 @@ def load_generator(config: RunConfig, weights: Path, device: torch.device | str 
     net = build_net(config, encoder)
     load_into(net, weights)
     description = read_config(weights)
+    if (dial := description["config"].get("strength_max", 0.0)) != config.model.strength.max:
+        has = f"have a dial from 0 to {dial:g}" if dial else "have no dial"
+        raise UserError(
+            f"model.strength.max={config.model.strength.max:g}, but the weights {weights} {has}: leave that setting out"
+        )
     guide = build_guide(config, net, "sample", description.get("classes", ()))
     for module in (net, *([guide.net] if guide else [])):
         module.to(device).eval()

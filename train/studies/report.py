@@ -191,7 +191,7 @@ def curves_figure(name: str, model: dict[str, Any]) -> bytes:
 
 
 def _draw_curves(axes: Axes, model: dict[str, Any], metric: str) -> None:
-    """Draw a line per sweep, with the weight at each point, and a point each for base and control. Leave out scores that are not finite."""
+    """Draw a line per sweep, with the weight at each point, and a point for every other row. Leave out scores that are not finite."""
     for row, (colour, marker) in STYLES.items():
         if row in SWEPT:
             key, symbol = WEIGHTS[row]
@@ -202,14 +202,16 @@ def _draw_curves(axes: Axes, model: dict[str, Any], metric: str) -> None:
             label = ROWS[row]
         points = [point for point in points if math.isfinite(point[1]) and math.isfinite(point[2])]
         places = [x for _, x, _ in points], [y for *_, y in points]
-        axes.plot(*places, color=colour, marker=marker, linewidth=1.8, label=label)
+        axes.plot(*places, color=colour, marker=marker, linewidth=1.8, linestyle="-" if row in SWEPT else "none", label=label)
         # points over all weights
         if points:
             axes.scatter(*places, color=colour, marker=marker, zorder=4)
         for weight, x, y in points if row in SWEPT else []:
             # the two lines often meet: the weights of one are above it, those of the other below, on white
             side = (0, 8) if row == "dial" else (0, -16)
-            note = axes.annotate(f"{weight:g}", (x, y), side, textcoords="offset points", color=colour, fontsize=9, ha="center")
+            note = axes.annotate(
+                f"{weight:g}", (x, y), side, textcoords="offset points", color=colour, fontsize=9, ha="center", zorder=5
+            )
             note.set_path_effects([withStroke(linewidth=3, foreground="white")])
     axes.set_yscale("log")
     for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from mclr.configs.schema import RunConfig, load
+from mclr.errors import UserError
 from mclr.models.features import ImageClassifier
 from mclr.train.data.dataset import load_split
 from mclr.train.data.encoders import ROUNDING
@@ -45,7 +46,7 @@ ABOUT = {
     "features": "penultimate layer of the bundled digits-classifier (64 dimensions)",
     "covariances": "square roots by symmetric eigendecomposition, float64",
     "precision and recall": "k-nearest-neighbour manifolds, k = 3; density and coverage k = 5",
-    "guidance weight of the cfg row, strength of the dial row": "best of 5 by class-wise FD on sampling seed 0",
+    "guidance weight of the cfg row, strength of the dial row": "best of the sweep by class-wise FD on sampling seed 0",
     "sampling seeds of the rows": "1 and up: means and standard deviations",
     "lam of the mclr row": "fixed in the preset beforehand",
     "equal compute": "forward and backward FLOPs of fine-tuning, with the posterior classifier's; so the control sees more images",
@@ -196,14 +197,17 @@ def gap_closed(control: Sequence[float], cfg: Sequence[float], method: Sequence[
 
 
 def compare(tour: Tour, model: str) -> dict[str, Any]:
-    """One paradigm: the five rows, the sweeps, the speeds, the grids."""
+    """One model: the five rows, the sweeps, the speeds, the grids."""
     config = load(model, "mclr", "digits", "local", tour.overrides)
     lam, batch = config.objective.lam, config.train.batch
-    assert lam is not None
+    if lam is None:
+        raise UserError("a tour trains with a dial and without: leave out model.strength.max")
     folders = {row: tour.out / f"{model}-{row}" for row in ("control", "mclr", "dial")}
     with tour.phase(f"{model}: fine-tune with MCLR, lam {lam:g}"):
         mclr_last = fine_tune(folders["mclr"], model, "mclr", tour.overrides)
-    dial = [*tour.overrides, f"model.strength.max={lam * STRENGTHS[-1]}"]
+    # the lam of the dial is drawn
+    kept = [each for each in tour.overrides if not each.startswith("objective.lam=")]
+    dial = [*kept, f"model.strength.max={lam * STRENGTHS[-1]}"]
     with tour.phase(f"{model}: fine-tune with MCLR and a dial, strengths 0 to {lam * STRENGTHS[-1]:g}"):
         fine_tune(folders["dial"], model, "mclr", dial)
     images = -(-mclr_last["mle_images"] // batch) * batch

@@ -189,7 +189,7 @@ def build_task(config: RunConfig, source: Source, networks: Networks, device: to
     guide = networks.guide
     if guide is not None:
         fold(guide.net.to(device))
-        # whole on every rank: a guide is the smaller network
+        # held whole on every rank
         guide = replace(guide, net=Frozen(guide.net, bf16))
 
     def engine_of(net: nn.Module, lr: float, weight_decay: float, zero: int, offload: bool) -> Engine:

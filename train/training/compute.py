@@ -116,7 +116,9 @@ def forward_flops(task: Task) -> dict[str, int]:
 
     counted = {"net": flops_of(lambda: value(task.engine.net, batch.c_B)), "posterior": 0, "guide": 0}
     if (guide := task.loss.guide) is not None:
-        counted["guide"] = flops_of(lambda: value(guide.net.net, guide.conditions(batch.c_B)))
+        # in its own precision: it may store linear layers in bf16
+        with guide.net.autocast:
+            counted["guide"] = flops_of(lambda: value(guide.net.net, guide.conditions(batch.c_B)))
     if task.posterior_engine is not None:
         classifier, paradigm = task.posterior_engine.net, task.loss.paradigm
         assert isinstance(paradigm, Diffusion)

@@ -211,7 +211,7 @@ def describe(config: RunConfig, net: nn.Module, micro_batch: int) -> list[str]:
         math.ceil(settings.batch * calls.samples * rows_per_sample(each, getattr(net, "tokens", 1)))
         for each in (calls.grad, calls.free, calls.reference)
     )
-    lam = config.objective.lam if config.objective.lam is not None else f"0 to {objective.strength_max:g}, as the dial stands"
+    lam = config.objective.lam if config.objective.lam is not None else f"0 to {objective.strength_max:g}, drawn for every sample"
     guide = config.objective.guide
     begins = f"from the weights {model.weights}" if model.weights else "from random weights (others: --init WEIGHTS)"
     vae = model.vae if isinstance(model, DiffusionModel) else None

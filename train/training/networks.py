@@ -121,7 +121,7 @@ def build_classifier(config: RunConfig) -> NoiseClassifier:
 def build_objective(config: RunConfig) -> Objective:
     objective = config.objective
     # with a dial lam is not given, and the schedule is that of strength 1
-    schedule = build_schedule(objective.schedule, 1.0 if objective.lam is None else objective.lam)
+    schedule = build_schedule(objective.schedule, 1.0 if config.model.strength.max else objective.lam or 0.0)
     more = objective.model_dump(include={"bound", "truncate", "beta"})
     return Objective(objective.name, objective.contrast, schedule, **more, strength_max=config.model.strength.max)
 

@@ -46,7 +46,7 @@ WAYS_OUT = {
     "vocab_size": TOKENS,
     "z_channels": TOKENS,
     "sigma_data": "give theirs, model.sigma_data=",
-    "strength_max": "give their dial, model.strength.max=, or fold it by `mclr convert --strength`",
+    "strength_max": "give their dial, model.strength.max=; of a VAR or DiT `mclr convert --strength` folds it",
 }
 
 

@@ -77,6 +77,7 @@ def _training(description: Mapping[str, Any]) -> list[str]:
     facts = {
         "objective": _settings(description.get("objective", {})),
         "dial": f"strengths 0 to {dial:g}, as sample.strength" if (dial := description["config"].get("strength_max")) else "",
+        "folded at strength": f"{description['strength']:g}" if "strength" in description else "",
         "data": _data(description),
         "images seen": f"{description['images_seen']:,}" if "images_seen" in description else "",
         "average of the weights": f"of relative width {description['ema_std']}" if description.get("ema_std") else "",
