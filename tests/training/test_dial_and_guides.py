@@ -48,7 +48,7 @@ def test_a_dial_from_training_to_published_names(model, command, tmp_path):
     found = mclr.load("run/weights", device="cpu", model=model)
     assert torch.equal(found.sample([3], seed=1, strength=0), found.sample([3], seed=1))
     for strength in (-1, 2.5, float("nan")):
-        with pytest.raises(ValueError, match="is out of range: the dial of the network goes from 0 to 2"):
+        with pytest.raises(ValueError, match=r"strength=.* is out of range"):
             found.sample([3], strength=strength)
     with pytest.raises(ValueError, match="the network has no dial"):
         mclr.load(model, device="cpu").sample([3], strength=0.5)

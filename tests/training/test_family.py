@@ -98,7 +98,7 @@ def test_generated_samples_keep_their_condition_and_their_place(fine_tune, monke
     seen = []
     real = mclr.loss.score
 
-    def score(paradigm, net, probe, rows, reference, lockstep):
+    def score(paradigm, net, probe, rows, reference, *more):
         seen.append((rows.index_R, rows.c_R, paradigm.null))
         return real(paradigm, net, probe, rows, reference)
 
