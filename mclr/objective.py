@@ -64,11 +64,13 @@ class Objective:
         """lam as a function of progress; with a dial that of strength 1."""
         if isinstance(self.lam, Schedule):
             return self.lam
-        return Schedule("constant", self.lam or float(self.lam is None and self.strength_max > 0))
+        if self.lam is None and self.strength_max:
+            return Schedule("constant", 1.0)
+        return Schedule("constant", self.lam or 0.0)
 
     @property
     def given(self) -> float | None:
-        """lam at its full weight; None where it says none, but at most the shape of a dial."""
+        """The weight of lam. None where lam is not given, or is no more than the shape of a dial."""
         if isinstance(self.lam, Schedule):
             return None if self.strength_max and self.lam.weight == 1 else self.lam.weight
         return self.lam

@@ -9,8 +9,9 @@ from launch import as_rank
 from photos import save_tiny_vae
 from PIL import Image
 
-from mclr.configs.schema import load
+from mclr.configs.schema import Sample, load
 from mclr.errors import UserError
+from mclr.guidance import Guidance
 from mclr.train.cli import main
 from mclr.train.data.images import image_paths, read_images
 from mclr.train.training.build import build_networks, build_task, open_source
@@ -39,7 +40,7 @@ def make(digits, tmp_path):
         settings = [*FEW[model], f"data.path={digits}", "train.grid_every=100", "sample.batch=16", *overrides]
         config = load(model, "mle", "digits", "local", settings)
         task = build_task(config, open_source(config), build_networks(config, CPU), CPU, config.train.batch)
-        return Preview(task, config.train.grid_every, config.sample.batch, Run(tmp_path) if run else None), task
+        return Preview(task, config.train.grid_every, config.sample, Run(tmp_path) if run else None), task
 
     return make
 
@@ -55,6 +56,17 @@ def test_a_picture_is_due_once_every_so_many_images_and_at_the_end(make):
     assert [images for images, before, done in steps if preview.due(images, before, done)] == [128, 224, 320, 384]
     never, _ = make("var-digits", "train.grid_every=0")
     assert not never.due(100, 0, True)
+
+
+def test_it_shows_the_strength_of_the_settings(make, monkeypatch):
+    preview, task = make("var-digits")
+    monkeypatch.setattr(
+        type(task.loss.paradigm), "sample", lambda self, net, c_B, guidance, draws: told.append(guidance) or 1 / 0
+    )
+    preview.guidance, told = Preview(task, 100, Sample(strength=1.5), None).guidance, []
+    with pytest.raises(ZeroDivisionError):
+        preview.write(128)
+    assert told == [Guidance(strength=1.5)]
 
 
 @pytest.mark.parametrize("model", FEW)
@@ -163,7 +175,7 @@ def test_latents_are_decoded(digits, tmp_path):
         encoder=networks.encoder,
         loss=SimpleNamespace(paradigm=build_paradigm(config, networks.encoder)),
     )
-    preview = Preview(task, 8, 256, Run(tmp_path))
+    preview = Preview(task, 8, config.sample.model_copy(update={"batch": 256}), Run(tmp_path))
     preview.write(8)
     with Image.open(preview.folder.given[0][3]) as picture:
         assert picture.mode == "RGB" and picture.size == (2 * (3 * 33 - 1), 2 * (4 * 33 - 1))

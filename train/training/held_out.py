@@ -116,7 +116,8 @@ class HeldOut:
         null: (1 + lam) times the loss of maximum likelihood of the inversely guided network, whose lowest value depends on data alone.
         posterior, weighted: for diffusion the weighted squared distance to the guided denoiser (1 + lam) D_c - lam D_0, plus a constant
         that depends on data, draws and posterior; so a posterior that learns in the same run moves the loss, and ranks less well.
-        With a reference: the loss of telling the two apart. Uniform contrasts without a bound have no lowest loss.
+        With a dial, all of this over the strengths drawn. With a reference: the loss of telling the two apart. Uniform contrasts without
+        a bound have no lowest loss.
         The loss as it is trained would not do: u differs between checkpoints, and with aux, which holds the error constant in its
         gradient alone, the sum is lowest at half of lam (derived; on the digits it puts the base before every checkpoint of mclr).
         """

@@ -164,7 +164,7 @@ def build_and_run(
             interrupt,
             watchdog,
             Throughput(peak_flops(device, config.engine.precision), device),
-            Preview(task, settings.grid_every, config.sample.batch, folder, watchdog.beat),
+            Preview(task, settings.grid_every, config.sample, folder, watchdog.beat),
             Monitor(task, inputs.held_out, settings.monitor_every, settings.log_every * settings.batch, watchdog.beat),
         ).run()
 

@@ -1,7 +1,7 @@
 """Previews: every so many images a picture of samples, RUN/grids/IMAGES.png, always of the same seeds and conditions.
 
 A column is a condition, at most ten of them. A row takes the next seeds. The network that is being trained is sampled, not its average,
-with the sampling of the configuration but without guidance. N images of a picture; C H W image.
+with the sampling of the configuration, its strength too, but without guidance. N images of a picture; C H W image.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mclr.configs.schema import Sample
 from mclr.errors import UserError
 from mclr.guidance import Guidance
 from mclr.likelihood import SAMPLING, Draws
@@ -30,13 +31,14 @@ def columns(num_classes: int) -> list[int]:
 
 
 class Preview:
-    """Every rank has one. every: images between pictures, 0 for none. batch: images of a forward. folder: held by rank 0, else None.
+    """Every rank has one. every: images between pictures, 0 for none. sample: config.sample. folder: held by rank 0, else None.
 
     beat: called after every forward, so that no watchdog takes a picture for a hang.
     """
 
-    def __init__(self, task: Task, every: int, batch: int, folder: RunFolder | None, beat: Callable[[], None] = ignore):
-        self.task, self.every, self.batch, self.folder, self.beat = task, every, batch, folder, beat
+    def __init__(self, task: Task, every: int, sample: Sample, folder: RunFolder | None, beat: Callable[[], None] = ignore):
+        self.task, self.every, self.batch, self.folder, self.beat = task, every, sample.batch, folder, beat
+        self.guidance = Guidance(strength=sample.strength)
         self.conditions = columns(task.loss.paradigm.null)
 
     def due(self, images: int, before: int, done: bool) -> bool:
@@ -76,7 +78,7 @@ class Preview:
             for seeds in torch.arange(len(c_N)).split(self.batch):
                 draws = Draws(SAMPLING, seeds.tolist(), device)
                 with eval_mode(net, self.task.bf16):
-                    x = self.task.loss.paradigm.sample(net, c_N[seeds.to(device)], Guidance(), draws)
+                    x = self.task.loss.paradigm.sample(net, c_N[seeds.to(device)], self.guidance, draws)
                 found.append(to_uint8(self.task.encoder.decode(x)).cpu())
                 working()
         finally:
