@@ -124,7 +124,7 @@ class Paradigm(Protocol):
     def log_likelihood(
         self, prediction: Prediction, probe: Probe, index_R: Tensor, guide: Prediction | None = None, mix_RT: Tensor | None = None
     ) -> Scores:
-        """Values and aux of these rows. guide: a prediction, a constant; the values are then those of answer + mix (answer - guide's)."""
+        """Values and aux of these rows. guide: a prediction, held constant, whose answer is mixed in: answer + mix (answer - guide)."""
 
     def compared(self, value_RT: Tensor, prediction: Prediction, frozen: Prediction) -> Tensor:
         """The values of a prediction under the uncertainty of the reference, whose prediction is `frozen`."""
@@ -187,7 +187,7 @@ class Guide:
 
 
 def guide_of(given: Any) -> Guide | None:
-    """The Guide that was given, as a Guide or as its network alone. Raises ValueError for anything else."""
+    """A Guide as it is; a network as the Guide that sees the sample's own condition; None as it is. Raises ValueError for anything else."""
     return given if given is None or isinstance(given, Guide) else Guide(given)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from toy import CONTRASTS, GENERATED, KINDS, MISMATCHED, RAMP, Counted, Draws64, Given, K, float64, logits_of, toy
 
 from mclr.adapters import from_denoiser, own_logits
-from mclr.likelihood import Probe, score
+from mclr.likelihood import Guide, Probe, score
 from mclr.next_scale import NextScale
 from mclr.objective import Objective
 from mclr.schedule import Schedule
@@ -172,18 +172,18 @@ def by_definition(case, objective: Objective) -> Tensor:
     return torch.stack(losses) + matched.aux_R[:8]
 
 
-def null_by_definition(case, objective: Objective) -> Tensor:
-    """loss_B of maximum likelihood through inverse guidance: -(1 + lam) times the value of b pred + (1 - b) null, b = 1 / (1 + lam)."""
-    (probe, _), everyone = case.ask(MLE), torch.arange(8)
+def null_by_definition(case, objective: Objective, guide: Guide | None = None) -> Tensor:
+    """loss_B of maximum likelihood through inverse guidance: -(1 + lam) times the value of b pred + (1 - b) guide, b = 1 / (1 + lam)."""
+    (probe, _), everyone, guide = case.ask(MLE), torch.arange(8), guide or Guide(case.net, K)
     lam_BT = objective.schedule(probe.progress_BT) * (case.c_B != K)[:, None]
     pred, rest = case.paradigm.predict(case.net, probe, everyone, case.c_B)
     with torch.no_grad():
-        null, head = case.paradigm.predict(case.net, probe, everyone, torch.full((8,), K))
-        null = null if pred.ndim == 4 else head(null)
+        other, head = case.paradigm.predict(guide.net, probe, everyone, guide.conditions(case.c_B))
+        other = other if pred.ndim == 4 else head(other)
     if pred.ndim == 3:  # hidden states of tokens
         pred, rest = rest(pred), own_logits
     b = (1 / (1 + lam_BT)).view(*lam_BT.shape, *[1] * (pred.ndim - 2))
-    mixed, plain = (case.paradigm.log_likelihood((each, rest), probe, everyone) for each in (b * pred + (1 - b) * null, pred))
+    mixed, plain = (case.paradigm.log_likelihood((each, rest), probe, everyone) for each in (b * pred + (1 - b) * other, pred))
     return (-(1 + lam_BT) * mixed.value_RT).mean(1) + plain.aux_R
 
 

@@ -312,7 +312,7 @@ def test_training_internalises_the_guided_sampler(form, contrast, kind, under):
         return (x_R1 / size_R1**2 + sigma_R1 / size_R1 * out_R1).view_as(noisy_RCHW)
 
     def of_form(denoise: Any) -> OfForm:
-        """The network of this form; tau is kept off 0 and 1, where sigma has no logarithm."""
+        """A network of this form. tau stays away from 0 and 1, where ln sigma is infinite."""
         kept = (1e-4, 0.9999) if isinstance(form, Flow) else (0.0, None)
         return OfForm(form, lambda x, level, c: denoise(form.noisy(x, level.clamp(*kept)), form.sigma(level.clamp(*kept)), c))
 
@@ -341,7 +341,7 @@ def test_training_internalises_the_guided_sampler(form, contrast, kind, under):
     off, unguided = (
         (pred - guided).square().sum().sqrt() / guided.square().sum().sqrt() for pred in (denoise(*at, c_B), conditional)
     )
-    assert off < (0.02 if isinstance(form, EDM) else 0.03) and unguided > 0.15
+    assert off < (0.02 if isinstance(form, EDM) else 0.03) and unguided > (0.2 if contrast == "posterior" else 0.15)
 
     mine, guided = (
         paradigm.sample(network, torch.arange(K).repeat_interleave(6667), guidance, QuasiRandom(1, 20_001)).view(K, -1)

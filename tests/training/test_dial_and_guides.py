@@ -47,8 +47,12 @@ def test_a_dial_from_training_to_published_names(model, command, tmp_path):
     assert "holds images of sample.strength=1.5" in command("sample", "run", "--out", "a", "--count", 8)[1]
     found = mclr.load("run/weights", device="cpu", model=model)
     assert torch.equal(found.sample([3], seed=1, strength=0), found.sample([3], seed=1))
-    for strength in (-1, 2.5, float("nan")):
-        with pytest.raises(ValueError, match=r"strength=.* is out of range"):
+    for strength, why in (
+        (-1, "must be >= 0"),
+        (2.5, "the dial of the network goes from 0 to 2"),
+        (float("nan"), "must be >= 0"),
+    ):
+        with pytest.raises(ValueError, match=f"strength={strength} is out of range: {why}"):
             found.sample([3], strength=strength)
     with pytest.raises(ValueError, match="the network has no dial"):
         mclr.load(model, device="cpu").sample([3], strength=0.5)
@@ -112,7 +116,7 @@ def test_what_does_not_go_together_is_one_line(case, command, tmp_path):
 
 @pytest.mark.parametrize("model", ["edm2-digits", "sit-digits", "var-digits"])
 def test_another_network_guides_training(model, command, tmp_path):
-    """Under the sample's condition, or its own null condition, in either precision; the run says so, and counts what it costs."""
+    """The guide is asked under the sample's condition, then under its null condition; in fp32, then in bf16. The run counts its cost."""
     assert command("train", "--model", model, "--objective", "mle", "--out", "weak", *FEW)[0] == 0
     for condition, precision in (("own", "fp32"), ("null", "bf16")):
         guide = [

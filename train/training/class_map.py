@@ -29,14 +29,12 @@ def class_map(
     here = names or [str(c) for c in range(data.num_classes)]
     if file is None:
         there = described.get("classes") or ()
-        if len(there) == len(names):
-            for c, name in enumerate(names):
-                if str(there[c]) != name:
-                    raise UserError(
-                        f"weights {model.weights} were trained on other classes than {data.path} has: condition {c} is {there[c]} there "
-                        f"and {name} here. Say model.class_map={SAME} if the classes are the same, model.class_map={FRESH} if none is, "
-                        "or give a JSON file {class here: condition there}"
-                    )
+        if (c := first_other(there, names)) is not None:
+            raise UserError(
+                f"weights {model.weights} were trained on other classes than {data.path} has: condition {c} is {there[c]} there "
+                f"and {names[c]} here. Say model.class_map={SAME} if the classes are the same, model.class_map={FRESH} if none is, "
+                "or give a JSON file {class here: condition there}"
+            )
     if file in (None, SAME):
         return None
     conditions = described["config"].get("num_classes")
@@ -50,6 +48,13 @@ def class_map(
     if file == FRESH:
         return [None] * data.num_classes
     return sources_of(file, read_entries(file), here, conditions)
+
+
+def first_other(there: Sequence[Any], here: Sequence[str]) -> int | None:
+    """The first class whose name differs; None where all agree, or the numbers of names do not."""
+    if len(there) != len(here):
+        return None
+    return next((c for c, (theirs, ours) in enumerate(zip(there, here, strict=True)) if str(theirs) != ours), None)
 
 
 def class_names(data: Data) -> Sequence[str]:

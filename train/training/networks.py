@@ -22,6 +22,7 @@ from mclr.next_scale import NextScale, scale_progress
 from mclr.objective import Objective
 from mclr.schedule import Schedule
 from mclr.train.data.encoders import RGB, Encoder, Latents, Tokens, load_vae
+from mclr.train.training.class_map import first_other
 from mclr.train.weights.folder import find_weights, load_net, read_config, sha256
 
 
@@ -146,13 +147,11 @@ def build_guide(config: RunConfig, net: nn.Module, key: str, classes: Sequence[s
         raise UserError(f"{named} {misfit}: give a guide for the same samples")
     described = read_config(find_weights(chosen.weights))
     there = described.get("classes") or ()
-    if null is None and len(there) == len(classes):
-        for c, (theirs, ours) in enumerate(zip(there, classes, strict=True)):
-            if str(theirs) != ours:
-                raise UserError(
-                    f"{named} was trained on other classes: condition {c} is {theirs} there and {ours} here. Ask it without a condition, "
-                    f"{key}.guide.condition=null, or give a guide for the same classes"
-                )
+    if null is None and (c := first_other(there, classes)) is not None:
+        raise UserError(
+            f"{named} was trained on other classes: condition {c} is {there[c]} there and {classes[c]} here. Ask it without a condition, "
+            f"{key}.guide.condition=null, or give a guide for the same classes"
+        )
     if isinstance(model, NextScaleModel):
         # published weights do not record their tokenizer
         tokenizer = described.get("inputs", {}).get("model.tokenizer")

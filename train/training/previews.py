@@ -31,7 +31,7 @@ def columns(num_classes: int) -> list[int]:
 
 
 class Preview:
-    """Every rank has one. every: images between pictures, 0 for none. sample: config.sample. folder: held by rank 0, else None.
+    """Every rank has one. every: images between pictures, 0 for none. sample: how images are drawn. folder: held by rank 0, else None.
 
     beat: called after every forward, so that no watchdog takes a picture for a hang.
     """
